@@ -1,0 +1,39 @@
+# Every target makes .venv and installs what it needs, from nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: install demo test lint bench docs clean
+
+install: .venv/.installed
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) .
+	touch $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) '.[test,lint]'
+	touch $@ .venv/.installed
+
+demo: install
+	$(BIN)/softprompt demo
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/quality.py
+
+docs: .venv/.installed-dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv build dist

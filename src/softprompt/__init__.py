@@ -1,0 +1,71 @@
+"""softprompt adapts a frozen language model to a task by learning a few virtual tokens (prompt tuning)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softprompt.config import GenerateConfig as GenerateConfig
+    from softprompt.config import TuneConfig as TuneConfig
+    from softprompt.data.rows import Rows as Rows
+    from softprompt.data.rows import load_data as load_data
+    from softprompt.errors import DataError as DataError
+    from softprompt.errors import InputError as InputError
+    from softprompt.errors import ModelError as ModelError
+    from softprompt.errors import PromptError as PromptError
+    from softprompt.errors import RunError as RunError
+    from softprompt.errors import SettingsError as SettingsError
+    from softprompt.errors import SoftpromptError as SoftpromptError
+    from softprompt.errors import StorageError as StorageError
+    from softprompt.evaluation.evaluate import Evaluation as Evaluation
+    from softprompt.evaluation.evaluate import evaluate as evaluate
+    from softprompt.evaluation.intervals import Metric as Metric
+    from softprompt.generation import generate as generate
+    from softprompt.model.choice import freeze as freeze
+    from softprompt.model.frozen import FrozenModel as FrozenModel
+    from softprompt.model.loading import load_model as load_model
+    from softprompt.prompt.soft_prompt import SoftPrompt as SoftPrompt
+    from softprompt.prompt.soft_prompt import load_prompt as load_prompt
+    from softprompt.training.loop import TuneResult as TuneResult
+    from softprompt.training.loop import tune as tune
+    from softprompt.training.watcher import Watcher as Watcher
+
+__version__ = "0.1.0"
+
+# Where each public name lives: imported on first use, so that `softprompt --help` does not wait for torch.
+_HOMES = {
+    "softprompt.config": ("GenerateConfig", "TuneConfig"),
+    "softprompt.data.rows": ("Rows", "load_data"),
+    "softprompt.errors": (
+        "DataError",
+        "InputError",
+        "ModelError",
+        "PromptError",
+        "RunError",
+        "SettingsError",
+        "SoftpromptError",
+        "StorageError",
+    ),
+    "softprompt.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "softprompt.evaluation.intervals": ("Metric",),
+    "softprompt.generation": ("generate",),
+    "softprompt.model.choice": ("freeze",),
+    "softprompt.model.frozen": ("FrozenModel",),
+    "softprompt.model.loading": ("load_model",),
+    "softprompt.prompt.soft_prompt": ("SoftPrompt", "load_prompt"),
+    "softprompt.training.loop": ("TuneResult", "tune"),
+    "softprompt.training.watcher": ("Watcher",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

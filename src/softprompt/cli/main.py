@@ -1,0 +1,63 @@
+"""The command `softprompt`; torch is imported inside its verbs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from softprompt import __version__
+from softprompt.cli.data_verbs import check, evaluate, generate, tune
+from softprompt.cli.demo_verb import demo
+from softprompt.cli.model_verbs import models
+from softprompt.errors import SoftpromptError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="softprompt")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def softprompt(context: click.Context, debug: bool) -> None:
+    """Adapt a frozen language model to a task with a few learned virtual tokens.
+
+    Start with `softprompt demo`. Results go to stdout, progress to stderr.
+    """
+    context.obj = {"debug": debug}
+
+
+for verb in (demo, tune, check, evaluate, generate, models):
+    softprompt.add_command(verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0 done, 1 the work failed, 2 the input is at fault, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    # --debug may stand anywhere; click takes it before the verb only.
+    given = (["--debug"] if debug else []) + [argument for argument in given if argument != "--debug"]
+    sys.exit(_run(given, debug))
+
+
+def _run(arguments: Sequence[str], debug: bool) -> int:
+    try:
+        softprompt.main(args=list(arguments), prog_name="softprompt", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except SoftpromptError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"softprompt: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:  # the reader, head or less, has seen enough
+        sys.stderr.close()
+        return 0
+    except MemoryError:
+        click.echo("softprompt: out of memory; try a smaller --set micro_batch_tokens, or a smaller model", err=True)
+        return 1
+    return 0

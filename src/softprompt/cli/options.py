@@ -1,0 +1,88 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from softprompt.model.frozen import FrozenModel
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+TASKS = ("classification", "completion", "text")
+model_option = click.option(
+    "--model", metavar="M", help="Hub id, folder, .gguf file or bundled name; smollm2-135m, or the prompt's own model."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+set_option = click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="A setting; repeatable.")
+map_option = click.option(
+    "--map", "mapping", metavar="NAME=COLUMN", multiple=True, help="Which column is text, label, input or target."
+)
+task_option = click.option("--task", type=click.Choice(TASKS), help="Found from the columns where it is not given.")
+revision_option = click.option("--revision", metavar="R", help="Branch, tag or commit of a hub id.")
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that comes with the model. It can do whatever you can; read it first.",
+)
+
+
+def tune_options(verb: Verb) -> Verb:
+    """Add the options that `tune` and `check` have in common."""
+    for option in reversed(
+        (
+            click.argument("data"),
+            model_option,
+            task_option,
+            map_option,
+            click.option("--eval-data", metavar="FILE", help="Validation rows; without it some of DATA are held back."),
+            click.option(
+                "--budget", type=click.Choice(("quick", "normal", "thorough")), help="How long to train; normal."
+            ),
+            click.option("--config", "file", type=click.Path(path_type=Path), help="A YAML file of settings."),
+            set_option,
+            revision_option,
+            trust_option,
+            json_option,
+        )
+    ):
+        verb = option(verb)
+    return verb
+
+
+def say(message: str) -> None:
+    """Print a line of progress on stderr."""
+    click.echo(message, err=True)
+
+
+def quiet() -> None:
+    """Keep what transformers logs from the terminal: it is for developers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def parse_map(mapping: tuple[str, ...]) -> dict[str, str]:
+    """Read `--map` options."""
+    found = {}
+    for item in mapping:
+        name, equals, column = item.partition("=")
+        if not equals or not column:
+            raise click.UsageError(f"--map {item}: write NAME=COLUMN, as in --map text=review")
+        found[name.strip()] = column
+    return found
+
+
+def load(
+    name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None, trust: bool = False
+) -> FrozenModel:
+    """Load a model for a verb."""
+    quiet()
+    from softprompt.model.loading import load_model
+
+    return load_model(name, revision=revision, device=device, dtype=dtype, trust_remote_code=trust, say=say)

@@ -1,0 +1,145 @@
+"""What people see: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from softprompt.training.watcher import Watcher
+
+if TYPE_CHECKING:
+    from softprompt.evaluation.intervals import Metric
+    from softprompt.training.plan import Plan
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+_SMOOTHING = 0.9
+_LINES = 10
+_LONGEST_VALUE = 60
+
+
+def figure(name: str, value: float) -> str:
+    """Write a metric's value the way people write it."""
+    if name in ("accuracy", "macro_f1", "exact_match", "rouge_l"):
+        return f"{value:.1%}"
+    return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def metrics_table(metrics: Mapping[str, Metric], without: Mapping[str, Metric] | None, title: str) -> Table:
+    """Return a table of metrics with their 95 % intervals, next to those without the prompt."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    if without is not None:
+        table.add_column("without prompt", justify="right")
+    table.add_column("with prompt" if without is not None else "untouched model", justify="right")
+    for name, metric in metrics.items():
+        cells = [name.replace("_", " ")]
+        for one in [without[name], metric] if without is not None else [metric]:
+            cells.append(f"{figure(name, one.value)}  ({figure(name, one.low)} to {figure(name, one.high)})")
+        table.add_row(*cells)
+    return table
+
+
+def settings_table(plan: Plan, origins: Mapping[str, str]) -> Table:
+    """Return a table of every setting in force and where it came from."""
+    table = Table(title="Settings", title_justify="left")
+    for column in ("setting", "value", "from"):
+        table.add_column(column, overflow="fold")
+    for name, value in plan.config.model_dump().items():
+        origin = origins.get(name) or plan.reasons.get(name, "default")
+        text = repr(value) if isinstance(value, str) else str(value)
+        short = text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+        table.add_row(name, short.replace("[", r"\["), origin)
+    return table
+
+
+def side_by_side(inputs: Sequence[str], base: Sequence[str] | None, texts: Sequence[str]) -> Table:
+    """Return a table of generations, the untouched model's next to the prompt's."""
+    table = Table(show_lines=True)
+    headers = [
+        "input",
+        *(["without prompt"] if base is not None else []),
+        "with prompt" if base is not None else "text",
+    ]
+    for header in headers:
+        table.add_column(header, overflow="fold", ratio=1)
+    for index, (given, text) in enumerate(zip(inputs, texts, strict=True)):
+        cells = [given, *([base[index]] if base is not None else []), text]
+        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+    return table
+
+
+class TerminalWatcher(Watcher):
+    """Shows loss, validation metrics and time left: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, origins: Mapping[str, str]) -> None:
+        self.origins = origins
+        self.loss: float | None = None
+        self.validation = ""
+        self.steps = 0
+        self.first = 0
+        self.began = 0.0
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[loss]}  {task.fields[validation]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+            disable=not err.is_terminal,
+        )
+
+    def begin(self, plan: Plan, step: int) -> None:
+        err.print(settings_table(plan, self.origins))
+        err.print(rows_line(plan))
+        if step:
+            err.print(f"going on after step {step}")
+        assert plan.config.max_steps
+        self.steps, self.first, self.began = plan.config.max_steps, step, time.monotonic()
+        self.task = self.bar.add_task("", total=self.steps, completed=step, loss="", validation="")
+        self.bar.start()
+
+    def step(self, step: int, loss: float) -> None:
+        self.loss = loss if self.loss is None else _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
+        self.bar.update(self.task, completed=step, loss=f"loss {self.loss:.3f}")
+        if not err.is_terminal and (step % max(1, self.steps // _LINES) == 0 or step == self.steps):
+            spent = time.monotonic() - self.began
+            left = spent / (step - self.first) * (self.steps - step)
+            err.print(f"step {step}/{self.steps}  loss {self.loss:.3f}  {self.validation}  {left:.0f} s left")
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self.validation = validation_text(values)
+        self.bar.update(self.task, validation=self.validation)
+        err.print(f"step {step}: {self.validation}")
+
+    def end(self) -> None:
+        self.bar.stop()
+
+
+def validation_text(values: Mapping[str, float]) -> str:
+    """Name the metric that the best prompt is chosen by."""
+    name = "accuracy" if "accuracy" in values else "loss"
+    return f"validation {name} {figure(name, values[name])}"
+
+
+def rows_line(plan: Plan) -> str:
+    """Say how many rows are used for what."""
+    held = f"{len(plan.validation)} validation rows" if plan.validation is not None else "no validation rows"
+    cut = f", {plan.encoder.truncated} cut to {plan.config.max_length} tokens" if plan.encoder.truncated else ""
+    shared = f"; all begin with the same {len(plan.text)} tokens, which are run once a step" if plan.text else ""
+    return f"{len(plan.train)} training rows, {held}{cut}{shared}"
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    import json
+
+    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")

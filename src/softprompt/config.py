@@ -1,0 +1,148 @@
+"""Run settings: flat names, the same in YAML, `--set`, `TuneConfig` and a run's `config.yaml`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from softprompt.errors import SettingsError, nearest
+
+Init = Literal["auto", "random", "vocabulary", "text", "labels"]
+Budget = Literal["quick", "normal", "thorough"]
+
+
+class TuneConfig(BaseModel):
+    """Settings of a run. Those that are None are chosen from the data and the model; `tune` prints what it chose."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; as many as the initial text has")
+    init: Init = Field("auto", description="where the virtual tokens start; auto: text, or labels where there are many")
+    init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
+    template: str | None = Field(None, description="Jinja template of a row's input, such as '{{ text }}\\nLabel:'")
+    verbalizers: dict[str, str] | None = Field(None, description="label to the text that stands for it")
+    max_length: int = Field(512, ge=2, description="the most real tokens of an example; longer inputs are cut")
+    loss: Literal["target", "all"] | None = Field(None, description="which tokens are learned; all for plain text")
+    learning_rate: float | None = Field(None, gt=0, description="peak of the schedule")
+    warmup_ratio: float = Field(0.06, ge=0, le=1, description="share of the steps over which the rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls afterwards")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to this norm")
+    batch_size: int | None = Field(None, ge=1, description="examples a step; never changed to save memory")
+    micro_batch_tokens: int | None = Field(None, ge=1, description="text tokens run at once; from the free memory")
+    epochs: float | None = Field(None, gt=0, description="times that every row is seen; instead of max_steps")
+    max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget and the rows")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; ten evaluations a run")
+    save_every: int = Field(10, ge=1, description="steps between saved states")
+    train_rows: int | None = Field(None, ge=1, description="use at most so many training rows")
+    eval_rows: int = Field(200, ge=0, description="most validation rows to choose the best prompt on; 0: the last one")
+    budget: Budget = Field("normal", description="how long to train, where neither epochs nor max_steps says it")
+    seed: int = Field(0, ge=0, description="of the order of the rows, the split and random initializations")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the base model")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps")
+    threads: int | None = Field(None, ge=1, description="CPU threads")
+
+
+class GenerateConfig(BaseModel):
+    """Decoding rules, the same with a prompt and without."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: int | None = Field(None, ge=1, description="64, or what the longest label needs")
+    max_length: int | None = Field(None, ge=1, description="the most real tokens, the given text's included")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens of the text so far become less likely")
+    no_repeat_ngram_size: int = Field(0, ge=0, description="runs of so many tokens occur once; 0: off")
+    do_sample: bool = Field(False, description="draw tokens instead of taking the most probable")
+    temperature: float = Field(1.0, gt=0, description="below 1: likelier tokens get likelier")
+    top_k: int | None = Field(None, ge=1, description="draw among the k most probable")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw among the most probable that make up this share")
+    seed: int = Field(0, ge=0, description="of the draws")
+
+
+Settings = TypeVar("Settings", TuneConfig, GenerateConfig)
+
+
+def read_settings(
+    kind: type[Settings], file: Path | None = None, assignments: Sequence[str] = (), **given: Any
+) -> tuple[Settings, dict[str, str]]:
+    """Put settings together; the later of these wins: defaults, a YAML file, the command, `NAME=VALUE` assignments.
+
+    Args:
+        kind: which settings.
+        file: a YAML file of settings.
+        assignments: as given to `--set`.
+        given: settings that the command itself was given, None where it was not.
+
+    Returns:
+        The settings, and for each that was set where it came from.
+
+    Raises:
+        SettingsError: an unknown name (with the nearest one), or a value that is not allowed.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, value in _read_file(file).items():
+        values[name], origins[name] = value, str(file)
+    for name, value in given.items():
+        if value is not None:
+            values[name], origins[name] = value, "command"
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {assignment}: write NAME=VALUE, as in --set learning_rate=0.01")
+        values[name.strip()], origins[name.strip()] = _parse(kind, name.strip(), text), "--set"
+    return make_config(kind, values), origins
+
+
+def make_config(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Check values and return them as settings."""
+    for name in values:
+        if name not in kind.model_fields:
+            known = kind.model_fields
+            raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"setting {name} = {first['input']!r}: {first['msg']}") from error
+
+
+def _read_file(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"no such settings file: {file}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {file}: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file} is not YAML: {error}") from error
+    if not isinstance(loaded, dict | None):
+        raise SettingsError(f"{file} must hold NAME: VALUE lines")
+    return loaded or {}
+
+
+def _parse(kind: type[BaseModel], name: str, text: str) -> Any:
+    """Read a value given on the command line; text settings are kept as they were typed."""
+    field = kind.model_fields.get(name)
+    if field is None or field.annotation in (str, str | None):
+        return text
+    if name == "verbalizers":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SettingsError(f'verbalizers: write JSON, as in {{"1": "bad", "5": "good"}}, not {text!r}') from error
+    return yaml.safe_load(text)
+
+
+def to_yaml(config: TuneConfig) -> str:
+    """Return settings as the text of a `config.yaml`."""
+    text: str = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return text

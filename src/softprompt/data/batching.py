@@ -1,0 +1,47 @@
+"""Batches: which examples a step takes, and how they are cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from softprompt.data.examples import Example
+
+
+def draw(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Return the rows of a step (counted from 0): every row once before any row again, in a new order each time.
+
+    It depends on nothing but its arguments, so that a resumed run needs no saved random state.
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(rows) for epoch in _epochs(rows, first, last)}
+    return [int(orders[place // rows][place % rows]) for place in range(first, last)]
+
+
+def _epochs(rows: int, first: int, last: int) -> range:
+    return range(first // rows, (last - 1) // rows + 1)
+
+
+def micro_batches(examples: Sequence[Example], budget: int, held: int = 0) -> list[list[int]]:
+    """Cut a batch, ordered by length, into runs of at most `budget` tokens each.
+
+    Args:
+        examples: the batch.
+        budget: text tokens that are run at once; a single longer example is run alone.
+        held: tokens of each example that the prefix already holds.
+
+    Returns:
+        Indices into `examples`.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
+    cut: list[list[int]] = []
+    used = budget
+    for index in order:
+        length = len(examples[index].ids) - held
+        if used + length > budget:
+            cut.append([])
+            used = 0
+        cut[-1].append(index)
+        used += length
+    return cut

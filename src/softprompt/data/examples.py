@@ -1,0 +1,184 @@
+"""Examples: token ids of an input and of the target to predict after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.data.rows import Row, Rows
+from softprompt.data.templates import Format
+from softprompt.errors import DataError, ModelError, nearest
+
+
+class Example(NamedTuple):
+    """Token ids, of which those from `start` on are the target."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are predicted."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The ways that a row of a classification task can go on.
+
+    Attributes:
+        stem: ids that all labels share, the input among them.
+        tails: per label (in the order of the verbalizers), the ids that follow the stem.
+    """
+
+    stem: tuple[int, ...]
+    tails: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Encoder:
+    """Turns rows into token ids, the same way in training, evaluation and generation.
+
+    Order in a row: BOS (if the tokenizer adds one), input, target. Input and target are tokenized together and
+    split at the character where they meet; a token that straddles it counts as target.
+
+    Attributes:
+        tokenizer: a fast tokenizer.
+        format: how rows become text.
+        max_length: the most real tokens of an example; longer inputs are cut, targets never.
+        truncated: how many rows were cut so far.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    format: Format
+    max_length: int
+    truncated: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ModelError(
+                "this model's tokenizer gives no character offsets (it is a slow one); use a fast tokenizer"
+            )
+        self.leading = leading_tokens(self.tokenizer)
+        self.ends = self.format.task == "completion" or self._one_begins_another()
+
+    def _one_begins_another(self) -> bool:
+        """Tell whether one label's tokens are how another's begin; then all labels end with the end-of-text token."""
+        encoded = [tuple(self._ids(f" {text}")) for text in self.format.verbalizers.values()]
+        return any(a != b and b[: len(a)] == a for a in encoded for b in encoded)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def examples(self, rows: Rows) -> list[Example]:
+        """Return an example for each row.
+
+        Raises:
+            DataError: a label without a verbalizer, or a target that does not fit in `max_length`.
+        """
+        if self.format.task == "text":
+            return [self._text(row) for row in rows]
+        self._check_labels(rows)
+        return [self._pair(row, self.format.target(row), f"{rows.name}, row {n}") for n, row in enumerate(rows, 1)]
+
+    def choices(self, rows: Rows) -> list[Choices]:
+        """Return, for each row, its input and the tokens of every label behind it."""
+        self._check_labels(rows)
+        made = []
+        for number, row in enumerate(rows, start=1):
+            variants = [self._pair(row, t, f"{rows.name}, row {number}") for t in self.format.verbalizers.values()]
+            stem = common_start([v.ids[: v.start] for v in variants])
+            if not stem:
+                raise DataError(f"{rows.name}, row {number}: the template leaves no text before the label")
+            made.append(Choices(stem, tuple(v.ids[len(stem) :] for v in variants)))
+        return made
+
+    def inputs(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+        """Return the ids of each row's input alone, as they stand before a target."""
+
+        def alone(row: Row) -> Example:
+            ids = (*self.leading, *self._ids(self.format.input(row)))
+            return Example(ids, len(ids))
+
+        return [self._fitted(row, alone, f"text {number}").ids for number, row in enumerate(rows, start=1)]
+
+    def _check_labels(self, rows: Rows) -> None:
+        known = self.format.verbalizers
+        for number, row in enumerate(rows, start=1):
+            if self.format.task == "classification" and row["label"] not in known:
+                raise DataError(
+                    f"{rows.name}, row {number}: the label {row['label']!r} is not one that was learned: "
+                    f"{', '.join(known)}{nearest(row['label'], known)}"
+                )
+
+    def _text(self, row: Row) -> Example:
+        ids = [*self.leading, *self._ids(self.format.input(row))]
+        self.truncated += len(ids) > self.max_length
+        return Example(tuple(ids[: self.max_length]), len(self.leading))
+
+    def _pair(self, row: Row, target: str, where: str) -> Example:
+        def joined(row: Row) -> Example:
+            return self._joined(self.format.input(row), target)
+
+        example = joined(row)
+        if example.targets >= self.max_length:
+            raise DataError(
+                f"{where}: the target alone has {example.targets} tokens, but max_length is {self.max_length}; "
+                "raise max_length, or shorten the target"
+            )
+        return example if len(example.ids) <= self.max_length else self._fitted(row, joined, where)
+
+    def _fitted(self, row: Row, encode: Callable[[Row], Example], where: str) -> Example:
+        """Shorten the longest column until the example fits: the template's own words and the target stay whole."""
+        example = encode(row)
+        self.truncated += len(example.ids) > self.max_length
+        short = dict(row)
+        while (excess := len(example.ids) - self.max_length) > 0:
+            longest = max(self.format.columns, key=lambda column: len(short[column]))
+            offsets = self.tokenizer(short[longest], add_special_tokens=False, return_offsets_mapping=True)
+            starts = [start for start, _ in offsets["offset_mapping"]]
+            if not starts:
+                raise DataError(f"{where}: the template's own text does not fit in max_length {self.max_length}")
+            short[longest] = short[longest][: starts[max(len(starts) - excess, 0)]]
+            example = encode(short)
+        return example
+
+    def _joined(self, text: str, target: str) -> Example:
+        whole = text + self.format.joined(text, target)
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = encoded["input_ids"]
+        border = len(text)
+        inside = sum(1 for _, end in encoded["offset_mapping"] if end <= border)
+        ending = [self.tokenizer.eos_token_id] if self.ends and self.tokenizer.eos_token_id is not None else []
+        return Example((*self.leading, *ids, *ending), len(self.leading) + inside)
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return what the tokenizer puts before every text: its BOS token, or nothing."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special: list[int] = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and special[:1] == [bos] and plain[:1] != [bos] else ()
+
+
+def common_start(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the longest run of ids that all sequences begin with."""
+    if not sequences:
+        return ()
+    low, high = (
+        min(map(tuple, sequences)),
+        max(map(tuple, sequences)),
+    )  # in dictionary order, only the outermost two can differ sooner
+    length = 0
+    while length < min(len(low), len(high)) and low[length] == high[length]:
+        length += 1
+    return low[:length]
+
+
+def shared_text(examples: Sequence[Example]) -> tuple[int, ...]:
+    """Return the ids that all examples begin with, up to their first targets: they can belong to the prefix."""
+    return common_start([example.ids[: example.start] for example in examples])

@@ -1,0 +1,107 @@
+"""Templates and verbalizers: how a row becomes text, and a label becomes text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from softprompt.data.rows import INPUT_COLUMN, Row, Task
+from softprompt.errors import SettingsError, nearest
+
+DEFAULT_TEMPLATE: dict[Task, str] = {
+    "classification": "{{ text }}\nLabel:",
+    "completion": "{{ input }}\n",
+    "text": "{{ text }}",
+}
+# Sandboxed, because a template also arrives inside prompt folders that other people made.
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a task become text.
+
+    Attributes:
+        task: what is learned.
+        template: a Jinja template of the input; it names columns, `{{ text }}`.
+        verbalizers: label to the text that stands for it; empty unless this is classification.
+    """
+
+    task: Task
+    template: str
+    verbalizers: Mapping[str, str]
+
+    @cached_property
+    def _compiled(self) -> Template:
+        try:
+            return _ENVIRONMENT.from_string(self.template)
+        except TemplateSyntaxError as error:
+            raise SettingsError(f"the template {self.template!r} cannot be read: {error.message}") from error
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns that the template names, sorted."""
+        _ = self._compiled
+        return sorted(meta.find_undeclared_variables(_ENVIRONMENT.parse(self.template)))
+
+    def input(self, row: Row) -> str:
+        """Return a row's input text; spaces at its end are dropped, since they belong to the target's first token."""
+        missing = [column for column in self.columns if column not in row]
+        if missing:
+            raise SettingsError(
+                f"the template {self.template!r} names the column {missing[0]!r}{nearest(missing[0], row)}; "
+                f"the rows have {', '.join(row)}"
+            )
+        text = self._compiled.render(row)
+        return text if self.task == "text" else text.rstrip(" ")
+
+    def target(self, row: Row) -> str:
+        """Return a row's target as it follows the input, without the space between them."""
+        if self.task == "classification":
+            return self.verbalizers[row["label"]]
+        return row["target"].strip()
+
+    @staticmethod
+    def joined(text: str, target: str) -> str:
+        """Return the target with what separates it from its input: a space, or nothing after a line break."""
+        return target if not text or text[-1].isspace() else f" {target}"
+
+
+def make_format(
+    task: Task,
+    labels: Sequence[str],
+    template: str | None = None,
+    verbalizers: Mapping[str, str] | None = None,
+) -> Format:
+    """Fill in the defaults of a format and check it.
+
+    Args:
+        task: what is learned.
+        labels: all labels of the training rows.
+        template: None for the task's default.
+        verbalizers: texts of some or all labels; a label without one stands for itself.
+
+    Raises:
+        SettingsError: the template names no column or cannot be read, or verbalizers do not fit the labels.
+    """
+    made = Format(task, DEFAULT_TEMPLATE[task] if template is None else template, {})
+    if not made.columns:
+        raise SettingsError(
+            f"the template {made.template!r} names no column; "
+            f"write one in double braces, {{{{ {INPUT_COLUMN[task]} }}}}"
+        )
+    given = dict(verbalizers or {})
+    for label in given:
+        if label not in labels:
+            raise SettingsError(f"verbalizers name the label {label!r}{nearest(label, labels)}, which no row has")
+    texts = {label: given.get(label, label).strip() for label in labels}
+    for label, text in texts.items():
+        if not text:
+            raise SettingsError(f"the verbalizer of the label {label!r} is empty")
+    if len(set(texts.values())) < len(texts):
+        raise SettingsError("two labels have the same verbalizer; each needs its own")
+    return Format(task, made.template, texts)

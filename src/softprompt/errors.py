@@ -1,0 +1,60 @@
+"""The errors that softprompt raises on purpose.
+
+    SoftpromptError                  exit code 1: the work failed
+    ├── InputError                   exit code 2: what the user gave is at fault
+    │   ├── DataError                a data file or its rows
+    │   ├── SettingsError            a setting, a template or a verbalizer
+    │   ├── ModelError               a base model that is missing or cannot run
+    │   └── PromptError              a prompt folder, or a prompt for another model
+    ├── RunError                     training or evaluation could not go on
+    └── StorageError                 reading or writing a file failed (full disk, no permission)
+
+A message says what was given, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SoftpromptError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command exits with."""
+
+    exit_code = 1
+
+
+class InputError(SoftpromptError):
+    """The user's input is at fault."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """A data file, a column or a row is at fault."""
+
+
+class SettingsError(InputError):
+    """A setting, a template or a verbalizer is at fault."""
+
+
+class ModelError(InputError):
+    """The base model cannot be found, or cannot run a prompt exactly."""
+
+
+class PromptError(InputError):
+    """A prompt folder is damaged, or belongs to another base model."""
+
+
+class RunError(SoftpromptError):
+    """Training or evaluation could not go on."""
+
+
+class StorageError(SoftpromptError):
+    """A file could not be read or written."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the allowed name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

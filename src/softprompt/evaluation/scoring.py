@@ -1,0 +1,223 @@
+"""Scoring rows with a prompt: the probability of every label, or the loss of every target token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softprompt.data.batching import micro_batches
+from softprompt.data.examples import Encoder, Example, common_start, shared_text
+from softprompt.data.rows import Rows
+from softprompt.evaluation.intervals import Metric, bootstrap, proportion
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.prefix import Prefix
+
+_TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Scores(ABC):
+    """What scoring some rows gave.
+
+    Attributes:
+        rows: the rows.
+        losses: nats of each row's target, summed over its tokens.
+        tokens: how many target tokens each row has.
+    """
+
+    rows: Rows
+    losses: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    def loss(self, rows: NDArray[np.int64] | slice = slice(None)) -> float:
+        """Return the loss in nats per target token."""
+        return float(self.losses[rows].sum() / self.tokens[rows].sum())
+
+    @abstractmethod
+    def values(self) -> dict[str, float]:
+        """Return the metrics without intervals, for the training loop."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, Metric]:
+        """Return the metrics with intervals."""
+
+    @abstractmethod
+    def better_than(self, other: Scores) -> bool:
+        """Tell whether a prompt with these scores is to be preferred."""
+
+    @abstractmethod
+    def predictions(self) -> list[dict[str, Any]]:
+        """Return a record a row, for the predictions file."""
+
+
+@dataclass(frozen=True)
+class TextScores(Scores):
+    """Of plain text and completions: how well the target tokens were predicted."""
+
+    def values(self) -> dict[str, float]:
+        return {"loss": self.loss(), "perplexity": float(np.exp(self.loss()))}
+
+    def metrics(self) -> dict[str, Metric]:
+        loss = bootstrap(self.loss, len(self.rows))
+        return {"loss": loss, "perplexity": Metric(**{k: float(np.exp(v)) for k, v in loss.model_dump().items()})}
+
+    def better_than(self, other: Scores) -> bool:
+        return self.loss() < other.loss()
+
+    def predictions(self) -> list[dict[str, Any]]:
+        each = zip(self.rows, self.losses, self.tokens, strict=True)
+        return [{**row, "loss": float(loss / tokens), "tokens": int(tokens)} for row, loss, tokens in each]
+
+
+@dataclass(frozen=True)
+class LabelScores(Scores):
+    """Of classification: `log_likelihoods` `[N, labels]` are the summed log-probabilities of each label's tokens."""
+
+    log_likelihoods: NDArray[np.float64]
+    labels: list[str]
+    gold: NDArray[np.int64]
+
+    @cached_property
+    def predicted(self) -> NDArray[np.int64]:
+        """The most probable label of each row."""
+        best: NDArray[np.int64] = self.log_likelihoods.argmax(axis=1)
+        return best
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """Return each label's share, `[N, labels]`."""
+        shifted = np.exp(self.log_likelihoods - self.log_likelihoods.max(axis=1, keepdims=True))
+        share: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
+        return share
+
+    def macro_f1(self, rows: NDArray[np.int64] | slice = slice(None)) -> float:
+        """Return the mean of the labels' F1, over labels that occur or are predicted (scikit-learn's definition)."""
+        count = len(self.labels)
+        confusion = np.bincount(self.gold[rows] * count + self.predicted[rows], minlength=count * count)
+        confusion = confusion.reshape(count, count)
+        both = confusion.sum(axis=0) + confusion.sum(axis=1)
+        there = both > 0
+        return float((2 * confusion.diagonal()[there] / both[there]).mean())
+
+    def values(self) -> dict[str, float]:
+        right = float((self.predicted == self.gold).mean())
+        return {"accuracy": right, "macro_f1": self.macro_f1(), "loss": self.loss()}
+
+    def metrics(self) -> dict[str, Metric]:
+        count = len(self.rows)
+        return {
+            "accuracy": proportion(self.predicted == self.gold),
+            "macro_f1": bootstrap(self.macro_f1, count),
+            "loss": bootstrap(self.loss, count),
+        }
+
+    def better_than(self, other: Scores) -> bool:
+        """Prefer the higher accuracy, and where it is equal the lower loss."""
+        mine, theirs = self.values(), other.values()
+        return (mine["accuracy"], -mine["loss"]) > (theirs["accuracy"], -theirs["loss"])
+
+    def predictions(self) -> list[dict[str, Any]]:
+        made = []
+        for row, best, shares in zip(self.rows, self.predicted, self.probabilities(), strict=True):
+            probabilities = {label: float(share) for label, share in zip(self.labels, shares, strict=True)}
+            made.append({**row, "prediction": self.labels[best], "probabilities": probabilities})
+        return made
+
+
+class Scorer(ABC):
+    """Rows made ready to be scored again and again, with one prompt after the other."""
+
+    def __init__(self, encoder: Encoder, rows: Rows) -> None:
+        self.rows = rows
+
+    @abstractmethod
+    def score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
+        """Score the rows with a prompt `[P, H]`, or with none."""
+
+
+class TextScorer(Scorer):
+    """Sums the loss over each row's target tokens.
+
+    A text's very first token is left out: without a prompt nothing predicts it, and the same tokens have to count
+    with and without.
+    """
+
+    def __init__(self, encoder: Encoder, rows: Rows) -> None:
+        super().__init__(encoder, rows)
+        self.examples = [Example(e.ids, max(e.start, 1)) for e in encoder.examples(rows)]
+
+    @torch.no_grad()
+    def score(self, model: FrozenModel, prompt: Tensor | None) -> TextScores:
+        prefix = model.prefix(prompt, shared_text(self.examples))
+        losses = np.zeros(len(self.examples))
+        for part in micro_batches(self.examples, _TOKENS_AT_ONCE, len(prefix.text)):
+            examples = [self.examples[i] for i in part]
+            each = model.loss(prefix, examples).cpu().double()
+            for i, values in zip(part, each.split([e.targets for e in examples]), strict=True):
+                losses[i] = float(values.sum())
+        return TextScores(self.rows, losses, np.array([e.targets for e in self.examples]))
+
+
+class LabelScorer(Scorer):
+    """Sums the log-probability of every label's tokens behind each row's input."""
+
+    def __init__(self, encoder: Encoder, rows: Rows) -> None:
+        super().__init__(encoder, rows)
+        self.choices = encoder.choices(rows)
+        self.labels = list(encoder.format.verbalizers)
+        self.gold = np.array([self.labels.index(row["label"]) for row in rows])
+
+    @torch.no_grad()
+    def score(self, model: FrozenModel, prompt: Tensor | None) -> LabelScores:
+        stems = [choice.stem for choice in self.choices]
+        shortest = min(len(stem) for stem in stems)
+        prefix = model.prefix(prompt, common_start(stems)[: max(shortest - 1, 0)])
+        likelihoods = np.zeros((len(stems), len(self.labels)))
+        deep = any(len(tail) > 1 for choice in self.choices for tail in choice.tails)
+        for index, first, extended in self._stems(model, prefix, stems, deep):
+            tails = self.choices[index].tails
+            likelihoods[index] = [float(first[tail[0]]) for tail in tails]
+            if extended is not None:
+                likelihoods[index] += _rest(model, extended, tails)
+        tokens = np.array([len(c.tails[g]) for c, g in zip(self.choices, self.gold, strict=True)])
+        losses = -likelihoods[np.arange(len(stems)), self.gold]
+        return LabelScores(self.rows, losses, tokens, likelihoods, self.labels, self.gold)
+
+    @staticmethod
+    def _stems(
+        model: FrozenModel, prefix: Prefix, stems: Sequence[tuple[int, ...]], extend: bool
+    ) -> Iterator[tuple[int, Tensor, Prefix | None]]:
+        """Run every input once; give its row, the next token's log-probabilities and, if wanted, its own prefix."""
+        held = len(prefix.text)
+        examples = [Example(stem, len(stem)) for stem in stems]
+        for part in micro_batches(examples, _TOKENS_AT_ONCE, held):
+            done = model.read(prefix, [stems[i][held:] for i in part], extend)
+            first = done.logits.float().log_softmax(dim=-1)
+            yield from zip(part, first, done.extended if extend else [None] * len(part), strict=True)
+
+
+def _rest(model: FrozenModel, extended: Prefix, tails: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+    """Return the summed log-probabilities of each tail's tokens after its first, `[labels]`."""
+    long = [i for i, tail in enumerate(tails) if len(tail) > 1]
+    total = np.zeros(len(tails))
+    if not long:
+        return total
+    texts = [torch.tensor(tails[i][:-1]) for i in long]
+    logits = model.way.text_pass(extended, texts, [torch.arange(len(t)) for t in texts]).logits
+    targets = torch.tensor([token for i in long for token in tails[i][1:]], device=logits.device)
+    each = logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1).cpu().double()
+    for i, values in zip(long, each.split([len(tails[i]) - 1 for i in long]), strict=True):
+        total[i] = float(values.sum())
+    return total
+
+
+def make_scorer(encoder: Encoder, rows: Rows) -> Scorer:
+    """Return the scorer of a task."""
+    return (LabelScorer if encoder.format.task == "classification" else TextScorer)(encoder, rows)

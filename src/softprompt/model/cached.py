@@ -1,0 +1,108 @@
+"""The cached way: the prefix as a key-value cache that is expanded over padded rows.
+
+For causal models with an attention of their own (Bloom, Falcon, MPT, GPT-J). Padding stands only behind the
+text, so that prefix and text lie next to each other in every row: sliding windows and ALiBi count cache slots.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from softprompt.model.prefix import Prefix
+from softprompt.model.way import TextPass, Way, head_input, rows_of
+
+
+class Cached(Way):
+    """For models whose attention cannot be replaced, but which keep keys and values in a cache."""
+
+    name = "cached"
+
+    def prompt_pass(self, embeddings: Tensor) -> Prefix:
+        length = embeddings.shape[1]
+        # An explicit cache: the model's default one drops what lies outside a sliding window.
+        cache = DynamicCache()
+        last: list[Tensor] = []
+
+        def keep_last(hidden: Tensor) -> Tensor:
+            last.append(hidden[0, -1:])
+            return hidden[:, -1:]
+
+        with head_input(self.hf_model, keep_last):
+            self.hf_model(
+                inputs_embeds=embeddings,
+                past_key_values=cache,
+                use_cache=True,
+                attention_mask=torch.ones(1, length, dtype=torch.long, device=embeddings.device),
+                **positions(self.hf_model, torch.arange(length, device=embeddings.device).unsqueeze(0)),
+            )
+        keys, values = cached_tensors(cache)
+        return Prefix(keys=keys, values=values, last=last[0], length=length)
+
+    def text_pass(
+        self, prefix: Prefix, texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool = False
+    ) -> TextPass:
+        device, length = self.hf_model.device, prefix.length
+        lengths = torch.tensor([len(text) for text in texts])
+        ids = pad_sequence(list(texts), batch_first=True).to(device)
+        count, longest = ids.shape
+        real = torch.arange(longest)[None, :] < lengths[:, None]
+        mask = torch.cat([torch.ones(count, length), real], dim=1).long().to(device)
+        starts = [i * longest for i in range(count)]
+        last: list[Tensor] = []
+
+        def keep_wanted(hidden: Tensor) -> Tensor:
+            if extend:
+                last.extend(hidden[i, int(t) - 1].unsqueeze(0) for i, t in enumerate(lengths))
+            return rows_of(hidden, starts, wanted, prefix)
+
+        cache = expanded_cache(prefix, count, self.hf_model.dtype)
+        with head_input(self.hf_model, keep_wanted):
+            logits = self.hf_model(
+                input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+                attention_mask=mask,
+                **positions(self.hf_model, torch.arange(length, length + longest, device=device).repeat(count, 1)),
+            ).logits[0]
+        if not extend:
+            return TextPass(logits)
+        keys, values = cached_tensors(cache)
+        extended = []
+        for i, text in enumerate(texts):
+            end = length + len(text)
+            extended.append(
+                Prefix(
+                    keys=[k[i : i + 1, :, :end] for k in keys],
+                    values=[v[i : i + 1, :, :end] for v in values],
+                    last=last[i],
+                    length=end,
+                    text=prefix.text + tuple(text.tolist()),
+                )
+            )
+        return TextPass(logits, extended)
+
+
+def expanded_cache(prefix: Prefix, count: int, dtype: torch.dtype) -> DynamicCache:
+    """Return a cache in which `count` rows start with the prefix."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        cache.update(keys.to(dtype).expand(count, -1, -1, -1), values.to(dtype).expand(count, -1, -1, -1), layer)
+    return cache
+
+
+def cached_tensors(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the keys and values that a cache holds, each per layer `[B, K, T, D]`."""
+    tensors = [(keys, values) for keys, values, _ in cache]
+    return [keys for keys, _ in tensors], [values for _, values in tensors]
+
+
+def positions(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Return `position_ids` as a keyword argument for models that take it; ALiBi models do not."""
+    takes = "position_ids" in inspect.signature(hf_model.forward).parameters
+    return {"position_ids": ids} if takes else {}

@@ -1,0 +1,63 @@
+"""Fingerprints: whether a prompt belongs to a base model, whatever precision that is loaded in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from softprompt.model.frozen import FrozenModel
+
+_SHAPE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+# bfloat16 keeps 8 bits: values that were rounded to it differ by up to 2^-8 of themselves, two of them by twice that.
+_RELATIVE = 2.0**-7
+_ABSOLUTE = 1e-6
+
+
+class Fingerprint(BaseModel):
+    """What tells one base model from another.
+
+    Attributes:
+        configuration: a hash of the model's kind and shape.
+        tokenizer: a hash of its vocabulary and special tokens.
+        embeddings: 64 values of the input embedding.
+    """
+
+    configuration: str
+    tokenizer: str
+    embeddings: list[float]
+
+    def mismatch(self, other: Fingerprint) -> str | None:
+        """Return what differs in `other`, or None where both are the same model."""
+        if self.configuration != other.configuration:
+            return "its architecture or size"
+        if self.tokenizer != other.tokenizer:
+            return "its tokenizer"
+        pairs = zip(self.embeddings, other.embeddings, strict=True)
+        if any(abs(a - b) > _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE for a, b in pairs):
+            return "its weights"
+        return None
+
+
+def fingerprint(model: FrozenModel) -> Fingerprint:
+    """Take the fingerprint of a loaded model."""
+    config = model.hf_model.config.get_text_config()
+    shape = {name: getattr(config, name, None) for name in _SHAPE}
+    special = {name: str(token) for name, token in model.tokenizer.special_tokens_map.items()}
+    vocabulary = model.tokenizer.get_vocab()
+    sample = model.embed([i * model.vocabulary_size // 64 for i in range(64)]).float().cpu()
+    values = [float(sample[i, (i * 37) % sample.shape[1]]) for i in range(64)]
+    return Fingerprint(configuration=_hash(shape), tokenizer=_hash([vocabulary, special]), embeddings=values)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,112 @@
+"""The frozen model: a base model that is never changed, and what prompts ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt.data.examples import Example
+from softprompt.model.prefix import Prefix
+from softprompt.model.way import TextPass, Way
+
+
+class FrozenModel:
+    """A causal language model in eval mode, none of whose weights takes a gradient.
+
+    Attributes:
+        hf_model: the transformers model itself.
+        tokenizer: its tokenizer.
+        source: what it was loaded from: a hub id, a path or a bundled name.
+        revision: the hub revision, None for local models.
+        way: how text is run against a prefix.
+    """
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        way: Way,
+        source: str,
+        revision: str | None = None,
+    ) -> None:
+        self.hf_model = hf_model
+        self.tokenizer = tokenizer
+        self.way = way
+        self.source = source
+        self.revision = revision
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf_model.device
+
+    @property
+    def embedding_width(self) -> int:
+        """H, the width of the input embedding; not the hidden size in every model."""
+        return int(self.embed([0]).shape[1])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens have an embedding; V, or a little more where the table is padded."""
+        return int(self.hf_model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+
+    @property
+    def context_length(self) -> int | None:
+        """The most positions that the model was made for, None where its configuration names none."""
+        length = getattr(self.hf_model.config.get_text_config(), "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return the input embeddings of token ids, `[T, H]`, through the model's own module (Gemma scales in it)."""
+        with torch.no_grad():
+            embedded: Tensor = self.hf_model.get_input_embeddings()(torch.tensor(list(ids), device=self.device))
+        return embedded
+
+    def prefix(self, prompt: Tensor | None, text: Sequence[int] = ()) -> Prefix:
+        """Run a soft prompt, and the text that all examples begin with, once.
+
+        Args:
+            prompt: `[P, H]`; None for no virtual tokens.
+            text: token ids that follow the virtual tokens in every example.
+
+        Returns:
+            The prefix; differentiable with respect to `prompt`. Empty where both are.
+        """
+        parts = []
+        if prompt is not None and len(prompt):
+            parts.append(prompt.to(self.device, self.hf_model.dtype))
+        if len(text):
+            parts.append(self.embed(text))
+        if not parts:
+            return Prefix()
+        prefix = self.way.prompt_pass(torch.cat(parts).unsqueeze(0))
+        return Prefix(prefix.keys, prefix.values, prefix.last, prefix.length, tuple(text))
+
+    def loss(self, prefix: Prefix, examples: Sequence[Example]) -> Tensor:
+        """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
+
+        Args:
+            prefix: its `text` must be how each example begins, up to its first target at most.
+            examples: they are run at once: a micro-batch.
+        """
+        held = len(prefix.text)
+        texts = [torch.tensor(e.ids[held:]) for e in examples]
+        wanted = [torch.arange(e.start - held - 1, len(e.ids) - held - 1) for e in examples]
+        targets = torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
+        logits = self.way.text_pass(prefix, texts, wanted).logits
+        return cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+
+    @torch.no_grad()
+    def read(self, prefix: Prefix, texts: Sequence[Sequence[int]], extend: bool = False) -> TextPass:
+        """Run texts (at least one token each) and return the logits after each one's last token, `[texts, V]`.
+
+        Args:
+            prefix: what stands before each text.
+            texts: token ids, without those that the prefix already holds.
+            extend: also return, per text, the prefix that ends with it.
+        """
+        ids = [torch.tensor(list(text)) for text in texts]
+        return self.way.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend)

@@ -1,0 +1,43 @@
+"""The exact gradient on a prompt, with the prompt run through the model once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softprompt.data.examples import Example
+from softprompt.model.frozen import FrozenModel
+
+
+def prompt_gradient(
+    model: FrozenModel, prompt: Tensor, text: Sequence[int], micro_batches: Sequence[Sequence[Example]]
+) -> tuple[float, Tensor]:
+    """Return the mean loss over all target tokens of a step, and its gradient on the prompt.
+
+    The prompt's own pass gives the prefix; cut off from it, every micro-batch of text adds to the prefix's
+    gradients; one backward pass from there through the prompt ends the step.
+
+    Args:
+        model: the frozen model.
+        prompt: `[P, H]`, float32.
+        text: ids that every example begins with; they are run once, with the prompt.
+        micro_batches: how the step's examples are cut changes the result by rounding only.
+
+    Returns:
+        The loss in nats per target token, and its gradient `[P, H]`.
+    """
+    prompt = prompt.detach().requires_grad_()
+    targets = sum(example.targets for part in micro_batches for example in part)
+    with torch.enable_grad():
+        prefix = model.prefix(prompt, text)
+        leaves = prefix.leaves()
+        total = 0.0
+        for part in micro_batches:
+            loss = model.loss(leaves, part).sum() / targets
+            loss.backward()
+            total += float(loss.detach())
+        prefix.backward(leaves)
+    assert prompt.grad is not None
+    return total, prompt.grad

@@ -1,0 +1,114 @@
+"""Loading a base model: bundled, a folder, a GGUF file, or an id of the hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from softprompt.errors import ModelError, nearest
+from softprompt.model.bundled import BUNDLED, fetch
+from softprompt.model.choice import freeze
+from softprompt.model.frozen import FrozenModel
+
+logger = logging.getLogger(__name__)
+
+_NO_ENCODER_DECODER = (
+    "{model} is an encoder-decoder model: its prompt sees the input, so it is not the same for every example. "
+    "softprompt runs decoder-only (causal) models"
+)
+
+
+def load_model(
+    model: str | Path = "smollm2-135m",
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = logger.info,
+) -> FrozenModel:
+    """Load a causal language model and its tokenizer, and find the fastest way of running it that is exact.
+
+    Args:
+        model: a bundled name (see `softprompt models list`), a folder, a `.gguf` file, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        device: `auto` takes a GPU where there is one.
+        dtype: `auto` is float32 on a CPU; on a GPU bfloat16, or float16 where it has none.
+        trust_remote_code: run the Python code that comes with the model. It can do whatever you can: read the
+            files, and send them. Only for repositories whose code you have read.
+        say: told what is going on, a line at a time.
+
+    Raises:
+        ModelError: no such model, or one that cannot run prompts exactly.
+    """
+    name = str(model)
+    if trust_remote_code:
+        say(f"warning: trust_remote_code runs Python code that comes with {name}; it can read and change your files")
+    place = resolve_device(device)
+    source, extra = _locate(name, revision, say)
+    extra["trust_remote_code"] = trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(source, **extra)
+        _refuse_other_kinds(config, name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **extra)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot load {name!r}: {reason}{nearest(name, BUNDLED)}") from error
+    torch.nn.Module.to(hf_model, place)
+    return freeze(hf_model, tokenizer, name, revision)
+
+
+def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
+    """Return what `from_pretrained` takes for a model's name."""
+    if name in BUNDLED:
+        return str(fetch(BUNDLED[name], say)), {}
+    path = Path(name)
+    if name.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"no such file: {path}")
+        say(f"reading {path.name}; a folder that transformers saved loads faster")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json; give a folder that transformers' save_pretrained wrote")
+        return name, {}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ModelError(f"no such folder: {name}")
+    return name, {"revision": revision}
+
+
+def _refuse_other_kinds(config: PretrainedConfig, name: str) -> None:
+    if config.is_encoder_decoder:
+        raise ModelError(_NO_ENCODER_DECODER.format(model=name))
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device that a setting names; `auto` is a GPU where there is one."""
+    if device == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}; allowed are auto, cpu, cuda, cuda:N and mps") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device}: PyTorch sees no CUDA device here; use --set device=cpu")
+    return place
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the precision that a setting names."""
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"unknown dtype {dtype!r}; allowed are auto, float32, bfloat16 and float16")
+    return found

@@ -1,0 +1,58 @@
+"""How many tokens can be run at once, predicted from the memory that is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from softprompt.model.frozen import FrozenModel
+
+# Matrix products on a CPU reach their full rate at about a thousand rows; a GPU wants more.
+_USEFUL_TOKENS = {"cpu": 1024}
+_USEFUL_ON_GPU = 8192
+_SHARE = 0.5  # of the free memory: the prediction is rough, and other programs want some
+
+
+def micro_batch_tokens(model: FrozenModel, virtual_tokens: int, longest: int, target_share: float) -> int:
+    """Predict how many text tokens of a step can be run at once.
+
+    Args:
+        model: the frozen model.
+        virtual_tokens: P, for the attention scores.
+        longest: tokens of the longest example.
+        target_share: target tokens per token; each holds a row of logits.
+    """
+    free = available_memory(model.device) * _SHARE
+    fitting = int(free / bytes_per_token(model, virtual_tokens, longest, target_share))
+    return max(1, min(fitting, _USEFUL_TOKENS.get(model.device.type, _USEFUL_ON_GPU)))
+
+
+def bytes_per_token(model: FrozenModel, virtual_tokens: int, longest: int, target_share: float) -> float:
+    """Estimate what one text token keeps in memory until its backward pass is done."""
+    config = model.hf_model.config.get_text_config()
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    scores = 3 * config.num_attention_heads * (virtual_tokens + longest)
+    per_layer = 12 * width + 6 * inner + scores
+    size = torch.finfo(model.hf_model.dtype).bits // 8
+    logits = 3 * 4 * target_share * config.vocab_size  # logits, their softmax and its gradient, in float32
+    return float(config.num_hidden_layers * per_layer * size + logits)
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device; a container's limit counts on the CPU."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max": no limit
+            continue
+    return max(free, 0)

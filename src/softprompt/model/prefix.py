@@ -1,0 +1,55 @@
+"""The prefix: what a prompt becomes before the model reads text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values, at every layer, of the positions that stand before the text.
+
+    Attributes:
+        keys: per layer `[1, K, P, D]`, after any rotary embedding.
+        values: per layer `[1, K, P, D]`.
+        last: `[1, H]`, the output head's input at the last position; it predicts the first text token.
+            None where the prefix is empty.
+        length: P, the positions taken: virtual tokens, then `text`.
+        text: ids of the real text that the prefix already holds.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    last: Tensor | None = None
+    length: int = 0
+    text: tuple[int, ...] = ()
+
+    def _tensors(self) -> list[Tensor]:
+        last = [] if self.last is None else [self.last]
+        return [*self.keys, *self.values, *last]
+
+    def leaves(self) -> Prefix:
+        """Return a copy cut off from the graph, whose float32 tensors gather gradients of their own."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().float().requires_grad_()
+
+        return Prefix(
+            keys=[leaf(k) for k in self.keys],
+            values=[leaf(v) for v in self.values],
+            last=None if self.last is None else leaf(self.last),
+            length=self.length,
+            text=self.text,
+        )
+
+    def backward(self, leaves: Prefix) -> None:
+        """Carry the gradients that `leaves` gathered back to what this prefix was made from."""
+        pairs = [
+            (tensor, leaf.grad.to(tensor.dtype))
+            for tensor, leaf in zip(self._tensors(), leaves._tensors(), strict=True)
+            if leaf.grad is not None and tensor.requires_grad
+        ]
+        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])

@@ -1,0 +1,96 @@
+"""What the ways of running text against a prefix have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.errors import ModelError
+from softprompt.model.prefix import Prefix
+
+
+@dataclass(frozen=True)
+class TextPass:
+    """What one pass of text gives.
+
+    Attributes:
+        logits: `[R, V]`, a row for each wanted position, text by text.
+        extended: per text, the prefix that ends with it; empty unless asked for.
+    """
+
+    logits: Tensor
+    extended: list[Prefix] = field(default_factory=list)
+
+
+class Way(ABC):
+    """Runs prompts and texts through a frozen model.
+
+    A position counts from the first token of a text; -1 is the last position of the prefix, whose logits
+    predict a text's first token.
+    """
+
+    name: str
+
+    def __init__(self, hf_model: PreTrainedModel) -> None:
+        self.hf_model = hf_model
+
+    @abstractmethod
+    def prompt_pass(self, embeddings: Tensor) -> Prefix:
+        """Run embeddings `[1, P, H]` (P at least 1) on their own and note their keys and values."""
+
+    @abstractmethod
+    def text_pass(
+        self, prefix: Prefix, texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool = False
+    ) -> TextPass:
+        """Run texts (ids `[t]` each, t at least 1) behind one prefix.
+
+        Args:
+            prefix: the prefix, the same for all texts.
+            texts: token ids of each text.
+            wanted: per text, the positions whose logits are computed; nowhere else is the output head run.
+            extend: also return, per text, the prefix that ends with it.
+        """
+
+
+@contextmanager
+def head_input(hf_model: PreTrainedModel, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the output head see `replace(hidden)` instead of `hidden`, `[B, T, H]`.
+
+    The full model still runs around it, so its own logit scaling and soft-capping hold.
+    """
+    head = hf_model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(hf_model).__name__} has no output head; give a causal language model")
+    handle = head.register_forward_pre_hook(lambda _module, args: (replace(args[0]),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefix: Prefix) -> Tensor:
+    """Gather the head's input at the wanted positions.
+
+    Args:
+        hidden: `[B, T, H]`.
+        starts: per text, where its first token lies in the flattened `[B·T]` axis.
+        wanted: per text, positions; -1 is the prefix's last.
+        prefix: gives that last position.
+
+    Returns:
+        `[1, R, H]`.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    ahead = flat.shape[0]
+    index = torch.cat([torch.where(p < 0, ahead, p + s) for p, s in zip(wanted, starts, strict=True)])
+    if bool((index == ahead).any()):
+        if prefix.last is None:
+            raise ValueError("nothing stands before the first token, so nothing predicts it")
+        flat = torch.cat([flat, prefix.last.to(flat.dtype)])
+    return flat.index_select(0, index.to(flat.device)).unsqueeze(0)

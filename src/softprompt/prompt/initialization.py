@@ -1,0 +1,74 @@
+"""Initializations: small functions that return where the virtual tokens start, `[P, H]`.
+
+Never from N(0, 1): real embeddings have a standard deviation of 0.02 to 0.15, and a prompt that starts far from
+them learns slowly or not at all (Lester et al. 2021, section 3.2; PEFT's default does it all the same).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from softprompt.data.templates import Format
+from softprompt.errors import SettingsError
+from softprompt.model.frozen import FrozenModel
+
+T = TypeVar("T")
+MANY_LABELS = 10
+_USUAL_TOKENS = 20
+
+
+def random_prompt(model: FrozenModel, length: int, seed: int) -> Tensor:
+    """Draw `[P, H]` from a normal distribution with the mean and standard deviation of the model's embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = model.embed(torch.randint(model.vocabulary_size, (2048,), generator=generator).tolist()).float().cpu()
+    drawn = torch.randn(length, sample.shape[1], generator=generator)
+    return sample.mean(dim=0) + drawn * sample.std(dim=0)
+
+
+def vocabulary_prompt(model: FrozenModel, length: int, texts: Iterable[Sequence[int]]) -> Tensor:
+    """Start from the embeddings of the tokens that are most frequent in the training texts (Lester et al. 2021)."""
+    counts = Counter(token for ids in texts for token in ids)
+    special = set(model.tokenizer.all_special_ids)
+    frequent = [token for token, _ in counts.most_common() if token not in special]
+    return model.embed(repeated(frequent, length)).float().cpu()
+
+
+def text_prompt(model: FrozenModel, length: int | None, text: str) -> Tensor:
+    """Start from the embeddings of a text's tokens, all of them or the first P; a shorter text is repeated."""
+    ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise SettingsError(f"init_text {text!r} has no tokens; describe the task in a few words")
+    return model.embed(repeated(ids, length or len(ids))).float().cpu()
+
+
+def labels_prompt(model: FrozenModel, length: int | None, verbalizers: Iterable[str]) -> Tensor:
+    """Start from one embedding a label: the mean of its tokens' (Lester et al. 2021, class-label initialization)."""
+    means = []
+    for text in verbalizers:
+        ids: list[int] = model.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        means.append(model.embed(ids).float().cpu().mean(dim=0))
+    if not means:
+        raise SettingsError("init=labels needs a classification task; use init=text")
+    return torch.stack(repeated(means, length or min(len(means), _USUAL_TOKENS)))
+
+
+def task_text(format: Format) -> str:
+    """Say in a few words what a task is about, as a start for its prompt."""
+    if format.task == "classification":
+        names = list(format.verbalizers.values())[:MANY_LABELS]
+        return (
+            f"Classify the text as {', '.join(names[:-1])} or {names[-1]}:\n" if names[1:] else "Classify the text:\n"
+        )
+    if format.task == "completion":
+        return "Read the input and write the output that belongs to it, in the same way every time:\n"
+    return "The following is a text of the same kind as the others, written in the same style:\n"
+
+
+def repeated(items: Sequence[T], length: int) -> list[T]:
+    """Return `length` items, beginning again where they run out."""
+    return [items[i % len(items)] for i in range(length)]

@@ -1,0 +1,228 @@
+"""The soft prompt and its folder, which PEFT reads as it is."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from softprompt.data.rows import Task
+from softprompt.data.templates import DEFAULT_TEMPLATE, Format
+from softprompt.errors import PromptError
+from softprompt.model.fingerprint import Fingerprint, fingerprint
+from softprompt.model.frozen import FrozenModel
+from softprompt.storage import write_folder
+
+WEIGHTS, ADAPTER, RECORD, CARD = "adapter_model.safetensors", "adapter_config.json", "softprompt.json", "README.md"
+FORMAT_VERSION = 1
+_KEY = "prompt_embeddings"
+_MOST_TOKENS = 10_000
+
+
+class BaseModelRecord(BaseModel):
+    """Which base model a prompt was trained on."""
+
+    id: str
+    revision: str | None = None
+    fingerprint: Fingerprint | None = None
+    attention_heads: int = 0
+    layers: int = 0
+
+
+class Record(BaseModel):
+    """What `softprompt.json` says of a prompt.
+
+    Attributes:
+        format_version: of the folder.
+        base_model: the model it was trained on.
+        task, template, verbalizers, max_length: how rows become tokens.
+        training: settings and how far it went.
+        metrics: on the validation rows, with the prompt.
+        data: hashes of the training and validation rows.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    format_version: int = FORMAT_VERSION
+    base_model: BaseModelRecord
+    task: Task = "text"
+    template: str = DEFAULT_TEMPLATE["text"]
+    verbalizers: dict[str, str] = {}
+    max_length: int = 512
+    training: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    data: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """A learned prompt.
+
+    Attributes:
+        embeddings: float32 `[P, H]`, on the CPU.
+        record: what it is for and where it comes from.
+    """
+
+    embeddings: Tensor
+    record: Record
+
+    @property
+    def format(self) -> Format:
+        """How rows become text for this prompt."""
+        return Format(self.record.task, self.record.template, self.record.verbalizers)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return int(self.embeddings.shape[0])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder: PEFT's two files, `softprompt.json` and a model card.
+
+        Raises:
+            PromptError: the folder exists and holds something else than a prompt.
+            StorageError: it cannot be written.
+        """
+        path = Path(folder)
+        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / ADAPTER).exists())):
+            raise PromptError(f"{path} exists and is not a prompt; give a new folder")
+        with write_folder(path) as aside:
+            save_file({_KEY: self.embeddings.float().contiguous()}, aside / WEIGHTS)
+            (aside / ADAPTER).write_text(_json(self._adapter_config()), encoding="utf-8")
+            (aside / RECORD).write_text(_json(self.record.model_dump()), encoding="utf-8")
+            (aside / CARD).write_text(self._card(), encoding="utf-8")
+        return path
+
+    def _adapter_config(self) -> dict[str, Any]:
+        """Return what PEFT needs to load the prompt, `PromptTuningConfig`'s own names."""
+        base = self.record.base_model
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base.id,
+            "revision": base.revision,
+            "inference_mode": True,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "token_dim": int(self.embeddings.shape[1]),
+            "num_transformer_submodules": 1,
+            "num_attention_heads": base.attention_heads,
+            "num_layers": base.layers,
+            "prompt_tuning_init": "RANDOM",
+        }
+
+    def _card(self) -> str:
+        card = Environment(loader=PackageLoader("softprompt.prompt", "."), trim_blocks=True).get_template("card.md")
+        return card.render(prompt=self, record=self.record)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def base_model_record(model: FrozenModel) -> BaseModelRecord:
+    """Describe a loaded model, so that a prompt can be matched to it later."""
+    config = model.hf_model.config.get_text_config()
+    return BaseModelRecord(
+        id=model.source,
+        revision=model.revision,
+        fingerprint=fingerprint(model),
+        attention_heads=config.num_attention_heads,
+        layers=config.num_hidden_layers,
+    )
+
+
+def load_prompt(folder: str | Path) -> SoftPrompt:
+    """Read a prompt's folder; one that PEFT wrote will do.
+
+    Raises:
+        PromptError: no such folder, a missing file, a pickle, a wrong shape, or values that are not finite.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise PromptError(f"no such prompt: {path}; give the folder of one, such as RUN/prompt")
+    for name in (ADAPTER, WEIGHTS):
+        if not (path / name).is_file():
+            pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+            hint = f"; {pickles[0]} is a pickle, which can run code and is never read" if pickles else ""
+            raise PromptError(f"{path} is not a prompt: {name} is missing{hint}")
+    adapter = _read_json(path / ADAPTER)
+    kind = adapter.get("peft_type")
+    if kind != "PROMPT_TUNING":
+        raise PromptError(f"{path} holds a {kind} adapter; softprompt reads PROMPT_TUNING")
+    return SoftPrompt(_read_embeddings(path / WEIGHTS), _read_record(path, adapter))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PromptError(f"cannot read {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise PromptError(f"{path} must hold a JSON object")
+    return loaded
+
+
+def _read_embeddings(path: Path) -> Tensor:
+    """Read the one tensor, after its shape was checked in the file's header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if list(file.keys()) != [_KEY]:
+                raise PromptError(f"{path} must hold one tensor {_KEY!r}, it holds {', '.join(file.keys())}")
+            shape = file.get_slice(_KEY).get_shape()
+            if len(shape) != 2 or not 1 <= shape[0] <= _MOST_TOKENS:
+                raise PromptError(f"{path}: {_KEY} has the shape {shape}; it must be [virtual tokens, width]")
+            embeddings: Tensor = file.get_tensor(_KEY).float()
+    except (SafetensorError, OSError) as error:
+        raise PromptError(f"cannot read {path}: {error}") from error
+    if not bool(torch.isfinite(embeddings).all()):
+        raise PromptError(
+            f"{path} holds values that are not finite; train the prompt again, with a lower learning_rate"
+        )
+    return embeddings
+
+
+def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
+    if not (path / RECORD).is_file():
+        warnings.warn(
+            f"{path} has no {RECORD}: which model it belongs to cannot be checked, and its text is taken as it is",
+            stacklevel=3,
+        )
+        return Record(base_model=BaseModelRecord(id=adapter.get("base_model_name_or_path") or ""))
+    loaded = _read_json(path / RECORD)
+    version = loaded.get("format_version")
+    if version != FORMAT_VERSION:
+        raise PromptError(f"{path / RECORD} has format version {version}; this softprompt reads {FORMAT_VERSION}")
+    try:
+        return Record(**loaded)
+    except ValidationError as error:
+        raise PromptError(f"{path / RECORD} is damaged: {error.errors()[0]['msg']}") from error
+
+
+def require_fit(prompt: SoftPrompt, model: FrozenModel) -> None:
+    """Make sure that a prompt belongs to a model.
+
+    Raises:
+        PromptError: it was trained on another.
+    """
+    width = model.embedding_width
+    base = prompt.record.base_model
+    if prompt.embeddings.shape[1] != width:
+        raise PromptError(
+            f"the prompt has width {prompt.embeddings.shape[1]}, {model.source} has {width}: "
+            f"it was trained on {base.id}"
+        )
+    differs = base.fingerprint.mismatch(fingerprint(model)) if base.fingerprint else None
+    if differs:
+        raise PromptError(
+            f"the prompt was trained on {base.id}; {model.source} is another model: {differs} differs. "
+            f"Use --model {base.id}, or tune a prompt for this one"
+        )

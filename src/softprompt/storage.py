@@ -1,0 +1,59 @@
+"""Writing files so that a reader never sees half of one: aside, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from softprompt.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about a path into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; free some space, or choose another folder"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and rename it into place."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.tmp")
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, and rename it to `path` at the end; a folder that was there is replaced.
+
+    If filling it fails, what was at `path` stays as it was.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        try:
+            aside.chmod(0o755)  # mkdtemp's folders are for their owner alone
+            yield aside
+            if path.exists():
+                old = aside.with_name(aside.name + "-old")
+                path.rename(old)
+                aside.rename(path)
+                shutil.rmtree(old)
+            else:
+                aside.rename(path)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise

@@ -1,0 +1,91 @@
+"""A dry run: what a plan would learn from, and what it would cost."""
+
+from __future__ import annotations
+
+import time
+
+from pydantic import BaseModel
+
+from softprompt.data.batching import draw, micro_batches
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.gradient import prompt_gradient
+from softprompt.model.memory import available_memory, bytes_per_token
+from softprompt.training.plan import Plan
+
+_SHOWN = 3
+_BACKWARD = 3.0  # a training step costs about three times the forward pass that scoring a row is
+
+
+class RenderedRow(BaseModel):
+    """A row as the model sees it.
+
+    Attributes:
+        input, target: the text, split where the target's tokens begin.
+        tokens, targets: how many there are in all, and how many are learned.
+    """
+
+    input: str
+    target: str
+    tokens: int
+    targets: int
+
+
+class Forecast(BaseModel):
+    """What a run would do; `step_seconds` is measured on one step, `minutes` extrapolates from it."""
+
+    way: str
+    virtual_tokens: int
+    width: int
+    parameters: int
+    mean_tokens: float
+    longest: int
+    truncated: int
+    rendered: list[RenderedRow]
+    step_gigabytes: float
+    free_gigabytes: float
+    step_seconds: float
+    minutes: float
+
+
+def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
+    """Run one step of a plan, keep nothing of it, and say what the whole run would take."""
+    config, examples = plan.config, plan.examples
+    assert config.batch_size and config.micro_batch_tokens and config.max_steps and config.eval_every
+    batch = [examples[i] for i in draw(len(examples), config.batch_size, 0, config.seed)]
+    cut = micro_batches(batch, config.micro_batch_tokens, len(plan.text))
+    began = time.monotonic()
+    prompt_gradient(model, plan.start, plan.text, [[batch[i] for i in part] for part in cut])
+    seconds = time.monotonic() - began
+
+    lengths = [len(e.ids) for e in examples]
+    per_token = seconds / sum(len(e.ids) for e in batch)
+    scored = len(plan.validation) if plan.validation is not None else 0
+    evaluations = (config.max_steps // config.eval_every + 1) * scored * sum(lengths) / len(lengths) / _BACKWARD
+    virtual, width = plan.start.shape
+    at_once = max(sum(len(batch[i].ids) for i in part) for part in cut) + virtual
+    targets = sum(e.targets for e in examples) / sum(lengths)
+    return Forecast(
+        way=model.way.name,
+        virtual_tokens=virtual,
+        width=width,
+        parameters=plan.start.numel(),
+        mean_tokens=sum(lengths) / len(lengths),
+        longest=max(lengths),
+        truncated=plan.encoder.truncated,
+        rendered=[_rendered(model, plan, i) for i in range(min(_SHOWN, len(examples)))],
+        step_gigabytes=at_once * bytes_per_token(model, virtual, max(lengths), targets) / 1e9,
+        free_gigabytes=available_memory(model.device) / 1e9,
+        step_seconds=seconds,
+        minutes=(config.max_steps * seconds + evaluations * per_token) / 60,
+    )
+
+
+def _rendered(model: FrozenModel, plan: Plan, index: int) -> RenderedRow:
+    example = plan.examples[index]
+    decode = model.tokenizer.decode
+    return RenderedRow(
+        input=str(decode(list(example.ids[: example.start]))),
+        target=str(decode(list(example.ids[example.start :]))),
+        tokens=len(example.ids),
+        targets=example.targets,
+    )

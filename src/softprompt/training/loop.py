@@ -1,0 +1,253 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from softprompt.config import TuneConfig
+from softprompt.data.batching import draw, micro_batches
+from softprompt.data.rows import Rows
+from softprompt.errors import RunError
+from softprompt.evaluation.scoring import Scores
+from softprompt.model.fingerprint import fingerprint
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.gradient import prompt_gradient
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.training.plan import Plan, make_plan
+from softprompt.training.run_folder import Progress, RunFolder, State
+from softprompt.training.watcher import Watcher
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run gave.
+
+    Attributes:
+        prompt: the best prompt.
+        run: the run's folder, None if none was asked for.
+        steps: steps done in all.
+        seconds: time that this call took, model loading not counted.
+        best_step: the step after which the prompt was found.
+        metrics: the best prompt's, on the validation rows; empty without those.
+        settings: all settings, decided.
+    """
+
+    prompt: SoftPrompt
+    run: Path | None
+    steps: int
+    seconds: float
+    best_step: int
+    metrics: dict[str, float]
+    settings: TuneConfig
+
+
+def tune(
+    model: FrozenModel,
+    data: Rows,
+    config: TuneConfig | None = None,
+    *,
+    eval_data: Rows | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> TuneResult:
+    """Learn a soft prompt (Lester et al. 2021) for a task; the model itself is not changed.
+
+    Args:
+        model: the frozen model.
+        data: rows to learn from; a part is held back to choose the best prompt on, unless `eval_data` is given.
+        config: settings; None for the defaults.
+        eval_data: validation rows.
+        out: the run's folder; None to keep nothing but the result.
+        resume: go on with the run in `out`.
+        watcher: told of every step.
+
+    Raises:
+        InputError: what was given does not fit together.
+        RunError: the loss is not finite.
+        StorageError: a file cannot be written.
+    """
+    began = time.monotonic()
+    watcher = watcher or Watcher()
+    with tempfile.TemporaryDirectory() as scratch:
+        run = RunFolder(Path(out) if out is not None else Path(scratch) / "run")
+        identity = _identity(model, data, eval_data)
+        state = None
+        given = config or TuneConfig()
+        if resume:
+            given, state = run.resume(given, identity)
+        plan = make_plan(model, data, given, eval_data)
+        if not resume:
+            run.begin(plan.config, identity)
+        watcher.begin(plan, state.progress.step if state else 0)
+        with _reproducible(plan.config.threads):
+            prompt, progress, scores = _Loop(model, plan, run, watcher, state).run()
+        made = SoftPrompt(prompt, _record(model, plan, progress, identity))
+        made.save(run.prompt)
+        if scores is not None:
+            run.write_predictions(scores.predictions())
+        watcher.end()
+    seconds = time.monotonic() - began
+    place = run.path if out is not None else None
+    return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
+
+
+class _Loop:
+    def __init__(self, model: FrozenModel, plan: Plan, run: RunFolder, watcher: Watcher, state: State | None) -> None:
+        self.model, self.plan, self.folder, self.watcher = model, plan, run, watcher
+        config = plan.config
+        self.prompt = torch.nn.Parameter(plan.start.clone())
+        self.best = plan.start.clone()
+        self.progress = Progress(threads=torch.get_num_threads())
+        self.optimizer = torch.optim.AdamW([self.prompt], weight_decay=config.weight_decay)
+        if state is not None:
+            self._restore(state)
+
+    def run(self) -> tuple[Tensor, Progress, Scores | None]:
+        config, progress = self.plan.config, self.progress
+        assert config.max_steps and config.eval_every
+        scores = self._evaluate(self.best) if self.plan.scorer and progress.step else None
+        if self.plan.scorer and not progress.step:
+            scores = self._evaluate(self.prompt.detach())
+            self._note(scores)
+        while progress.step < config.max_steps:
+            self._step()
+            last = progress.step == config.max_steps
+            if self.plan.scorer and (last or progress.step % config.eval_every == 0):
+                now = self._evaluate(self.prompt.detach())
+                if scores is None or now.better_than(scores):
+                    scores = now
+                    self._keep(now)
+                self._note(now)
+            if last and not self.plan.scorer:
+                self._keep(None)
+            if last or progress.step % config.save_every == 0:
+                self.folder.save_state(self._state())
+        return self.best, progress, scores
+
+    def _step(self) -> None:
+        config, progress = self.plan.config, self.progress
+        assert config.batch_size and config.micro_batch_tokens and config.learning_rate and config.max_steps
+        began = time.monotonic()
+        rows = draw(len(self.plan.examples), config.batch_size, progress.step, config.seed)
+        batch = [self.plan.examples[i] for i in rows]
+        cut = micro_batches(batch, config.micro_batch_tokens, len(self.plan.text))
+        parts = [[batch[i] for i in part] for part in cut]
+        loss, self.prompt.grad = prompt_gradient(self.model, self.prompt, self.plan.text, parts)
+        norm = torch.nn.utils.clip_grad_norm_([self.prompt], config.max_grad_norm)
+        if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
+            raise RunError(
+                f"the loss is not finite at step {progress.step + 1} (loss {loss}); the state of the last saved step "
+                "is kept. Try a lower learning_rate, or dtype=float32"
+            )
+        rate = learning_rate(config, progress.step)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        progress.step += 1
+        record = {
+            "step": progress.step,
+            "loss": loss,
+            "learning_rate": rate,
+            "tokens": sum(len(example.ids) for example in batch),
+            "step_seconds": round(time.monotonic() - began, 4),
+        }
+        self.folder.log(record)
+        self.watcher.step(progress.step, loss)
+
+    def _evaluate(self, prompt: Tensor) -> Scores:
+        assert self.plan.scorer is not None
+        return self.plan.scorer.score(self.model, prompt)
+
+    def _note(self, scores: Scores) -> None:
+        values = scores.values()
+        if not self.progress.step:
+            self.progress.best = values
+        self.folder.log({"step": self.progress.step, "validation": values})
+        self.watcher.evaluation(self.progress.step, values)
+
+    def _keep(self, scores: Scores | None) -> None:
+        self.best = self.prompt.detach().clone()
+        self.progress.best_step = self.progress.step
+        self.progress.best = scores.values() if scores else {}
+
+    def _state(self) -> State:
+        moments = self.optimizer.state[self.prompt]
+        tensors = {"prompt": self.prompt.detach(), "best": self.best, **{name: moments[name] for name in _MOMENTS}}
+        return State(self.progress, tensors)
+
+    def _restore(self, state: State) -> None:
+        self.progress = state.progress
+        self.prompt.data.copy_(state.tensors["prompt"])
+        self.best = state.tensors["best"]
+        self.optimizer.state[self.prompt] = {
+            "step": torch.tensor(float(state.progress.step)),
+            **{name: state.tensors[name] for name in _MOMENTS},
+        }
+
+
+def learning_rate(config: TuneConfig, step: int) -> float:
+    """Return the rate of a step (counted from 0): a linear rise, then the schedule's fall to zero."""
+    assert config.learning_rate and config.max_steps
+    warmup = max(1, round(config.warmup_ratio * config.max_steps)) if config.warmup_ratio else 0
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.max_steps - warmup)
+    falls = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.learning_rate * falls[config.schedule]
+
+
+@contextmanager
+def _reproducible(threads: int | None) -> Iterator[None]:
+    """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_num_threads(threads or before[1])
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        torch.set_num_threads(before[1])
+
+
+def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:
+    """Return what has to be the same for a run to go on."""
+    return {
+        "training_data": data.sha256,
+        "validation_data": eval_data.sha256 if eval_data is not None else "held back from the training data",
+        "base_model": json.dumps(fingerprint(model).model_dump()),
+    }
+
+
+def _record(model: FrozenModel, plan: Plan, progress: Progress, identity: dict[str, str]) -> Record:
+    form = plan.encoder.format
+    return Record(
+        base_model=base_model_record(model),
+        task=form.task,
+        template=form.template,
+        verbalizers=dict(form.verbalizers),
+        max_length=plan.encoder.max_length,
+        training={
+            "settings": plan.config.model_dump(),
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "train_rows": len(plan.train),
+            "validation_rows": len(plan.validation) if plan.validation is not None else 0,
+        },
+        metrics=progress.best,
+        data={name: identity[name] for name in ("training_data", "validation_data")},
+    )

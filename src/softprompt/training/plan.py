@@ -1,0 +1,144 @@
+"""The plan of a run: every setting that was left open, chosen from the data and the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softprompt.config import TuneConfig
+from softprompt.data.examples import Encoder, Example, shared_text
+from softprompt.data.rows import Rows
+from softprompt.data.split import split_rows
+from softprompt.data.templates import Format, make_format
+from softprompt.errors import DataError, SettingsError
+from softprompt.evaluation.scoring import Scorer, make_scorer
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import micro_batch_tokens
+from softprompt.prompt.initialization import (
+    MANY_LABELS,
+    labels_prompt,
+    random_prompt,
+    task_text,
+    text_prompt,
+    vocabulary_prompt,
+)
+
+STEPS = {"quick": 60, "normal": 125, "thorough": 400}
+_USUAL_TOKENS = 20
+Decide = Callable[[str, object, str], None]
+_EVALUATIONS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run needs.
+
+    Attributes:
+        config: settings, every one of them decided.
+        reasons: for each setting that was left open, why it got its value.
+        encoder: rows to token ids.
+        train, validation: the rows; validation is None where the last prompt is to be kept.
+        examples: of the training rows.
+        text: ids that all examples begin with.
+        start: the prompt before the first step, `[P, H]`.
+        scorer: of the validation rows.
+    """
+
+    config: TuneConfig
+    reasons: dict[str, str]
+    encoder: Encoder
+    train: Rows
+    validation: Rows | None
+    examples: list[Example]
+    text: tuple[int, ...]
+    start: Tensor
+    scorer: Scorer | None
+
+
+def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None = None) -> Plan:
+    """Choose what the settings leave open, and turn rows into examples.
+
+    Args:
+        model: the frozen model.
+        data: the training rows; some are held back for validation where `eval_data` is None.
+        config: settings.
+        eval_data: the validation rows.
+
+    Raises:
+        DataError, SettingsError: what the user gave does not fit together.
+    """
+    reasons: dict[str, str] = {}
+    chosen = config.model_dump()
+
+    def decide(name: str, value: object, reason: str) -> None:
+        if chosen[name] is None or chosen[name] == "auto":
+            chosen[name], reasons[name] = value, reason
+
+    train, validation = split_rows(data, eval_data, config.eval_rows, config.seed)
+    if config.train_rows is not None:
+        train = train[: config.train_rows]
+    if data.task == "classification" and len(train.labels) < 2:
+        raise DataError(f"{data.name}: the training rows have one label only ({train.labels[0]}); two are needed")
+    form = make_format(data.task, data.labels, config.template, config.verbalizers)
+    decide("template", form.template, f"default of {form.task}")
+    if form.task == "classification":
+        decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
+    decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
+    start = _start(model, config, form, train, decide)
+    decide("num_virtual_tokens", len(start), "length of the start")
+    chosen["max_length"] = _max_length(model, config.max_length, len(start))
+    encoder = Encoder(model.tokenizer, form, chosen["max_length"])
+    examples = encoder.examples(train)
+    if chosen["loss"] == "all":
+        examples = [Example(e.ids, len(encoder.leading)) for e in examples]
+    text = shared_text(examples)
+    decide("learning_rate", 0.03, "default")
+    decide("batch_size", 16 if form.task == "classification" else 8, f"default of {form.task}")
+    if config.epochs is not None:
+        decide("max_steps", math.ceil(config.epochs * len(train) / chosen["batch_size"]), f"{config.epochs:g} epochs")
+    decide("max_steps", STEPS[config.budget], f"budget {config.budget}")
+    decide("epochs", round(chosen["max_steps"] * chosen["batch_size"] / len(train), 2), "from max_steps")
+    decide("eval_every", math.ceil(chosen["max_steps"] / _EVALUATIONS), f"{_EVALUATIONS} evaluations a run")
+    longest = max(len(e.ids) for e in examples)
+    targets = sum(e.targets for e in examples) / sum(len(e.ids) for e in examples)
+    at_once = micro_batch_tokens(model, len(start), longest, targets)
+    decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
+    decide("threads", torch.get_num_threads(), "cores")
+    decide("device", str(model.device), "fastest there is")
+    decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
+    scorer = make_scorer(encoder, validation) if validation is not None else None
+    return Plan(TuneConfig(**chosen), reasons, encoder, train, validation, examples, text, start, scorer)
+
+
+def _max_length(model: FrozenModel, wanted: int, virtual: int) -> int:
+    """Return how long an example may be, so that it fits behind the virtual tokens."""
+    positions = model.context_length
+    if positions is None:
+        return wanted
+    if virtual + 2 > positions:
+        raise SettingsError(f"{virtual} virtual tokens leave no room for text: the model has {positions} positions")
+    return min(wanted, positions - virtual)
+
+
+def _start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
+    length, init = config.num_virtual_tokens, config.init
+    if init == "auto":
+        many = len(form.verbalizers) > MANY_LABELS and config.init_text is None
+        init = "labels" if many else "text"
+        decide("init", init, "many labels" if many else "a text that says what the task is")
+    if init == "text":
+        text = config.init_text
+        if text is None:
+            text = task_text(form)
+            decide("init_text", text, "written from the task")
+        return text_prompt(model, length, text)
+    if init == "labels":
+        return labels_prompt(model, length, form.verbalizers.values())
+    if init == "vocabulary":
+        texts = model.tokenizer([form.input(row) for row in train], add_special_tokens=False)["input_ids"]
+        return vocabulary_prompt(model, length or _USUAL_TOKENS, texts)
+    return random_prompt(model, length or _USUAL_TOKENS, config.seed)

@@ -1,0 +1,158 @@
+"""The folder of a run: settings, metrics, the best prompt, and states to resume from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from softprompt.config import TuneConfig, read_settings, to_yaml
+from softprompt.errors import InputError, SettingsError, StorageError
+from softprompt.storage import storage_errors, write_folder, write_text
+
+_KEPT_STATES = 2
+
+
+class Progress(BaseModel):
+    """Where a run stands, as `state.json` holds it.
+
+    Attributes:
+        step: steps done.
+        best_step: the step after which the best prompt was found.
+        best: its validation metrics.
+        threads: CPU threads, as other numbers of them give other bits.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best: dict[str, float] = {}
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What is needed to go on as if nothing had happened.
+
+    There are no random states in it: a step's rows follow from the seed and the step's number, and nothing else in
+    a run is random.
+
+    Attributes:
+        progress: where the run stands.
+        tensors: `prompt` and `best`, `[P, H]`, and the optimizer's moments.
+    """
+
+    progress: Progress
+    tensors: dict[str, Tensor]
+
+
+class RunFolder:
+    """Reads and writes a run's files. Everything but `metrics.jsonl` is renamed into place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.prompt = path / "prompt"
+        self._metrics = path / "metrics.jsonl"
+        self._states = path / "state"
+
+    def begin(self, config: TuneConfig, identity: dict[str, str]) -> None:
+        """Write a new run's settings.
+
+        Raises:
+            InputError: the folder holds another run, or something else.
+        """
+        if (self.path / "config.yaml").exists():
+            raise InputError(f"{self.path} holds another run; give another folder, or --resume to go on with it")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"{self.path} exists and is not empty; give a new folder")
+        write_text(self.path / "environment.json", json.dumps({**environment(), **identity}, indent=2) + "\n")
+        write_text(self._metrics, "")
+        write_text(self.path / "config.yaml", to_yaml(config))
+
+    def resume(self, given: TuneConfig, identity: dict[str, str]) -> tuple[TuneConfig, State | None]:
+        """Return the settings of a run that was begun, and its newest state; None if it saved none.
+
+        Raises:
+            InputError: there is no run, or its data, model or settings are others than those given now.
+        """
+        if not (self.path / "config.yaml").exists():
+            raise InputError(f"{self.path} holds no run to resume; leave --resume out to begin one")
+        config, _ = read_settings(TuneConfig, self.path / "config.yaml")
+        for name in given.model_fields_set:
+            before, now = getattr(config, name), getattr(given, name)
+            if now not in (before, None, "auto"):
+                raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")
+        noted = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        for name, value in identity.items():
+            if noted.get(name) != value:
+                raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
+        steps = sorted(int(folder.name.removeprefix("step-")) for folder in self._states.glob("step-*"))
+        state = self._load(steps[-1]) if steps else None
+        self._cut_metrics(state.progress.step if state else 0)
+        return config, state
+
+    def save_state(self, state: State) -> None:
+        """Write a state aside, rename it into place, and drop old ones."""
+        step = state.progress.step
+        with write_folder(self._states / f"step-{step}") as aside:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in state.tensors.items()}, aside / "state.safetensors"
+            )
+            (aside / "state.json").write_text(state.progress.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        steps = sorted(int(folder.name.removeprefix("step-")) for folder in self._states.glob("step-*"))
+        for old in steps[:-_KEPT_STATES]:
+            shutil.rmtree(self._states / f"step-{old}", ignore_errors=True)
+
+    def _load(self, step: int) -> State:
+        folder = self._states / f"step-{step}"
+        try:
+            progress = Progress.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
+            return State(progress, load_file(folder / "state.safetensors"))
+        except (OSError, ValueError) as error:
+            raise StorageError(f"cannot read {folder}: {error}; remove it to resume from an earlier state") from error
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`."""
+        with storage_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _cut_metrics(self, step: int) -> None:
+        """Drop what was logged after a state was saved, also a line that was written by half."""
+        kept = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue
+        write_text(self._metrics, "".join(kept))
+
+    def write_predictions(self, predictions: list[dict[str, Any]]) -> None:
+        """Write `predictions.jsonl`, the best prompt's on the validation rows."""
+        write_predictions(self.path / "predictions.jsonl", predictions)
+
+
+def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
+    """Write a record a line."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions))
+
+
+def environment() -> dict[str, str]:
+    """Return versions and machine."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in ("softprompt", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found

@@ -1,0 +1,24 @@
+"""Watching a run: what the loop tells, for a terminal or a notebook to show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softprompt.training.plan import Plan
+
+
+class Watcher:
+    """Told of a run's course; this one shows nothing."""
+
+    def begin(self, plan: Plan, step: int) -> None:
+        """The plan is made, and `step` steps were done before."""
+
+    def step(self, step: int, loss: float) -> None:
+        """A step is done; `loss` is the mean over its target tokens, in nats."""
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """The prompt was evaluated on the validation rows."""
+
+    def end(self) -> None:
+        """The run is done and written."""
