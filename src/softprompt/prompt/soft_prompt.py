@@ -125,7 +125,7 @@ class SoftPrompt:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def base_model_record(model: FrozenModel) -> BaseModelRecord:

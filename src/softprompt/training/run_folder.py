@@ -96,7 +96,7 @@ class RunFolder:
                 raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
         steps = sorted(int(folder.name.removeprefix("step-")) for folder in self._states.glob("step-*"))
         state = self._load(steps[-1]) if steps else None
-        self._cut_metrics(state.progress.step if state else 0)
+        self._cut_metrics(state.progress.step if state else -1)
         return config, state
 
     def save_state(self, state: State) -> None:

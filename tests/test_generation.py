@@ -1,0 +1,185 @@
+"""Generation behind a precomputed prefix equals transformers' own, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import frozen, tiny_tokenizer
+from softprompt.config import GenerateConfig
+from softprompt.data.templates import DEFAULT_TEMPLATE
+from softprompt.errors import PromptError, SettingsError
+from softprompt.generation import continue_ids, generate
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+
+ARCHITECTURES = ["llama", "gpt2", "bloom", "mistral", "gemma2"]
+TEXTS = ["the parcel never came and", "a fine film", "what", "hello world I want my money back please"]
+NEW = 12
+
+
+def prompt_for(model: FrozenModel, length: int = 9) -> Tensor:
+    return torch.randn(length, model.embedding_width, generator=torch.Generator().manual_seed(3)) * 0.2
+
+
+def soft_prompt(model: FrozenModel, **record: object) -> SoftPrompt:
+    return SoftPrompt(prompt_for(model), Record(base_model=base_model_record(model), **record))  # type: ignore[arg-type]
+
+
+def plain_greedy(
+    model: FrozenModel, prompt: Tensor | None, ids: list[int], new: int, penalty: float = 1.0
+) -> tuple[str, bool]:
+    """Greedy decoding in the plainest way: the whole text through the model for every token.
+
+    Returns the new text, and whether it is whole: it ends where the two best logits are too close to compare.
+    """
+    ids, given = list(ids), len(ids)
+
+    def text() -> str:
+        decode = model.tokenizer.decode
+        return str(decode(ids, skip_special_tokens=True))[len(decode(ids[:given])) :]
+
+    embed = model.hf_model.get_input_embeddings()
+    while len(ids) - given < new:
+        parts = [] if prompt is None else [prompt]
+        embeds = torch.cat([*parts, embed(torch.tensor(ids, dtype=torch.long))]).unsqueeze(0)
+        logits = model.hf_model(inputs_embeds=embeds, use_cache=False).logits[0, -1].float()
+        for token in set(ids):
+            logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+        top = logits.topk(2)
+        if float(top.values[0] - top.values[1]) < 1e-3:
+            return text().rstrip("\ufffd"), False
+        if int(top.indices[0]) == model.tokenizer.eos_token_id:
+            break
+        ids.append(int(top.indices[0]))
+    return text(), True
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@pytest.mark.parametrize("with_prompt", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_mixed_batch_gives_what_each_row_gives_alone_in_plain_transformers(
+    architecture: str, with_prompt: bool, penalty: float
+) -> None:
+    model = frozen(architecture)
+    prompt = prompt_for(model) if with_prompt else None
+    inputs = [model.tokenizer(text)["input_ids"] for text in TEXTS]
+    config = GenerateConfig(repetition_penalty=penalty)
+    made = continue_ids(model, prompt, inputs, [NEW, 3, NEW, 7], config)
+    compared = 0
+    for ids, text, room in zip(inputs, made, [NEW, 3, NEW, 7], strict=True):
+        expected, whole = plain_greedy(model, prompt, ids, room, penalty)
+        assert text == expected if whole else text.startswith(expected)
+        compared += len(expected)
+    assert compared > 20
+
+
+def test_without_a_prompt_it_is_transformers_generate(llama: FrozenModel) -> None:
+    ids = llama.tokenizer(TEXTS[0], return_tensors="pt")
+    whole = llama.hf_model.generate(**ids, max_length=40, repetition_penalty=1.5, do_sample=False)[0]
+    made = generate(llama, [TEXTS[0]], config=GenerateConfig(max_length=40, repetition_penalty=1.5))
+    assert TEXTS[0] + made[0] == llama.tokenizer.decode(whole, skip_special_tokens=True)
+
+
+def test_text_typed_by_the_user_is_kept(llama: FrozenModel) -> None:
+    config = GenerateConfig(max_new_tokens=1)
+    trailing = [llama.tokenizer("I want "), llama.tokenizer("I want")]
+    assert trailing[0] != trailing[1]
+    one = continue_ids(llama, None, [trailing[0]["input_ids"]], [1], config)
+    assert generate(llama, ["I want "], config=config) == one
+
+
+def test_the_template_is_used_unless_raw(llama: FrozenModel) -> None:
+    prompt = soft_prompt(llama, task="completion", template="say {{ input }} again\n")
+    config = GenerateConfig(max_new_tokens=8)
+    rendered = generate(llama, ["say hello again\n"], prompt, config, raw=True)
+    assert generate(llama, ["hello"], prompt, config) == rendered
+    assert generate(llama, ["hello"], prompt, config, raw=True) != rendered
+    assert generate(llama, ["hello"], prompt, config, virtual_tokens=False) == generate(
+        llama, ["say hello again\n"], config=config
+    )
+
+
+def test_a_label_prompt_writes_no_more_than_its_longest_label(llama: FrozenModel) -> None:
+    prompt = soft_prompt(
+        llama,
+        task="classification",
+        template=DEFAULT_TEMPLATE["classification"],
+        verbalizers={"a": "delivery", "b": "good"},
+    )
+    longest = max(len(llama.tokenizer(f" {word}")["input_ids"]) for word in ("delivery", "good"))
+    text = generate(llama, ["the parcel"], prompt)[0]
+    assert text == generate(llama, ["the parcel"], prompt, GenerateConfig(max_new_tokens=longest))[0]
+
+
+def test_max_length_counts_real_tokens_only(llama: FrozenModel) -> None:
+    ids = llama.tokenizer("the parcel")["input_ids"]
+    prompt = soft_prompt(llama)
+    at_ten = generate(llama, ["the parcel"], prompt, GenerateConfig(max_length=10))
+    assert at_ten == generate(llama, ["the parcel"], prompt, GenerateConfig(max_new_tokens=10 - len(ids)))
+
+
+def test_a_prompt_alone_can_be_continued_and_nothing_cannot(llama: FrozenModel) -> None:
+    prompt = soft_prompt(llama)
+    expected, _ = plain_greedy(llama, prompt.embeddings, [], 6)
+    made = generate(llama, ["", "a fine film"], prompt, GenerateConfig(max_new_tokens=6))
+    assert expected and made[0].startswith(expected)
+    with pytest.raises(SettingsError, match="empty"):
+        generate(llama, [""])
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(llama: FrozenModel) -> None:
+    rules = {"do_sample": True, "temperature": 1.3, "top_k": 50, "top_p": 0.95, "max_new_tokens": 10}
+    one = generate(llama, TEXTS, config=GenerateConfig(**rules, seed=1))
+    assert one == generate(llama, TEXTS, config=GenerateConfig(**rules, seed=1))
+    assert one != generate(llama, TEXTS, config=GenerateConfig(**rules, seed=2))
+    assert one[:2] == generate(llama, TEXTS[:2], config=GenerateConfig(**rules, seed=1))
+
+
+def test_sampling_from_one_candidate_is_greedy(llama: FrozenModel) -> None:
+    config = GenerateConfig(max_new_tokens=8)
+    drawn = GenerateConfig(max_new_tokens=8, do_sample=True, top_k=1)
+    assert generate(llama, TEXTS, config=config) == generate(llama, TEXTS, config=drawn)
+
+
+def test_more_rows_than_are_run_at_once_keep_their_order(llama: FrozenModel) -> None:
+    config = GenerateConfig(max_new_tokens=4)
+    many = [f"{text} {i}" for i in range(10) for text in TEXTS]
+    assert generate(llama, many, config=config) == [generate(llama, [text], config=config)[0] for text in many]
+
+
+def test_an_end_of_text_token_ends_a_row_and_is_not_shown(llama: FrozenModel) -> None:
+    free = generate(llama, ["hello"], config=GenerateConfig(max_new_tokens=6))[0]
+    second = llama.tokenizer("hello" + free)["input_ids"][len(llama.tokenizer("hello")["input_ids"]) + 1]
+    settings = llama.hf_model.generation_config
+    before = settings.eos_token_id
+    settings.eos_token_id = [before, second]
+    try:
+        stopped = generate(llama, ["hello"], config=GenerateConfig(max_new_tokens=6))[0]
+    finally:
+        settings.eos_token_id = before
+    assert free.startswith(stopped)
+    assert len(stopped) < len(free)
+
+
+def test_a_prompt_for_another_model_is_refused(llama: FrozenModel) -> None:
+    other = frozen("mistral")
+    with pytest.raises(PromptError, match="another model"):
+        generate(other, ["hello"], soft_prompt(llama))
+
+
+def test_a_template_of_several_columns_takes_dictionaries(llama: FrozenModel) -> None:
+    prompt = soft_prompt(llama, task="completion", template="{{ input }} and {{ text }}\n")
+    config = GenerateConfig(max_new_tokens=3)
+    assert generate(llama, [{"input": "a", "text": "b"}], prompt, config) == generate(
+        llama, ["a and b\n"], prompt, config, raw=True
+    )
+    with pytest.raises(SettingsError, match="columns input, text"):
+        generate(llama, ["a"], prompt, config)
+
+
+def test_no_room_for_new_tokens_is_an_error(llama: FrozenModel) -> None:
+    ids = tiny_tokenizer()("the parcel never came")["input_ids"]
+    with pytest.raises(SettingsError, match=f"own {len(ids)} tokens"):
+        generate(llama, ["the parcel never came"], config=GenerateConfig(max_length=len(ids)))

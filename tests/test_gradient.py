@@ -1,0 +1,185 @@
+"""The one idea, checked: one prompt pass a step gives the loss and gradient that running it per example gives."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from peft import PromptTuningConfig, TaskType, get_peft_model
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM, T5Config
+
+from conftest import frozen, tiny_model, tiny_tokenizer
+from softprompt.data.batching import micro_batches
+from softprompt.data.examples import Example, shared_text
+from softprompt.errors import ModelError
+from softprompt.model.cached import Cached
+from softprompt.model.choice import freeze
+from softprompt.model.concatenated import concatenated_loss
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.gradient import prompt_gradient
+from softprompt.model.loading import load_model
+from softprompt.model.packed import Packed
+from softprompt.model.way import head_input
+
+WAYS = [
+    ("llama", Packed),
+    ("llama", Cached),
+    ("gpt2", Packed),
+    ("gpt2", Cached),
+    ("bloom", Cached),
+    ("mistral", Packed),
+    ("mistral", Cached),
+    ("gemma2", Packed),
+    ("gemma2", Cached),
+]
+TEXTS = ["mixed lengths", "first token is a target", "common beginning", "one example"]
+
+
+def examples_of(kind: str) -> list[Example]:
+    draw = random.Random(7)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 400) for _ in range(length))
+
+    if kind == "first token is a target":
+        return [Example(ids(length), 0) for length in (5, 1, 9, 3)]
+    if kind == "common beginning":
+        lead = ids(6)
+        return [Example(lead + ids(length), 6 + first) for length, first in ((4, 0), (7, 3), (1, 0), (4, 2))]
+    if kind == "one example":
+        return [Example(ids(8), 4)]
+    return [Example(ids(length), length - targets) for length, targets in ((12, 1), (3, 2), (25, 4), (12, 3), (7, 1))]
+
+
+def model_by(architecture: str, way: type[Packed] | type[Cached]) -> FrozenModel:
+    hf_model = tiny_model(architecture)
+    return FrozenModel(hf_model, tiny_tokenizer(), way(hf_model), architecture)
+
+
+def start(model: FrozenModel, length: int) -> Tensor:
+    return torch.randn(length, model.embedding_width, generator=torch.Generator().manual_seed(1)) * 0.1
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("budget", [10_000, 10], ids=["one micro-batch", "several micro-batches"])
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("virtual_tokens", [1, 20])
+@pytest.mark.parametrize(("architecture", "way"), WAYS)
+def test_loss_and_gradient_are_those_of_concatenation(
+    architecture: str, way: type[Packed] | type[Cached], virtual_tokens: int, kind: str, budget: int
+) -> None:
+    model, examples = model_by(architecture, way), examples_of(kind)
+    prompt = start(model, virtual_tokens).requires_grad_()
+    expected = concatenated_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
+    (wanted,) = torch.autograd.grad(expected, prompt)
+
+    text = shared_text(examples) if len(examples) > 1 else ()
+    assert (len(text) == 6) == (kind == "common beginning")
+    parts = [[examples[i] for i in part] for part in micro_batches(examples, budget, len(text))]
+    loss, gradient = prompt_gradient(model, prompt, text, parts)
+
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert relative(gradient, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("virtual_tokens", [1, 20])
+@pytest.mark.parametrize(("architecture", "way"), [w for w in WAYS if w[0] in ("llama", "gpt2", "bloom")])
+def test_loss_and_gradient_are_those_of_peft(
+    architecture: str, way: type[Packed] | type[Cached], virtual_tokens: int, kind: str
+) -> None:
+    model, examples = model_by(architecture, way), examples_of(kind)
+    prompt = start(model, virtual_tokens)
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=virtual_tokens)
+    peft_model = get_peft_model(tiny_model(architecture), config)
+    weight = peft_model.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(prompt)
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.tensor([[*e.ids, *[0] * (longest - len(e.ids))] for e in examples])
+    mask = torch.tensor([[1] * len(e.ids) + [0] * (longest - len(e.ids)) for e in examples])
+    labels = ids.clone()
+    for row, example in enumerate(examples):
+        labels[row, : example.start] = -100
+        labels[row, len(example.ids) :] = -100
+    expected = peft_model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    expected.backward()
+
+    text = shared_text(examples) if len(examples) > 1 else ()
+    parts = [[examples[i] for i in part] for part in micro_batches(examples, 20, len(text))]
+    loss, gradient = prompt_gradient(model, prompt, text, parts)
+
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert relative(gradient, weight.grad) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("llama", "packed"), ("gpt2", "packed"), ("mistral", "packed"), ("gemma2", "packed"), ("bloom", "cached")],
+)
+def test_the_way_is_found_on_the_model(architecture: str, name: str) -> None:
+    assert frozen(architecture).way.name == name
+
+
+def test_a_way_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Packed.text_pass
+
+    def shifted(self: Packed, prefix, texts, wanted, extend=False):  # type: ignore[no-untyped-def]
+        return right(self, prefix, texts, [w.clamp(min=0) for w in wanted], extend)
+
+    monkeypatch.setattr(Packed, "text_pass", shifted)
+    assert frozen("llama").way.name == "cached"
+
+
+def test_a_recurrent_model_is_refused() -> None:
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=16, state_size=4, num_hidden_layers=2))
+    with pytest.raises(ModelError, match="cannot share a prompt between examples exactly"):
+        freeze(mamba, tiny_tokenizer())
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    T5Config(vocab_size=400, d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="its prompt sees the input"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "way"), [("llama", Packed), ("bloom", Cached)])
+def test_the_prompt_is_run_once_a_step_and_logits_only_where_there_are_targets(
+    architecture: str, way: type[Packed] | type[Cached]
+) -> None:
+    model, examples = model_by(architecture, way), examples_of("common beginning")
+    tokens: list[int] = []
+    rows: list[int] = []
+    first_layer = next(m for n, m in model.hf_model.named_modules() if n.endswith(("layers.0.mlp", "h.0.mlp")))
+    handles = [
+        first_layer.register_forward_pre_hook(lambda _m, args: tokens.append(args[0].shape[0] * args[0].shape[1])),
+        model.hf_model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: rows.append(out.shape[1])),
+    ]
+    text = shared_text(examples)
+    prompt_gradient(model, start(model, 20), text, [examples[:2], examples[2:]])
+    for handle in handles:
+        handle.remove()
+    held = len(text)
+    passes = [examples[:2], examples[2:]]
+    if way is Packed:
+        assert tokens == [20 + held, *(sum(len(e.ids) - held for e in part) for part in passes)]
+    else:  # rows of a micro-batch are padded to its longest
+        assert tokens == [20 + held, *(len(part) * max(len(e.ids) - held for e in part) for part in passes)]
+    assert rows == [1, *(sum(e.targets for e in part) for part in passes)]
+
+
+def test_the_model_is_as_it_was_after_a_step() -> None:
+    model = frozen("llama")
+    before = {name: tensor.clone() for name, tensor in model.hf_model.state_dict().items()}
+    implementation = model.hf_model.config._attn_implementation
+    prompt_gradient(model, start(model, 4), (), [examples_of("mixed lengths")])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.hf_model.state_dict().items())
+    assert model.hf_model.config._attn_implementation == implementation
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.hf_model.parameters())
+    with head_input(model.hf_model, lambda hidden: hidden):
+        pass
+    assert not model.hf_model.get_output_embeddings()._forward_pre_hooks

@@ -1,0 +1,237 @@
+"""Training: repeatable bit by bit, resumable after a kill, and the base model stays as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_model, tiny_tokenizer
+from softprompt.config import TuneConfig
+from softprompt.data.rows import load_data
+from softprompt.errors import InputError, RunError, SettingsError
+from softprompt.evaluation.evaluate import evaluate
+from softprompt.model.choice import freeze
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.initialization import labels_prompt, random_prompt, text_prompt, vocabulary_prompt
+from softprompt.prompt.soft_prompt import load_prompt
+from softprompt.training import loop
+from softprompt.training.loop import learning_rate, tune
+
+SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 2, "num_virtual_tokens": 5}
+
+
+def short(**settings: object) -> TuneConfig:
+    return TuneConfig(**{**SHORT, **settings})  # type: ignore[arg-type]
+
+
+def weights_hash(model: FrozenModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.hf_model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def prompt_bytes(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "prompt").iterdir())}
+
+
+def log_without_times(run: Path) -> list[dict[str, object]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "step_seconds"} for record in records]
+
+
+def test_a_prompt_learns_what_the_rows_say(llama: FrozenModel, reviews: Path) -> None:
+    rows = load_data(reviews)
+    config = short(max_steps=60, batch_size=8, learning_rate=0.05, eval_rows=0)
+    before = evaluate(llama, rows)
+    result = tune(llama, rows, config)
+    after = evaluate(llama, rows, result.prompt)
+    assert after.metrics["loss"].value < before.metrics["loss"].value - 0.5
+    assert after.without_prompt == before.metrics
+
+
+@pytest.mark.parametrize("method", ["packed", "cached"])
+def test_the_base_model_is_unchanged_after_a_run(method: str, reviews: Path) -> None:
+    model = freeze(tiny_model("llama" if method == "packed" else "bloom"), tiny_tokenizer())
+    assert model.way.name == method
+    before = weights_hash(model)
+    prompt = tune(model, load_data(reviews), short()).prompt
+    evaluate(model, load_data(reviews), prompt)
+    assert weights_hash(model) == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(
+    llama: FrozenModel, reviews: Path, tmp_path: Path
+) -> None:
+    rows = load_data(reviews)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        tune(llama, rows, short(seed=seed), out=tmp_path / name)
+    assert prompt_bytes(tmp_path / "a") == prompt_bytes(tmp_path / "b")
+    assert log_without_times(tmp_path / "a") == log_without_times(tmp_path / "b")
+    weights = "adapter_model.safetensors"
+    assert prompt_bytes(tmp_path / "a")[weights] != prompt_bytes(tmp_path / "c")[weights]
+
+
+def test_a_killed_run_ends_as_one_that_was_not(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from softprompt.cli.main import main; main()"]
+    command += ["tune", str(reviews), "--model", str(llama_folder), "--json"]
+    for name, value in {**SHORT, "max_steps": 60, "eval_every": 10, "save_every": 3}.items():
+        command += ["--set", f"{name}={value}"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+    whole = tmp_path / "whole"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # the log says how far it is: no clock
+        if line.startswith("step 30/60"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "prompt").exists()
+    assert list((killed / "state").glob("step-*"))
+
+    subprocess.run([*command, "--out", str(killed), "--resume"], check=True, capture_output=True, env=environment)
+    assert prompt_bytes(killed) == prompt_bytes(whole)
+    assert log_without_times(killed) == log_without_times(whole)
+    assert (killed / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("until", [1, 2, 3, 5])
+def test_resuming_after_any_step_gives_the_same_prompt(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, until: int
+) -> None:
+    class Stop(Exception):
+        pass
+
+    from softprompt.training.watcher import Watcher
+
+    class Stopping(Watcher):
+        def step(self, step: int, loss: float) -> None:
+            if step == until:
+                raise Stop
+
+    rows = load_data(reviews)
+    tune(llama, rows, short(), out=tmp_path / "whole")
+    with pytest.raises(Stop):
+        tune(llama, rows, short(), out=tmp_path / "cut", watcher=Stopping())
+    result = tune(llama, rows, short(), out=tmp_path / "cut", resume=True)
+    assert result.steps == SHORT["max_steps"]
+    assert prompt_bytes(tmp_path / "cut") == prompt_bytes(tmp_path / "whole")
+    assert log_without_times(tmp_path / "cut") == log_without_times(tmp_path / "whole")
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows = load_data(reviews)
+    tune(llama, rows, short(), out=tmp_path / "run")
+    before = prompt_bytes(tmp_path / "run"), log_without_times(tmp_path / "run")
+    tune(llama, rows, None, out=tmp_path / "run", resume=True)
+    assert (prompt_bytes(tmp_path / "run"), log_without_times(tmp_path / "run")) == before
+
+
+def test_a_run_is_not_resumed_with_something_else(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows = load_data(reviews)
+    tune(llama, rows, short(), out=tmp_path / "run")
+    with pytest.raises(SettingsError, match="learning_rate = 0.03, not 0.1"):
+        tune(llama, rows, TuneConfig(learning_rate=0.1), out=tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="training data"):
+        tune(llama, rows[:30], short(), out=tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="holds another run"):
+        tune(llama, rows, short(), out=tmp_path / "run")
+
+
+def test_the_best_prompt_is_kept_not_the_last(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    # A rate this high ruins the prompt after a while.
+    config = short(max_steps=30, learning_rate=3.0, schedule="constant", eval_every=1, warmup_ratio=0)
+    result = tune(llama, load_data(reviews), config, out=tmp_path / "run")
+    logged = [r for r in log_without_times(tmp_path / "run") if "validation" in r]
+    best = max(logged, key=lambda r: (r["validation"]["accuracy"], -r["validation"]["loss"]))  # type: ignore[index]
+    assert result.metrics == best["validation"]
+    assert result.best_step == best["step"]
+    assert load_prompt(tmp_path / "run" / "prompt").record.metrics == result.metrics
+    again = evaluate(
+        llama, load_data([json.loads(x) for x in (tmp_path / "run/predictions.jsonl").open()]), result.prompt
+    )
+    assert again.metrics["accuracy"].value == pytest.approx(result.metrics["accuracy"])
+
+
+def test_without_validation_rows_the_last_prompt_is_kept(llama: FrozenModel, reviews: Path) -> None:
+    result = tune(llama, load_data(reviews), short(eval_rows=0))
+    assert result.best_step == result.steps == SHORT["max_steps"]
+    assert result.metrics == {}
+
+
+def test_how_a_step_is_cut_changes_nothing_but_rounding(llama: FrozenModel, reviews: Path) -> None:
+    rows = load_data(reviews)
+    one = tune(llama, rows, short(micro_batch_tokens=10_000)).prompt.embeddings
+    many = tune(llama, rows, short(micro_batch_tokens=1)).prompt.embeddings
+    assert torch.allclose(one, many, atol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 1.0, 1.0, math.nan])
+    monkeypatch.setattr(loop, "prompt_gradient", lambda model, prompt, *_: (next(losses), torch.ones_like(prompt)))
+    with pytest.raises(RunError, match="not finite at step 4"):
+        tune(llama, load_data(reviews), short(save_every=1), out=tmp_path / "run")
+    states = sorted(folder.name for folder in (tmp_path / "run" / "state").iterdir())
+    assert states == ["step-2", "step-3"]
+
+
+def test_the_metrics_file_has_a_line_a_step_and_a_line_an_evaluation(
+    llama: FrozenModel, reviews: Path, tmp_path: Path
+) -> None:
+    tune(llama, load_data(reviews), short(), out=tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert [set(r) for r in steps] == [{"step", "loss", "learning_rate", "tokens", "step_seconds"}] * 6
+    assert [r["step"] for r in records if "validation" in r] == [0, 2, 4, 6]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "predictions.jsonl",
+        "environment.json",
+        "prompt",
+        "state",
+    }
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    config = TuneConfig(learning_rate=1.0, max_steps=110, warmup_ratio=10 / 110)
+    rates = [learning_rate(config, step) for step in range(110)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 100)) for i in range(100)])
+    linear = config.model_copy(update={"schedule": "linear"})
+    assert learning_rate(linear, 60) == pytest.approx(0.5)
+
+
+def test_initializations_start_where_real_tokens_are(llama: FrozenModel) -> None:
+    table = llama.hf_model.get_input_embeddings().weight
+    tokenizer = llama.tokenizer
+    ids = tokenizer("a fine film")["input_ids"]
+    assert torch.equal(text_prompt(llama, None, "a fine film"), table[ids])
+    assert torch.equal(text_prompt(llama, 2, "a fine film"), table[ids[:2]])
+    longer = [*ids, *ids][: len(ids) + 2]
+    assert torch.equal(text_prompt(llama, len(ids) + 2, "a fine film"), table[longer])
+    means = torch.stack([table[tokenizer(f" {label}")["input_ids"]].mean(dim=0) for label in ("good", "delivery")])
+    assert torch.allclose(labels_prompt(llama, None, ["good", "delivery"]), means)
+    assert torch.equal(vocabulary_prompt(llama, 2, [[7, 7, 7, 5, 9, 5]]), table[[7, 5]])
+    drawn = random_prompt(llama, 500, seed=1)
+    assert float(drawn.std()) == pytest.approx(float(table.std()), rel=0.1)
+    assert torch.equal(drawn, random_prompt(llama, 500, seed=1))
