@@ -6,6 +6,8 @@ import functools
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a hub
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,8 +32,6 @@ from softprompt.model.frozen import FrozenModel
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 WORDS = (
     "the parcel never came and I want my money back please classify this text as good or bad label sentiment "
@@ -52,9 +52,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([WORDS] * 3, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -116,7 +116,7 @@ def test_a_killed_run_ends_as_one_that_was_not(llama_folder: Path, reviews: Path
 def test_resuming_after_any_step_gives_the_same_prompt(
     llama: FrozenModel, reviews: Path, tmp_path: Path, until: int
 ) -> None:
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     from softprompt.training.watcher import Watcher
@@ -124,11 +124,11 @@ def test_resuming_after_any_step_gives_the_same_prompt(
     class Stopping(Watcher):
         def step(self, step: int, loss: float) -> None:
             if step == until:
-                raise Stop
+                raise StopError
 
     rows = load_data(reviews)
     tune(llama, rows, short(), out=tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         tune(llama, rows, short(), out=tmp_path / "cut", watcher=Stopping())
     result = tune(llama, rows, short(), out=tmp_path / "cut", resume=True)
     assert result.steps == SHORT["max_steps"]
@@ -147,7 +147,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(llama: FrozenModel, re
 def test_a_run_is_not_resumed_with_something_else(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     rows = load_data(reviews)
     tune(llama, rows, short(), out=tmp_path / "run")
-    with pytest.raises(SettingsError, match="learning_rate = 0.03, not 0.1"):
+    with pytest.raises(SettingsError, match=r"learning_rate = 0\.03, not 0\.1"):
         tune(llama, rows, TuneConfig(learning_rate=0.1), out=tmp_path / "run", resume=True)
     with pytest.raises(InputError, match="training data"):
         tune(llama, rows[:30], short(), out=tmp_path / "run", resume=True)

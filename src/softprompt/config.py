@@ -37,7 +37,7 @@ class TuneConfig(BaseModel):
     micro_batch_tokens: int | None = Field(None, ge=1, description="text tokens run at once; from the free memory")
     epochs: float | None = Field(None, gt=0, description="times that every row is seen; instead of max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget and the rows")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; ten evaluations a run")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; eight of them a run")
     save_every: int = Field(10, ge=1, description="steps between saved states")
     train_rows: int | None = Field(None, ge=1, description="use at most so many training rows")
     eval_rows: int = Field(200, ge=0, description="most validation rows to choose the best prompt on; 0: the last one")

@@ -17,6 +17,7 @@ from softprompt.model.frozen import FrozenModel
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NO_ENCODER_DECODER = (
     "{model} is an encoder-decoder model: its prompt sees the input, so it is not the same for every example. "
     "softprompt runs decoder-only (causal) models"
@@ -108,7 +109,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ModelError(f"unknown dtype {dtype!r}; allowed are auto, float32, bfloat16 and float16")
-    return found
+    if dtype not in _DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]

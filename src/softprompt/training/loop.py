@@ -92,13 +92,15 @@ def tune(
         if not resume:
             run.begin(plan.config, identity)
         watcher.begin(plan, state.progress.step if state else 0)
-        with _reproducible(plan.config.threads):
-            prompt, progress, scores = _Loop(model, plan, run, watcher, state).run()
+        try:
+            with _reproducible(plan.config.threads):
+                prompt, progress, scores = _Loop(model, plan, run, watcher, state).run()
+        finally:
+            watcher.end()
         made = SoftPrompt(prompt, _record(model, plan, progress, identity))
         made.save(run.prompt)
         if scores is not None:
             run.write_predictions(scores.predictions())
-        watcher.end()
     seconds = time.monotonic() - began
     place = run.path if out is not None else None
     return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)

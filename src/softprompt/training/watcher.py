@@ -21,4 +21,4 @@ class Watcher:
         """The prompt was evaluated on the validation rows."""
 
     def end(self) -> None:
-        """The run is done and written."""
+        """No more steps follow: the run is done, was interrupted or failed."""

@@ -1,0 +1,174 @@
+"""What the default settings rest on: prompts tuned with other settings, scored on rows that played no part.
+
+Every variant is one run; its result is appended to `results/defaults.jsonl` as it comes, and a variant that is there
+is not run again, so this can be stopped at any time. `results/defaults.md` is the table of what is there.
+
+    python benchmarks/defaults.py --data ../shared/data            # all cases
+    python benchmarks/defaults.py --data ../shared/data sst2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import softprompt as sp
+from softprompt.cli.demo_verb import demo_rows
+from softprompt.training.run_folder import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task: where its rows come from, and the settings that are compared on it, by name."""
+
+    rows: Callable[[Path], tuple[sp.Rows, sp.Rows]]
+    variants: dict[str, dict[str, Any]]
+
+
+def sst2(data: Path) -> tuple[sp.Rows, sp.Rows]:
+    """Sentiment of film reviews: 2,000 rows to learn from, 872 to score."""
+    return sp.load_data(f"{data}/sst2/train.jsonl[:2000]"), sp.load_data(data / "sst2/validation.jsonl")
+
+
+def prompts(data: Path) -> tuple[sp.Rows, sp.Rows]:
+    """The tutorial's plain text: 50 rows to learn from, the other 103 to score."""
+    path, column = data / "awesome-chatgpt-prompts/prompts.csv", {"text": "prompt"}
+    return sp.load_data(f"{path}[:50]", column), sp.load_data(f"{path}[50:]", column)
+
+
+def support(_data: Path) -> tuple[sp.Rows, sp.Rows]:
+    """The demo's messages: 180 to learn from, 60 to score."""
+    return demo_rows("train"), demo_rows("test")
+
+
+TUTORIAL = {
+    "init": "random",
+    "num_virtual_tokens": 4,
+    "learning_rate": 0.005,
+    "epochs": 5,
+    "batch_size": 8,
+    "eval_rows": 0,
+    "warmup_ratio": 0,
+    "schedule": "linear",
+}
+CASES = {
+    "prompts": Case(
+        prompts,
+        {
+            "as in the tutorial": TUTORIAL,
+            "defaults": {},
+            "learning rate 0.01": {"learning_rate": 0.01},
+            "learning rate 0.1": {"learning_rate": 0.1},
+            "60 steps": {"max_steps": 60},
+            "vocabulary": {"init": "vocabulary"},
+            "random": {"init": "random"},
+        },
+    ),
+    "support": Case(
+        support,
+        {
+            "quick": {"budget": "quick"},
+            "defaults": {},
+            "labels": {"init": "labels", "num_virtual_tokens": 18},
+            "random": {"init": "random"},
+        },
+    ),
+    "sst2": Case(
+        sst2,
+        {
+            "200 steps": {"max_steps": 200},
+            "200 steps, 20 tokens": {"max_steps": 200, "num_virtual_tokens": 20},
+            "125 steps": {"max_steps": 125},
+            "200 steps, learning rate 0.01": {"max_steps": 200, "learning_rate": 0.01},
+            "200 steps, random": {"max_steps": 200, "init": "random"},
+            "template Sentiment:": {"max_steps": 200, "template": "{{ text }}\nSentiment:"},
+        },
+    ),
+}
+
+
+def run(case: str, variant: str, seed: int, model: sp.FrozenModel, data: Path) -> dict[str, Any]:
+    """Tune once and score the prompt on rows that were not used."""
+    train, test = CASES[case].rows(data)
+    settings = {"seed": seed, **CASES[case].variants[variant]}
+    result = sp.tune(model, train, sp.TuneConfig(**settings))
+    done = sp.evaluate(model, test, result.prompt)
+    assert done.without_prompt is not None
+    return {
+        "case": case,
+        "variant": variant,
+        "seed": seed,
+        "settings": settings,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "virtual_tokens": result.prompt.num_virtual_tokens,
+        "best_step": result.best_step,
+        "test": {name: metric.model_dump() for name, metric in done.metrics.items()},
+        "without_prompt": {name: metric.model_dump() for name, metric in done.without_prompt.items()},
+        "date": date.today().isoformat(),
+        "environment": environment(),
+    }
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Settings compared",
+        "",
+        "Made by `benchmarks/defaults.py`, SmolLM2-135M-Instruct, 2 cores. Scored on rows that played no part in "
+        "training or in choosing the best prompt; in brackets the 95 % interval. Seconds are training and validation "
+        "on a shared machine, sometimes beside other work: read them as an upper bound.",
+    ]
+    for case in CASES:
+        mine = [r for r in records if r["case"] == case]
+        if not mine:
+            continue
+        name = "accuracy" if "accuracy" in mine[0]["test"] else "loss"
+        before = mine[0]["without_prompt"][name]["value"]
+        lines += ["", f"## {case}: {name}, {before:.3f} without a prompt", ""]
+        lines += [f"| settings | seed | P | steps | best | seconds | {name} |", "|---|---|---|---|---|---|---|"]
+        for r in mine:
+            m = r["test"][name]
+            lines.append(
+                f"| {r['variant']} | {r['seed']} | {r['virtual_tokens']} | {r['steps']} | {r['best_step']} | "
+                f"{r['seconds']:.0f} | {m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of the data sets")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--variants", nargs="*", help="default: all of the case")
+    options = parser.parse_args()
+    file = RESULTS / "defaults.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    model = sp.load_model()
+    for case in options.cases or CASES:
+        for seed in range(options.seeds):
+            for variant in options.variants or CASES[case].variants:
+                if any((r["case"], r["variant"], r["seed"]) == (case, variant, seed) for r in records):
+                    continue
+                began = time.monotonic()
+                record = run(case, variant, seed, model, options.data)
+                records.append(record)
+                with file.open("a") as out:
+                    out.write(json.dumps(record) + "\n")
+                print(case, variant, seed, record["test"], f"{time.monotonic() - began:.0f} s", flush=True)
+                (RESULTS / "defaults.md").write_text(table(records))
+    (RESULTS / "defaults.md").write_text(table(records))
+
+
+if __name__ == "__main__":
+    main()

