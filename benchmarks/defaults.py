@@ -67,7 +67,7 @@ CASES = {
             "defaults": {},
             "learning rate 0.01": {"learning_rate": 0.01},
             "learning rate 0.1": {"learning_rate": 0.1},
-            "60 steps": {"max_steps": 60},
+            "200 steps": {"max_steps": 200},
             "vocabulary": {"init": "vocabulary"},
             "random": {"init": "random"},
         },
@@ -84,12 +84,12 @@ CASES = {
     "sst2": Case(
         sst2,
         {
-            "200 steps": {"max_steps": 200},
-            "200 steps, 20 tokens": {"max_steps": 200, "num_virtual_tokens": 20},
+            "defaults": {},
+            "20 tokens": {"num_virtual_tokens": 20},
             "125 steps": {"max_steps": 125},
-            "200 steps, learning rate 0.01": {"max_steps": 200, "learning_rate": 0.01},
-            "200 steps, random": {"max_steps": 200, "init": "random"},
-            "template Sentiment:": {"max_steps": 200, "template": "{{ text }}\nSentiment:"},
+            "learning rate 0.01": {"learning_rate": 0.01},
+            "random": {"init": "random"},
+            "template Sentiment:": {"template": "{{ text }}\nSentiment:"},
         },
     ),
 }

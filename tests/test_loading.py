@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
 
+from conftest import tiny_tokenizer
 from softprompt.errors import ModelError
 from softprompt.model import bundled
 from softprompt.model.fingerprint import fingerprint
@@ -58,7 +58,9 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(llama_folder: 
     said: list[str] = []
     loaded = load_model(folder, trust_remote_code=True, say=said.append)
     assert type(loaded.hf_model).__name__ == "OwnForCausalLM"
-    assert said == [f"warning: trust_remote_code runs Python code that comes with {folder}; it can read and change your files"]
+    assert said == [
+        f"warning: trust_remote_code runs Python code that comes with {folder}; it can read and change your files"
+    ]
 
 
 @pytest.mark.parametrize(

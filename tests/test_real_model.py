@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared_data
 from peft import PeftModel
 
 import softprompt as sp
+from conftest import shared_data
 from softprompt.cli.demo_verb import demo_rows
 from softprompt.model import bundled
 
@@ -85,7 +85,9 @@ def test_the_tutorials_path_lowers_the_loss_on_other_rows(smollm2: sp.FrozenMode
     )
     result = sp.tune(smollm2, train, config)
     done = sp.evaluate(smollm2, other, result.prompt)
-    start = sp.evaluate(smollm2, other, sp.tune(smollm2, train, config.model_copy(update={"learning_rate": 1e-12})).prompt)
+    start = sp.evaluate(
+        smollm2, other, sp.tune(smollm2, train, config.model_copy(update={"learning_rate": 1e-12})).prompt
+    )
     assert done.metrics["loss"].value < start.metrics["loss"].value
 
 

@@ -73,7 +73,7 @@ def tune(out: Path, resume: bool, as_json: bool, **options: Any) -> None:
 @click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="Accepted, so that a tune command fits.")
 @click.option("--resume", is_flag=True, hidden=True)
 def check(out: Path | None, resume: bool, as_json: bool, **options: Any) -> None:
-    """Dry run of `tune`: show what would be learned from, and what it would cost.
+    """Dry run of tune: rows, tokens, memory, time.
 
     Nothing is written. One step is run, to measure its time.
     """
@@ -124,9 +124,10 @@ def evaluate(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Score the rows of DATA with PROMPT (a folder; `none` for the untouched model) and without.
+    """Score rows with a prompt and without.
 
-    With `none`, --set template=… , verbalizers=… and max_length=… say how rows become text.
+    PROMPT is a prompt's folder, or `none` for the untouched model; DATA as in tune. With `none`, --set template=… ,
+    verbalizers=… and max_length=… say how rows become text.
     """
     from softprompt.cli.show import metrics_table, print_json
     from softprompt.cli.show import out as console
@@ -188,8 +189,9 @@ def generate(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Continue each TEXT with PROMPT (a folder; `none` for the untouched model); without TEXT, lines of stdin.
+    """Continue texts with a prompt.
 
+    PROMPT is a prompt's folder, or `none` for the untouched model. Without TEXT, lines of stdin are continued.
     Decoding is greedy unless --set says otherwise: max_new_tokens, max_length, repetition_penalty, do_sample,
     temperature, top_k, top_p, no_repeat_ngram_size, seed.
     """

@@ -34,10 +34,11 @@ def bytes_per_token(model: FrozenModel, virtual_tokens: int, longest: int, targe
     config = model.hf_model.config.get_text_config()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    scores = 3 * config.num_attention_heads * (virtual_tokens + longest)
-    per_layer = 12 * width + 6 * inner + scores
+    # Factors measured on SmolLM2-135M, packed, texts of 30 to 500 tokens: they predict 1.0 to 1.3 of the peak.
+    scores = config.num_attention_heads * (virtual_tokens + longest)
+    per_layer = 6 * width + 4 * inner + scores
     size = torch.finfo(model.hf_model.dtype).bits // 8
-    logits = 3 * 4 * target_share * config.vocab_size  # logits, their softmax and its gradient, in float32
+    logits = 4 * 4 * target_share * config.vocab_size  # logits, their softmax and its gradient, in float32
     return float(config.num_hidden_layers * per_layer * size + logits)
 
 

@@ -27,7 +27,9 @@ from softprompt.prompt.initialization import (
     vocabulary_prompt,
 )
 
-STEPS = {"quick": 60, "normal": 125, "thorough": 400}
+# A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
+STEPS = {"quick": 60, "normal": 200, "thorough": 600}
+TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
 _USUAL_TOKENS = 20
 Decide = Callable[[str, object, str], None]
 _EVALUATIONS = 8
@@ -99,9 +101,11 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     decide("learning_rate", 0.03, "default")
     decide("batch_size", 16 if form.task == "classification" else 8, f"default of {form.task}")
     if config.epochs is not None:
-        decide("max_steps", math.ceil(config.epochs * len(train) / chosen["batch_size"]), f"{config.epochs:g} epochs")
-    decide("max_steps", STEPS[config.budget], f"budget {config.budget}")
-    decide("epochs", round(chosen["max_steps"] * chosen["batch_size"] / len(train), 2), "from max_steps")
+        passes = math.ceil(config.epochs * len(train) / chosen["batch_size"])
+        if config.max_steps is None or passes < config.max_steps:
+            chosen["max_steps"], reasons["max_steps"] = passes, f"{config.epochs:g} epochs"
+    steps = STEPS if form.task == "classification" else TEXT_STEPS
+    decide("max_steps", steps[config.budget], f"budget {config.budget}")
     decide("eval_every", math.ceil(chosen["max_steps"] / _EVALUATIONS), f"{_EVALUATIONS} evaluations a run")
     longest = max(len(e.ids) for e in examples)
     targets = sum(e.targets for e in examples) / sum(len(e.ids) for e in examples)
