@@ -75,9 +75,9 @@ CASES = {
     "support": Case(
         support,
         {
-            "quick": {"budget": "quick"},
+            "as in the demo": {"max_steps": 80},
             "defaults": {},
-            "labels": {"init": "labels", "num_virtual_tokens": 18},
+            "labels": {"init": "labels"},
             "random": {"init": "random"},
         },
     ),
@@ -85,7 +85,7 @@ CASES = {
         sst2,
         {
             "defaults": {},
-            "20 tokens": {"num_virtual_tokens": 20},
+            "10 tokens": {"num_virtual_tokens": 10},
             "125 steps": {"max_steps": 125},
             "learning rate 0.01": {"learning_rate": 0.01},
             "random": {"init": "random"},

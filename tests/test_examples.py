@@ -7,10 +7,10 @@ import random
 from typing import Any
 
 import pytest
-from conftest import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from conftest import tiny_tokenizer
 from softprompt.data.examples import Encoder, Example, common_start, leading_tokens, shared_text
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import Format, make_format
@@ -234,12 +234,11 @@ def test_inputs_are_how_the_examples_begin() -> None:
         assert encoder.inputs(rows) == [example.ids[: example.start] for example in encoder.examples(rows)]
 
 
-@pytest.mark.parametrize("max_length", [12, 13, 17, 24, 40])
-def test_a_long_input_is_cut_and_nothing_else(tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-    if len(plain_ids(tokenizer, "say: \nLabel: goodness")) > max_length:
-        pytest.skip("with this tokenizer the template alone is longer")
-    draw = random.Random(max_length)
+@pytest.mark.parametrize("room", [0, 1, 2, 5, 12, 28])
+def test_a_long_input_is_cut_and_nothing_else(tokenizer: PreTrainedTokenizerFast, room: int) -> None:
+    draw = random.Random(room)
     labels = ["good", "goodness", "bad"]
+    max_length = len(tokenizer("say: \nLabel: goodness")["input_ids"]) + 1 + room
     rows = labelled(*(("x" + random_text(draw, draw.randint(0, 25)), draw.choice(labels)) for _ in range(120)))
     made = label_format(labels, "say: {{ text }}\nLabel:")
     whole = Encoder(tokenizer, made, LONG).examples(rows)
@@ -285,12 +284,11 @@ def test_every_row_that_is_cut_counts_once_however_many_labels_there_are() -> No
     assert encoder.truncated == 3
 
 
-@pytest.mark.parametrize("max_length", [16, 20, 25])
-def test_a_cut_row_has_one_input_for_all_labels(tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+@pytest.mark.parametrize("room", [0, 1, 4, 9, 20])
+def test_a_cut_row_has_one_input_for_all_labels(tokenizer: PreTrainedTokenizerFast, room: int) -> None:
     labels = ["good", "I want my money back"]
     rows = labelled(*((f"the parcel never came {i} " * 20, labels[i % 2]) for i in range(6)))
-    if len(plain_ids(tokenizer, f"\nLabel: {labels[1]}")) + 2 > max_length:
-        pytest.skip("with this tokenizer the longer label leaves no room")
+    max_length = len(tokenizer(f"\nLabel: {labels[1]}")["input_ids"]) + room
     for choice in Encoder(Counted(tokenizer, most=2000), label_format(labels), max_length).choices(rows):
         stem = tokenizer.decode(list(choice.stem), skip_special_tokens=True)
         written = [tokenizer.decode(list(tail), skip_special_tokens=True) for tail in choice.tails]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import tiny_model, tiny_tokenizer
+from softprompt.cli.main import main
 from softprompt.config import TuneConfig
 from softprompt.data.rows import load_data
 from softprompt.errors import InputError, RunError, SettingsError
@@ -155,6 +156,21 @@ def test_a_run_is_not_resumed_with_something_else(llama: FrozenModel, reviews: P
         tune(llama, rows, short(), out=tmp_path / "run")
 
 
+def test_resuming_takes_the_saved_precision_again(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
+    command = ["tune", str(reviews), "--model", str(llama_folder), "--out", str(tmp_path / "run"), "--json"]
+    command += ["--set", "max_steps=2", "--set", "eval_rows=0"]
+    for more in (["--set", "dtype=bfloat16"], ["--resume"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *more])
+        assert stopped.value.code == 0
+
+
+def test_epochs_or_steps_whichever_is_sooner(llama: FrozenModel, reviews: Path) -> None:
+    rows = load_data(reviews)
+    assert tune(llama, rows, short(max_steps=None, epochs=0.5, eval_rows=0)).steps == 5  # 40 rows, 4 a step
+    assert tune(llama, rows, short(max_steps=3, epochs=0.5, eval_rows=0)).steps == 3
+
+
 def test_the_best_prompt_is_kept_not_the_last(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     # A rate this high ruins the prompt after a while.
     config = short(max_steps=30, learning_rate=3.0, schedule="constant", eval_every=1, warmup_ratio=0)
@@ -225,12 +241,13 @@ def test_initializations_start_where_real_tokens_are(llama: FrozenModel) -> None
     table = llama.hf_model.get_input_embeddings().weight
     tokenizer = llama.tokenizer
     ids = tokenizer("a fine film")["input_ids"]
-    assert torch.equal(text_prompt(llama, None, "a fine film"), table[ids])
+    assert torch.equal(text_prompt(llama, None, "a fine film"), table[(ids * 20)[:20]])
     assert torch.equal(text_prompt(llama, 2, "a fine film"), table[ids[:2]])
     longer = [*ids, *ids][: len(ids) + 2]
     assert torch.equal(text_prompt(llama, len(ids) + 2, "a fine film"), table[longer])
     means = torch.stack([table[tokenizer(f" {label}")["input_ids"]].mean(dim=0) for label in ("good", "delivery")])
-    assert torch.allclose(labels_prompt(llama, None, ["good", "delivery"]), means)
+    assert torch.allclose(labels_prompt(llama, 2, ["good", "delivery"]), means)
+    assert torch.allclose(labels_prompt(llama, None, ["good", "delivery"]), means.repeat(10, 1))
     assert torch.equal(vocabulary_prompt(llama, 2, [[7, 7, 7, 5, 9, 5]]), table[[7, 5]])
     drawn = random_prompt(llama, 500, seed=1)
     assert float(drawn.std()) == pytest.approx(float(table.std()), rel=0.1)

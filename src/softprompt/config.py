@@ -21,7 +21,7 @@ class TuneConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; as many as the initial text has")
+    num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; the initial text's length, 20 at least")
     init: Init = Field("auto", description="where the virtual tokens start; auto: text, or labels where there are many")
     init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
     template: str | None = Field(None, description="Jinja template of a row's input, such as '{{ text }}\\nLabel:'")
@@ -35,7 +35,7 @@ class TuneConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to this norm")
     batch_size: int | None = Field(None, ge=1, description="examples a step; never changed to save memory")
     micro_batch_tokens: int | None = Field(None, ge=1, description="text tokens run at once; from the free memory")
-    epochs: float | None = Field(None, gt=0, description="times that every row is seen; it or max_steps, whichever is sooner")
+    epochs: float | None = Field(None, gt=0, description="times that every row is seen; or max_steps, if sooner")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; eight of them a run")
     save_every: int = Field(10, ge=1, description="steps between saved states")

@@ -23,6 +23,7 @@ from softprompt.cli.options import (
 from softprompt.errors import InputError
 
 if TYPE_CHECKING:
+    from softprompt.config import TuneConfig
     from softprompt.data.rows import Rows, Task
     from softprompt.model.frozen import FrozenModel
     from softprompt.prompt.soft_prompt import SoftPrompt
@@ -41,7 +42,7 @@ def tune(out: Path, resume: bool, as_json: bool, **options: Any) -> None:
     from softprompt.cli.show import out as console
     from softprompt.training.loop import tune as run
 
-    model, rows, held, config, origins = _prepare(**options)
+    model, rows, held, config, origins = _prepare(**options, begun=out / "config.yaml" if resume else None)
     try:
         result = run(model, rows, config, eval_data=held, out=out, resume=resume, watcher=TerminalWatcher(origins))
     except KeyboardInterrupt:
@@ -248,15 +249,20 @@ def _prepare(
     assignments: tuple[str, ...],
     revision: str | None,
     trust_remote_code: bool,
-) -> tuple[FrozenModel, Rows, Rows | None, Any, dict[str, str]]:
-    """Read what `tune` and `check` were given: the cheap and fallible things first, the model last."""
+    begun: Path | None = None,
+) -> tuple[FrozenModel, Rows, Rows | None, TuneConfig, dict[str, str]]:
+    """Read what `tune` and `check` were given: the cheap and fallible things first, the model last.
+
+    `begun` are the settings of a run to be resumed: its device and precision are taken again.
+    """
     from softprompt.config import TuneConfig, read_settings
     from softprompt.data.rows import load_data
 
     config, origins = read_settings(TuneConfig, file, assignments, budget=budget)
     rows = load_data(data, parse_map(mapping), cast("Task | None", task))
     held = load_data(eval_data, parse_map(mapping), rows.task) if eval_data else None
-    frozen = _model_for(None, model, revision, config.device, config.dtype, trust_remote_code)
+    place = read_settings(TuneConfig, begun)[0] if begun is not None and begun.exists() else config
+    frozen = _model_for(None, model, revision, place.device, place.dtype, trust_remote_code)
     if config.threads:
         import torch
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from softprompt.data.rows import Rows
 
 _SHOWN = 6
+_STEPS = 80  # what fits in a few minutes on two cores
 
 
 @click.command()
@@ -33,7 +34,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     from softprompt.model.bundled import DEFAULT_MODEL
     from softprompt.training.loop import tune
 
-    config, origins = read_settings(TuneConfig, assignments=assignments, budget="quick")
+    config, origins = read_settings(TuneConfig, assignments=assignments, max_steps=_STEPS)
     model = load(DEFAULT_MODEL)
     train, test = demo_rows("train"), demo_rows("test")
     run = out or _free_folder(Path("runs/demo"))

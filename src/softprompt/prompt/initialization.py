@@ -19,7 +19,8 @@ from softprompt.model.frozen import FrozenModel
 
 T = TypeVar("T")
 MANY_LABELS = 10
-_USUAL_TOKENS = 20
+USUAL_TOKENS = 20
+_MOST_LABELS = 100
 
 
 def random_prompt(model: FrozenModel, length: int, seed: int) -> Tensor:
@@ -39,11 +40,14 @@ def vocabulary_prompt(model: FrozenModel, length: int, texts: Iterable[Sequence[
 
 
 def text_prompt(model: FrozenModel, length: int | None, text: str) -> Tensor:
-    """Start from the embeddings of a text's tokens, all of them or the first P; a shorter text is repeated."""
+    """Start from the embeddings of a text's tokens, all of them or the first P; a shorter text is repeated.
+
+    Where P is open, it is the text's length, and 20 at least: repeated, ten tokens of text learn better as twenty.
+    """
     ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise SettingsError(f"init_text {text!r} has no tokens; describe the task in a few words")
-    return model.embed(repeated(ids, length or len(ids))).float().cpu()
+    return model.embed(repeated(ids, length or max(len(ids), USUAL_TOKENS))).float().cpu()
 
 
 def labels_prompt(model: FrozenModel, length: int | None, verbalizers: Iterable[str]) -> Tensor:
@@ -54,7 +58,7 @@ def labels_prompt(model: FrozenModel, length: int | None, verbalizers: Iterable[
         means.append(model.embed(ids).float().cpu().mean(dim=0))
     if not means:
         raise SettingsError("init=labels needs a classification task; use init=text")
-    return torch.stack(repeated(means, length or min(len(means), _USUAL_TOKENS)))
+    return torch.stack(repeated(means, length or max(USUAL_TOKENS, min(len(means), _MOST_LABELS))))
 
 
 def task_text(format: Format) -> str:

@@ -232,6 +232,7 @@ def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[st
         "training_data": data.sha256,
         "validation_data": eval_data.sha256 if eval_data is not None else "held back from the training data",
         "base_model": json.dumps(fingerprint(model).model_dump()),
+        "precision": str(model.hf_model.dtype),
     }
 
 

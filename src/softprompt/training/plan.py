@@ -20,6 +20,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import micro_batch_tokens
 from softprompt.prompt.initialization import (
     MANY_LABELS,
+    USUAL_TOKENS,
     labels_prompt,
     random_prompt,
     task_text,
@@ -30,7 +31,6 @@ from softprompt.prompt.initialization import (
 # A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
 TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
-_USUAL_TOKENS = 20
 Decide = Callable[[str, object, str], None]
 _EVALUATIONS = 8
 
@@ -91,7 +91,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
     decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
     start = _start(model, config, form, train, decide)
-    decide("num_virtual_tokens", len(start), "length of the start")
+    decide("num_virtual_tokens", len(start), "length of the initial text, 20 at least")
     chosen["max_length"] = _max_length(model, config.max_length, len(start))
     encoder = Encoder(model.tokenizer, form, chosen["max_length"])
     examples = encoder.examples(train)
@@ -144,5 +144,5 @@ def _start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, de
         return labels_prompt(model, length, form.verbalizers.values())
     if init == "vocabulary":
         texts = model.tokenizer([form.input(row) for row in train], add_special_tokens=False)["input_ids"]
-        return vocabulary_prompt(model, length or _USUAL_TOKENS, texts)
-    return random_prompt(model, length or _USUAL_TOKENS, config.seed)
+        return vocabulary_prompt(model, length or USUAL_TOKENS, texts)
+    return random_prompt(model, length or USUAL_TOKENS, config.seed)

@@ -1,0 +1,158 @@
+"""Batches: which rows a step takes, how they are cut, and which rows are held back."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from softprompt.data.batching import draw, micro_batches
+from softprompt.data.examples import Example
+from softprompt.data.rows import Rows, load_data
+from softprompt.data.split import split_rows
+from softprompt.errors import DataError
+
+
+def drawn(rows: int, batch_size: int, steps: int, seed: int = 0) -> list[int]:
+    return [row for step in range(steps) for row in draw(rows, batch_size, step, seed)]
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (10, 4), (7, 3), (5, 5), (3, 8), (1, 4), (100, 16)])
+def test_every_row_is_seen_once_a_pass(rows: int, batch_size: int) -> None:
+    order = drawn(rows, batch_size, steps=4 * rows)
+    assert len(order) == 4 * rows * batch_size
+    for begin in range(0, len(order), rows):
+        assert sorted(order[begin : begin + rows]) == list(range(rows))
+
+
+def test_a_batch_is_full_even_where_it_crosses_into_the_next_pass() -> None:
+    assert [len(draw(10, 4, step, 0)) for step in range(20)] == [4] * 20
+    third = draw(10, 4, 2, 0)
+    assert set(third[:2]) == set(range(10)) - set(draw(10, 4, 0, 0)) - set(draw(10, 4, 1, 0))
+
+
+def test_a_batch_depends_on_its_arguments_only() -> None:
+    forwards = [draw(50, 8, step, 3) for step in range(30)]
+    assert [draw(50, 8, step, 3) for step in reversed(range(30))] == forwards[::-1]
+
+
+def test_each_pass_and_each_seed_has_its_own_order() -> None:
+    order = drawn(40, 8, steps=25, seed=1)
+    passes = {tuple(order[begin : begin + 40]) for begin in range(0, 200, 40)}
+    assert len(passes) == 5
+    assert drawn(40, 8, steps=25, seed=2) != order
+
+
+def examples_of(lengths: list[int]) -> list[Example]:
+    return [Example(tuple(range(length)), length - 1) for length in lengths]
+
+
+def test_micro_batches_are_a_partition_in_order_of_length_within_the_budget() -> None:
+    generate = random.Random(0)
+    alone = 0
+    for _ in range(500):
+        held = generate.randint(0, 5)
+        lengths = [held + generate.randint(1, 40) for _ in range(generate.randint(1, 20))]
+        budget = generate.randint(1, 100)
+        cut = micro_batches(examples_of(lengths), budget, held)
+        flat = [index for part in cut for index in part]
+        assert sorted(flat) == list(range(len(lengths)))
+        assert [lengths[i] for i in flat] == sorted(lengths)
+        assert all(cut)
+        used = [sum(lengths[i] - held for i in part) for part in cut]
+        for tokens, part in zip(used, cut, strict=True):
+            assert tokens <= budget or len(part) == 1
+            alone += tokens > budget
+        for tokens, following in zip(used, cut[1:], strict=False):
+            assert tokens + lengths[following[0]] - held > budget, "a cut that was not needed"
+    assert alone > 100
+
+
+def test_tokens_that_the_prefix_holds_are_not_counted() -> None:
+    examples = examples_of([10] * 6)
+    assert [len(part) for part in micro_batches(examples, 20)] == [2, 2, 2]
+    assert [len(part) for part in micro_batches(examples, 20, held=8)] == [6]
+
+
+def labelled(**counts: int) -> Rows:
+    rows = [{"text": f"{label} {i}", "label": label} for label, count in counts.items() for i in range(count)]
+    random.Random(0).shuffle(rows)
+    return load_data(rows)
+
+
+def texts(rows: Rows | None) -> list[str]:
+    return [row["text"] for row in rows or ()]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_training_and_validation_rows_are_disjoint_and_together_all(seed: int) -> None:
+    data = labelled(a=30, b=50)
+    train, validation = split_rows(data, None, 200, seed)
+    assert set(texts(train)).isdisjoint(texts(validation))
+    assert sorted([*texts(train), *texts(validation)]) == sorted(texts(data))
+    assert len(texts(validation)) == 16
+
+
+def test_every_label_keeps_its_share_to_within_a_row() -> None:
+    generate = random.Random(0)
+    for seed in range(200):
+        counts = {label: generate.randint(5, 200) for label in "abcde"[: generate.randint(1, 5)]}
+        total = sum(counts.values())
+        wanted = generate.randint(5, 60)
+        if total < 25:
+            continue
+        _, validation = split_rows(labelled(**counts), None, wanted, seed)
+        assert validation is not None
+        assert len(validation) == min(wanted, total // 5)
+        held = Counter(row["label"] for row in validation)
+        for label, count in counts.items():
+            assert abs(held[label] - len(validation) * count / total) <= 1
+
+
+@pytest.mark.parametrize("task", ["classification", "text"])
+def test_the_seed_says_which_rows_are_held_back(task: str) -> None:
+    data = labelled(a=40, b=60) if task == "classification" else load_data([{"text": str(i)} for i in range(100)])
+    held = [texts(split_rows(data, None, 10, seed)[1]) for seed in (0, 0, 1, 2)]
+    assert held[0] == held[1]
+    assert len({tuple(rows) for rows in held}) == 3
+    assert len(held[0]) == 10
+
+
+def test_rows_that_are_given_for_validation_are_used_and_none_is_held_back() -> None:
+    data, given = labelled(a=20, b=20), labelled(a=100, b=3)
+    assert split_rows(data, given, 200, 0) == (data, given)
+    train, validation = split_rows(data, given, 50, 0)
+    assert train == data
+    assert len(set(texts(validation))) == 50
+    assert set(texts(validation)) <= set(texts(given))
+    assert split_rows(data, given, 50, 0)[1] == validation
+    assert split_rows(data, given, 50, 1)[1] != validation
+
+
+def test_no_validation_rows_are_held_back_where_none_are_wanted() -> None:
+    data = labelled(a=2)
+    assert split_rows(data, None, 0, 0) == (data, None)
+    assert split_rows(data, labelled(a=9), 0, 0) == (data, None)
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+def test_too_few_rows_to_hold_any_back_is_an_error_with_both_cures(rows: int) -> None:
+    with pytest.raises(DataError, match=rf"{rows} rows, too few .*--eval-data, or --set eval_rows=0"):
+        split_rows(labelled(a=rows), None, 200, 0)
+
+
+def test_many_rows_are_never_called_too_few() -> None:
+    data = labelled(a=500, b=500)
+    try:
+        _, validation = split_rows(data, None, 3, 0)
+    except DataError as error:
+        assert "too few" not in str(error)
+    else:
+        assert len(texts(validation)) == 3
+
+
+def test_validation_rows_for_another_task_are_refused() -> None:
+    other = load_data([{"input": "a", "target": "b"}])
+    with pytest.raises(DataError, match="is for completion, rows for classification"):
+        split_rows(labelled(a=9), other, 200, 0)
