@@ -17,7 +17,7 @@ NOTE = "<!-- Written by docs/generate.py (make docs). Do not edit. -->\n"
 def commands() -> str:
     """Return the help of every verb."""
     parts = ["# Commands\n", NOTE]
-    with click.Context(softprompt, info_name="softprompt", max_content_width=100) as top:
+    with click.Context(softprompt, info_name="softprompt", **softprompt.context_settings) as top:
         parts.append(f"```text\n{softprompt.get_help(top)}\n```\n")
         for name, verb in sorted(softprompt.commands.items()):
             parts.append(_help(name, verb, top))
@@ -28,7 +28,7 @@ def commands() -> str:
 
 
 def _help(name: str, verb: click.Command, parent: click.Context) -> str:
-    with click.Context(verb, info_name=verb.name, parent=parent, max_content_width=100) as context:
+    with click.Context(verb, info_name=verb.name, parent=parent) as context:
         return f"## softprompt {name}\n\n```text\n{verb.get_help(context)}\n```\n"
 
 

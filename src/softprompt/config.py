@@ -86,7 +86,8 @@ def read_settings(
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for name, value in _read_file(file).items():
+    for key, value in _read_file(file).items():
+        name = str(key)
         values[name], origins[name] = value, str(file)
     for name, value in given.items():
         if value is not None:
@@ -110,7 +111,7 @@ def make_config(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"setting {name} = {first['input']!r}: {first['msg']}") from error
+        raise SettingsError(f"setting {name} = {first['input']}: {first['msg']}") from error
 
 
 def _read_file(file: Path | None) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _parse(kind: type[BaseModel], name: str, text: str) -> Any:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise SettingsError(f'verbalizers: write JSON, as in {{"1": "bad", "5": "good"}}, not {text!r}') from error
-    return yaml.safe_load(text)
+    return None if text in ("", "none", "None", "null") else text  # pydantic reads numbers and truth values
 
 
 def to_yaml(config: TuneConfig) -> str:

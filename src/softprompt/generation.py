@@ -66,7 +66,9 @@ def generate(
         inputs = [list(ids) for ids in Encoder(model.tokenizer, prompt.format, prompt.record.max_length).inputs(rows)]
     embeddings = prompt.embeddings if prompt is not None and virtual_tokens else None
     most = config.max_new_tokens or (None if config.max_length else _usual_length(model, prompt))
-    room = [_room(ids, most, config.max_length) for ids in inputs]
+    virtual = 0 if embeddings is None else len(embeddings)
+    positions = None if model.context_length is None else model.context_length - virtual
+    room = [_room(ids, most, config.max_length, positions) for ids in inputs]
     return continue_ids(model, embeddings, inputs, room, config)
 
 
@@ -97,13 +99,14 @@ def _usual_length(model: FrozenModel, prompt: SoftPrompt | None) -> int:
     return max(len(ids) for ids in model.tokenizer(labels, add_special_tokens=False)["input_ids"])
 
 
-def _room(ids: Sequence[int], most: int | None, max_length: int | None) -> int:
-    if max_length is None:
-        assert most is not None
-        return most
-    if len(ids) >= max_length:
+def _room(ids: Sequence[int], most: int | None, max_length: int | None, positions: int | None) -> int:
+    """Return how many tokens can follow a text; the model has `positions` for it, None for no limit."""
+    if max_length is not None and len(ids) >= max_length:
         raise SettingsError(f"max_length {max_length} counts the text's own {len(ids)} tokens too; give more")
-    return min(max_length - len(ids), most or max_length)
+    if positions is not None and len(ids) >= positions:
+        raise SettingsError(f"the text has {len(ids)} tokens, and the model has positions for {positions}; shorten it")
+    limits = [limit - len(ids) for limit in (max_length, positions) if limit is not None]
+    return min([*limits, most] if most is not None else limits)
 
 
 @dataclass

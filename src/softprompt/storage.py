@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from softprompt.errors import StorageError
 
 
@@ -17,10 +19,9 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's errors about a path into one that says what to do."""
     try:
         yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; free some space, or choose another folder"
-        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write {path}: {reason}; free some space, or choose another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:

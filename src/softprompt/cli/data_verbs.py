@@ -41,7 +41,13 @@ def tune(out: Path, resume: bool, as_json: bool, **options: Any) -> None:
     from softprompt.cli.show import TerminalWatcher, figure, print_json
     from softprompt.cli.show import out as console
     from softprompt.training.loop import tune as run
+    from softprompt.training.run_folder import RunFolder
 
+    folder = RunFolder(out)
+    if resume:
+        folder.require_begun()
+    else:
+        folder.require_new()
     model, rows, held, config, origins = _prepare(**options, begun=out / "config.yaml" if resume else None)
     try:
         result = run(model, rows, config, eval_data=held, out=out, resume=resume, watcher=TerminalWatcher(origins))
@@ -64,9 +70,11 @@ def tune(out: Path, resume: bool, as_json: bool, **options: Any) -> None:
     figures = ", ".join(f"{name.replace('_', ' ')} {figure(name, value)}" for name, value in result.metrics.items())
     best = f"; best after step {result.best_step}: validation {figures}" if figures else ""
     console.print(f"{result.steps} steps in {result.seconds:.0f} s{best}")
-    console.print(f"prompt: {out / 'prompt'}", soft_wrap=True)
-    console.print(f"next:   softprompt evaluate {out / 'prompt'} TEST_DATA", soft_wrap=True)
-    console.print(f'        softprompt generate {out / "prompt"} "some text" --versus-base', soft_wrap=True)
+    console.print(f"prompt: {out / 'prompt'}", soft_wrap=True, markup=False)
+    console.print(f"next:   softprompt evaluate {out / 'prompt'} TEST_DATA", soft_wrap=True, markup=False)
+    console.print(
+        f'        softprompt generate {out / "prompt"} "some text" --versus-base', soft_wrap=True, markup=False
+    )
 
 
 @click.command()
@@ -143,13 +151,14 @@ def evaluate(
     if soft is not None and own:
         raise InputError(f"the prompt brings its own {', '.join(sorted(own))}; leave --set {min(own)} out")
     rows = load_data(data, parse_map(mapping), soft.record.task if soft else None)
+    if predictions is None:
+        predictions = (Path() if soft is None else Path(prompt).resolve().parent) / "test-predictions.jsonl"
+    if not predictions.parent.is_dir():
+        raise InputError(f"--predictions {predictions}: no such folder: {predictions.parent}")
     frozen = _model_for(soft, model, revision, config.device, config.dtype, trust_remote_code)
     done = run(
         frozen, rows, soft, template=config.template, verbalizers=config.verbalizers, max_length=config.max_length
     )
-    if predictions is None:
-        predictions = Path("predictions.jsonl") if soft is None else Path(prompt) / ".." / "test-predictions.jsonl"
-        predictions = predictions.resolve()
     write_predictions(predictions, done.predictions)
     if as_json:
         print_json(
@@ -166,7 +175,7 @@ def evaluate(
         return
     cut = f", {done.truncated} cut to fit" if done.truncated else ""
     console.print(metrics_table(done.metrics, done.without_prompt, f"{data}: {done.rows} rows{cut}, 95 % intervals"))
-    console.print(f"predictions: {predictions}", soft_wrap=True)
+    console.print(f"predictions: {predictions}", soft_wrap=True, markup=False)
 
 
 @click.command()
@@ -203,7 +212,9 @@ def generate(
 
     soft = _prompt(prompt)
     config, _ = read_settings(GenerateConfig, assignments=assignments)
-    given = list(texts) or [line.rstrip("\n") for line in sys.stdin]
+    if not texts and sys.stdin.isatty():
+        say("reading texts from the keyboard, one a line; end with Ctrl-D")
+    given = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not given:
         raise InputError("no text to continue; give one or more, or lines on stdin")
     frozen = _model_for(soft, model, revision, "auto", "auto", trust_remote_code)
@@ -261,7 +272,7 @@ def _prepare(
     config, origins = read_settings(TuneConfig, file, assignments, budget=budget)
     rows = load_data(data, parse_map(mapping), cast("Task | None", task))
     held = load_data(eval_data, parse_map(mapping), rows.task) if eval_data else None
-    place = read_settings(TuneConfig, begun)[0] if begun is not None and begun.exists() else config
+    place = read_settings(TuneConfig, begun)[0] if begun is not None else config
     frozen = _model_for(None, model, revision, place.device, place.dtype, trust_remote_code)
     if config.threads:
         import torch

@@ -57,7 +57,11 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     except BrokenPipeError:  # the reader, head or less, has seen enough
         sys.stderr.close()
         return 0
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on the CPU.
+        named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if not (isinstance(error, MemoryError) or named):
+            raise
         click.echo("softprompt: out of memory; try a smaller --set micro_batch_tokens, or a smaller model", err=True)
         return 1
     return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from softprompt.training.watcher import Watcher
 
@@ -33,7 +34,7 @@ def figure(name: str, value: float) -> str:
 
 def metrics_table(metrics: Mapping[str, Metric], without: Mapping[str, Metric] | None, title: str) -> Table:
     """Return a table of metrics with their 95 % intervals, next to those without the prompt."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("")
     if without is not None:
         table.add_column("without prompt", justify="right")
@@ -55,7 +56,7 @@ def settings_table(plan: Plan, origins: Mapping[str, str]) -> Table:
         origin = origins.get(name) or plan.reasons.get(name, "default")
         text = repr(value) if isinstance(value, str) else str(value)
         short = text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
-        table.add_row(name, short.replace("[", r"\["), origin)
+        table.add_row(name, Text(short), Text(origin))
     return table
 
 
@@ -71,7 +72,7 @@ def side_by_side(inputs: Sequence[str], base: Sequence[str] | None, texts: Seque
         table.add_column(header, overflow="fold", ratio=1)
     for index, (given, text) in enumerate(zip(inputs, texts, strict=True)):
         cells = [given, *([base[index]] if base is not None else []), text]
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
@@ -133,8 +134,8 @@ def validation_text(values: Mapping[str, float]) -> str:
 def rows_line(plan: Plan) -> str:
     """Say how many rows are used for what."""
     held = f"{len(plan.validation)} validation rows" if plan.validation is not None else "no validation rows"
-    cut = f", {plan.encoder.truncated} cut to {plan.config.max_length} tokens" if plan.encoder.truncated else ""
-    shared = f"; all begin with the same {len(plan.text)} tokens, which are run once a step" if plan.text else ""
+    cut = f", {plan.encoder.truncated} cut to {plan.encoder.max_length} tokens" if plan.encoder.truncated else ""
+    shared = f"; all begin with the same text ({len(plan.text)} tokens), which is run once a step" if plan.text else ""
     return f"{len(plan.train)} training rows, {held}{cut}{shared}"
 
 

@@ -67,8 +67,12 @@ class Encoder:
 
     def _one_begins_another(self) -> bool:
         """Tell whether one label's tokens are how another's begin; then all labels end with the end-of-text token."""
-        encoded = [tuple(self._ids(f" {text}")) for text in self.format.verbalizers.values()]
-        return any(a != b and b[: len(a)] == a for a in encoded for b in encoded)
+        texts = self.format.verbalizers.values()
+        for before in (" ", "\n"):  # behind a line break the tokens are others than behind a space
+            encoded = [tuple(self._ids(f"{before}{text}")) for text in texts]
+            if any(a != b and b[: len(a)] == a for a in encoded for b in encoded):
+                return True
+        return False
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -90,7 +94,7 @@ class Encoder:
         self._check_labels(rows)
         made = []
         for number, row in enumerate(rows, start=1):
-            variants = [self._pair(row, t, f"{rows.name}, row {number}") for t in self.format.verbalizers.values()]
+            variants = self._variants(row, f"{rows.name}, row {number}")
             stem = common_start([v.ids[: v.start] for v in variants])
             if not stem:
                 raise DataError(f"{rows.name}, row {number}: the template leaves no text before the label")
@@ -104,7 +108,7 @@ class Encoder:
             ids = (*self.leading, *self._ids(self.format.input(row)))
             return Example(ids, len(ids))
 
-        return [self._fitted(row, alone, f"text {number}").ids for number, row in enumerate(rows, start=1)]
+        return [alone(self._fitted(row, alone, f"text {n}")).ids for n, row in enumerate(rows, start=1)]
 
     def _check_labels(self, rows: Rows) -> None:
         known = self.format.verbalizers
@@ -124,15 +128,30 @@ class Encoder:
         def joined(row: Row) -> Example:
             return self._joined(self.format.input(row), target)
 
-        example = joined(row)
+        self._check_target(joined(row), where)
+        return joined(self._fitted(row, joined, where))
+
+    def _variants(self, row: Row, where: str) -> list[Example]:
+        """Return an example for every label, all behind the same input: the longest label says where it is cut."""
+
+        def joined(row: Row) -> list[Example]:
+            return [self._joined(self.format.input(row), target) for target in self.format.verbalizers.values()]
+
+        def longest(row: Row) -> Example:
+            return max(joined(row), key=lambda example: len(example.ids))
+
+        for example in joined(row):
+            self._check_target(example, where)
+        return joined(self._fitted(row, longest, where))
+
+    def _check_target(self, example: Example, where: str) -> None:
         if example.targets >= self.max_length:
             raise DataError(
                 f"{where}: the target alone has {example.targets} tokens, but max_length is {self.max_length}; "
                 "raise max_length, or shorten the target"
             )
-        return example if len(example.ids) <= self.max_length else self._fitted(row, joined, where)
 
-    def _fitted(self, row: Row, encode: Callable[[Row], Example], where: str) -> Example:
+    def _fitted(self, row: Row, encode: Callable[[Row], Example], where: str) -> Row:
         """Shorten the longest column until the example fits: the template's own words and the target stay whole."""
         example = encode(row)
         self.truncated += len(example.ids) > self.max_length
@@ -143,9 +162,11 @@ class Encoder:
             starts = [start for start, _ in offsets["offset_mapping"]]
             if not starts:
                 raise DataError(f"{where}: the template's own text does not fit in max_length {self.max_length}")
-            short[longest] = short[longest][: starts[max(len(starts) - excess, 0)]]
+            cut = starts[max(len(starts) - excess, 0)]
+            # At least one letter: some offsets leave out the space that a token begins with.
+            short[longest] = short[longest][: min(cut, len(short[longest]) - 1)]
             example = encode(short)
-        return example
+        return short
 
     def _joined(self, text: str, target: str) -> Example:
         whole = text + self.format.joined(text, target)

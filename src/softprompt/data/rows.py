@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,10 +88,17 @@ def load_data(
         records = _read(name)[window]
         name = str(source)
     else:
-        name, records = "rows", [dict(record) for record in source]
+        name, records = "rows", _dictionaries(source)
     if not records:
         raise DataError(f"{name} has no rows; give at least one, with the column names in the first line of a CSV")
     return _named(records, dict(map or {}), task, name)
+
+
+def _dictionaries(source: Any) -> list[dict[str, Any]]:
+    pandas = sys.modules.get("pandas")  # whoever has a data frame has imported it
+    if pandas is not None and isinstance(source, pandas.DataFrame):
+        return list(source.to_dict("records"))
+    return [dict(record) for record in source]
 
 
 def _split_range(source: str) -> tuple[str, slice]:
@@ -104,7 +113,11 @@ def _read(source: str) -> list[dict[str, Any]]:
     if source.startswith("hub:"):
         return _read_hub(source.removeprefix("hub:"))
     path = Path(source)
-    if not path.exists():
+    try:
+        missing = not path.exists()
+    except OSError as error:  # a name that no file can have
+        raise DataError(f"no such file: {source[:80]}…: {error.strerror}") from error
+    if missing:
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"no such file: {path}{nearest(path.name, there)}")
     if path.is_dir():
@@ -124,10 +137,13 @@ def _read(source: str) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     records = []
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
+        for separator in (";", "\t", "|"):
+            if len(header) == 1 and separator in header[0]:
+                raise DataError(f"{path}: its columns are separated by {separator!r}; save it with commas")
         if len(set(header)) != len(header):
             twice = sorted({name for name in header if header.count(name) > 1})
             raise DataError(f"{path}: the first line names a column twice: {', '.join(twice)}")
@@ -183,9 +199,9 @@ def _named(records: list[dict[str, Any]], mapping: dict[str, str], task: Task | 
     if len(columns) == 1 and not names:
         names["text"] = columns[0]
     if task is None:
-        # What the user maps says what is wanted, whatever else the file holds.
-        wanted = set(mapping) or set(names)
-        task = _task_of(wanted) or _task_of(set(names))
+        # What the user maps says what is wanted; a target column that bears its own name need not be mapped.
+        wanted = set(mapping) | ({"label", "target"} & set(names))
+        task = (_task_of(wanted) if mapping else None) or _task_of(set(names))
     if task is None:
         raise DataError(
             f"{name} has the columns {', '.join(columns)}: say what is in them, with --map text=… --map label=… "

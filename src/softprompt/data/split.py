@@ -35,7 +35,7 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
             return data, eval_data
         return data, eval_data.pick(sorted(generator.permutation(len(eval_data))[:eval_rows].tolist()))
     held = min(eval_rows, int(len(data) * _SHARE))
-    if held < _FEWEST:
+    if held < min(eval_rows, _FEWEST):
         raise DataError(
             f"{data.name} has {len(data)} rows, too few to hold any back for validation; give --eval-data, or "
             "--set eval_rows=0 to keep the last prompt"

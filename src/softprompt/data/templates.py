@@ -56,7 +56,10 @@ class Format:
                 f"the template {self.template!r} names the column {missing[0]!r}{nearest(missing[0], row)}; "
                 f"the rows have {', '.join(row)}"
             )
-        text = self._compiled.render(row)
+        try:
+            text = self._compiled.render(row)
+        except Exception as error:  # a template can fail in any way that Python can
+            raise SettingsError(f"the template {self.template!r} fails on a row: {error}") from error
         return text if self.task == "text" else text.rstrip(" ")
 
     def target(self, row: Row) -> str:

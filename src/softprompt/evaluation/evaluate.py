@@ -63,7 +63,10 @@ def evaluate(
     """
     began = time.monotonic()
     if prompt is None:
-        encoder = Encoder(model.tokenizer, make_format(data.task, data.labels, template, verbalizers), max_length)
+        if data.task == "classification" and len(data.labels) < 2:
+            raise DataError(f"{data.name}: all rows have the label {data.labels[0]}; there is nothing to choose from")
+        most = min(max_length, model.context_length or max_length)
+        encoder = Encoder(model.tokenizer, make_format(data.task, data.labels, template, verbalizers), most)
     else:
         require_fit(prompt, model)
         if prompt.record.task != data.task:

@@ -16,6 +16,7 @@ from torch import Tensor
 from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Encoder, Example, common_start, shared_text
 from softprompt.data.rows import Rows
+from softprompt.errors import DataError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
@@ -66,7 +67,8 @@ class TextScores(Scores):
         return {"loss": self.loss(), "perplexity": float(np.exp(self.loss()))}
 
     def metrics(self) -> dict[str, Metric]:
-        loss = bootstrap(self.loss, len(self.rows))
+        scored = np.flatnonzero(self.tokens)
+        loss = bootstrap(lambda chosen: self.loss(scored[chosen]), len(scored))
         return {"loss": loss, "perplexity": Metric(**{k: float(np.exp(v)) for k, v in loss.model_dump().items()})}
 
     def better_than(self, other: Scores) -> bool:
@@ -74,7 +76,10 @@ class TextScores(Scores):
 
     def predictions(self) -> list[dict[str, Any]]:
         each = zip(self.rows, self.losses, self.tokens, strict=True)
-        return [{**row, "loss": float(loss / tokens), "tokens": int(tokens)} for row, loss, tokens in each]
+        return [
+            {**row, "loss": float(loss / tokens) if tokens else None, "tokens": int(tokens)}
+            for row, loss, tokens in each
+        ]
 
 
 @dataclass(frozen=True)
@@ -152,16 +157,20 @@ class TextScorer(Scorer):
     def __init__(self, encoder: Encoder, rows: Rows) -> None:
         super().__init__(encoder, rows)
         self.examples = [Example(e.ids, max(e.start, 1)) for e in encoder.examples(rows)]
+        self.scored = [i for i, e in enumerate(self.examples) if e.targets]
+        if not self.scored:
+            raise DataError(f"{rows.name}: no text has a second token, so there is nothing to predict")
 
     @torch.no_grad()
     def score(self, model: FrozenModel, prompt: Tensor | None) -> TextScores:
-        prefix = model.prefix(prompt, shared_text(self.examples))
+        scored = [self.examples[i] for i in self.scored]
+        prefix = model.prefix(prompt, shared_text(scored))
         losses = np.zeros(len(self.examples))
-        for part in micro_batches(self.examples, _TOKENS_AT_ONCE, len(prefix.text)):
-            examples = [self.examples[i] for i in part]
+        for part in micro_batches(scored, _TOKENS_AT_ONCE, len(prefix.text)):
+            examples = [scored[i] for i in part]
             each = model.loss(prefix, examples).cpu().double()
             for i, values in zip(part, each.split([e.targets for e in examples]), strict=True):
-                losses[i] = float(values.sum())
+                losses[self.scored[i]] = float(values.sum())
         return TextScores(self.rows, losses, np.array([e.targets for e in self.examples]))
 
 

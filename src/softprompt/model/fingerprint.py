@@ -42,6 +42,8 @@ class Fingerprint(BaseModel):
             return "its architecture or size"
         if self.tokenizer != other.tokenizer:
             return "its tokenizer"
+        if len(self.embeddings) != len(other.embeddings):
+            return "its weights"
         pairs = zip(self.embeddings, other.embeddings, strict=True)
         if any(abs(a - b) > _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE for a, b in pairs):
             return "its weights"

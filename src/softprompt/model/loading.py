@@ -60,7 +60,7 @@ def load_model(
         hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **extra)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot load {name!r}: {reason}{nearest(name, BUNDLED)}") from error
+        raise ModelError(f"cannot load {name!r}: {reason}") from error
     torch.nn.Module.to(hf_model, place)
     return freeze(hf_model, tokenizer, name, revision)
 
@@ -81,6 +81,9 @@ def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tupl
         return name, {}
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(f"no such folder: {name}")
+    close = nearest(name, BUNDLED)
+    if close and "/" not in name:
+        raise ModelError(f"no such model: {name}{close}")  # at once: asking a hub takes a while
     return name, {"revision": revision}
 
 

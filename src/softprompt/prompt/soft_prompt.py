@@ -147,12 +147,18 @@ def load_prompt(folder: str | Path) -> SoftPrompt:
         PromptError: no such folder, a missing file, a pickle, a wrong shape, or values that are not finite.
     """
     path = Path(folder)
-    if not path.is_dir():
+    try:
+        there = path.is_dir()
+    except OSError:  # a name that no folder can have
+        there = False
+    if not there:
         raise PromptError(f"no such prompt: {path}; give the folder of one, such as RUN/prompt")
     for name in (ADAPTER, WEIGHTS):
         if not (path / name).is_file():
             pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
             hint = f"; {pickles[0]} is a pickle, which can run code and is never read" if pickles else ""
+            if (path / "prompt").is_dir():
+                hint = f"; did you mean {path / 'prompt'}?"
             raise PromptError(f"{path} is not a prompt: {name} is missing{hint}")
     adapter = _read_json(path / ADAPTER)
     kind = adapter.get("peft_type")

@@ -92,8 +92,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
     start = _start(model, config, form, train, decide)
     decide("num_virtual_tokens", len(start), "length of the initial text, 20 at least")
-    chosen["max_length"] = _max_length(model, config.max_length, len(start))
-    encoder = Encoder(model.tokenizer, form, chosen["max_length"])
+    encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, len(start)))
     examples = encoder.examples(train)
     if chosen["loss"] == "all":
         examples = [Example(e.ids, len(encoder.leading)) for e in examples]

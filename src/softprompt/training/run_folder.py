@@ -69,13 +69,30 @@ class RunFolder:
         Raises:
             InputError: the folder holds another run, or something else.
         """
+        self.require_new()
+        write_text(self.path / "environment.json", json.dumps({**environment(), **identity}, indent=2) + "\n")
+        write_text(self._metrics, "")
+        write_text(self.path / "config.yaml", to_yaml(config))
+
+    def require_new(self) -> None:
+        """Make sure that nothing would be overwritten.
+
+        Raises:
+            InputError: the folder holds another run, or something else.
+        """
         if (self.path / "config.yaml").exists():
             raise InputError(f"{self.path} holds another run; give another folder, or --resume to go on with it")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} exists and is not empty; give a new folder")
-        write_text(self.path / "environment.json", json.dumps({**environment(), **identity}, indent=2) + "\n")
-        write_text(self._metrics, "")
-        write_text(self.path / "config.yaml", to_yaml(config))
+
+    def require_begun(self) -> None:
+        """Make sure that there is a run to go on with.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not (self.path / "config.yaml").exists():
+            raise InputError(f"{self.path} holds no run to resume; leave --resume out to begin one")
 
     def resume(self, given: TuneConfig, identity: dict[str, str]) -> tuple[TuneConfig, State | None]:
         """Return the settings of a run that was begun, and its newest state; None if it saved none.
@@ -83,8 +100,7 @@ class RunFolder:
         Raises:
             InputError: there is no run, or its data, model or settings are others than those given now.
         """
-        if not (self.path / "config.yaml").exists():
-            raise InputError(f"{self.path} holds no run to resume; leave --resume out to begin one")
+        self.require_begun()
         config, _ = read_settings(TuneConfig, self.path / "config.yaml")
         for name in given.model_fields_set:
             before, now = getattr(config, name), getattr(given, name)
