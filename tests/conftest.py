@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a hub
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from softprompt.model.choice import freeze
@@ -60,30 +49,81 @@ _LIKE_LLAMA = {
     "vocab_size": 400,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     **_IDS,
+}
+_LIKE_GPT2 = {"vocab_size": 400, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, **_IDS}
+_LIKE_NEOX = {key: value for key, value in _LIKE_LLAMA.items() if key != "num_key_value_heads"}
+_WINDOW = {"sliding_window": 6}  # shorter than the texts of the tests
+_EXPERTS = {"num_experts_per_tok": 2}
+_LIKE_FALCON = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **_IDS}
+
+# Each with the way that it is expected to get.
+ARCHITECTURES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
+    "llama": ("packed", lambda: transformers.LlamaConfig(**_LIKE_LLAMA)),
+    "mistral": ("packed", lambda: transformers.MistralConfig(**_LIKE_LLAMA, **_WINDOW)),
+    "qwen2": ("packed", lambda: transformers.Qwen2Config(**_LIKE_LLAMA)),
+    "qwen2-window": (
+        "packed",
+        lambda: transformers.Qwen2Config(**_LIKE_LLAMA, **_WINDOW, use_sliding_window=True, max_window_layers=2),
+    ),
+    "qwen3": ("packed", lambda: transformers.Qwen3Config(**_LIKE_LLAMA, head_dim=8)),
+    "gemma": ("packed", lambda: transformers.GemmaConfig(**_LIKE_LLAMA, head_dim=8)),
+    "gemma2": ("packed", lambda: transformers.Gemma2Config(**_LIKE_LLAMA, **_WINDOW, head_dim=8)),
+    "gemma3": (
+        "packed",
+        lambda: transformers.Gemma3TextConfig(**_LIKE_LLAMA, **_WINDOW, head_dim=8, sliding_window_pattern=2),
+    ),
+    "phi": ("packed", lambda: transformers.PhiConfig(**_LIKE_LLAMA)),
+    "phi3": ("packed", lambda: transformers.Phi3Config(**_LIKE_LLAMA, **_WINDOW)),
+    "gpt2": ("packed", lambda: transformers.GPT2Config(**_LIKE_GPT2)),
+    "opt": (
+        "packed",
+        lambda: transformers.OPTConfig(**_LIKE_FALCON, ffn_dim=48, max_position_embeddings=256, word_embed_proj_dim=16),
+    ),
+    "gpt-neox": ("packed", lambda: transformers.GPTNeoXConfig(**_LIKE_NEOX)),
+    "olmo2": ("packed", lambda: transformers.Olmo2Config(**_LIKE_LLAMA)),
+    "cohere": ("packed", lambda: transformers.CohereConfig(**_LIKE_LLAMA)),
+    "granite": (
+        "packed",
+        lambda: transformers.GraniteConfig(
+            **_LIKE_LLAMA,
+            logits_scaling=2.0,
+            attention_multiplier=0.3,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.7,
+        ),
+    ),
+    "smollm3": ("packed", lambda: transformers.SmolLM3Config(**_LIKE_LLAMA)),
+    "gpt-oss": (
+        "packed",
+        lambda: transformers.GptOssConfig(**_LIKE_LLAMA, **_WINDOW, **_EXPERTS, head_dim=8, num_local_experts=4),
+    ),
+    "mixtral": ("packed", lambda: transformers.MixtralConfig(**_LIKE_LLAMA, **_EXPERTS, num_local_experts=4)),
+    "qwen3-moe": (
+        "packed",
+        lambda: transformers.Qwen3MoeConfig(
+            **_LIKE_LLAMA, **_EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=16
+        ),
+    ),
+    "bloom": ("cached", lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=3, n_head=4, **_IDS)),
+    "falcon-rotary": ("cached", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=False)),
+    "falcon-alibi": ("cached", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=True, multi_query=False)),
+    "mpt": (
+        "cached",
+        lambda: transformers.MptConfig(vocab_size=400, d_model=32, n_heads=4, n_layers=3, max_seq_len=256, **_IDS),
+    ),
+    "gptj": ("cached", lambda: transformers.GPTJConfig(**_LIKE_GPT2, rotary_dim=4)),
 }
 
 
 def tiny_model(architecture: str) -> PreTrainedModel:
     """A random model, the same each time."""
     torch.manual_seed(0)
-    made: PreTrainedModel
-    if architecture == "llama":
-        made = LlamaForCausalLM(LlamaConfig(**_LIKE_LLAMA))
-    elif architecture == "mistral":
-        made = MistralForCausalLM(MistralConfig(**_LIKE_LLAMA, sliding_window=6))
-    elif architecture == "gemma2":
-        made = Gemma2ForCausalLM(Gemma2Config(**_LIKE_LLAMA, head_dim=8, sliding_window=6))
-    elif architecture == "gpt2":
-        made = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=256, **_IDS))
-    elif architecture == "bloom":
-        made = BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=3, n_head=4, **_IDS))
-    else:
-        raise ValueError(architecture)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture][1]())
     # Random weights of the usual size give nearly the same logits everywhere; larger ones tell positions apart.
     for parameter in made.parameters():
         if parameter.dim() > 1:

@@ -197,3 +197,8 @@ def test_decoding_settings_are_checked(values: dict[str, Any], message: str) -> 
 def test_settings_cannot_be_changed_by_accident() -> None:
     with pytest.raises(ValueError, match="frozen"):
         TuneConfig().seed = 3  # type: ignore[misc]
+
+
+def test_a_line_break_can_be_typed_in_a_shell() -> None:
+    config, _ = read_settings(TuneConfig, assignments=[r"template={{ text }}\nLabel:\t"])
+    assert config.template == "{{ text }}\nLabel:\t"

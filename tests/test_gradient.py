@@ -10,7 +10,7 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, T5Config
 
-from conftest import frozen, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, frozen, tiny_model, tiny_tokenizer
 from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Example, shared_text
 from softprompt.errors import ModelError
@@ -117,12 +117,25 @@ def test_loss_and_gradient_are_those_of_peft(
     assert relative(gradient, weight.grad) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("architecture", "name"),
-    [("llama", "packed"), ("gpt2", "packed"), ("mistral", "packed"), ("gemma2", "packed"), ("bloom", "cached")],
-)
-def test_the_way_is_found_on_the_model(architecture: str, name: str) -> None:
-    assert frozen(architecture).way.name == name
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_way_is_found_on_the_model(architecture: str) -> None:
+    assert frozen(architecture).way.name == ARCHITECTURES[architecture][0]
+
+
+@pytest.mark.parametrize("virtual_tokens", [1, 20])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_gets_the_loss_and_gradient_of_concatenation(architecture: str, virtual_tokens: int) -> None:
+    """With 20 virtual tokens, the prompt alone is longer than the sliding windows."""
+    model = frozen(architecture)
+    for kind in ("mixed lengths", "common beginning"):
+        examples = examples_of(kind)
+        prompt = start(model, virtual_tokens).requires_grad_()
+        expected = concatenated_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
+        (wanted,) = torch.autograd.grad(expected, prompt)
+        for parts in ([examples], [examples[:2], examples[2:]]):
+            loss, gradient = prompt_gradient(model, prompt, shared_text(examples), parts)
+            assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+            assert relative(gradient, wanted) < 1e-4
 
 
 def test_a_way_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

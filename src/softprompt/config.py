@@ -131,10 +131,10 @@ def _read_file(file: Path | None) -> dict[str, Any]:
 
 
 def _parse(kind: type[BaseModel], name: str, text: str) -> Any:
-    """Read a value given on the command line; text settings are kept as they were typed."""
+    """Read a value given on the command line; texts are kept as they were typed, but for line breaks and tabs."""
     field = kind.model_fields.get(name)
     if field is None or field.annotation in (str, str | None):
-        return text
+        return text.replace("\\n", "\n").replace("\\t", "\t")  # a shell's quotes leave them as two characters
     if name == "verbalizers":
         try:
             return json.loads(text)
