@@ -1,7 +1,8 @@
 """What the default settings rest on: prompts tuned with other settings, scored on rows that played no part.
 
-Every variant is one run; its result is appended to `results/defaults.jsonl` as it comes, and a variant that is there
-is not run again, so this can be stopped at any time. `results/defaults.md` is the table of what is there.
+Every variant is one run, kept in a folder below `runs/defaults` and resumed if it was stopped there. Its result is
+appended to `results/defaults.jsonl`, and a variant that is there is not run again, so this can be stopped at any time.
+`results/defaults.md` is the table of what is there.
 
     python benchmarks/defaults.py --data ../shared/data            # all cases
     python benchmarks/defaults.py --data ../shared/data sst2
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,10 +98,12 @@ CASES = {
 
 
 def run(case: str, variant: str, seed: int, model: sp.FrozenModel, data: Path) -> dict[str, Any]:
-    """Tune once and score the prompt on rows that were not used."""
+    """Tune once, or go on with it, and score the prompt on rows that were not used."""
     train, test = CASES[case].rows(data)
     settings = {"seed": seed, **CASES[case].variants[variant]}
-    result = sp.tune(model, train, sp.TuneConfig(**settings))
+    folder = Path("runs/defaults") / re.sub(r"[^a-z0-9]+", "-", f"{case} {variant} {seed}".lower())
+    result = sp.tune(model, train, sp.TuneConfig(**settings), out=folder, resume=folder.exists())
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     done = sp.evaluate(model, test, result.prompt)
     assert done.without_prompt is not None
     return {
@@ -108,7 +112,7 @@ def run(case: str, variant: str, seed: int, model: sp.FrozenModel, data: Path) -
         "seed": seed,
         "settings": settings,
         "steps": result.steps,
-        "seconds": round(result.seconds, 1),
+        "seconds": round(sum(record.get("step_seconds", 0) for record in logged), 1),
         "virtual_tokens": result.prompt.num_virtual_tokens,
         "best_step": result.best_step,
         "test": {name: metric.model_dump() for name, metric in done.metrics.items()},
@@ -124,8 +128,8 @@ def table(records: list[dict[str, Any]]) -> str:
         "# Settings compared",
         "",
         "Made by `benchmarks/defaults.py`, SmolLM2-135M-Instruct, 2 cores. Scored on rows that played no part in "
-        "training or in choosing the best prompt; in brackets the 95 % interval. Seconds are training and validation "
-        "on a shared machine, sometimes beside other work: read them as an upper bound.",
+        "training or in choosing the best prompt; in brackets the 95 % interval. Seconds are those of the training "
+        "steps, on a shared machine, some of them beside other work: read them as an upper bound.",
     ]
     for case in CASES:
         mine = [r for r in records if r["case"] == case]

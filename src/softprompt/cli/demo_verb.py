@@ -50,7 +50,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
         return
     console.print(metrics_table(done.metrics, done.without_prompt, f"{done.rows} messages held back, 95 % intervals"))
     console.print()
-    console.print(side_by_side(shown, base, texts))
+    console.print(side_by_side(shown, base, texts, [row["label"] for row in test[:_SHOWN]]))
     virtual, width = result.prompt.embeddings.shape
     console.print(
         f"\nThe model is as it was; what was learned are {virtual} virtual tokens, {virtual * width:,} numbers, "

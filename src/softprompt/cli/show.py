@@ -60,19 +60,22 @@ def settings_table(plan: Plan, origins: Mapping[str, str]) -> Table:
     return table
 
 
-def side_by_side(inputs: Sequence[str], base: Sequence[str] | None, texts: Sequence[str]) -> Table:
-    """Return a table of generations, the untouched model's next to the prompt's."""
+def side_by_side(
+    inputs: Sequence[str], base: Sequence[str] | None, texts: Sequence[str], right: Sequence[str] | None = None
+) -> Table:
+    """Return a table of generations: the untouched model's, the prompt's and, where it is known, what is right."""
+    columns = {"input": inputs}
+    if base is not None:
+        columns["without prompt"] = base
+    columns["with prompt" if base is not None else "text"] = texts
+    if right is not None:
+        columns["right"] = right
     table = Table(show_lines=True)
-    headers = [
-        "input",
-        *(["without prompt"] if base is not None else []),
-        "with prompt" if base is not None else "text",
-    ]
-    for header in headers:
-        table.add_column(header, overflow="fold", ratio=1)
-    for index, (given, text) in enumerate(zip(inputs, texts, strict=True)):
-        cells = [given, *([base[index]] if base is not None else []), text]
-        table.add_row(*(Text(cell) for cell in cells))
+    for header in columns:
+        table.add_column(header, overflow="fold", ratio=1 if right is None else None)
+    for row in zip(*columns.values(), strict=True):
+        # What is nothing but line breaks and spaces is shown as such: an empty cell looks like a mistake.
+        table.add_row(*(Text(cell.strip() or repr(cell)) for cell in row))
     return table
 
 
