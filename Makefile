@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
+# Options of the benchmark: make bench BENCH="--data FOLDER sst2"
+BENCH ?= support
+
 .PHONY: install demo test lint bench docs clean
 
 install: .venv/.installed
@@ -30,7 +33,7 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 
 bench: .venv/.installed-dev
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/defaults.py $(BENCH)
 
 docs: .venv/.installed-dev
 	$(BIN)/python docs/generate.py

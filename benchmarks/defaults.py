@@ -4,8 +4,11 @@ Every variant is one run, kept in a folder below `runs/defaults` and resumed if 
 appended to `results/defaults.jsonl`, and a variant that is there is not run again, so this can be stopped at any time.
 `results/defaults.md` is the table of what is there.
 
-    python benchmarks/defaults.py --data ../shared/data            # all cases
-    python benchmarks/defaults.py --data ../shared/data sst2
+    python benchmarks/defaults.py support                   # the demo's messages
+    python benchmarks/defaults.py --data FOLDER             # all cases
+
+FOLDER holds `sst2/{train,validation}.jsonl` (rows of text and label; Stanford Sentiment Treebank, binary sentences) and
+`awesome-chatgpt-prompts/prompts.csv` (github.com/f/awesome-chatgpt-prompts, March 2023).
 """
 
 from __future__ import annotations
@@ -152,7 +155,7 @@ def main() -> None:
     """Run what is asked for and not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of the data sets")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--variants", nargs="*", help="default: all of the case")
     options = parser.parse_args()

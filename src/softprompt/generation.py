@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from transformers import (
 
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder, common_start, leading_tokens
-from softprompt.data.rows import INPUT_COLUMN
+from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import SettingsError
 from softprompt.model.cached import positions
 from softprompt.model.frozen import FrozenModel
@@ -59,17 +59,27 @@ def generate(
     config = config or GenerateConfig()
     if prompt is not None:
         require_fit(prompt, model)
-    if prompt is None or raw or prompt.record.task == "text":
+    embeddings = prompt.embeddings if prompt is not None and virtual_tokens else None
+    virtual = 0 if embeddings is None else len(embeddings)
+    room_for = None if model.context_length is None else model.context_length - virtual
+    most = config.max_new_tokens or (None if config.max_length else _usual_length(model, prompt))
+    labels = prompt.record.verbalizers.values() if prompt is not None and not raw else ()
+    if prompt is None or raw or prompt.record.template == DEFAULT_TEMPLATE["text"]:
         inputs = [_plain(model, text) for text in texts]
     else:
         rows = [_row(prompt, text) for text in texts]
-        inputs = [list(ids) for ids in Encoder(model.tokenizer, prompt.format, prompt.record.max_length).inputs(rows)]
-    embeddings = prompt.embeddings if prompt is not None and virtual_tokens else None
-    most = config.max_new_tokens or (None if config.max_length else _usual_length(model, prompt))
-    virtual = 0 if embeddings is None else len(embeddings)
-    positions = None if model.context_length is None else model.context_length - virtual
-    room = [_room(ids, most, config.max_length, positions) for ids in inputs]
-    return continue_ids(model, embeddings, inputs, room, config)
+        longest = (
+            prompt.record.max_length if room_for is None else min(prompt.record.max_length, room_for - (most or 1))
+        )
+        inputs = [list(ids) for ids in Encoder(model.tokenizer, prompt.format, longest).inputs(rows)]
+    room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
+    return [_label(text, labels) for text in continue_ids(model, embeddings, inputs, room, config)]
+
+
+def _label(text: str, labels: Collection[str]) -> str:
+    """Return the label that a text begins with, without what follows it: labels have no end of their own."""
+    begun = [label for label in labels if text.strip().startswith(label)]
+    return max(begun, key=len) if begun else text
 
 
 def _plain(model: FrozenModel, text: str | Mapping[str, str]) -> list[int]:
@@ -83,7 +93,7 @@ def _row(prompt: SoftPrompt, text: str | Mapping[str, str]) -> dict[str, str]:
     if not isinstance(text, str):
         return dict(text)
     columns = prompt.format.columns
-    if columns != [INPUT_COLUMN[prompt.record.task]] and len(columns) > 1:
+    if len(columns) > 1:
         raise SettingsError(
             f"the prompt's template {prompt.record.template!r} names the columns {', '.join(columns)}; "
             "give dictionaries of them from Python, or the whole text with --raw"
@@ -186,13 +196,14 @@ def _decode(model: FrozenModel, prefix: Prefix, lines: list[_Line], rules: Logit
             cache.batch_select_indices(kept)
             mask, at, going = mask[kept], at[kept], [going[i] for i in alive]
         mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-        logits = model.hf_model(
-            input_ids=torch.tensor([[line.ids[-1]] for line in going], device=model.device),
-            past_key_values=cache,
-            use_cache=True,
-            attention_mask=mask,
-            **positions(model.hf_model, at.unsqueeze(1)),
-        ).logits[:, -1]
+        with model.way.lock:
+            logits = model.hf_model(
+                input_ids=torch.tensor([[line.ids[-1]] for line in going], device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+                attention_mask=mask,
+                **positions(model.hf_model, at.unsqueeze(1)),
+            ).logits[:, -1]
         at = at + 1
 
 

@@ -203,21 +203,23 @@ def generate(
 
     PROMPT is a prompt's folder, or `none` for the untouched model. Without TEXT, lines of stdin are continued.
     Decoding is greedy unless --set says otherwise: max_new_tokens, max_length, repetition_penalty, do_sample,
-    temperature, top_k, top_p, no_repeat_ngram_size, seed.
+    temperature, top_k, top_p, no_repeat_ngram_size, seed; device and dtype place the model.
     """
     from softprompt.cli.show import out as console
     from softprompt.cli.show import print_json, side_by_side
-    from softprompt.config import GenerateConfig, read_settings
+    from softprompt.config import GenerateConfig, TuneConfig, read_settings
     from softprompt.generation import generate as run
 
     soft = _prompt(prompt)
-    config, _ = read_settings(GenerateConfig, assignments=assignments)
+    place = [a for a in assignments if a.startswith(("device=", "dtype="))]
+    where, _ = read_settings(TuneConfig, assignments=place)
+    config, _ = read_settings(GenerateConfig, assignments=[a for a in assignments if a not in place])
     if not texts and sys.stdin.isatty():
         say("reading texts from the keyboard, one a line; end with Ctrl-D")
     given = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not given:
         raise InputError("no text to continue; give one or more, or lines on stdin")
-    frozen = _model_for(soft, model, revision, "auto", "auto", trust_remote_code)
+    frozen = _model_for(soft, model, revision, where.device, where.dtype, trust_remote_code)
     made = run(frozen, given, soft, config, raw=raw)
     base = run(frozen, given, soft, config, raw=raw, virtual_tokens=False) if versus_base and soft else None
     if as_json:
@@ -245,6 +247,8 @@ def _model_for(
     from softprompt.model.bundled import DEFAULT_MODEL
 
     if name is None and soft is not None:
+        if trust:
+            raise InputError("--trust-remote-code needs --model: which code is run must not be the prompt's to say")
         name, revision = soft.record.base_model.id, revision or soft.record.base_model.revision
     return load(name or DEFAULT_MODEL, device=device, dtype=dtype, revision=revision, trust=trust)
 

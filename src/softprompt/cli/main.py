@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -18,13 +19,11 @@ from softprompt.errors import SoftpromptError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="softprompt")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.pass_context
-def softprompt(context: click.Context, debug: bool) -> None:
+def softprompt(debug: bool) -> None:
     """Adapt a frozen language model to a task with a few learned virtual tokens.
 
     Start with `softprompt demo`. Results go to stdout, progress to stderr.
     """
-    context.obj = {"debug": debug}
 
 
 for verb in (demo, tune, check, evaluate, generate, models):
@@ -35,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 done, 1 the work failed, 2 the input is at fault, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    warnings.showwarning = lambda message, *_: click.echo(f"softprompt: warning: {message}", err=True)
     # --debug may stand anywhere; click takes it before the verb only.
     given = (["--debug"] if debug else []) + [argument for argument in given if argument != "--debug"]
     sys.exit(_run(given, debug))
@@ -57,11 +57,16 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     except BrokenPipeError:  # the reader, head or less, has seen enough
         sys.stderr.close()
         return 0
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:  # a traceback is for those who ask for it
+        if debug:
+            traceback.print_exc()
         # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on the CPU.
-        named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-        if not (isinstance(error, MemoryError) or named):
-            raise
-        click.echo("softprompt: out of memory; try a smaller --set micro_batch_tokens, or a smaller model", err=True)
+        memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if memory or "can't allocate memory" in str(error):
+            click.echo(
+                "softprompt: out of memory; try a smaller --set micro_batch_tokens, or a smaller model", err=True
+            )
+        else:
+            click.echo(f"softprompt: unexpected {type(error).__name__}: {error}; --debug shows where", err=True)
         return 1
     return 0

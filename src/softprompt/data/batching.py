@@ -26,6 +26,8 @@ def _epochs(rows: int, first: int, last: int) -> range:
 def micro_batches(examples: Sequence[Example], budget: int, held: int = 0) -> list[list[int]]:
     """Cut a batch, ordered by length, into runs of at most `budget` tokens each.
 
+    Every text counts as long as the run's longest: rows are padded to it, or at least their attention is.
+
     Args:
         examples: the batch.
         budget: text tokens that are run at once; a single longer example is run alone.
@@ -36,12 +38,9 @@ def micro_batches(examples: Sequence[Example], budget: int, held: int = 0) -> li
     """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
     cut: list[list[int]] = []
-    used = budget
     for index in order:
-        length = len(examples[index].ids) - held
-        if used + length > budget:
+        longest = len(examples[index].ids) - held  # so far: lengths only rise
+        if not cut or (len(cut[-1]) + 1) * longest > budget:
             cut.append([])
-            used = 0
         cut[-1].append(index)
-        used += length
     return cut

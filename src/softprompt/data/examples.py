@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.data.rows import Row, Rows
 from softprompt.data.templates import Format
-from softprompt.errors import DataError, ModelError, nearest
+from softprompt.errors import DataError, ModelError, SettingsError, nearest
 
 
 class Example(NamedTuple):
@@ -64,6 +64,10 @@ class Encoder:
             )
         self.leading = leading_tokens(self.tokenizer)
         self.ends = self.format.task == "completion" or self._one_begins_another()
+        if self.ends and self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                "this model's tokenizer has no end-of-text token, which this task's targets have to end with"
+            )
 
     def _one_begins_another(self) -> bool:
         """Tell whether one label's tokens are how another's begin; then all labels end with the end-of-text token."""
@@ -98,7 +102,10 @@ class Encoder:
             stem = common_start([v.ids[: v.start] for v in variants])
             if not stem:
                 raise DataError(f"{rows.name}, row {number}: the template leaves no text before the label")
-            made.append(Choices(stem, tuple(v.ids[len(stem) :] for v in variants)))
+            tails = tuple(variant.ids[len(stem) :] for variant in variants)
+            if len(set(tails)) < len(tails):
+                raise SettingsError("two labels have the same tokens in this model; give them other verbalizers")
+            made.append(Choices(stem, tails))
         return made
 
     def inputs(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
@@ -174,16 +181,16 @@ class Encoder:
         ids: list[int] = encoded["input_ids"]
         border = len(text)
         inside = sum(1 for _, end in encoded["offset_mapping"] if end <= border)
-        ending = [self.tokenizer.eos_token_id] if self.ends and self.tokenizer.eos_token_id is not None else []
+        ending = [self.tokenizer.eos_token_id] if self.ends else []
         return Example((*self.leading, *ids, *ending), len(self.leading) + inside)
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return what the tokenizer puts before every text: its BOS token, or nothing."""
+    """Return what the tokenizer puts before every text: a BOS token mostly, or nothing."""
     plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     special: list[int] = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return (bos,) if bos is not None and special[:1] == [bos] and plain[:1] != [bos] else ()
+    ahead = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
+    return tuple(special[:ahead])
 
 
 def common_start(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:

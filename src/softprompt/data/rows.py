@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -137,6 +138,7 @@ def _read(source: str) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     records = []
     try:
@@ -213,13 +215,18 @@ def _named(records: list[dict[str, Any]], mapping: dict[str, str], task: Task | 
             raise DataError(f"{task} needs a column {column!r}: {name} has {', '.join(columns)}; add --map {column}=…")
     rows = []
     for number, record in enumerate(records, start=1):
-        row = {key: "" if value is None else str(value) for key, value in record.items()}
+        row = {key: _text(value) for key, value in record.items()}
         row.update({column: row.get(names[column], "") for column in needed})
         for column in needed:
             if not row[column].strip():
                 raise DataError(f"{name}, row {number}: the column {names[column]!r} is empty")
         rows.append(row)
     return Rows(tuple(rows), task, name)
+
+
+def _text(value: Any) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))  # data frames have NaN for nothing
+    return "" if missing else str(value)
 
 
 def _task_of(names: set[str]) -> Task | None:

@@ -45,8 +45,15 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
     return data.pick(train), data.pick(sorted(chosen))
 
 
+def sample(data: Rows, rows: int, seed: int) -> Rows:
+    """Return at most so many rows, drawn so that every label keeps its share, in their old order."""
+    if rows >= len(data):
+        return data
+    return data.pick(sorted(_stratified(data, rows, np.random.default_rng(seed))))
+
+
 def _stratified(data: Rows, held: int, generator: np.random.Generator) -> list[int]:
-    """Draw rows so that every label keeps its share, to within a row."""
+    """Draw rows so that every label that is not rare keeps its share, to within a row."""
     order = generator.permutation(len(data)).tolist()
     by_label: dict[str, list[int]] = defaultdict(list)
     for i in order:

@@ -65,13 +65,15 @@ def evaluate(
     if prompt is None:
         if data.task == "classification" and len(data.labels) < 2:
             raise DataError(f"{data.name}: all rows have the label {data.labels[0]}; there is nothing to choose from")
-        most = min(max_length, model.context_length or max_length)
+        most = _fitting(max_length, model, 0)
         encoder = Encoder(model.tokenizer, make_format(data.task, data.labels, template, verbalizers), most)
     else:
         require_fit(prompt, model)
         if prompt.record.task != data.task:
             raise DataError(f"{data.name} is for {data.task}, the prompt was trained for {prompt.record.task}")
-        encoder = Encoder(model.tokenizer, prompt.format, prompt.record.max_length)
+        encoder = Encoder(
+            model.tokenizer, prompt.format, _fitting(prompt.record.max_length, model, prompt.num_virtual_tokens)
+        )
     scorer = make_scorer(encoder, data)
     untouched = scorer.score(model, None)
     scores = untouched if prompt is None else scorer.score(model, prompt.embeddings)
@@ -84,3 +86,8 @@ def evaluate(
         predictions=scores.predictions(),
         truncated=encoder.truncated,
     )
+
+
+def _fitting(max_length: int, model: FrozenModel, virtual_tokens: int) -> int:
+    """Return how long an example may be, so that the model has positions for it."""
+    return min(max_length, (model.context_length or max_length + virtual_tokens) - virtual_tokens)

@@ -50,9 +50,9 @@ class Scores(ABC):
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics with intervals."""
 
-    @abstractmethod
     def better_than(self, other: Scores) -> bool:
-        """Tell whether a prompt with these scores is to be preferred."""
+        """Prefer the lower loss: on few rows, accuracy jumps up and down by more than prompts differ."""
+        return self.loss() < other.loss()
 
     @abstractmethod
     def predictions(self) -> list[dict[str, Any]]:
@@ -70,9 +70,6 @@ class TextScores(Scores):
         scored = np.flatnonzero(self.tokens)
         loss = bootstrap(lambda chosen: self.loss(scored[chosen]), len(scored))
         return {"loss": loss, "perplexity": Metric(**{k: float(np.exp(v)) for k, v in loss.model_dump().items()})}
-
-    def better_than(self, other: Scores) -> bool:
-        return self.loss() < other.loss()
 
     def predictions(self) -> list[dict[str, Any]]:
         each = zip(self.rows, self.losses, self.tokens, strict=True)
@@ -122,11 +119,6 @@ class LabelScores(Scores):
             "macro_f1": bootstrap(self.macro_f1, count),
             "loss": bootstrap(self.loss, count),
         }
-
-    def better_than(self, other: Scores) -> bool:
-        """Prefer the higher accuracy, and where it is equal the lower loss."""
-        mine, theirs = self.values(), other.values()
-        return (mine["accuracy"], -mine["loss"]) > (theirs["accuracy"], -theirs["loss"])
 
     def predictions(self) -> list[dict[str, Any]]:
         made = []

@@ -33,7 +33,7 @@ class Cached(Way):
             last.append(hidden[0, -1:])
             return hidden[:, -1:]
 
-        with head_input(self.hf_model, keep_last):
+        with self.lock, head_input(self.hf_model, keep_last):
             self.hf_model(
                 inputs_embeds=embeddings,
                 past_key_values=cache,
@@ -62,7 +62,7 @@ class Cached(Way):
             return rows_of(hidden, starts, wanted, prefix)
 
         cache = expanded_cache(prefix, count, self.hf_model.dtype)
-        with head_input(self.hf_model, keep_wanted):
+        with self.lock, head_input(self.hf_model, keep_wanted):
             logits = self.hf_model(
                 input_ids=ids,
                 past_key_values=cache,

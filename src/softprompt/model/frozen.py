@@ -55,9 +55,19 @@ class FrozenModel:
 
     @property
     def context_length(self) -> int | None:
-        """The most positions that the model was made for, None where its configuration names none."""
-        length = getattr(self.hf_model.config.get_text_config(), "max_position_embeddings", None)
-        return None if length is None else int(length)
+        """The most positions that a prefix and a text can be run at exactly, None where there is no limit.
+
+        Chunked attention starts anew at a chunk's border, and `longrope` changes all positions beyond its original
+        length: up to there the prefix is the same for all texts.
+        """
+        config = self.hf_model.config.get_text_config()
+        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "attention_chunk_size")]
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "longrope" in (rope.get("rope_type"), rope.get("type")):
+            limits.append(rope.get("original_max_position_embeddings"))
+            limits.append(getattr(config, "original_max_position_embeddings", None))
+        found = [int(limit) for limit in limits if limit]
+        return min(found) if found else None
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the input embeddings of token ids, `[T, H]`, through the model's own module (Gemma scales in it)."""

@@ -35,9 +35,10 @@ def prompt_gradient(
         leaves = prefix.leaves()
         total = 0.0
         for part in micro_batches:
-            loss = model.loss(leaves, part).sum() / targets
+            # The sum: divided by the number of targets, half precision would lose the gradients of most logits.
+            loss = model.loss(leaves, part).sum()
             loss.backward()
             total += float(loss.detach())
         prefix.backward(leaves)
     assert prompt.grad is not None
-    return total, prompt.grad
+    return total / targets, prompt.grad / targets

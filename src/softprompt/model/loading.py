@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from softprompt.errors import ModelError, nearest
@@ -49,7 +51,10 @@ def load_model(
     """
     name = str(model)
     if trust_remote_code:
-        say(f"warning: trust_remote_code runs Python code that comes with {name}; it can read and change your files")
+        warnings.warn(
+            f"trust_remote_code runs Python code that comes with {name}; it can read and change your files",
+            stacklevel=2,
+        )
     place = resolve_device(device)
     source, extra = _locate(name, revision, say)
     extra["trust_remote_code"] = trust_remote_code
@@ -58,8 +63,8 @@ def load_model(
         _refuse_other_kinds(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
         hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **extra)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load {name!r}: {reason}") from error
     torch.nn.Module.to(hf_model, place)
     return freeze(hf_model, tokenizer, name, revision)
@@ -99,10 +104,13 @@ def resolve_device(device: str) -> torch.device:
         return torch.device(found)
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {device!r}; allowed are auto, cpu, cuda, cuda:N and mps") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device}: PyTorch sees no CUDA device here; use --set device=cpu")
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"unknown device {device!r}; allowed are auto, cpu, cuda, cuda:N and mps")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[place.type]
+    if (place.index or 0) >= there:
+        raise ModelError(f"device {device}: PyTorch sees {there} {place.type} devices here; use --set device=cpu")
     return place
 
 
@@ -111,7 +119,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]

@@ -94,6 +94,7 @@ def attention(
     Args:
         query: `[1, A, N, D]` with A query heads, N tokens of all texts.
         key, value: `[1, K, N, D]`.
+        attention_mask: what our mask function returned: a window, or None.
         scaling: factor on the scores; `D ** -0.5` where the model gives none.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
         sliding_window: a token sees the last `sliding_window` positions, itself included.
@@ -102,6 +103,8 @@ def attention(
     Returns:
         `[1, N, A, D]`, and None for the weights.
     """
+    if attention_mask is not None and sliding_window is None:
+        sliding_window = int(attention_mask)
     if position_bias is not None:
         raise ModelError("the packed way does not know this model's attention position bias")
     call = _current.get()
@@ -150,9 +153,16 @@ def _mask(length: int, longest: int, window: int | None, like: Tensor) -> Tensor
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, torch.finfo(like.dtype).min)
 
 
+def _no_mask(*_args: Any, local_size: int | None = None, **_kwargs: Any) -> Tensor | None:
+    """Build no mask: positions and borders are known to the attention function itself.
+
+    Some models tell their window to the mask alone; it is handed on in the mask's place.
+    """
+    return None if local_size is None else torch.tensor(local_size)
+
+
 AttentionInterface.register(ATTENTION, attention)
-# Positions and borders are known to the attention function itself: no mask tensor is built.
-AttentionMaskInterface.register(ATTENTION, lambda *_args, **_kwargs: None)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 class Packed(Way):
@@ -163,14 +173,15 @@ class Packed(Way):
     @contextmanager
     def _running(self, call: _Pass) -> Iterator[None]:
         config = self.hf_model.config
-        before = config._attn_implementation
-        token = _current.set(call)
-        config._attn_implementation = ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-            _current.reset(token)
+        with self.lock:
+            before = config._attn_implementation
+            token = _current.set(call)
+            config._attn_implementation = ATTENTION
+            try:
+                yield
+            finally:
+                config._attn_implementation = before
+                _current.reset(token)
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Way(ABC):
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         self.hf_model = hf_model
+        # A pass hooks the head and may switch the attention of the one model that all threads share.
+        self.lock = RLock()
 
     @abstractmethod
     def prompt_pass(self, embeddings: Tensor) -> Prefix:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.data.rows import Task
-from softprompt.data.templates import DEFAULT_TEMPLATE, Format
-from softprompt.errors import PromptError
+from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
+from softprompt.errors import PromptError, SettingsError
 from softprompt.model.fingerprint import Fingerprint, fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.storage import write_folder
@@ -26,6 +26,7 @@ WEIGHTS, ADAPTER, RECORD, CARD = "adapter_model.safetensors", "adapter_config.js
 FORMAT_VERSION = 1
 _KEY = "prompt_embeddings"
 _MOST_TOKENS = 10_000
+_DTYPES = ("F32", "F16", "BF16")
 
 
 class BaseModelRecord(BaseModel):
@@ -57,7 +58,7 @@ class Record(BaseModel):
     task: Task = "text"
     template: str = DEFAULT_TEMPLATE["text"]
     verbalizers: dict[str, str] = {}
-    max_length: int = 512
+    max_length: int = Field(512, ge=2)
     training: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     data: dict[str, str] = {}
@@ -93,7 +94,8 @@ class SoftPrompt:
             StorageError: it cannot be written.
         """
         path = Path(folder)
-        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / ADAPTER).exists())):
+        ours = {WEIGHTS, ADAPTER, RECORD, CARD}
+        if path.exists() and (not path.is_dir() or not {file.name for file in path.iterdir()} <= ours):
             raise PromptError(f"{path} exists and is not a prompt; give a new folder")
         with write_folder(path) as aside:
             save_file({_KEY: self.embeddings.float().contiguous()}, aside / WEIGHTS)
@@ -183,7 +185,9 @@ def _read_embeddings(path: Path) -> Tensor:
         with safe_open(path, framework="pt") as file:
             if list(file.keys()) != [_KEY]:
                 raise PromptError(f"{path} must hold one tensor {_KEY!r}, it holds {', '.join(file.keys())}")
-            shape = file.get_slice(_KEY).get_shape()
+            shape, dtype = file.get_slice(_KEY).get_shape(), file.get_slice(_KEY).get_dtype()
+            if dtype not in _DTYPES:
+                raise PromptError(f"{path}: {_KEY} is of type {dtype}; allowed are {', '.join(_DTYPES)}")
             if len(shape) != 2 or not 1 <= shape[0] <= _MOST_TOKENS:
                 raise PromptError(f"{path}: {_KEY} has the shape {shape}; it must be [virtual tokens, width]")
             embeddings: Tensor = file.get_tensor(_KEY).float()
@@ -208,9 +212,14 @@ def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
     if version != FORMAT_VERSION:
         raise PromptError(f"{path / RECORD} has format version {version}; this softprompt reads {FORMAT_VERSION}")
     try:
-        return Record(**loaded)
-    except ValidationError as error:
-        raise PromptError(f"{path / RECORD} is damaged: {error.errors()[0]['msg']}") from error
+        record = Record(**loaded)
+        make_format(record.task, list(record.verbalizers), record.template, record.verbalizers)
+    except (ValidationError, SettingsError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise PromptError(f"{path / RECORD} is damaged: {reason}") from error
+    if record.task == "classification" and not record.verbalizers:
+        raise PromptError(f"{path / RECORD} is damaged: a classification prompt without verbalizers")
+    return record
 
 
 def require_fit(prompt: SoftPrompt, model: FrozenModel) -> None:

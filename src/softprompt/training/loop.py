@@ -112,7 +112,7 @@ class _Loop:
         config = plan.config
         self.prompt = torch.nn.Parameter(plan.start.clone())
         self.best = plan.start.clone()
-        self.progress = Progress(threads=torch.get_num_threads())
+        self.progress = Progress()
         self.optimizer = torch.optim.AdamW([self.prompt], weight_decay=config.weight_decay)
         if state is not None:
             self._restore(state)
@@ -213,17 +213,18 @@ def learning_rate(config: TuneConfig, step: int) -> float:
 @contextmanager
 def _reproducible(threads: int | None) -> Iterator[None]:
     """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cores = torch.get_num_threads()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_num_threads(threads or before[1])
+    torch.set_num_threads(threads or cores)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before, warn_only=warned)
         torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
-        torch.set_num_threads(before[1])
+        torch.set_num_threads(cores)
 
 
 def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:

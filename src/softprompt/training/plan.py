@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt.config import TuneConfig
+from softprompt.config import TuneConfig, make_config
 from softprompt.data.examples import Encoder, Example, shared_text
 from softprompt.data.rows import Rows
-from softprompt.data.split import split_rows
+from softprompt.data.split import sample, split_rows
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import Scorer, make_scorer
@@ -80,9 +80,10 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
         if chosen[name] is None or chosen[name] == "auto":
             chosen[name], reasons[name] = value, reason
 
+    _require_place(model, config)
     train, validation = split_rows(data, eval_data, config.eval_rows, config.seed)
     if config.train_rows is not None:
-        train = train[: config.train_rows]
+        train = sample(train, config.train_rows, config.seed)
     if data.task == "classification" and len(train.labels) < 2:
         raise DataError(f"{data.name}: the training rows have one label only ({train.labels[0]}); two are needed")
     form = make_format(data.task, data.labels, config.template, config.verbalizers)
@@ -114,7 +115,18 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     decide("device", str(model.device), "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
     scorer = make_scorer(encoder, validation) if validation is not None else None
-    return Plan(TuneConfig(**chosen), reasons, encoder, train, validation, examples, text, start, scorer)
+    return Plan(make_config(TuneConfig, chosen), reasons, encoder, train, validation, examples, text, start, scorer)
+
+
+def _require_place(model: FrozenModel, config: TuneConfig) -> None:
+    """Make sure that settings say what is the case: the model is where it was loaded."""
+    places = {"auto", model.device.type, str(model.device)}
+    precision = str(model.hf_model.dtype).removeprefix("torch.")
+    if config.device not in places or config.dtype not in ("auto", precision):
+        raise SettingsError(
+            f"device {config.device}, dtype {config.dtype}: the model is loaded on {model.device} in {precision}; "
+            "give them to load_model"
+        )
 
 
 def _max_length(model: FrozenModel, wanted: int, virtual: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,13 +30,11 @@ class Progress(BaseModel):
         step: steps done.
         best_step: the step after which the best prompt was found.
         best: its validation metrics.
-        threads: CPU threads, as other numbers of them give other bits.
     """
 
     step: int = 0
     best_step: int = 0
     best: dict[str, float] = {}
-    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,12 @@ class RunFolder:
             before, now = getattr(config, name), getattr(given, name)
             if now not in (before, None, "auto"):
                 raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")
-        noted = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        noted = self._read_environment()
         for name, value in identity.items():
             if noted.get(name) != value:
                 raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
-        steps = sorted(int(folder.name.removeprefix("step-")) for folder in self._states.glob("step-*"))
-        state = self._load(steps[-1]) if steps else None
+        states = (self._load(step) for step in reversed(self._steps()))
+        state = next((state for state in states if state is not None), None)
         self._cut_metrics(state.progress.step if state else -1)
         return config, state
 
@@ -123,17 +122,29 @@ class RunFolder:
                 {name: tensor.contiguous() for name, tensor in state.tensors.items()}, aside / "state.safetensors"
             )
             (aside / "state.json").write_text(state.progress.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        steps = sorted(int(folder.name.removeprefix("step-")) for folder in self._states.glob("step-*"))
-        for old in steps[:-_KEPT_STATES]:
+        for old in self._steps()[:-_KEPT_STATES]:
             shutil.rmtree(self._states / f"step-{old}", ignore_errors=True)
 
-    def _load(self, step: int) -> State:
+    def _steps(self) -> list[int]:
+        names = [folder.name.removeprefix("step-") for folder in self._states.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _load(self, step: int) -> State | None:
+        """Read a state, or return None where it is damaged: an older one will do."""
         folder = self._states / f"step-{step}"
         try:
             progress = Progress.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
             return State(progress, load_file(folder / "state.safetensors"))
+        except (OSError, ValueError, SafetensorError):
+            return None
+
+    def _read_environment(self) -> dict[str, str]:
+        file = self.path / "environment.json"
+        try:
+            noted: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise StorageError(f"cannot read {folder}: {error}; remove it to resume from an earlier state") from error
+            raise StorageError(f"cannot read {file}: {error}; begin a new run") from error
+        return noted
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
@@ -143,7 +154,8 @@ class RunFolder:
     def _cut_metrics(self, step: int) -> None:
         """Drop what was logged after a state was saved, also a line that was written by half."""
         kept = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else []
+        for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
