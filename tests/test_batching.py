@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -60,12 +61,13 @@ def test_micro_batches_are_a_partition_in_order_of_length_within_the_budget() ->
         assert sorted(flat) == list(range(len(lengths)))
         assert [lengths[i] for i in flat] == sorted(lengths)
         assert all(cut)
-        used = [sum(lengths[i] - held for i in part) for part in cut]
+        # Padding counts: every text takes as much as the longest of its run.
+        used = [len(part) * (lengths[part[-1]] - held) for part in cut]
         for tokens, part in zip(used, cut, strict=True):
             assert tokens <= budget or len(part) == 1
             alone += tokens > budget
-        for tokens, following in zip(used, cut[1:], strict=False):
-            assert tokens + lengths[following[0]] - held > budget, "a cut that was not needed"
+        for part, following in itertools.pairwise(cut):
+            assert (len(part) + 1) * (lengths[following[0]] - held) > budget, "a cut that was not needed"
     assert alone > 100
 
 

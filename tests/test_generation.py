@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from conftest import ARCHITECTURES, frozen, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import PromptError, SettingsError
-from softprompt.generation import continue_ids, generate
+from softprompt.generation import _label, continue_ids, generate
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
@@ -108,8 +110,9 @@ def test_a_label_prompt_writes_no_more_than_its_longest_label(llama: FrozenModel
         verbalizers={"a": "delivery", "b": "good"},
     )
     longest = max(len(llama.tokenizer(f" {word}")["input_ids"]) for word in ("delivery", "good"))
-    text = generate(llama, ["the parcel"], prompt)[0]
-    assert text == generate(llama, ["the parcel"], prompt, GenerateConfig(max_new_tokens=longest))[0]
+    assert generate(llama, ["the parcel"], prompt) == generate(
+        llama, ["the parcel"], prompt, GenerateConfig(max_new_tokens=longest)
+    )
 
 
 def test_max_length_counts_real_tokens_only(llama: FrozenModel) -> None:
@@ -185,3 +188,37 @@ def test_no_room_for_new_tokens_is_an_error(llama: FrozenModel) -> None:
     ids = tiny_tokenizer()("the parcel never came")["input_ids"]
     with pytest.raises(SettingsError, match=f"own {len(ids)} tokens"):
         generate(llama, ["the parcel never came"], config=GenerateConfig(max_length=len(ids)))
+
+
+def test_threads_share_a_model(llama: FrozenModel) -> None:
+    config = GenerateConfig(max_new_tokens=8)
+    prompt = soft_prompt(llama)
+    expected = {
+        (text, soft): generate(llama, [text], prompt if soft else None, config)
+        for text in TEXTS
+        for soft in (True, False)
+    }
+    jobs = [*expected] * 6
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda job: generate(llama, [job[0]], prompt if job[1] else None, config), jobs))
+    assert made == [expected[job] for job in jobs]
+    assert llama.hf_model.config._attn_implementation != "softprompt_packed"
+
+
+def test_a_plain_text_prompts_own_template_is_used(llama: FrozenModel) -> None:
+    prompt = soft_prompt(llama, task="text", template="say {{ text }} again")
+    config = GenerateConfig(max_new_tokens=8)
+    assert generate(llama, ["hello"], prompt, config) == generate(llama, ["say hello again"], prompt, config, raw=True)
+
+
+def test_a_long_input_is_cut_so_that_new_tokens_fit(llama: FrozenModel) -> None:
+    prompt = soft_prompt(llama, task="completion", template="{{ input }}\n", max_length=247)
+    assert len(generate(llama, ["the parcel never came and " * 100], prompt, GenerateConfig(max_new_tokens=5))[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [(" good delivery", "good"), (" goodness", "goodness"), (" bad", " bad"), ("good", "good"), ("", "")],
+)
+def test_what_follows_a_label_is_dropped(text: str, label: str) -> None:
+    assert _label(text, ["good", "goodness", "delivery"]) == label

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, T5Config
+from transformers import MambaConfig, MambaForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config
 
 from conftest import ARCHITECTURES, frozen, tiny_model, tiny_tokenizer
 from softprompt.data.batching import micro_batches
@@ -196,3 +196,30 @@ def test_the_model_is_as_it_was_after_a_step() -> None:
     with head_input(model.hf_model, lambda hidden: hidden):
         pass
     assert not model.hf_model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_half_precision_keeps_the_gradient_of_many_targets() -> None:
+    """Divided by the number of targets before the backward pass, float16 would lose it."""
+    model, examples = model_by("gpt2", Packed), [Example(e.ids * 4, 0) for e in examples_of("mixed lengths")] * 12
+    prompt = start(model, 5)
+    _, exact = prompt_gradient(model, prompt, (), [examples])
+    model.hf_model.half()
+    _, half = prompt_gradient(model, prompt, (), [examples])
+    assert half.dtype == torch.float32
+    assert relative(half, exact) < 0.02
+
+
+def test_a_model_is_not_run_where_its_prefix_would_not_be_the_same_for_all_texts() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = Phi3Config(
+        **shape,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=256,
+        original_max_position_embeddings=24,
+        rope_parameters={**rope, "original_max_position_embeddings": 24},
+    )
+    model = freeze(Phi3ForCausalLM(config), tiny_tokenizer())
+    assert model.context_length == 24

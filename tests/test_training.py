@@ -18,7 +18,7 @@ from conftest import tiny_model, tiny_tokenizer
 from softprompt.cli.main import main
 from softprompt.config import TuneConfig
 from softprompt.data.rows import load_data
-from softprompt.errors import InputError, RunError, SettingsError
+from softprompt.errors import InputError, PromptError, RunError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
@@ -176,7 +176,7 @@ def test_the_best_prompt_is_kept_not_the_last(llama: FrozenModel, reviews: Path,
     config = short(max_steps=30, learning_rate=3.0, schedule="constant", eval_every=1, warmup_ratio=0)
     result = tune(llama, load_data(reviews), config, out=tmp_path / "run")
     logged = [r for r in log_without_times(tmp_path / "run") if "validation" in r]
-    best = max(logged, key=lambda r: (r["validation"]["accuracy"], -r["validation"]["loss"]))  # type: ignore[index]
+    best = min(logged, key=lambda r: r["validation"]["loss"])  # type: ignore[index]
     assert result.metrics == best["validation"]
     assert result.best_step == best["step"]
     assert load_prompt(tmp_path / "run" / "prompt").record.metrics == result.metrics
@@ -252,3 +252,47 @@ def test_initializations_start_where_real_tokens_are(llama: FrozenModel) -> None
     drawn = random_prompt(llama, 500, seed=1)
     assert float(drawn.std()) == pytest.approx(float(table.std()), rel=0.1)
     assert torch.equal(drawn, random_prompt(llama, 500, seed=1))
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows = load_data(reviews)
+    tune(llama, rows, short(), out=tmp_path / "whole")
+    tune(llama, rows, short(), out=tmp_path / "cut")
+    newest = tmp_path / "cut" / "state" / "step-6" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    tune(llama, rows, short(), out=tmp_path / "cut", resume=True)
+    assert prompt_bytes(tmp_path / "cut") == prompt_bytes(tmp_path / "whole")
+
+
+def test_saving_a_prompt_does_not_replace_what_is_not_one(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    prompt = tune(llama, load_data(reviews), short(max_steps=1, eval_rows=0)).prompt
+    prompt.save(tmp_path / "prompt")
+    prompt.save(tmp_path / "prompt")
+    (tmp_path / "prompt" / "notes.txt").write_text("mine")
+    with pytest.raises(PromptError, match="is not a prompt"):
+        prompt.save(tmp_path / "prompt")
+    assert (tmp_path / "prompt" / "notes.txt").read_text() == "mine"
+
+
+def test_train_rows_are_drawn_from_all_labels(llama: FrozenModel, reviews: Path) -> None:
+    rows = load_data(reviews)
+    by_label = rows.pick(sorted(range(len(rows)), key=lambda i: rows[i]["label"]))
+    result = tune(llama, by_label, short(max_steps=1, train_rows=6, eval_rows=0))
+    assert result.prompt.record.training["train_rows"] == 6
+
+
+@pytest.mark.parametrize("setting", [{"dtype": "bfloat16"}, {"device": "cuda"}])
+def test_settings_that_the_model_does_not_have_are_refused(
+    llama: FrozenModel, reviews: Path, setting: dict[str, str]
+) -> None:
+    with pytest.raises(SettingsError, match="the model is loaded on cpu in float32"):
+        tune(llama, load_data(reviews), short(**setting))
+
+
+def test_determinism_is_left_as_it_was(llama: FrozenModel, reviews: Path) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        tune(llama, load_data(reviews), short(max_steps=1, eval_rows=0))
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

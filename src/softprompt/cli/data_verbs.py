@@ -148,6 +148,9 @@ def evaluate(
     soft = _prompt(prompt)
     config, given = read_settings(TuneConfig, assignments=assignments)
     own = {"template", "verbalizers", "max_length"} & set(given)
+    dropped = set(given) - own - {"device", "dtype"}
+    if dropped:
+        raise InputError(f"evaluate does not train: --set {min(dropped)} has no meaning here; leave it out")
     if soft is not None and own:
         raise InputError(f"the prompt brings its own {', '.join(sorted(own))}; leave --set {min(own)} out")
     rows = load_data(data, parse_map(mapping), soft.record.task if soft else None)

@@ -131,8 +131,7 @@ class LabelScores(Scores):
 class Scorer(ABC):
     """Rows made ready to be scored again and again, with one prompt after the other."""
 
-    def __init__(self, encoder: Encoder, rows: Rows) -> None:
-        self.rows = rows
+    rows: Rows
 
     @abstractmethod
     def score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
@@ -147,7 +146,7 @@ class TextScorer(Scorer):
     """
 
     def __init__(self, encoder: Encoder, rows: Rows) -> None:
-        super().__init__(encoder, rows)
+        self.rows = rows
         self.examples = [Example(e.ids, max(e.start, 1)) for e in encoder.examples(rows)]
         self.scored = [i for i, e in enumerate(self.examples) if e.targets]
         if not self.scored:
@@ -170,7 +169,7 @@ class LabelScorer(Scorer):
     """Sums the log-probability of every label's tokens behind each row's input."""
 
     def __init__(self, encoder: Encoder, rows: Rows) -> None:
-        super().__init__(encoder, rows)
+        self.rows = rows
         self.choices = encoder.choices(rows)
         self.labels = list(encoder.format.verbalizers)
         self.gold = np.array([self.labels.index(row["label"]) for row in rows])
