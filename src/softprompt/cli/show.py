@@ -129,9 +129,9 @@ class TerminalWatcher(Watcher):
 
 
 def validation_text(values: Mapping[str, float]) -> str:
-    """Name the metric that the best prompt is chosen by."""
-    name = "accuracy" if "accuracy" in values else "loss"
-    return f"validation {name} {figure(name, values[name])}"
+    """Give the loss, which the best prompt is chosen by, and for classification the accuracy."""
+    shown = [name for name in ("accuracy", "loss") if name in values]
+    return "validation " + ", ".join(f"{name} {figure(name, values[name])}" for name in shown)
 
 
 def rows_line(plan: Plan) -> str:
