@@ -49,6 +49,8 @@ def tune(out: Path, resume: bool, as_json: bool, **options: Any) -> None:
     else:
         folder.require_new()
     model, rows, held, config, origins = _prepare(**options, begun=out / "config.yaml" if resume else None)
+    if resume:
+        origins = dict.fromkeys(type(config).model_fields, "as the run was begun")
     try:
         result = run(model, rows, config, eval_data=held, out=out, resume=resume, watcher=TerminalWatcher(origins))
     except KeyboardInterrupt:
