@@ -15,8 +15,8 @@ from softprompt.model.packed import Packed
 from softprompt.model.way import Way
 
 WAYS: tuple[type[Way], ...] = (Packed, Cached)
-# Rounding moves float32 results by about 1e-6, and those of bfloat16, on a real model, by a few hundredths. A wrong mask
-# or position moves them by a tenth or more.
+# Rounding moves float32 results by about 1e-6, and those of bfloat16, on a real model, by a few hundredths. A wrong
+# mask or position moves them by a tenth or more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
