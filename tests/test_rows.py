@@ -271,7 +271,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is a folder; give a \.csv or \.jsonl file in it, or hub:"):
+    with pytest.raises(DataError, match=r"is a folder; give a \.csv, \.jsonl or \.parquet file in it, or hub:"):
         load_data(tmp_path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from softprompt.data.rows import Task
-from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
+from softprompt.data.templates import DEFAULT_TEMPLATE, make_format
 from softprompt.errors import SettingsError
 
 LABELS = ["bad", "good"]
@@ -47,7 +47,7 @@ def test_spaces_before_a_target_are_dropped_and_line_breaks_are_not(task: Task, 
     ("text", "whole"), [("x:", "x: good"), ("x:\n", "x:\ngood"), ("x\t", "x\tgood"), ("", "good"), ("x", "x good")]
 )
 def test_a_target_follows_after_a_space_or_a_line_break(text: str, whole: str) -> None:
-    assert text + Format.joined(text, "good") == whole
+    assert text + make_format("completion", []).joined(text, "good") == whole
 
 
 def test_a_target_has_no_spaces_around_it() -> None:

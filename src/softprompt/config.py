@@ -5,28 +5,60 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from softprompt.errors import SettingsError, nearest
 
 Init = Literal["auto", "random", "vocabulary", "text", "labels"]
+PROMPT = "prompt:"  # what an `init` that names another prompt begins with
 Budget = Literal["quick", "normal", "thorough"]
 
 
-class TuneConfig(BaseModel):
-    """Settings of a run. Those that are None are chosen from the data and the model; `tune` prints what it chose."""
+def _known_init(init: str) -> str:
+    allowed = get_args(Init)
+    if init not in allowed and not (init.startswith(PROMPT) and init != PROMPT):
+        raise ValueError(f"unknown{nearest(init, allowed)}; allowed are {', '.join(allowed)} and {PROMPT}NAME")
+    return init
+
+
+class ModelConfig(BaseModel):
+    """Where the base model runs and in which precision."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; the initial text's length, 20 at least")
-    init: Init = Field("auto", description="where the virtual tokens start; auto: text, or labels where there are many")
-    init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the base model")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="load the weights in fewer bits; needs softprompt[quantization]"
+    )
+    device_map: Literal["none", "auto", "balanced", "sequential"] = Field(
+        "none", description="split the model over several devices, by transformers' own rules"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; one a core")
+
+
+class FormatConfig(ModelConfig):
+    """How rows become text, for a model without a prompt; a prompt brings its own."""
+
     template: str | None = Field(None, description="Jinja template of a row's input, such as '{{ text }}\\nLabel:'")
+    chat_template: bool | None = Field(None, description="put the input through the model's chat template; not done")
     verbalizers: dict[str, str] | None = Field(None, description="label to the text that stands for it")
     max_length: int = Field(512, ge=2, description="the most real tokens of an example; longer inputs are cut")
+
+
+class TuneConfig(FormatConfig):
+    """Settings of a run. Those that are None are chosen from the data and the model; `tune` prints what it chose."""
+
+    num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; the initial text's length, 20 at least")
+    init: Annotated[str, AfterValidator(_known_init)] = Field(
+        "auto",
+        description="where the virtual tokens start: random, vocabulary, text, labels, or prompt:NAME to go on from "
+        "another prompt (a folder or a kept name); auto: text, or labels where there are many",
+    )
+    init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
     loss: Literal["target", "all"] | None = Field(None, description="which tokens are learned; all for plain text")
     learning_rate: float | None = Field(None, gt=0, description="peak of the schedule")
     warmup_ratio: float = Field(0.06, ge=0, le=1, description="share of the steps over which the rate rises")
@@ -39,13 +71,12 @@ class TuneConfig(BaseModel):
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; eight of them a run")
     save_every: int = Field(10, ge=1, description="steps between saved states")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a lower loss; never")
     train_rows: int | None = Field(None, ge=1, description="use at most so many training rows")
     eval_rows: int = Field(200, ge=0, description="most validation rows to choose the best prompt on; 0: the last one")
     budget: Budget = Field("normal", description="how long to train, where neither epochs nor max_steps says it")
     seed: int = Field(0, ge=0, description="of the order of the rows, the split and random initializations")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the base model")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, mps")
-    threads: int | None = Field(None, ge=1, description="CPU threads")
+    tensorboard: bool = Field(False, description="also log to RUN/tensorboard; needs softprompt[tensorboard]")
 
 
 class GenerateConfig(BaseModel):
@@ -64,7 +95,7 @@ class GenerateConfig(BaseModel):
     seed: int = Field(0, ge=0, description="of the draws")
 
 
-Settings = TypeVar("Settings", TuneConfig, GenerateConfig)
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def read_settings(
@@ -111,7 +142,8 @@ def make_config(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"setting {name} = {first['input']}: {first['msg']}") from error
+        reason = first["msg"].removeprefix("Value error, ")  # pydantic's word for what our own checks say
+        raise SettingsError(f"setting {name} = {first['input']}: {reason}") from error
 
 
 def _read_file(file: Path | None) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def generate(
     room_for = None if model.context_length is None else model.context_length - virtual
     most = config.max_new_tokens or (None if config.max_length else _usual_length(model, prompt))
     labels = prompt.record.verbalizers.values() if prompt is not None and not raw else ()
-    if prompt is None or raw or prompt.record.template == DEFAULT_TEMPLATE["text"]:
+    if prompt is None or raw or (prompt.record.task, prompt.record.template) == ("text", DEFAULT_TEMPLATE["text"]):
         inputs = [_plain(model, text) for text in texts]
     else:
         rows = [_row(prompt, text) for text in texts]
@@ -105,7 +105,8 @@ def _usual_length(model: FrozenModel, prompt: SoftPrompt | None) -> int:
     """Return how many new tokens to make where nothing says it: a label needs no more than the longest of them."""
     if prompt is None or prompt.record.task != "classification":
         return 64
-    labels = [f" {text}" for text in prompt.record.verbalizers.values()]
+    before = "" if prompt.record.chat_template else " "
+    labels = [f"{before}{text}" for text in prompt.record.verbalizers.values()]
     return max(len(ids) for ids in model.tokenizer(labels, add_special_tokens=False)["input_ids"])
 
 

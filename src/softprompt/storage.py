@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one: aside, then renamed into place."""
+"""Files: written so that a reader never sees half of one, and where softprompt keeps its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import platformdirs
 from safetensors import SafetensorError
 
 from softprompt.errors import StorageError
+
+
+def home() -> Path:
+    """Return the folder for what softprompt keeps between runs; SOFTPROMPT_HOME overrides the usual cache folder."""
+    return Path(os.environ.get("SOFTPROMPT_HOME") or platformdirs.user_cache_dir("softprompt"))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     from softprompt.training.loop import tune
 
     config, origins = read_settings(TuneConfig, assignments=assignments, max_steps=_STEPS)
-    model = load(DEFAULT_MODEL, device=config.device, dtype=config.dtype)
+    model = load(DEFAULT_MODEL, config)
     train, test = demo_rows("train"), demo_rows("test")
     run = out or _free_folder(Path("runs/demo"))
     say(f"\nTuning a prompt on {len(train)} messages to an online shop, labelled {', '.join(train.labels)}.\n")

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import click
 
 from softprompt import __version__
-from softprompt.cli.data_verbs import check, evaluate, generate, tune
 from softprompt.cli.demo_verb import demo
+from softprompt.cli.doctor_verb import doctor
 from softprompt.cli.model_verbs import models
+from softprompt.cli.prompt_verbs import prompts
+from softprompt.cli.tune_verbs import check, tune
+from softprompt.cli.use_verbs import evaluate, generate
 from softprompt.errors import SoftpromptError
 
 
@@ -26,7 +29,7 @@ def softprompt(debug: bool) -> None:
     """
 
 
-for verb in (demo, tune, check, evaluate, generate, models):
+for verb in (demo, tune, check, evaluate, generate, prompts, models, doctor):
     softprompt.add_command(verb)
 
 
@@ -60,9 +63,9 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     except Exception as error:  # a traceback is for those who ask for it
         if debug:
             traceback.print_exc()
-        # PyTorch's own: torch.OutOfMemoryError on a GPU, a plain RuntimeError on the CPU.
-        memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if memory or "can't allocate memory" in str(error):
+        from softprompt.model.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
             click.echo(
                 "softprompt: out of memory; try a smaller --set micro_batch_tokens, or a smaller model", err=True
             )

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from softprompt.errors import InputError
+
 if TYPE_CHECKING:
+    from softprompt.config import ModelConfig
     from softprompt.model.frozen import FrozenModel
+    from softprompt.prompt.soft_prompt import SoftPrompt
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -43,6 +47,7 @@ def tune_options(verb: Verb) -> Verb:
             click.option(
                 "--budget", type=click.Choice(("quick", "normal", "thorough")), help="How long to train; normal."
             ),
+            click.option("--init", metavar="INIT", help="Where to start; prompt:NAME goes on from another prompt."),
             click.option("--config", "file", type=click.Path(path_type=Path), help="A YAML file of settings."),
             set_option,
             revision_option,
@@ -79,10 +84,39 @@ def parse_map(mapping: tuple[str, ...]) -> dict[str, str]:
 
 
 def load(
-    name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None, trust: bool = False
+    name: str | None, config: ModelConfig, revision: str | None = None, trust_remote_code: bool = False
 ) -> FrozenModel:
-    """Load a model for a verb."""
+    """Load a model for a verb: the bundled one where none is named."""
     quiet()
+    import torch
+
+    from softprompt.model.bundled import DEFAULT_MODEL
     from softprompt.model.loading import load_model
 
-    return load_model(name, revision=revision, device=device, dtype=dtype, trust_remote_code=trust, say=say)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return load_model(
+        name or DEFAULT_MODEL,
+        revision=revision,
+        device=config.device,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        device_map=config.device_map,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
+
+
+def load_for(
+    prompt: SoftPrompt | None,
+    name: str | None,
+    config: ModelConfig,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> FrozenModel:
+    """Load the model that was asked for, or the one that the prompt was trained on."""
+    if name is None and prompt is not None:
+        if trust_remote_code:
+            raise InputError("--trust-remote-code needs --model: which code is run must not be the prompt's to say")
+        name, revision = prompt.record.base_model.id, revision or prompt.record.base_model.revision
+    return load(name, config, revision, trust_remote_code)

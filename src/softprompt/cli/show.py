@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,13 +15,16 @@ from rich.text import Text
 from softprompt.training.watcher import Watcher
 
 if TYPE_CHECKING:
+    from softprompt.evaluation.evaluate import Evaluation
     from softprompt.evaluation.intervals import Metric
+    from softprompt.evaluation.scoring import Confusion
     from softprompt.training.plan import Plan
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 _SMOOTHING = 0.9
 _LINES = 10
+_MOST_LABELS = 8  # whose confusion matrix fits in a terminal
 _LONGEST_VALUE = 60
 
 
@@ -30,6 +33,21 @@ def figure(name: str, value: float) -> str:
     if name in ("accuracy", "macro_f1", "exact_match", "rouge_l"):
         return f"{value:.1%}"
     return f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def figures(values: Mapping[str, float]) -> str:
+    """Write metrics in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {figure(name, value)}" for name, value in values.items())
+
+
+def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """Return a table of texts, shown as they are."""
+    table = Table(title=title, title_justify="left", show_header=any(headers))
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def metrics_table(metrics: Mapping[str, Metric], without: Mapping[str, Metric] | None, title: str) -> Table:
@@ -45,6 +63,49 @@ def metrics_table(metrics: Mapping[str, Metric], without: Mapping[str, Metric] |
             cells.append(f"{figure(name, one.value)}  ({figure(name, one.low)} to {figure(name, one.high)})")
         table.add_row(*cells)
     return table
+
+
+def evaluation_record(done: Evaluation) -> dict[str, Any]:
+    """Return what `evaluate --json` prints."""
+    return {
+        "task": done.task,
+        "rows": done.rows,
+        "metrics": _dumped(done.metrics),
+        "without_prompt": done.without_prompt and _dumped(done.without_prompt),
+        "confusion": done.confusion and done.confusion.model_dump(),
+        "seconds": round(done.seconds, 1),
+    }
+
+
+def _dumped(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: metric.model_dump() for name, metric in metrics.items()}
+
+
+def show_evaluation(done: Evaluation, data: str) -> None:
+    """Print metrics, and for classification which labels were mistaken for which."""
+    cut = f", {done.truncated} cut to fit" if done.truncated else ""
+    out.print(metrics_table(done.metrics, done.without_prompt, f"{data}: {done.rows} rows{cut}, 95 % intervals"))
+    if done.confusion is not None:
+        out.print(confusion_table(done.confusion))
+
+
+def confusion_table(confusion: Confusion) -> Table:
+    """Return the whole matrix of a few labels, or the most frequent mistakes of many."""
+    labels, counts = confusion.labels, confusion.counts
+    if len(labels) <= _MOST_LABELS:
+        table = plain_table(
+            ("right \\ predicted", *labels),
+            ([label, *map(str, row)] for label, row in zip(labels, counts, strict=True)),
+            "Confusion, in rows",
+        )
+        for column in table.columns[1:]:
+            column.justify = "right"
+        return table
+    mistakes = [
+        (count, labels[i], labels[j]) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count
+    ]
+    rows = [(str(count), right, wrong) for count, right, wrong in sorted(mistakes, key=lambda m: -m[0])[:_LINES]]
+    return plain_table(("rows", "right", "predicted"), rows, "Most frequent mistakes")
 
 
 def settings_table(plan: Plan, origins: Mapping[str, str]) -> Table:
@@ -124,14 +185,16 @@ class TerminalWatcher(Watcher):
         self.bar.update(self.task, validation=self.validation)
         err.print(f"step {step}: {self.validation}")
 
+    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+        err.print(f"step {step}: out of memory; going on with micro-batches of {micro_batch_tokens} tokens")
+
     def end(self) -> None:
         self.bar.stop()
 
 
 def validation_text(values: Mapping[str, float]) -> str:
     """Give the loss, which the best prompt is chosen by, and for classification the accuracy."""
-    shown = [name for name in ("accuracy", "loss") if name in values]
-    return "validation " + ", ".join(f"{name} {figure(name, values[name])}" for name in shown)
+    return "validation " + figures({name: values[name] for name in ("accuracy", "loss") if name in values})
 
 
 def rows_line(plan: Plan) -> str:

@@ -42,8 +42,8 @@ class Choices:
 class Encoder:
     """Turns rows into token ids, the same way in training, evaluation and generation.
 
-    Order in a row: BOS (if the tokenizer adds one), input, target. Input and target are tokenized together and
-    split at the character where they meet; a token that straddles it counts as target.
+    Order in a row: BOS (if the tokenizer adds one; a chat template brings its own), input, target. Input and target
+    are tokenized together and split at the character where they meet; a token that straddles it counts as target.
 
     Attributes:
         tokenizer: a fast tokenizer.
@@ -62,7 +62,9 @@ class Encoder:
             raise ModelError(
                 "this model's tokenizer gives no character offsets (it is a slow one); use a fast tokenizer"
             )
-        self.leading = leading_tokens(self.tokenizer)
+        if self.format.chat_template and not self.tokenizer.chat_template:
+            raise SettingsError("this model's tokenizer has no chat template; leave chat_template out")
+        self.leading = () if self.format.chat_template else leading_tokens(self.tokenizer)
         self.ends = self.format.task == "completion" or self._one_begins_another()
         if self.ends and self.tokenizer.eos_token_id is None:
             raise ModelError(
@@ -81,6 +83,13 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _input(self, row: Row) -> str:
+        text = self.format.input(row)
+        if not self.format.chat_template:
+            return text
+        chat = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
     def examples(self, rows: Rows) -> list[Example]:
         """Return an example for each row.
@@ -112,7 +121,7 @@ class Encoder:
         """Return the ids of each row's input alone, as they stand before a target."""
 
         def alone(row: Row) -> Example:
-            ids = (*self.leading, *self._ids(self.format.input(row)))
+            ids = (*self.leading, *self._ids(self._input(row)))
             return Example(ids, len(ids))
 
         return [alone(self._fitted(row, alone, f"text {n}")).ids for n, row in enumerate(rows, start=1)]
@@ -127,13 +136,13 @@ class Encoder:
                 )
 
     def _text(self, row: Row) -> Example:
-        ids = [*self.leading, *self._ids(self.format.input(row))]
+        ids = [*self.leading, *self._ids(self._input(row))]
         self.truncated += len(ids) > self.max_length
         return Example(tuple(ids[: self.max_length]), len(self.leading))
 
     def _pair(self, row: Row, target: str, where: str) -> Example:
         def joined(row: Row) -> Example:
-            return self._joined(self.format.input(row), target)
+            return self._joined(self._input(row), target)
 
         self._check_target(joined(row), where)
         return joined(self._fitted(row, joined, where))
@@ -142,7 +151,7 @@ class Encoder:
         """Return an example for every label, all behind the same input: the longest label says where it is cut."""
 
         def joined(row: Row) -> list[Example]:
-            return [self._joined(self.format.input(row), target) for target in self.format.verbalizers.values()]
+            return [self._joined(self._input(row), target) for target in self.format.verbalizers.values()]
 
         def longest(row: Row) -> Example:
             return max(joined(row), key=lambda example: len(example.ids))

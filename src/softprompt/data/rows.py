@@ -1,4 +1,4 @@
-"""Reading rows: CSV, JSONL, data sets of the hub, and lists of dictionaries."""
+"""Reading rows: CSV, JSONL, Parquet, data sets of the hub, and lists of dictionaries."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def inputs(self) -> list[str]:
+        """What each row asks, in lower case and with single spaces: rows that share one are the same question."""
+        return [" ".join(row[INPUT_COLUMN[self.task]].lower().split()) for row in self.rows]
+
     def pick(self, indices: Iterable[int]) -> Rows:
         """Return the rows at some indices, in that order."""
         return replace(self, rows=tuple(self.rows[i] for i in indices))
@@ -73,8 +78,8 @@ def load_data(
     """Read rows and find out which task they are for.
 
     Args:
-        source: a `.csv`, `.jsonl` or `.ndjson` file, `hub:ID[:SPLIT]` for a data set of the hub (or a folder that
-            `datasets` can load), each with an optional row range as in `prompts.csv[:50]`; or dictionaries.
+        source: a `.csv`, `.jsonl`, `.ndjson` or `.parquet` file, `hub:ID[:SPLIT]` for a data set of the hub (or a
+            folder that `datasets` can load), each with an optional row range as in `prompts.csv[:50]`; or dictionaries.
         map: the task's column names to the columns that hold them, `{"text": "review", "label": "stars"}`.
         task: `classification`, `completion` or `text`; found from the columns where it is not given.
 
@@ -122,24 +127,41 @@ def _read(source: str) -> list[dict[str, Any]]:
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"no such file: {path}{nearest(path.name, there)}")
     if path.is_dir():
-        raise DataError(f"{path} is a folder; give a .csv or .jsonl file in it, or hub:{path}")
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
+        raise DataError(f"{path} is a folder; give a .csv, .jsonl or .parquet file in it, or hub:{path}")
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(readers)}")
     try:
+        return readers[path.suffix.lower()](path, path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
         # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
-        text = path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return readers[path.suffix.lower()](path, text)
 
 
-def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
+def _read_parquet(path: Path, content: bytes) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowInvalid, BufferReader
+        from pyarrow.parquet import read_table
+    except ImportError as error:
+        raise DataError(f"{path} needs the package pyarrow: pip install 'softprompt[parquet]'") from error
+    try:
+        records: list[dict[str, Any]] = read_table(BufferReader(content)).to_pylist()
+    except ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
+    return records
+
+
+def _read_csv(path: Path, content: bytes) -> list[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), strict=True)
     records = []
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -163,9 +185,9 @@ def _read_csv(path: Path, text: str) -> list[dict[str, Any]]:
     return records
 
 
-def _read_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path, content: bytes) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_decoded(path, content).split("\n"), start=1):
         if not line.strip():
             continue
         try:

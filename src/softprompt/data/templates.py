@@ -29,11 +29,13 @@ class Format:
         task: what is learned.
         template: a Jinja template of the input; it names columns, `{{ text }}`.
         verbalizers: label to the text that stands for it; empty unless this is classification.
+        chat_template: whether the model's chat template is put around the input, as a user's message.
     """
 
     task: Task
     template: str
     verbalizers: Mapping[str, str]
+    chat_template: bool = False
 
     @cached_property
     def _compiled(self) -> Template:
@@ -68,10 +70,9 @@ class Format:
             return self.verbalizers[row["label"]]
         return row["target"].strip()
 
-    @staticmethod
-    def joined(text: str, target: str) -> str:
-        """Return the target with what separates it from its input: a space, or nothing after a line break."""
-        return target if not text or text[-1].isspace() else f" {target}"
+    def joined(self, text: str, target: str) -> str:
+        """Return the target with what separates it from its input: a space, or nothing after a line break or a chat."""
+        return target if self.chat_template or not text or text[-1].isspace() else f" {target}"
 
 
 def make_format(
@@ -79,6 +80,7 @@ def make_format(
     labels: Sequence[str],
     template: str | None = None,
     verbalizers: Mapping[str, str] | None = None,
+    chat_template: bool = False,
 ) -> Format:
     """Fill in the defaults of a format and check it.
 
@@ -87,6 +89,7 @@ def make_format(
         labels: all labels of the training rows.
         template: None for the task's default.
         verbalizers: texts of some or all labels; a label without one stands for itself.
+        chat_template: whether the model's chat template is put around the input.
 
     Raises:
         SettingsError: the template names no column or cannot be read, or verbalizers do not fit the labels.
@@ -97,6 +100,8 @@ def make_format(
             f"the template {made.template!r} names no column; "
             f"write one in double braces, {{{{ {INPUT_COLUMN[task]} }}}}"
         )
+    if chat_template and task == "text":
+        raise SettingsError("plain text has no input for a chat; leave chat_template out, or map input and target")
     given = dict(verbalizers or {})
     for label in given:
         if label not in labels:
@@ -107,4 +112,4 @@ def make_format(
             raise SettingsError(f"the verbalizer of the label {label!r} is empty")
     if len(set(texts.values())) < len(texts):
         raise SettingsError("two labels have the same verbalizer; each needs its own")
-    return Format(task, made.template, texts)
+    return Format(task, made.template, texts, chat_template)

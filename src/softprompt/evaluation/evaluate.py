@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError
+from softprompt.evaluation.completions import complete
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scoring import make_scorer
+from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer, make_scorer
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import micro_batch_tokens
 from softprompt.prompt.soft_prompt import SoftPrompt, require_fit
 
 
@@ -26,6 +30,7 @@ class Evaluation:
         rows: how many rows were scored.
         metrics: with the prompt; without any where none was given.
         without_prompt: with the same template and no virtual tokens; None where no prompt was given.
+        confusion: of classification, which labels were taken for which; None otherwise.
         seconds: time it took.
         predictions: a record a row.
         truncated: rows whose input was cut to fit.
@@ -35,6 +40,7 @@ class Evaluation:
     rows: int
     metrics: dict[str, Metric]
     without_prompt: dict[str, Metric] | None
+    confusion: Confusion | None
     seconds: float
     predictions: list[dict[str, Any]]
     truncated: int
@@ -47,15 +53,16 @@ def evaluate(
     *,
     template: str | None = None,
     verbalizers: Mapping[str, str] | None = None,
+    chat_template: bool = False,
     max_length: int = 512,
 ) -> Evaluation:
     """Score rows with a prompt and without.
 
     Args:
         model: the frozen model.
-        data: rows with their labels or targets.
+        data: rows with their labels or targets; completions that share an input are several right answers to it.
         prompt: None for the untouched model.
-        template, verbalizers, max_length: for the untouched model; a prompt brings its own.
+        template, verbalizers, chat_template, max_length: for the untouched model; a prompt brings its own.
 
     Raises:
         PromptError: the prompt was trained on another model.
@@ -65,29 +72,46 @@ def evaluate(
     if prompt is None:
         if data.task == "classification" and len(data.labels) < 2:
             raise DataError(f"{data.name}: all rows have the label {data.labels[0]}; there is nothing to choose from")
-        most = _fitting(max_length, model, 0)
-        encoder = Encoder(model.tokenizer, make_format(data.task, data.labels, template, verbalizers), most)
+        form, virtual = make_format(data.task, data.labels, template, verbalizers, chat_template), 0
     else:
         require_fit(prompt, model)
         if prompt.record.task != data.task:
             raise DataError(f"{data.name} is for {data.task}, the prompt was trained for {prompt.record.task}")
-        encoder = Encoder(
-            model.tokenizer, prompt.format, _fitting(prompt.record.max_length, model, prompt.num_virtual_tokens)
-        )
-    scorer = make_scorer(encoder, data)
-    untouched = scorer.score(model, None)
-    scores = untouched if prompt is None else scorer.score(model, prompt.embeddings)
+        form, virtual, max_length = prompt.format, prompt.num_virtual_tokens, prompt.record.max_length
+    # So long that the model has positions for it, without the prompt too: both read the same.
+    most = min(max_length, (model.context_length or max_length + virtual) - virtual)
+    encoder = Encoder(model.tokenizer, form, most)
+    at_once = micro_batch_tokens(model, virtual, most, 0.0 if data.task == "classification" else 1.0)
+    scorer = make_scorer(encoder, data, at_once)
+    untouched = _Side(model, encoder, scorer, None)
+    side = untouched if prompt is None else _Side(model, encoder, scorer, prompt.embeddings)
     return Evaluation(
         task=data.task,
         rows=len(data),
-        metrics=scores.metrics(),
+        metrics=side.metrics(),
         without_prompt=None if prompt is None else untouched.metrics(),
+        confusion=side.scores.confusion() if isinstance(side.scores, LabelScores) else None,
         seconds=time.monotonic() - began,
-        predictions=scores.predictions(),
+        predictions=side.predictions(),
         truncated=encoder.truncated,
     )
 
 
-def _fitting(max_length: int, model: FrozenModel, virtual_tokens: int) -> int:
-    """Return how long an example may be, so that the model has positions for it."""
-    return min(max_length, (model.context_length or max_length + virtual_tokens) - virtual_tokens)
+class _Side:
+    """One side of the comparison: the rows scored, and for completions also written, with a prompt or without."""
+
+    def __init__(self, model: FrozenModel, encoder: Encoder, scorer: Scorer, prompt: Tensor | None) -> None:
+        self.scores = scorer.score(model, prompt)
+        completion = encoder.format.task == "completion"
+        self.completions = complete(model, prompt, encoder, scorer.rows) if completion else None
+
+    def metrics(self) -> dict[str, Metric]:
+        written = self.completions.metrics() if self.completions else {}
+        return {**written, **self.scores.metrics()}
+
+    def predictions(self) -> list[dict[str, Any]]:
+        records = self.scores.predictions()
+        if self.completions:
+            for record, place in zip(records, self.completions.place, strict=True):
+                record["prediction"] = self.completions.outputs[place]
+        return records

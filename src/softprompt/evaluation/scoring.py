@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from torch import Tensor
 
 from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Encoder, Example, common_start, shared_text
 from softprompt.data.rows import Rows
-from softprompt.errors import DataError
+from softprompt.errors import DataError, RunError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import is_out_of_memory
 from softprompt.model.prefix import Prefix
 
-_TOKENS_AT_ONCE = 1024
+_AT_ONCE = 1024  # text tokens
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,13 @@ class TextScores(Scores):
         ]
 
 
+class Confusion(BaseModel):
+    """Which labels were taken for which: `counts[i][j]` rows of label i were predicted as label j."""
+
+    labels: list[str]
+    counts: list[list[int]]
+
+
 @dataclass(frozen=True)
 class LabelScores(Scores):
     """Of classification: `log_likelihoods` `[N, labels]` are the summed log-probabilities of each label's tokens."""
@@ -101,12 +110,19 @@ class LabelScores(Scores):
 
     def macro_f1(self, rows: NDArray[np.int64] | slice = slice(None)) -> float:
         """Return the mean of the labels' F1, over labels that occur or are predicted (scikit-learn's definition)."""
-        count = len(self.labels)
-        confusion = np.bincount(self.gold[rows] * count + self.predicted[rows], minlength=count * count)
-        confusion = confusion.reshape(count, count)
-        both = confusion.sum(axis=0) + confusion.sum(axis=1)
+        counts = self._counts(rows)
+        both = counts.sum(axis=0) + counts.sum(axis=1)
         there = both > 0
-        return float((2 * confusion.diagonal()[there] / both[there]).mean())
+        return float((2 * counts.diagonal()[there] / both[there]).mean())
+
+    def confusion(self) -> Confusion:
+        """Return which labels were taken for which."""
+        return Confusion(labels=self.labels, counts=self._counts(slice(None)).tolist())
+
+    def _counts(self, rows: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        count = len(self.labels)
+        flat = np.bincount(self.gold[rows] * count + self.predicted[rows], minlength=count * count)
+        return flat.reshape(count, count)
 
     def values(self) -> dict[str, float]:
         right = float((self.predicted == self.gold).mean())
@@ -129,13 +145,34 @@ class LabelScores(Scores):
 
 
 class Scorer(ABC):
-    """Rows made ready to be scored again and again, with one prompt after the other."""
+    """Rows made ready to be scored again and again, with one prompt after the other.
+
+    Attributes:
+        rows: the rows.
+        at_once: how many text tokens are run at once.
+    """
 
     rows: Rows
+    at_once: int
+
+    def score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
+        """Score the rows with a prompt `[P, H]`, or with none; fewer at once where memory runs out.
+
+        Raises:
+            RunError: not even one row fits in memory.
+        """
+        while True:
+            try:
+                return self._score(model, prompt)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.at_once == 1:
+                    raise RunError("out of memory at scoring one row; try a smaller max_length or model") from error
+            self.at_once //= 2
 
     @abstractmethod
-    def score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
-        """Score the rows with a prompt `[P, H]`, or with none."""
+    def _score(self, model: FrozenModel, prompt: Tensor | None) -> Scores: ...
 
 
 class TextScorer(Scorer):
@@ -145,19 +182,19 @@ class TextScorer(Scorer):
     with and without.
     """
 
-    def __init__(self, encoder: Encoder, rows: Rows) -> None:
-        self.rows = rows
+    def __init__(self, encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> None:
+        self.rows, self.at_once = rows, at_once
         self.examples = [Example(e.ids, max(e.start, 1)) for e in encoder.examples(rows)]
         self.scored = [i for i, e in enumerate(self.examples) if e.targets]
         if not self.scored:
             raise DataError(f"{rows.name}: no text has a second token, so there is nothing to predict")
 
     @torch.no_grad()
-    def score(self, model: FrozenModel, prompt: Tensor | None) -> TextScores:
+    def _score(self, model: FrozenModel, prompt: Tensor | None) -> TextScores:
         scored = [self.examples[i] for i in self.scored]
         prefix = model.prefix(prompt, shared_text(scored))
         losses = np.zeros(len(self.examples))
-        for part in micro_batches(scored, _TOKENS_AT_ONCE, len(prefix.text)):
+        for part in micro_batches(scored, self.at_once, len(prefix.text)):
             examples = [scored[i] for i in part]
             each = model.loss(prefix, examples).cpu().double()
             for i, values in zip(part, each.split([e.targets for e in examples]), strict=True):
@@ -168,14 +205,14 @@ class TextScorer(Scorer):
 class LabelScorer(Scorer):
     """Sums the log-probability of every label's tokens behind each row's input."""
 
-    def __init__(self, encoder: Encoder, rows: Rows) -> None:
-        self.rows = rows
+    def __init__(self, encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> None:
+        self.rows, self.at_once = rows, at_once
         self.choices = encoder.choices(rows)
         self.labels = list(encoder.format.verbalizers)
         self.gold = np.array([self.labels.index(row["label"]) for row in rows])
 
     @torch.no_grad()
-    def score(self, model: FrozenModel, prompt: Tensor | None) -> LabelScores:
+    def _score(self, model: FrozenModel, prompt: Tensor | None) -> LabelScores:
         stems = [choice.stem for choice in self.choices]
         shortest = min(len(stem) for stem in stems)
         prefix = model.prefix(prompt, common_start(stems)[: max(shortest - 1, 0)])
@@ -190,14 +227,13 @@ class LabelScorer(Scorer):
         losses = -likelihoods[np.arange(len(stems)), self.gold]
         return LabelScores(self.rows, losses, tokens, likelihoods, self.labels, self.gold)
 
-    @staticmethod
     def _stems(
-        model: FrozenModel, prefix: Prefix, stems: Sequence[tuple[int, ...]], extend: bool
+        self, model: FrozenModel, prefix: Prefix, stems: Sequence[tuple[int, ...]], extend: bool
     ) -> Iterator[tuple[int, Tensor, Prefix | None]]:
         """Run every input once; give its row, the next token's log-probabilities and, if wanted, its own prefix."""
         held = len(prefix.text)
         examples = [Example(stem, len(stem)) for stem in stems]
-        for part in micro_batches(examples, _TOKENS_AT_ONCE, held):
+        for part in micro_batches(examples, self.at_once, held):
             done = model.read(prefix, [stems[i][held:] for i in part], extend)
             first = done.logits.float().log_softmax(dim=-1)
             yield from zip(part, first, done.extended if extend else [None] * len(part), strict=True)
@@ -218,6 +254,6 @@ def _rest(model: FrozenModel, extended: Prefix, tails: Sequence[tuple[int, ...]]
     return total
 
 
-def make_scorer(encoder: Encoder, rows: Rows) -> Scorer:
-    """Return the scorer of a task."""
-    return (LabelScorer if encoder.format.task == "classification" else TextScorer)(encoder, rows)
+def make_scorer(encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> Scorer:
+    """Return the scorer of a task; `at_once` text tokens are run together."""
+    return (LabelScorer if encoder.format.task == "classification" else TextScorer)(encoder, rows, at_once)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -13,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from softprompt.errors import ModelError, StorageError
+from softprompt.storage import home
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,6 @@ SMOLLM2 = BundledModel(
 )
 BUNDLED = {SMOLLM2.name: SMOLLM2}
 DEFAULT_MODEL = SMOLLM2.name
-
-
-def home() -> Path:
-    """Return the folder for what softprompt keeps between runs; SOFTPROMPT_HOME overrides the usual cache folder."""
-    return Path(os.environ.get("SOFTPROMPT_HOME") or platformdirs.user_cache_dir("softprompt"))
 
 
 def kept_folder(model: BundledModel) -> Path:

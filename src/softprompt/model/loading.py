@@ -32,6 +32,8 @@ def load_model(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: str | None = None,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = logger.info,
 ) -> FrozenModel:

@@ -42,6 +42,11 @@ def bytes_per_token(model: FrozenModel, virtual_tokens: int, longest: int, targe
     return float(config.num_hidden_layers * per_layer * size + logits)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out: on the CPU, PyTorch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def available_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device; a container's limit counts on the CPU."""
     if device.type == "cuda":

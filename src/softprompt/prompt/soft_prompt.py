@@ -15,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from softprompt.config import FormatConfig
 from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
 from softprompt.errors import PromptError, SettingsError
 from softprompt.model.fingerprint import Fingerprint, fingerprint
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.store import find
 from softprompt.storage import write_folder
 
 WEIGHTS, ADAPTER, RECORD, CARD = "adapter_model.safetensors", "adapter_config.json", "softprompt.json", "README.md"
@@ -27,6 +29,8 @@ FORMAT_VERSION = 1
 _KEY = "prompt_embeddings"
 _MOST_TOKENS = 10_000
 _DTYPES = ("F32", "F16", "BF16")
+# Both are saved as plain virtual tokens; P-tuning's encoder is gone by then (Liu et al. 2021).
+_READABLE = ("PROMPT_TUNING", "P_TUNING")
 
 
 class BaseModelRecord(BaseModel):
@@ -45,7 +49,7 @@ class Record(BaseModel):
     Attributes:
         format_version: of the folder.
         base_model: the model it was trained on.
-        task, template, verbalizers, max_length: how rows become tokens.
+        task, template, chat_template, verbalizers, max_length: how rows become tokens.
         training: settings and how far it went.
         metrics: on the validation rows, with the prompt.
         data: hashes of the training and validation rows.
@@ -57,6 +61,7 @@ class Record(BaseModel):
     base_model: BaseModelRecord
     task: Task = "text"
     template: str = DEFAULT_TEMPLATE["text"]
+    chat_template: bool = False
     verbalizers: dict[str, str] = {}
     max_length: int = Field(512, ge=2)
     training: dict[str, Any] = {}
@@ -79,7 +84,8 @@ class SoftPrompt:
     @property
     def format(self) -> Format:
         """How rows become text for this prompt."""
-        return Format(self.record.task, self.record.template, self.record.verbalizers)
+        record = self.record
+        return Format(record.task, record.template, record.verbalizers, record.chat_template)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -142,19 +148,40 @@ def base_model_record(model: FrozenModel) -> BaseModelRecord:
     )
 
 
-def load_prompt(folder: str | Path) -> SoftPrompt:
-    """Read a prompt's folder; one that PEFT wrote will do.
+def described(prompt: SoftPrompt, model: FrozenModel, task: Task, config: FormatConfig) -> SoftPrompt:
+    """Say what a prompt is for and which model it belongs to, where its folder came from PEFT and does not.
 
     Raises:
-        PromptError: no such folder, a missing file, a pickle, a wrong shape, or values that are not finite.
+        PromptError: it does not fit the model.
+        SettingsError: the template or the verbalizers do not fit the task.
     """
-    path = Path(folder)
-    try:
-        there = path.is_dir()
-    except OSError:  # a name that no folder can have
-        there = False
-    if not there:
-        raise PromptError(f"no such prompt: {path}; give the folder of one, such as RUN/prompt")
+    require_fit(prompt, model)
+    verbalizers = config.verbalizers or {}
+    if task == "classification" and len(verbalizers) < 2:
+        raise SettingsError('classification needs the labels: --set verbalizers=\'{"LABEL": "text", …}\'')
+    chat = bool(config.chat_template)
+    form = make_format(task, list(verbalizers), config.template, verbalizers, chat)
+    record = Record(
+        base_model=base_model_record(model),
+        task=task,
+        template=form.template,
+        chat_template=chat,
+        verbalizers=dict(form.verbalizers),
+        max_length=config.max_length,
+    )
+    return SoftPrompt(prompt.embeddings, record)
+
+
+def load_prompt(prompt: str | Path) -> SoftPrompt:
+    """Read a prompt's folder; one that PEFT wrote for prompt tuning or P-tuning will do.
+
+    Args:
+        prompt: a folder, or `NAME` or `NAME@VERSION` of a prompt that `softprompt prompts add` keeps.
+
+    Raises:
+        PromptError: no such prompt, a missing file, a pickle, a wrong shape, or values that are not finite.
+    """
+    path = find(prompt)
     for name in (ADAPTER, WEIGHTS):
         if not (path / name).is_file():
             pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
@@ -163,9 +190,11 @@ def load_prompt(folder: str | Path) -> SoftPrompt:
                 hint = f"; did you mean {path / 'prompt'}?"
             raise PromptError(f"{path} is not a prompt: {name} is missing{hint}")
     adapter = _read_json(path / ADAPTER)
-    kind = adapter.get("peft_type")
-    if kind != "PROMPT_TUNING":
-        raise PromptError(f"{path} holds a {kind} adapter; softprompt reads PROMPT_TUNING")
+    kind, parts = adapter.get("peft_type"), adapter.get("num_transformer_submodules")
+    if kind not in _READABLE:
+        raise PromptError(f"{path} holds a {kind} adapter; softprompt reads {' and '.join(_READABLE)}")
+    if parts not in (None, 1):
+        raise PromptError(f"{path} is for an encoder-decoder model (num_transformer_submodules {parts}); retrain it")
     return SoftPrompt(_read_embeddings(path / WEIGHTS), _read_record(path, adapter))
 
 
@@ -213,7 +242,7 @@ def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
         raise PromptError(f"{path / RECORD} has format version {version}; this softprompt reads {FORMAT_VERSION}")
     try:
         record = Record(**loaded)
-        make_format(record.task, list(record.verbalizers), record.template, record.verbalizers)
+        make_format(record.task, list(record.verbalizers), record.template, record.verbalizers, record.chat_template)
     except (ValidationError, SettingsError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise PromptError(f"{path / RECORD} is damaged: {reason}") from error

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
 
 from softprompt.config import TuneConfig
 from softprompt.data.batching import draw, micro_batches
+from softprompt.data.examples import Example
 from softprompt.data.rows import Rows
 from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
+from softprompt.model.memory import available_memory, is_out_of_memory
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.run_folder import Progress, RunFolder, State
@@ -91,12 +96,16 @@ def tune(
         plan = make_plan(model, data, given, eval_data)
         if not resume:
             run.begin(plan.config, identity)
-        watcher.begin(plan, state.progress.step if state else 0)
+        done = state.progress.step if state else 0
+        if plan.config.tensorboard:
+            run.open_board(done)
+        watcher.begin(plan, done)
         try:
             with _reproducible(plan.config.threads):
                 prompt, progress, scores = _Loop(model, plan, run, watcher, state).run()
         finally:
             watcher.end()
+            run.close_board()
         made = SoftPrompt(prompt, _record(model, plan, progress, identity))
         made.save(run.prompt)
         if scores is not None:
@@ -110,44 +119,65 @@ class _Loop:
     def __init__(self, model: FrozenModel, plan: Plan, run: RunFolder, watcher: Watcher, state: State | None) -> None:
         self.model, self.plan, self.folder, self.watcher = model, plan, run, watcher
         config = plan.config
+        assert config.micro_batch_tokens and config.max_steps and config.eval_every
         self.prompt = torch.nn.Parameter(plan.start.clone())
         self.best = plan.start.clone()
-        self.progress = Progress()
+        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens)
         self.optimizer = torch.optim.AdamW([self.prompt], weight_decay=config.weight_decay)
+        self.max_steps, self.eval_every = config.max_steps, config.eval_every
         if state is not None:
             self._restore(state)
 
     def run(self) -> tuple[Tensor, Progress, Scores | None]:
-        config, progress = self.plan.config, self.progress
-        assert config.max_steps and config.eval_every
-        scores = self._evaluate(self.best) if self.plan.scorer and progress.step else None
-        if self.plan.scorer and not progress.step:
-            scores = self._evaluate(self.prompt.detach())
-            self._note(scores)
-        while progress.step < config.max_steps:
-            self._step()
-            last = progress.step == config.max_steps
-            if self.plan.scorer and (last or progress.step % config.eval_every == 0):
-                now = self._evaluate(self.prompt.detach())
-                if scores is None or now.better_than(scores):
-                    scores = now
-                    self._keep(now)
-                self._note(now)
-            if last and not self.plan.scorer:
-                self._keep(None)
-            if last or progress.step % config.save_every == 0:
+        progress, save_every = self.progress, self.plan.config.save_every
+        scores = self._evaluate(self.best) if self.plan.scorer and progress.evaluated >= 0 else None
+        try:
+            while True:
+                scores = self._evaluated(scores)
+                if progress.step and (self._done() or progress.step % save_every == 0):
+                    self.folder.save_state(self._state())
+                if self._done():
+                    break
+                self._step()
+        except KeyboardInterrupt:
+            if progress.step:
                 self.folder.save_state(self._state())
+            raise
+        if not self.plan.scorer:
+            self._keep(None)
         return self.best, progress, scores
+
+    def _done(self) -> bool:
+        """Tell whether all steps are done, or the loss has not fallen for `patience` evaluations."""
+        progress, patience = self.progress, self.plan.config.patience
+        stale = self.plan.scorer and patience and progress.step - progress.best_step >= patience * self.eval_every
+        return progress.step >= self.max_steps or bool(stale)
+
+    def _evaluated(self, scores: Scores | None) -> Scores | None:
+        """Evaluate the prompt where it is time to, and return the best prompt's scores."""
+        step = self.progress.step
+        due = step % self.eval_every == 0 or step == self.max_steps
+        if not (self.plan.scorer and due) or self.progress.evaluated >= step:
+            return scores
+        now = self._evaluate(self.prompt.detach())
+        values = now.values()
+        with interrupts_deferred():
+            if scores is None or now.better_than(scores):
+                scores = now
+                self._keep(now)
+            self.progress.evaluated = step
+            self.folder.log({"step": step, "validation": values})
+        self.watcher.evaluation(step, values)
+        return scores
 
     def _step(self) -> None:
         config, progress = self.plan.config, self.progress
-        assert config.batch_size and config.micro_batch_tokens and config.learning_rate and config.max_steps
+        assert config.batch_size
         began = time.monotonic()
         rows = draw(len(self.plan.examples), config.batch_size, progress.step, config.seed)
         batch = [self.plan.examples[i] for i in rows]
-        cut = micro_batches(batch, config.micro_batch_tokens, len(self.plan.text))
-        parts = [[batch[i] for i in part] for part in cut]
-        loss, self.prompt.grad = prompt_gradient(self.model, self.prompt, self.plan.text, parts)
+        loss, gradient = self._gradient(batch)
+        self.prompt.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_([self.prompt], config.max_grad_norm)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             raise RunError(
@@ -156,28 +186,42 @@ class _Loop:
             )
         rate = learning_rate(config, progress.step)
         self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        progress.step += 1
-        record = {
-            "step": progress.step,
-            "loss": loss,
-            "learning_rate": rate,
-            "tokens": sum(len(example.ids) for example in batch),
-            "step_seconds": round(time.monotonic() - began, 4),
-        }
-        self.folder.log(record)
+        with interrupts_deferred():
+            self.optimizer.step()
+            progress.step += 1
+            record = {
+                "step": progress.step,
+                "loss": loss,
+                "learning_rate": rate,
+                "tokens": sum(len(example.ids) for example in batch),
+                "step_seconds": round(time.monotonic() - began, 4),
+            }
+            self.folder.log(record)
         self.watcher.step(progress.step, loss)
+
+    def _gradient(self, batch: list[Example]) -> tuple[float, Tensor]:
+        """Return a step's loss and gradient, with smaller micro-batches where memory runs out."""
+        while True:
+            cut = micro_batches(batch, self.progress.micro_batch_tokens, len(self.plan.text))
+            parts = [[batch[i] for i in part] for part in cut]
+            try:
+                return prompt_gradient(self.model, self.prompt, self.plan.text, parts)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if all(len(part) == 1 for part in parts):
+                    longest, free = max(len(e.ids) for e in batch), available_memory(self.model.device) / 1e9
+                    raise RunError(
+                        f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
+                        "--set max_length, fewer virtual tokens, or a smaller model"
+                    ) from error
+            # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
+            self.progress.micro_batch_tokens //= 2
+            self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
 
     def _evaluate(self, prompt: Tensor) -> Scores:
         assert self.plan.scorer is not None
         return self.plan.scorer.score(self.model, prompt)
-
-    def _note(self, scores: Scores) -> None:
-        values = scores.values()
-        if not self.progress.step:
-            self.progress.best = values
-        self.folder.log({"step": self.progress.step, "validation": values})
-        self.watcher.evaluation(self.progress.step, values)
 
     def _keep(self, scores: Scores | None) -> None:
         self.best = self.prompt.detach().clone()
@@ -197,6 +241,22 @@ class _Loop:
             "step": torch.tensor(float(state.progress.step)),
             **{name: state.tensors[name] for name in _MOMENTS},
         }
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let a Ctrl-C wait until the block is done: a step is done whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals arrive in the main thread only
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught and callable(before):
+        before(*caught[0])
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:
@@ -243,6 +303,7 @@ def _record(model: FrozenModel, plan: Plan, progress: Progress, identity: dict[s
         base_model=base_model_record(model),
         task=form.task,
         template=form.template,
+        chat_template=form.chat_template,
         verbalizers=dict(form.verbalizers),
         max_length=plan.encoder.max_length,
         training={

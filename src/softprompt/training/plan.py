@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from softprompt.config import TuneConfig, make_config
+from softprompt.config import PROMPT, TuneConfig, make_config
 from softprompt.data.examples import Encoder, Example, shared_text
 from softprompt.data.rows import Rows
-from softprompt.data.split import sample, split_rows
+from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import Scorer, make_scorer
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import micro_batch_tokens
+from softprompt.model.memory import available_memory, bytes_per_token, micro_batch_tokens
 from softprompt.prompt.initialization import (
     MANY_LABELS,
     USUAL_TOKENS,
     labels_prompt,
     random_prompt,
+    repeated,
     task_text,
     text_prompt,
     vocabulary_prompt,
 )
+from softprompt.prompt.soft_prompt import SoftPrompt, load_prompt, require_fit
 
 # A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
@@ -86,12 +89,19 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
         train = sample(train, config.train_rows, config.seed)
     if data.task == "classification" and len(train.labels) < 2:
         raise DataError(f"{data.name}: the training rows have one label only ({train.labels[0]}); two are needed")
-    form = make_format(data.task, data.labels, config.template, config.verbalizers)
+    source = _source(model, config)
+    labels = data.labels
+    if source is not None and source.format.task == data.task and set(labels) <= set(source.record.verbalizers):
+        labels = list(source.record.verbalizers) or labels
+        for name in ("template", "chat_template", "verbalizers"):
+            decide(name, getattr(source.record, name) or None, config.init)
+    decide("chat_template", False, "default")
+    form = make_format(data.task, labels, chosen["template"], chosen["verbalizers"], chosen["chat_template"])
     decide("template", form.template, f"default of {form.task}")
     if form.task == "classification":
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
     decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
-    start = _start(model, config, form, train, decide)
+    start = _start(model, config, source, form, train, decide)
     decide("num_virtual_tokens", len(start), "length of the initial text, 20 at least")
     encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, len(start)))
     examples = encoder.examples(train)
@@ -111,10 +121,11 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     targets = sum(e.targets for e in examples) / sum(len(e.ids) for e in examples)
     at_once = micro_batch_tokens(model, len(start), longest, targets)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
+    _warn(model, train, validation, longest * bytes_per_token(model, len(start), longest, targets))
     decide("threads", torch.get_num_threads(), "cores")
     decide("device", str(model.device), "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
-    scorer = make_scorer(encoder, validation) if validation is not None else None
+    scorer = make_scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
     return Plan(make_config(TuneConfig, chosen), reasons, encoder, train, validation, examples, text, start, scorer)
 
 
@@ -139,8 +150,41 @@ def _max_length(model: FrozenModel, wanted: int, virtual: int) -> int:
     return min(wanted, positions - virtual)
 
 
-def _start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
+def _source(model: FrozenModel, config: TuneConfig) -> SoftPrompt | None:
+    """Return the prompt that another goes on from (SPoT, Vu et al. 2022), where the settings name one."""
+    if not config.init.startswith(PROMPT):
+        return None
+    source = load_prompt(config.init.removeprefix(PROMPT))
+    require_fit(source, model)
+    return source
+
+
+def _warn(model: FrozenModel, train: Rows, validation: Rows | None, row_bytes: float) -> None:
+    """Say before the first step what will spoil the run's figures, or the run."""
+    seen = seen_before(train, validation) if validation is not None else 0
+    if seen:
+        warnings.warn(
+            f"{seen} of {len(validation or ())} validation rows ask what a training row asks too; on those a prompt "
+            "looks better than it is. Give other rows as validation data",
+            stacklevel=3,
+        )
+    free = available_memory(model.device)
+    if row_bytes > free:
+        warnings.warn(
+            f"the longest row alone needs about {row_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower "
+            "max_length if memory runs out",
+            stacklevel=3,
+        )
+
+
+def _start(
+    model: FrozenModel, config: TuneConfig, source: SoftPrompt | None, form: Format, train: Rows, decide: Decide
+) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
+    if config.init_text is not None and init not in ("auto", "text"):
+        raise SettingsError(f"init_text is read with init=text only, not with init={init}; leave one of them out")
+    if source is not None:
+        return torch.stack(repeated(list(source.embeddings), length or source.num_virtual_tokens))
     if init == "auto":
         many = len(form.verbalizers) > MANY_LABELS and config.init_text is None
         init = "labels" if many else "text"

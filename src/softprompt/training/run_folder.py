@@ -8,13 +8,16 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 from softprompt.config import TuneConfig, read_settings, to_yaml
 from softprompt.errors import InputError, SettingsError, StorageError
@@ -28,13 +31,17 @@ class Progress(BaseModel):
 
     Attributes:
         step: steps done.
+        evaluated: the last step after which the validation rows were scored.
         best_step: the step after which the best prompt was found.
         best: its validation metrics.
+        micro_batch_tokens: how much is run at once, where memory has not sufficed for what was planned.
     """
 
     step: int = 0
+    evaluated: int = -1
     best_step: int = 0
     best: dict[str, float] = {}
+    micro_batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class RunFolder:
         self.prompt = path / "prompt"
         self._metrics = path / "metrics.jsonl"
         self._states = path / "state"
+        self._board: SummaryWriter | None = None
 
     def begin(self, config: TuneConfig, identity: dict[str, str]) -> None:
         """Write a new run's settings.
@@ -146,10 +154,30 @@ class RunFolder:
             raise StorageError(f"cannot read {file}: {error}; begin a new run") from error
         return noted
 
+    def open_board(self, step: int) -> None:
+        """Also log to TensorBoard from now on; what was logged there after `step` is dropped.
+
+        Raises:
+            SettingsError: the package is missing.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SettingsError("tensorboard=true needs a package: pip install 'softprompt[tensorboard]'") from error
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
         with storage_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in record.get("validation", record).items():
+                group = "validation" if "validation" in record else "training"
+                self._board.add_scalar(f"{group}/{name}", value, record["step"])
 
     def _cut_metrics(self, step: int) -> None:
         """Drop what was logged after a state was saved, also a line that was written by half."""

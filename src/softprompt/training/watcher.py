@@ -20,5 +20,8 @@ class Watcher:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """The prompt was evaluated on the validation rows."""
 
+    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+        """Memory ran out in a step; it and those after it are run in smaller micro-batches."""
+
     def end(self) -> None:
         """No more steps follow: the run is done, was interrupted or failed."""

@@ -1,0 +1,140 @@
+"""The verbs that learn: tune, and its dry run, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from softprompt.cli.options import load, parse_map, say, tune_options
+
+if TYPE_CHECKING:
+    from softprompt.config import TuneConfig
+    from softprompt.data.rows import Rows, Task
+    from softprompt.model.frozen import FrozenModel
+
+
+@click.command()
+@tune_options
+@click.option("--out", metavar="RUN", required=True, type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--name", metavar="N", help="Also keep the prompt under a name: softprompt prompts list.")
+def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: Any) -> None:
+    """Learn a prompt from the rows of DATA.
+
+    DATA is a .csv, .jsonl or .parquet file, or hub:ID[:SPLIT], and may end in a row range as in prompts.csv[:50].
+    """
+    from softprompt.cli.show import TerminalWatcher, figures, print_json
+    from softprompt.cli.show import out as console
+    from softprompt.prompt.store import keep, new_version
+    from softprompt.training.loop import tune as run
+    from softprompt.training.run_folder import RunFolder
+
+    folder = RunFolder(out)
+    if name is not None:
+        new_version(name)  # a name that cannot be kept is said now, not after the night
+    if resume:
+        folder.require_begun()
+    else:
+        folder.require_new()
+    model, rows, held, config, origins = _prepare(**options, begun=out / "config.yaml" if resume else None)
+    if resume:
+        origins = dict.fromkeys(type(config).model_fields, "as the run was begun")
+    try:
+        result = run(model, rows, config, eval_data=held, out=out, resume=resume, watcher=TerminalWatcher(origins))
+    except KeyboardInterrupt:
+        saved = any((out / "state").glob("step-*"))
+        say("\nstopped; " + ("the same command with --resume goes on from here" if saved else "no step was done yet"))
+        raise
+    kept = keep(result.prompt, name) if name is not None else None
+    if as_json:
+        print_json(
+            {
+                "run": str(out),
+                "prompt": str(out / "prompt"),
+                **({"kept": kept} if kept else {}),
+                "steps": result.steps,
+                "seconds": round(result.seconds, 1),
+                "best_step": result.best_step,
+                "metrics": result.metrics,
+                "settings": result.settings.model_dump(),
+            }
+        )
+        return
+    best = f"; best after step {result.best_step}: validation {figures(result.metrics)}" if result.metrics else ""
+    console.print(f"{result.steps} steps in {result.seconds:.0f} s{best}")
+    for line in (
+        f"prompt: {out / 'prompt'}" + (f", kept as {kept}" if kept else ""),
+        f"next:   softprompt evaluate {kept or out / 'prompt'} TEST_DATA",
+        f'        softprompt generate {kept or out / "prompt"} "some text" --versus-base',
+    ):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+@click.command()
+@tune_options
+@click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="Accepted, so that a tune command fits.")
+@click.option("--resume", is_flag=True, hidden=True)
+@click.option("--name", hidden=True)
+def check(out: Path | None, resume: bool, name: str | None, as_json: bool, **options: Any) -> None:
+    """Dry run of tune: rows, tokens, memory, time.
+
+    Nothing is written. One step is run, to measure its time.
+    """
+    from softprompt.cli.show import out as console
+    from softprompt.cli.show import print_json, rows_line, settings_table
+    from softprompt.training.forecast import make_forecast
+    from softprompt.training.plan import make_plan
+
+    model, rows, held, config, origins = _prepare(**options)
+    plan = make_plan(model, rows, config, held)
+    forecast = make_forecast(model, plan)
+    if as_json:
+        print_json({**forecast.model_dump(), "settings": plan.config.model_dump()})
+        return
+    console.print(settings_table(plan, origins))
+    console.print(rows_line(plan))
+    for number, rendered in enumerate(forecast.rendered, start=1):
+        console.print(f"\nrow {number}: {rendered.tokens} tokens, {rendered.targets} of them learned", markup=False)
+        console.print(f"{rendered.input!r} → {rendered.target!r}", markup=False)
+    console.print(
+        f"\ntokens a row: {forecast.mean_tokens:.0f} on average, {forecast.longest} at most\n"
+        f"way: {forecast.way}; learned: {forecast.parameters:,} numbers "
+        f"({forecast.virtual_tokens} virtual tokens of {forecast.width})\n"
+        f"memory: about {forecast.step_gigabytes:.1f} GB for a step, {forecast.free_gigabytes:.1f} GB free\n"
+        f"time: {forecast.step_seconds:.1f} s a step, about {forecast.minutes:.0f} min for "
+        f"{plan.config.max_steps} steps with evaluations"
+    )
+
+
+def _prepare(
+    data: str,
+    model: str | None,
+    task: str | None,
+    mapping: tuple[str, ...],
+    eval_data: str | None,
+    budget: str | None,
+    init: str | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    revision: str | None,
+    trust_remote_code: bool,
+    begun: Path | None = None,
+) -> tuple[FrozenModel, Rows, Rows | None, TuneConfig, dict[str, str]]:
+    """Read what `tune` and `check` were given: the cheap and fallible things first, the model last.
+
+    `begun` are the settings of a run to be resumed: its device and precision are taken again.
+    """
+    from softprompt.config import PROMPT, TuneConfig, read_settings
+    from softprompt.data.rows import load_data
+    from softprompt.prompt.soft_prompt import load_prompt
+
+    config, origins = read_settings(TuneConfig, file, assignments, budget=budget, init=init)
+    rows = load_data(data, parse_map(mapping), cast("Task | None", task))
+    held = load_data(eval_data, parse_map(mapping), rows.task) if eval_data else None
+    place = read_settings(TuneConfig, begun)[0] if begun is not None else config
+    if model is None and place.init.startswith(PROMPT):
+        base = load_prompt(place.init.removeprefix(PROMPT)).record.base_model
+        model, revision = base.id, revision or base.revision
+    return load(model, place, revision, trust_remote_code), rows, held, config, origins

@@ -1,0 +1,148 @@
+"""The verbs that use a prompt: evaluate, generate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from softprompt.cli.options import (
+    json_option,
+    load_for,
+    map_option,
+    model_option,
+    parse_map,
+    revision_option,
+    say,
+    set_option,
+    trust_option,
+)
+from softprompt.errors import InputError
+
+if TYPE_CHECKING:
+    from softprompt.prompt.soft_prompt import SoftPrompt
+
+
+@click.command()
+@click.argument("prompt")
+@click.argument("data")
+@model_option
+@map_option
+@set_option
+@click.option("--predictions", metavar="FILE", type=click.Path(path_type=Path), help="Where to write a record a row.")
+@revision_option
+@trust_option
+@json_option
+def evaluate(
+    prompt: str,
+    data: str,
+    model: str | None,
+    mapping: tuple[str, ...],
+    assignments: tuple[str, ...],
+    predictions: Path | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Score rows with a prompt and without.
+
+    PROMPT is a prompt's folder or kept name, or `none` for the untouched model; DATA as in tune. With `none`,
+    --set template=… , chat_template=… , verbalizers=… and max_length=… say how rows become text.
+    """
+    from softprompt.cli.show import evaluation_record, print_json, show_evaluation
+    from softprompt.config import FormatConfig, ModelConfig, read_settings
+    from softprompt.data.rows import load_data
+    from softprompt.evaluation.evaluate import evaluate as run
+    from softprompt.prompt.store import find
+    from softprompt.training.run_folder import write_predictions
+
+    soft = _prompt(prompt)
+    config, given = read_settings(FormatConfig, assignments=assignments)
+    own = set(given) - set(ModelConfig.model_fields)
+    if soft is not None and own:
+        raise InputError(f"the prompt brings its own {', '.join(sorted(own))}; leave --set {min(own)} out")
+    rows = load_data(data, parse_map(mapping), soft.record.task if soft else None)
+    if predictions is None:
+        beside = soft is not None and Path(prompt).is_dir()
+        predictions = (find(prompt).resolve().parent if beside else Path()) / "test-predictions.jsonl"
+    if not predictions.parent.is_dir():
+        raise InputError(f"--predictions {predictions}: no such folder: {predictions.parent}")
+    frozen = load_for(soft, model, config, revision, trust_remote_code)
+    done = run(
+        frozen,
+        rows,
+        soft,
+        template=config.template,
+        chat_template=bool(config.chat_template),
+        verbalizers=config.verbalizers,
+        max_length=config.max_length,
+    )
+    write_predictions(predictions, done.predictions)
+    if as_json:
+        print_json({**evaluation_record(done), "predictions": str(predictions)})
+    else:
+        show_evaluation(done, data)
+        click.echo(f"predictions: {predictions}")
+
+
+@click.command()
+@click.argument("prompt")
+@click.argument("texts", nargs=-1, metavar="[TEXT]...")
+@model_option
+@click.option("--versus-base", is_flag=True, help="Also show what the untouched model writes.")
+@click.option("--raw", is_flag=True, help="Read the texts as they are, without the prompt's template.")
+@set_option
+@revision_option
+@trust_option
+@json_option
+def generate(
+    prompt: str,
+    texts: tuple[str, ...],
+    model: str | None,
+    versus_base: bool,
+    raw: bool,
+    assignments: tuple[str, ...],
+    revision: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Continue texts with a prompt.
+
+    PROMPT is a prompt's folder or kept name, or `none` for the untouched model. Without TEXT, lines of stdin are
+    continued. Decoding is greedy unless --set says otherwise; docs/settings.md has all settings.
+    """
+    from softprompt.cli.show import out as console
+    from softprompt.cli.show import print_json, side_by_side
+    from softprompt.config import GenerateConfig, ModelConfig, read_settings
+    from softprompt.generation import generate as run
+
+    soft = _prompt(prompt)
+    placing = [a for a in assignments if a.partition("=")[0].strip() in ModelConfig.model_fields]
+    place, _ = read_settings(ModelConfig, assignments=placing)
+    config, _ = read_settings(GenerateConfig, assignments=[a for a in assignments if a not in placing])
+    if not texts and sys.stdin.isatty():
+        say("reading texts from the keyboard, one a line; end with Ctrl-D")
+    given = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not given:
+        raise InputError("no text to continue; give one or more, or lines on stdin")
+    frozen = load_for(soft, model, place, revision, trust_remote_code)
+    made = run(frozen, given, soft, config, raw=raw)
+    base = run(frozen, given, soft, config, raw=raw, virtual_tokens=False) if versus_base and soft else None
+    if as_json:
+        outputs = [
+            {"input": text, "text": new, "base": base[i] if base else None}
+            for i, (text, new) in enumerate(zip(given, made, strict=True))
+        ]
+        print_json({"outputs": outputs})
+    elif base is None and len(given) == 1:
+        click.echo(given[0] + made[0] if soft is None or soft.record.task == "text" or raw else made[0])
+    else:
+        console.print(side_by_side(given, base, made))
+
+
+def _prompt(name: str) -> SoftPrompt | None:
+    from softprompt.prompt.soft_prompt import load_prompt
+
+    return None if name == "none" else load_prompt(name)

@@ -1,0 +1,98 @@
+"""Completions: what a prompt writes, compared with what is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from rapidfuzz.distance import Indel
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from torch import Tensor
+
+from softprompt.config import GenerateConfig
+from softprompt.data.examples import Encoder
+from softprompt.data.rows import Rows
+from softprompt.evaluation.intervals import Metric, bootstrap, proportion
+from softprompt.generation import continue_ids
+from softprompt.model.frozen import FrozenModel
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was written for each distinct input; rows that share one are several right answers to it.
+
+    Attributes:
+        outputs: one a distinct input.
+        references: for each of them, the right answers.
+        place: for each row, which output is its own.
+    """
+
+    outputs: list[str]
+    references: list[list[str]]
+    place: list[int]
+
+    def metrics(self) -> dict[str, Metric]:
+        """Return exact match, BLEU (Papineni et al. 2002), chrF (Popović 2015) and ROUGE-L (Lin 2004).
+
+        The best-matching right answer counts, or all of them together (BLEU). Intervals are over distinct inputs.
+        """
+        count = len(self.outputs)
+        exact = np.array([output in right for output, right in zip(self.outputs, self.references, strict=True)])
+        overlap = self._rouge_l
+        return {
+            "exact_match": proportion(exact),
+            "bleu": self._corpus(BLEU()),
+            "chrf": self._corpus(CHRF()),
+            "rouge_l": bootstrap(lambda chosen: float(overlap[chosen].mean()), count),
+        }
+
+    def _corpus(self, metric: BLEU | CHRF) -> Metric:
+        """Return a corpus metric with its interval.
+
+        sacrebleu's own bootstrap gives a symmetric half-width only, so its statistics are summed here.
+        """
+        most = max(map(len, self.references))
+        by_rank = [[right[k] if k < len(right) else None for right in self.references] for k in range(most)]
+        statistics = np.array(metric._extract_corpus_statistics(self.outputs, by_rank))  # type: ignore[arg-type]
+
+        def score(chosen: NDArray[np.int64]) -> float:
+            return float(metric._compute_score_from_stats(statistics[chosen].sum(axis=0).tolist()).score)
+
+        return bootstrap(score, len(self.outputs))
+
+    @cached_property
+    def _rouge_l(self) -> NDArray[np.float64]:
+        """The F1 of the longest common subsequence of words, which is the normalized Indel similarity."""
+        return np.array(
+            [
+                max(Indel.normalized_similarity(_words(output), _words(right)) for right in all_right)
+                for output, all_right in zip(self.outputs, self.references, strict=True)
+            ]
+        )
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().split()
+
+
+def complete(model: FrozenModel, prompt: Tensor | None, encoder: Encoder, rows: Rows) -> Completions:
+    """Write a completion for every distinct input, greedily, and at most as long as the longest right answer.
+
+    Args:
+        model: the frozen model.
+        prompt: `[P, H]`, or None for the untouched model.
+        encoder: how rows become token ids; its `max_length` is what fits together with the answer.
+        rows: of a completion task.
+    """
+    targets = [encoder.format.target(row) for row in rows]
+    longest = 1 + max(len(ids) for ids in encoder.tokenizer(targets, add_special_tokens=False)["input_ids"])
+    made = Encoder(encoder.tokenizer, encoder.format, max(encoder.max_length - longest, 2)).inputs(rows)
+    order = {ids: n for n, ids in enumerate(dict.fromkeys(made))}
+    references: list[list[str]] = [[] for _ in order]
+    for ids, target in zip(made, targets, strict=True):
+        references[order[ids]].append(target)
+    outputs = continue_ids(model, prompt, list(order), [longest] * len(order), GenerateConfig())
+    return Completions([output.strip() for output in outputs], references, [order[ids] for ids in made])

@@ -1,0 +1,112 @@
+"""The store: prompts that are kept by name, each in numbered versions, in a folder of the user's."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softprompt.errors import PromptError, nearest
+from softprompt.storage import home, storage_errors
+
+if TYPE_CHECKING:
+    from softprompt.prompt.soft_prompt import SoftPrompt
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def store_folder() -> Path:
+    """Return where prompts are kept: `prompts` in the folder that SOFTPROMPT_HOME moves."""
+    return home() / "prompts"
+
+
+def names() -> list[str]:
+    """Return the names that are kept, sorted."""
+    folder = store_folder()
+    return sorted(p.name for p in folder.iterdir() if versions(p.name)) if folder.is_dir() else []
+
+
+def versions(name: str) -> list[int]:
+    """Return the versions of a name, the oldest first."""
+    folder = store_folder() / name
+    found = [p.name for p in folder.iterdir() if p.is_dir()] if _NAME.fullmatch(name) and folder.is_dir() else []
+    return sorted(int(version) for version in found if version.isdigit())
+
+
+def new_version(name: str) -> Path:
+    """Return the folder of the version that comes after all there are; it does not exist yet.
+
+    Raises:
+        PromptError: a name that cannot be kept.
+    """
+    if not _NAME.fullmatch(name):
+        raise PromptError(f"{name!r} is no name for a prompt; allowed are letters, digits and . _ - (not at the start)")
+    return store_folder() / name / str(max(versions(name), default=0) + 1)
+
+
+def find(prompt: str | Path) -> Path:
+    """Return the folder of a prompt.
+
+    Args:
+        prompt: a folder, `NAME` (its newest version) or `NAME@VERSION`. A folder wins over a name.
+
+    Raises:
+        PromptError: there is none.
+    """
+    path = Path(prompt)
+    try:
+        if path.is_dir():
+            return path
+    except OSError:  # a name that no folder can have
+        pass
+    name, at, version = str(prompt).partition("@")
+    kept = versions(name)
+    if not kept:
+        raise PromptError(
+            f"no such prompt: {prompt}{nearest(name, names())}; give the folder of one, such as RUN/prompt, or a name "
+            "that softprompt prompts list shows"
+        )
+    if at and version not in map(str, kept):
+        raise PromptError(f"{name} has no version {version!r}; there is {', '.join(map(str, kept))}")
+    return store_folder() / name / (version if at else str(kept[-1]))
+
+
+def keep(prompt: SoftPrompt, name: str) -> str:
+    """Keep a prompt under a name, as its next version; return `NAME@VERSION`.
+
+    Raises:
+        PromptError: a name that cannot be kept.
+        StorageError: the folder cannot be written.
+    """
+    folder = prompt.save(new_version(name))
+    return f"{name}@{folder.name}"
+
+
+def matching(prompt: str) -> list[str]:
+    """Return the versions that `NAME` (all of them) or `NAME@VERSION` means, as `NAME@VERSION`.
+
+    Raises:
+        PromptError: there is none.
+    """
+    name, at, version = prompt.partition("@")
+    kept = [str(number) for number in versions(name)]
+    found = [number for number in kept if not at or number == version]
+    if not found:
+        raise PromptError(f"no such kept prompt: {prompt}{nearest(name, names())}; softprompt prompts list shows all")
+    return [f"{name}@{number}" for number in found]
+
+
+def remove(kept: Iterable[str]) -> None:
+    """Remove versions, each given as `NAME@VERSION`.
+
+    Raises:
+        StorageError: one cannot be removed.
+    """
+    for prompt in kept:
+        folder = find(prompt)
+        with storage_errors(folder):
+            shutil.rmtree(folder)
+            if not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
