@@ -32,16 +32,12 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    lines = [
-        (name.replace("_", " "), str(value))
-        for group in ("versions", "machine", "kept")
-        for name, value in found[group].items()
-    ]
-    out.print(plain_table(("", ""), lines))
-    for problem in found["problems"]:
-        click.echo(f"- {problem}")
-    if not found["problems"]:
-        click.echo("all is well")
+    facts = {**found["versions"], **found["machine"], **found["kept"]}
+    out.print(plain_table(("", ""), [(name.replace("_", " "), str(value)) for name, value in facts.items()]))
+    for line in found["optional"]:
+        click.echo(f"optional: {line}")
+    for line in found["problems"] or ["none"]:
+        click.echo(f"problem: {line}")
 
 
 def _findings() -> dict[str, Any]:
@@ -63,9 +59,7 @@ def _findings() -> dict[str, Any]:
     if not bundled.exists():
         problems.append(f"the bundled model {SMOLLM2.name} is not here yet: softprompt models fetch {SMOLLM2.name}")
     if memory < _LITTLE_MEMORY:
-        problems.append(
-            f"{memory / 1e9:.1f} GB of memory are free on {device}; close other programs, or use a small model"
-        )
+        problems.append(f"{memory / 1e9:.1f} GB of memory are free on {device}; close other programs")
     if disk < _LITTLE_DISK:
         problems.append(f"{disk / 1e9:.1f} GB of disk are free in {home()}; free some, or set SOFTPROMPT_HOME")
     if not os.access(_existing(home()), os.W_OK):

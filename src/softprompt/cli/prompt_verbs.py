@@ -50,7 +50,7 @@ def list_prompts(as_json: bool) -> None:
 @json_option
 def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """Show a prompt: what it is for, how it was trained, which words lie nearest to its virtual tokens."""
-    from softprompt.cli.show import out, plain_table, print_json
+    from softprompt.cli.show import figures, out, plain_table, print_json
     from softprompt.config import ModelConfig, read_settings
     from softprompt.prompt.reading import nearest_tokens
     from softprompt.prompt.soft_prompt import load_prompt
@@ -62,11 +62,11 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
         tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
         print_json({**_summary(soft), "training": soft.record.training, "nearest_tokens": tokens})
         return
-    facts = [
-        (name.replace("_", " "), value if isinstance(value, str) else repr(value))
-        for name, value in _summary(soft).items()
-    ]
-    out.print(plain_table(("", ""), facts))
+    facts = {name: value for name, value in _summary(soft).items() if value not in (None, {}, False)}
+    if soft.record.metrics:
+        facts["metrics"] = figures(soft.record.metrics)
+    texts = [(name.replace("_", " "), value if name == "metrics" else repr(value)) for name, value in facts.items()]
+    out.print(plain_table(("", ""), texts))
     lines = [
         (str(n), f"{norm:.2f}", "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row))
         for n, (norm, row) in enumerate(zip(soft.embeddings.norm(dim=1).tolist(), near, strict=True), start=1)

@@ -21,10 +21,10 @@ from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
 from softprompt.errors import PromptError, SettingsError
 from softprompt.model.fingerprint import Fingerprint, fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.store import find
+from softprompt.prompt.store import ADAPTER, find
 from softprompt.storage import write_folder
 
-WEIGHTS, ADAPTER, RECORD, CARD = "adapter_model.safetensors", "adapter_config.json", "softprompt.json", "README.md"
+WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "softprompt.json", "README.md"
 FORMAT_VERSION = 1
 _KEY = "prompt_embeddings"
 _MOST_TOKENS = 10_000

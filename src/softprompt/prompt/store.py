@@ -14,6 +14,7 @@ from softprompt.storage import home, storage_errors
 if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import SoftPrompt
 
+ADAPTER = "adapter_config.json"  # what every prompt's folder holds, PEFT's included
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -50,19 +51,20 @@ def find(prompt: str | Path) -> Path:
     """Return the folder of a prompt.
 
     Args:
-        prompt: a folder, `NAME` (its newest version) or `NAME@VERSION`. A folder wins over a name.
+        prompt: a folder, `NAME` (its newest version) or `NAME@VERSION`. A folder wins over a name, unless it holds no
+            prompt and the name is kept.
 
     Raises:
         PromptError: there is none.
     """
     path = Path(prompt)
+    name, at, version = str(prompt).partition("@")
+    kept = versions(name)
     try:
-        if path.is_dir():
+        if path.is_dir() and (not kept or (path / ADAPTER).exists()):
             return path
     except OSError:  # a name that no folder can have
         pass
-    name, at, version = str(prompt).partition("@")
-    kept = versions(name)
     if not kept:
         raise PromptError(
             f"no such prompt: {prompt}{nearest(name, names())}; give the folder of one, such as RUN/prompt, or a name "
