@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from softprompt.errors import SettingsError, nearest
 
@@ -88,11 +88,28 @@ class GenerateConfig(BaseModel):
     max_length: int | None = Field(None, ge=1, description="the most real tokens, the given text's included")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens of the text so far become less likely")
     no_repeat_ngram_size: int = Field(0, ge=0, description="runs of so many tokens occur once; 0: off")
+    stop: tuple[str, ...] = Field((), description="strings that end the text; they are cut off")
+    num_beams: int = Field(1, ge=1, description="beam search with so many beams; 1: none")
+    length_penalty: float = Field(1.0, description="of beam search: the higher, the longer")
     do_sample: bool = Field(False, description="draw tokens instead of taking the most probable")
     temperature: float = Field(1.0, gt=0, description="below 1: likelier tokens get likelier")
     top_k: int | None = Field(None, ge=1, description="draw among the k most probable")
     top_p: float = Field(1.0, gt=0, le=1, description="draw among the most probable that make up this share")
     seed: int = Field(0, ge=0, description="of the draws")
+    batch_size: int = Field(16, ge=1, description="texts continued at once; it changes nothing but speed and memory")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_several(cls, stop: object) -> object:
+        return (stop,) if isinstance(stop, str) else stop
+
+    @model_validator(mode="after")
+    def _beams_are_not_drawn(self) -> GenerateConfig:
+        if self.num_beams > 1 and self.do_sample:
+            raise ValueError("beam search draws nothing; leave num_beams or do_sample out")
+        if not all(self.stop):
+            raise ValueError("a stop string must not be empty")
+        return self
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -141,8 +158,10 @@ def make_config(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")  # pydantic's word for what our own checks say
+        if not first["loc"]:  # it is about several settings
+            raise SettingsError(reason) from error
+        name = ".".join(str(part) for part in first["loc"])
         raise SettingsError(f"setting {name} = {first['input']}: {reason}") from error
 
 
@@ -165,13 +184,14 @@ def _read_file(file: Path | None) -> dict[str, Any]:
 def _parse(kind: type[BaseModel], name: str, text: str) -> Any:
     """Read a value given on the command line; texts are kept as they were typed, but for line breaks and tabs."""
     field = kind.model_fields.get(name)
-    if field is None or field.annotation in (str, str | None):
-        return text.replace("\\n", "\n").replace("\\t", "\t")  # a shell's quotes leave them as two characters
-    if name == "verbalizers":
+    if name == "verbalizers" or (name == "stop" and text.startswith("[")):
+        example = '{"1": "bad", "5": "good"}' if name == "verbalizers" else '["\\n", "END"]'
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise SettingsError(f'verbalizers: write JSON, as in {{"1": "bad", "5": "good"}}, not {text!r}') from error
+            raise SettingsError(f"{name}: write JSON, as in {example}, not {text!r}") from error
+    if field is None or field.annotation in (str, str | None, tuple[str, ...]):
+        return text.replace("\\n", "\n").replace("\\t", "\t")  # a shell's quotes leave them as two characters
     return None if text in ("", "none", "None", "null") else text  # pydantic reads numbers and truth values
 
 

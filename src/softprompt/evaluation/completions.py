@@ -15,8 +15,8 @@ from torch import Tensor
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
+from softprompt.decoding import continue_ids
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
-from softprompt.generation import continue_ids
 from softprompt.model.frozen import FrozenModel
 
 

@@ -1,0 +1,250 @@
+"""Decoding: continuing token ids behind a prefix that is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from softprompt.config import GenerateConfig
+from softprompt.data.examples import common_start
+from softprompt.errors import SettingsError
+from softprompt.model.cached import positions
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.prefix import Prefix
+
+
+@dataclass
+class _Line:
+    """One text on its way: its real ids so far, which are all that repetition penalties see."""
+
+    index: int
+    ids: list[int]
+    given: int
+    room: int
+    generator: torch.Generator
+
+
+@torch.no_grad()
+def continue_ids(
+    model: FrozenModel,
+    prompt: Tensor | None,
+    inputs: Sequence[Sequence[int]],
+    room: Sequence[int],
+    config: GenerateConfig,
+) -> list[str]:
+    """Continue token ids behind a soft prompt `[P, H]`, or behind none.
+
+    Args:
+        model: the frozen model.
+        prompt: virtual tokens.
+        inputs: ids of each text; empty only where there is a prompt.
+        room: per text, the most new tokens.
+        config: decoding rules.
+    """
+    if prompt is None and not all(inputs):
+        raise SettingsError("the text is empty: without a prompt there is nothing to continue; give some text")
+    shortest = min((len(ids) for ids in inputs), default=0)
+    prefix = model.prefix(prompt, common_start(inputs)[: max(shortest - 1, 0)])
+    decoder = _Decoder(model, config)
+    lines = []
+    for i, ids in enumerate(inputs):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + i)
+        lines.append(_Line(i, list(ids), len(ids), room[i], generator))
+    lines.sort(key=lambda line: line.given)
+    for begin in range(0, len(lines), config.batch_size):
+        batch = lines[begin : begin + config.batch_size]
+        if config.num_beams == 1:
+            decoder.decode(prefix, batch)
+        else:  # a text's beams are the batch
+            for line in batch:
+                decoder.search(prefix, line)
+    lines.sort(key=lambda line: line.index)
+    return [decoder.finished_text(line) for line in lines]
+
+
+class _Decoder:
+    """Decodes by one set of rules."""
+
+    def __init__(self, model: FrozenModel, config: GenerateConfig) -> None:
+        self.model, self.config = model, config
+        self.rules, self.ends = _rules(config), _end_ids(model)
+
+    def decode(self, prefix: Prefix, lines: list[_Line]) -> None:
+        """Add tokens to each line, the most probable or drawn ones, until it ends or its room is used up."""
+        logits, prefixes = _read(self.model, prefix, lines)
+        rows, going = _CachedRows(self.model, prefixes), list(lines)
+        while True:
+            alive = []
+            for place, (line, row) in enumerate(zip(going, logits.float().cpu(), strict=True)):
+                token = self._choose(line, row)
+                if token not in self.ends:
+                    line.ids.append(token)
+                    if len(line.ids) - line.given < line.room and not self._stops(line.ids, line.given):
+                        alive.append(place)
+            if not alive:
+                return
+            if len(alive) < len(going):
+                rows.select(alive)
+                going = [going[i] for i in alive]
+            logits = rows.read([line.ids[-1] for line in going])
+
+    def search(self, prefix: Prefix, line: _Line) -> None:
+        """Find a likely continuation by beam search, scored as transformers scores it.
+
+        A continuation's score is its summed log-probability over its length (its end counted) to the power of
+        `length_penalty`. The search ends when no running beam can become better than the worst of `num_beams`
+        finished ones.
+        """
+        beams, penalty = self.config.num_beams, self.config.length_penalty
+        logits, prefixes = _read(self.model, prefix, [line])
+        rows = _CachedRows(self.model, prefixes)
+        running = [(0.0, line.ids)]
+        finished: list[tuple[float, list[int]]] = []
+        for length in range(1, line.room + 1):
+            scores = self._ruled([ids for _, ids in running], logits.float().cpu().log_softmax(dim=-1))
+            total = scores + torch.tensor([score for score, _ in running])[:, None]
+            best = total.flatten().topk(min(2 * beams, total.numel()))
+            going: list[tuple[float, list[int], int]] = []
+            for rank, (score, place) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+                row, token = divmod(place, total.shape[1])
+                ids = [*running[row][1], token]
+                if token in self.ends or self._stops(ids, line.given):
+                    if rank < beams:
+                        finished.append((score / length**penalty, ids[:-1] if token in self.ends else ids))
+                elif len(going) < beams:
+                    going.append((score, ids, row))
+            finished = sorted(finished, key=lambda f: -f[0])[:beams]
+            if not going or (len(finished) == beams and finished[-1][0] >= going[0][0] / length**penalty):
+                break
+            if length == line.room:
+                finished += [(score / length**penalty, ids) for score, ids, _ in going]
+                break
+            running = [(score, ids) for score, ids, _ in going]
+            rows.select([row for _, _, row in going])
+            logits = rows.read([ids[-1] for _, ids in running])
+        line.ids = max(finished, key=lambda f: f[0])[1]
+
+    def finished_text(self, line: _Line) -> str:
+        """Return the new text, without the stop string that ended it."""
+        text = self._text(line.ids, line.given)
+        found = [text.index(stop) for stop in self.config.stop if stop in text]
+        return text[: min(found)] if found else text
+
+    def _text(self, ids: list[int], given: int) -> str:
+        """Decode the new tokens behind the old ones: alone, some tokenizers drop the space they begin with."""
+
+        def decode(ids: list[int]) -> str:
+            tokenizer = self.model.tokenizer
+            return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+        return decode(ids)[len(decode(ids[:given])) :]
+
+    def _stops(self, ids: list[int], given: int) -> bool:
+        if not self.config.stop:
+            return False
+        text = self._text(ids, given)
+        return any(stop in text for stop in self.config.stop)
+
+    def _ruled(self, ids: list[list[int]], scores: Tensor) -> Tensor:
+        """Apply the rules to scores `[rows, V]` of what follows ids of one length."""
+        return self.rules(torch.LongTensor(ids), scores) if self.rules else scores
+
+    def _choose(self, line: _Line, logits: Tensor) -> int:
+        scores = self._ruled([line.ids], logits.unsqueeze(0))[0]
+        if not self.config.do_sample:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=line.generator))
+
+
+class _CachedRows:
+    """Rows that are continued a token at a time: `padding · prefix · text`, so that what is real is contiguous."""
+
+    def __init__(self, model: FrozenModel, prefixes: Sequence[Prefix]) -> None:
+        self.model = model
+        longest = max(prefix.length for prefix in prefixes)
+
+        def stacked(which: str, layer: int) -> Tensor:
+            tensors = [getattr(prefix, which)[layer] for prefix in prefixes]
+            return torch.cat([torch.nn.functional.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors])
+
+        self.cache = DynamicCache()
+        for layer in range(len(prefixes[0].keys)):
+            self.cache.update(stacked("keys", layer), stacked("values", layer), layer)
+        self.at = torch.tensor([prefix.length for prefix in prefixes], device=model.device)
+        self.mask = (torch.arange(longest, device=model.device)[None, :] >= longest - self.at[:, None]).long()
+
+    def select(self, rows: list[int]) -> None:
+        """Keep some rows, in this order; one may be taken several times."""
+        kept = torch.tensor(rows, device=self.model.device)
+        self.cache.batch_select_indices(kept)
+        self.mask, self.at = self.mask[kept], self.at[kept]
+
+    def read(self, tokens: list[int]) -> Tensor:
+        """Add a token to every row and return the logits after it, `[rows, V]`."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        with self.model.way.lock:
+            logits: Tensor = self.model.hf_model(
+                input_ids=torch.tensor(tokens, device=self.model.device).unsqueeze(1),
+                past_key_values=self.cache,
+                use_cache=True,
+                attention_mask=self.mask,
+                **positions(self.model.hf_model, self.at.unsqueeze(1)),
+            ).logits[:, -1]
+        self.at = self.at + 1
+        return logits
+
+
+def _read(model: FrozenModel, prefix: Prefix, lines: list[_Line]) -> tuple[Tensor, list[Prefix]]:
+    """Run the given texts; return the logits after each, `[lines, V]`, and the prefixes that end with them."""
+    held = len(prefix.text)
+    if all(len(line.ids) > held for line in lines):
+        done = model.read(prefix, [line.ids[held:] for line in lines], extend=True)
+        return done.logits, done.extended
+    # Only empty texts end here: the prompt itself predicts their first token, and a stand-in is read for nothing.
+    ahead = model.way.text_pass(prefix, [torch.tensor([0])], [torch.tensor([-1])]).logits
+    logits, prefixes = [], []
+    for line in lines:
+        if line.ids:
+            done = model.read(prefix, [line.ids], extend=True)
+            logits.append(done.logits)
+            prefixes.append(done.extended[0])
+        else:
+            logits.append(ahead)
+            prefixes.append(prefix)
+    return torch.cat(logits), prefixes
+
+
+def _rules(config: GenerateConfig) -> LogitsProcessorList:
+    """Return transformers' own processors, in its order."""
+    rules = LogitsProcessorList()
+    if config.repetition_penalty != 1.0:
+        rules.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        rules.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.do_sample:
+        if config.temperature != 1.0:
+            rules.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k is not None:
+            rules.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1.0:
+            rules.append(TopPLogitsWarper(config.top_p))
+    return rules
+
+
+def _end_ids(model: FrozenModel) -> set[int]:
+    """Return the ids that end a text: the tokenizer's and those of the model's generation settings."""
+    configured = getattr(model.hf_model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(i) for i in [*ids, model.tokenizer.eos_token_id] if i is not None}
