@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import load_prompt as load_prompt
     from softprompt.training.loop import TuneResult as TuneResult
     from softprompt.training.loop import tune as tune
+    from softprompt.training.trainable import TrainablePrompt as TrainablePrompt
     from softprompt.training.watcher import Watcher as Watcher
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ _HOMES = {
     "softprompt.model.loading": ("load_model",),
     "softprompt.prompt.soft_prompt": ("SoftPrompt", "load_prompt"),
     "softprompt.training.loop": ("TuneResult", "tune"),
+    "softprompt.training.trainable": ("TrainablePrompt",),
     "softprompt.training.watcher": ("Watcher",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
