@@ -39,13 +39,17 @@ def loss_and_gradient(prompt: TrainablePrompt, **inputs: Any) -> tuple[float, to
 
 
 def trainer(prompt: TrainablePrompt, folder: Path, **arguments: Any) -> Trainer:
-    given = {"use_cpu": True, "auto_find_batch_size": True, "learning_rate": 3e-2, "num_train_epochs": 2}
+    given = {
+        "use_cpu": True,
+        "auto_find_batch_size": True,
+        "learning_rate": 3e-2,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+    }
     tokenizer = prompt.frozen.tokenizer
     return Trainer(
         model=prompt,
-        args=TrainingArguments(
-            output_dir=str(folder), report_to=[], disable_tqdm=True, per_device_train_batch_size=4, **(given | arguments)
-        ),
+        args=TrainingArguments(output_dir=str(folder), report_to=[], disable_tqdm=True, **(given | arguments)),
         train_dataset=[tokenizer(text) for text in TEXTS],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
