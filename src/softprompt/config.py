@@ -32,7 +32,7 @@ class ModelConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the base model")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps")
     quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="load the weights in fewer bits; needs softprompt[quantization]"
+        "none", description="load the weights in fewer bits (4 on a GPU only); needs softprompt[quantization]"
     )
     device_map: Literal["none", "auto", "balanced", "sequential"] = Field(
         "none", description="split the model over several devices, by transformers' own rules"

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from softprompt.model.prefix import Prefix
-from softprompt.model.way import TextPass, Way, head_input, rows_of
+from softprompt.model.way import TextPass, Way, head_input, input_device, rows_of
 
 
 class Cached(Way):
@@ -47,7 +47,7 @@ class Cached(Way):
     def text_pass(
         self, prefix: Prefix, texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool = False
     ) -> TextPass:
-        device, length = self.hf_model.device, prefix.length
+        device, length = input_device(self.hf_model), prefix.length
         lengths = torch.tensor([len(text) for text in texts])
         ids = pad_sequence(list(texts), batch_first=True).to(device)
         count, longest = ids.shape

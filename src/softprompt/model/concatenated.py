@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from softprompt.data.examples import Example
+from softprompt.model.way import input_device
 
 
 def concatenated_loss(hf_model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -23,7 +24,7 @@ def concatenated_loss(hf_model: PreTrainedModel, prompt: Tensor, examples: Seque
         prompt: `[P, H]`.
         examples: token ids; rows become `prompt · text · padding`.
     """
-    embed, device = hf_model.get_input_embeddings(), hf_model.device
+    embed, device = hf_model.get_input_embeddings(), input_device(hf_model)
     length = prompt.shape[0]
     longest = max(len(e.ids) for e in examples)
     rows, masks, labels = [], [], []

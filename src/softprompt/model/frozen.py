@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.examples import Example
 from softprompt.model.prefix import Prefix
-from softprompt.model.way import TextPass, Way
+from softprompt.model.way import TextPass, Way, input_device
 
 
 class FrozenModel:
@@ -41,7 +41,7 @@ class FrozenModel:
 
     @property
     def device(self) -> torch.device:
-        return self.hf_model.device
+        return input_device(self.hf_model)
 
     @property
     def embedding_width(self) -> int:

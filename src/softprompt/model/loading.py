@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from softprompt.errors import ModelError, nearest
 from softprompt.model.bundled import BUNDLED, fetch
@@ -32,8 +33,8 @@ def load_model(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: str | None = None,
-    device_map: str | None = None,
+    quantization: str = "none",
+    device_map: str | dict[str, Any] = "none",
     trust_remote_code: bool = False,
     say: Callable[[str], None] = logger.info,
 ) -> FrozenModel:
@@ -44,6 +45,10 @@ def load_model(
         revision: branch, tag or commit of a hub id.
         device: `auto` takes a GPU where there is one.
         dtype: `auto` is float32 on a CPU; on a GPU bfloat16, or float16 where it has none.
+        quantization: `8bit`, or on a GPU `4bit`, loads the weights so, with bitsandbytes; a model that was saved
+            quantized is loaded as it is.
+        device_map: splits the model over several devices, by transformers' own rules (`auto`, `balanced`,
+            `sequential`, or a dictionary of modules); `device` is then not used.
         trust_remote_code: run the Python code that comes with the model. It can do whatever you can: read the
             files, and send them. Only for repositories whose code you have read.
         say: told what is going on, a line at a time.
@@ -64,11 +69,16 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **extra)
         _refuse_other_kinds(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        extra |= _quantized(quantization, place, resolve_dtype(dtype, place))
+        split = device_map != "none"
+        if split or quantization != "none":
+            extra["device_map"] = device_map if split else {"": place}
         hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **extra)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load {name!r}: {reason}") from error
-    torch.nn.Module.to(hf_model, place)
+    if "device_map" not in extra and not getattr(hf_model, "is_quantized", False):
+        torch.nn.Module.to(hf_model, place)
     return freeze(hf_model, tokenizer, name, revision)
 
 
@@ -97,6 +107,23 @@ def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tupl
 def _refuse_other_kinds(config: PretrainedConfig, name: str) -> None:
     if config.is_encoder_decoder:
         raise ModelError(_NO_ENCODER_DECODER.format(model=name))
+
+
+def _quantized(quantization: str, place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `from_pretrained` takes to quantize a model as it is loaded."""
+    if quantization == "none":
+        return {}
+    if quantization not in ("8bit", "4bit"):
+        raise ModelError(f"unknown quantization {quantization!r}; allowed are none, 8bit and 4bit")
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(f"quantization={quantization} needs bitsandbytes: pip install 'softprompt[quantization]'")
+    if quantization == "4bit" and place.type == "cpu":
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 runs a kernel that has no gradient, or fails.
+        raise ModelError("bitsandbytes cannot train through 4-bit weights on a CPU; take quantization=8bit, or a GPU")
+    if quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": four}
 
 
 def resolve_device(device: str) -> torch.device:

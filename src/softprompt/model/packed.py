@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from softprompt.errors import ModelError
 from softprompt.model.prefix import Prefix
-from softprompt.model.way import TextPass, Way, head_input, rows_of
+from softprompt.model.way import TextPass, Way, head_input, input_device, rows_of
 
 ATTENTION = "softprompt_packed"
 
@@ -209,7 +209,7 @@ class Packed(Way):
     ) -> TextPass:
         lengths = [len(text) for text in texts]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        device = self.hf_model.device
+        device = input_device(self.hf_model)
         call = _Pass(prefix, lengths, note=extend)
         last: list[Tensor] = []
 

@@ -61,6 +61,14 @@ class Way(ABC):
         """
 
 
+def input_device(hf_model: PreTrainedModel) -> torch.device:
+    """Return where a model takes its token ids: where its embedding is, or is brought to when it is run."""
+    embedding = hf_model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)  # of accelerate, on a model that is split over devices
+    place = getattr(hook, "execution_device", None)
+    return torch.device(next(embedding.parameters()).device if place is None else place)
+
+
 @contextmanager
 def head_input(hf_model: PreTrainedModel, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the output head see `replace(hidden)` instead of `hidden`, `[B, T, H]`.

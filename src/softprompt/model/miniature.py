@@ -1,0 +1,82 @@
+"""Miniatures: tiny random models of a loaded model's kind, to test on what the model itself cannot show."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+WINDOW = 5  # shorter than the texts of the load check
+_HEADS, _SIZE = 4, 16
+_SMALL = {
+    "vocab_size": 128,
+    "hidden_size": _HEADS * _SIZE,
+    "num_attention_heads": _HEADS,
+    "head_dim": _SIZE,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+}
+_WINDOWS = ("sliding_window", "window_size", "local_attention")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Return the shortest window through which some layers look back, None where all see everything."""
+    text = config.get_text_config()
+    if getattr(text, "use_sliding_window", True) is False:
+        return None
+    found = [getattr(text, name, None) for name in _WINDOWS]
+    return min((window for window in found if isinstance(window, int) and window > 0), default=None)
+
+
+def miniature(hf_model: PreTrainedModel) -> PreTrainedModel:
+    """Return a tiny random model, in float32, with one layer of each kind that a model has and a short window.
+
+    Whatever stops a foreign configuration from being shrunk is raised as it comes.
+    """
+    config = copy.deepcopy(hf_model.config.get_text_config())
+    own = type(hf_model) if config.__class__ is hf_model.config.__class__ else None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    _cut_layers(config)
+    for name, size in _SMALL.items():
+        derived = isinstance(getattr(type(config), name, None), property)
+        if isinstance(getattr(config, name, None), int) and not derived:
+            setattr(config, name, size)
+    groups = getattr(config, "num_key_value_heads", None)
+    if groups is not None:
+        config.num_key_value_heads = _HEADS if groups == hf_model.config.get_text_config().num_attention_heads else 2
+    for name in _WINDOWS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, WINDOW)
+    for name in _TOKENS:
+        setattr(config, name, None)
+    if "flash" in str(config._attn_implementation):
+        config._attn_implementation = "eager"  # flash kernels run in half precision only
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: Any = own(config) if own is not None else AutoModelForCausalLM.from_config(config)
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(3)  # weights of the usual size look nearly alike everywhere
+    small: PreTrainedModel = made.float().eval().requires_grad_(False)
+    return small
+
+
+def _cut_layers(config: PretrainedConfig) -> None:
+    """Keep the first layer of each kind, and two at least; lists with an entry a layer are cut likewise."""
+    count = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full"] * count
+    kept = sorted({kinds.index(kind) for kind in kinds} | {min(1, count - 1)} | {0})
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count and name != "architectures":
+            setattr(config, name, [value[i] for i in kept])
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = 1
+    config.num_hidden_layers = len(kept)

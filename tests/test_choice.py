@@ -1,0 +1,78 @@
+"""Which way a model gets where the load check's short texts cannot show it: long windows, quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoConfig, PretrainedConfig, PreTrainedModel
+
+from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
+from softprompt.model import packed
+from softprompt.model.choice import freeze, largest_difference
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.miniature import WINDOW, miniature, sliding_window
+from softprompt.model.packed import Packed
+
+WINDOWED = ["mistral", "qwen2-window", "gemma2", "gemma3", "phi3", "gpt-oss", "phimoe"]
+LONG = 64  # no text of the load check is so long
+
+
+def long_window(architecture: str) -> PreTrainedModel:
+    config: PretrainedConfig = ARCHITECTURES[architecture][1]()
+    config.sliding_window = LONG
+    torch.manual_seed(0)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return made
+
+
+def without_window(right: Callable[..., object]) -> Callable[..., object]:
+    """The packed attention, gone wrong: every token sees all that came before it."""
+
+    def mask(length: int, longest: int, window: int | None, like: torch.Tensor) -> object:
+        return right(length, longest, None, like)
+
+    return mask
+
+
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_a_model_with_a_long_window_gets_the_way_of_its_kind(architecture: str) -> None:
+    assert freeze(long_window(architecture), tiny_tokenizer()).way.name == ARCHITECTURES[architecture][0]
+
+
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_a_way_that_forgets_a_long_window_is_found_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = long_window(architecture)
+    monkeypatch.setattr(packed, "_mask", without_window(packed._mask))
+    assert largest_difference(FrozenModel(model, tiny_tokenizer(), Packed(model), "")) < 1e-3  # not by the model itself
+    assert freeze(model, tiny_tokenizer()).way.name == "cached"
+
+
+def test_a_window_that_only_some_layers_have_is_found_in_the_miniature() -> None:
+    """GPT-Neo keeps its window in a buffer of its own, which the packed way cannot know."""
+    kinds = [[["global", "local"], 2]]
+    config = GPTNeoConfig(vocab_size=400, hidden_size=32, num_layers=4, num_heads=4, attention_types=kinds)
+    model = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+    assert sliding_window(config) == 256
+    assert model.way.name == "cached"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_miniature_is_of_the_models_kind_and_small(architecture: str) -> None:
+    model = tiny_model(architecture)
+    before = model.config.to_dict()
+    small = miniature(model)
+    assert type(small) is type(model)
+    assert model.config.to_dict() == before
+    assert sum(p.numel() for p in small.parameters()) < 1_000_000
+    assert next(small.parameters()).dtype == torch.float32
+    if (window := sliding_window(model.config)) is not None:
+        assert sliding_window(small.config) == min(window, WINDOW)
+
+
+def test_building_a_miniature_leaves_the_random_state() -> None:
+    model = tiny_model("mistral")
+    before = torch.get_rng_state()
+    miniature(model)
+    assert torch.equal(torch.get_rng_state(), before)
