@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
+import json
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a hub
 
@@ -16,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from softprompt.cli.main import main
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
 
@@ -26,6 +32,10 @@ WORDS = (
     "the parcel never came and I want my money back please classify this text as good or bad label sentiment "
     "positive negative delivery billing returns hello world a fine film a dull film what a waste of time"
 )
+
+
+# Of a run that tests wait for.
+SHORT = ["--set", "max_steps=3", "--set", "batch_size=4", "--set", "num_virtual_tokens=5"]
 
 
 @functools.cache
@@ -164,6 +174,57 @@ def reviews(tmp_path: Path) -> Path:
     path = tmp_path / "reviews.csv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The one JSON object that stdout holds."""
+        assert self.out.endswith("}\n")
+        assert self.out.count("\n") == 1
+        loaded = json.loads(self.out)
+        assert isinstance(loaded, dict)
+        return loaded
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Run `softprompt` in an empty folder and return its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return Done(exit_.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def fails(command: Command) -> Command:
+    """Run a command that has to fail with one message: no result, no traceback."""
+
+    def run(*arguments: object, code: int = 2, **kwargs: Any) -> Done:
+        done = command(*arguments, **kwargs)
+        assert (done.code, done.out) == (code, "")
+        assert "Traceback" not in done.err
+        return done
+
+    return run
 
 
 def shared_data(name: str) -> Path:

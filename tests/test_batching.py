@@ -11,7 +11,7 @@ import pytest
 from softprompt.data.batching import draw, micro_batches
 from softprompt.data.examples import Example
 from softprompt.data.rows import Rows, load_data
-from softprompt.data.split import split_rows
+from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.errors import DataError
 
 
@@ -158,3 +158,39 @@ def test_validation_rows_for_another_task_are_refused() -> None:
     other = load_data([{"input": "a", "target": "b"}])
     with pytest.raises(DataError, match="is for completion, rows for classification"):
         split_rows(labelled(a=9), other, 200, 0)
+
+
+def test_rows_with_one_input_stay_on_one_side() -> None:
+    """Several right answers to one question: with one of them in training, the others are no test."""
+    generate = random.Random(0)
+    for seed in range(100):
+        questions = [f"question {generate.randrange(30)}" for _ in range(generate.randint(60, 200))]
+        data = load_data([{"input": q, "target": str(i)} for i, q in enumerate(questions)])
+        train, validation = split_rows(data, None, generate.randint(5, 50), seed)
+        assert validation is not None
+        assert not set(train.inputs) & set(validation.inputs)
+        assert sorted([*(r["target"] for r in train), *(r["target"] for r in validation)], key=int) == [
+            r["target"] for r in data
+        ]
+
+
+def test_one_question_in_all_rows_cannot_be_split() -> None:
+    data = load_data([{"input": "what?", "target": str(i)} for i in range(100)])
+    with pytest.raises(DataError, match=r"1 different inputs, each in too many rows .*--eval-data"):
+        split_rows(data, None, 10, 0)
+
+
+def test_validation_rows_that_ask_what_training_rows_ask_are_counted() -> None:
+    train = load_data([{"text": t, "label": "x"} for t in ("a film", "b", "c")])
+    validation = load_data([{"text": t, "label": "y"} for t in ("A  film", "d", "c ", "c")])
+    assert seen_before(train, validation) == 3
+    assert seen_before(train, train.pick([])) == 0
+
+
+def test_a_sample_keeps_the_shares_and_the_order() -> None:
+    data = labelled(a=90, b=10)
+    drawn_rows = sample(data, 20, 0)
+    assert Counter(row["label"] for row in drawn_rows) == {"a": 18, "b": 2}
+    places = [texts(data).index(text) for text in texts(drawn_rows)]
+    assert places == sorted(places)
+    assert sample(data, 100, 0) == data

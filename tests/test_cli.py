@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import SHORT, Command, tiny_model, tiny_tokenizer
 from softprompt.cli.main import main, softprompt
 from softprompt.model.frozen import FrozenModel
 
-SHORT = ["--set", "max_steps=3", "--set", "batch_size=4", "--set", "num_virtual_tokens=5"]
 WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass
-class Done:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The one JSON object that stdout holds."""
-        assert self.out.endswith("}\n")
-        assert self.out.count("\n") == 1
-        loaded = json.loads(self.out)
-        assert isinstance(loaded, dict)
-        return loaded
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """Run `softprompt` in an empty folder and return its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Done(exit_.value.code, captured.out, captured.err)
-
-    return run
-
-
-@pytest.fixture
-def fails(command: Command) -> Command:
-    """Run a command that has to fail with one message: no result, no traceback."""
-
-    def run(*arguments: object, code: int = 2, **kwargs: Any) -> Done:
-        done = command(*arguments, **kwargs)
-        assert (done.code, done.out) == (code, "")
-        assert "Traceback" not in done.err
-        return done
-
-    return run
 
 
 def write_rows(path: Path, good: str = "a fine film") -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,47 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path, suffix: str) -> None:
 def test_a_map_that_does_not_fit_is_refused(mapping: dict[str, str], task: Task | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_data([{"review": "a", "stars": "5"}], mapping, task)
+
+
+def test_a_parquet_file_holds_what_a_csv_file_holds(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": [r["text"] for r in RECORDS], "stars": [1, 5, 1, 5]})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    read = load_data(tmp_path / "rows.parquet", {"label": "stars"})
+    assert [row["text"] for row in read] == [r["text"] for r in RECORDS]
+    assert read.labels == ["1", "5"]
+    assert read.sha256 == load_data(tmp_path / "rows.csv", {"label": "stars"}).sha256
+    assert [row["text"] for row in load_data(f"{tmp_path}/rows.parquet[1:3]", {"label": "stars"})] == [
+        r["text"] for r in RECORDS[1:3]
+    ]
+
+
+def test_a_missing_value_of_a_parquet_file_is_an_empty_one(tmp_path: Path) -> None:
+    pd.DataFrame({"text": ["a", None], "label": ["x", "y"]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet, row 2: the column 'text' is empty"):
+        load_data(tmp_path / "rows.parquet")
+
+
+def test_a_file_that_is_no_parquet_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", "text,label\n")
+    with pytest.raises(DataError, match=r"rows\.parquet is not a Parquet file"):
+        load_data(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "extra"), [("rows.parquet", "pyarrow", "parquet"), ("hub:team/set", "datasets", "hub")]
+)
+def test_a_package_that_is_missing_is_named(
+    source: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "rows.parquet", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it then fails
+    with pytest.raises(DataError, match=rf"package {package}: pip install 'softprompt\[{extra}\]'"):
+        load_data(source)
+
+
+def test_inputs_that_differ_in_spaces_and_capitals_are_one() -> None:
+    rows = load_data([{"text": " A  fine\nfilm", "label": "1"}, {"text": "a fine film ", "label": "2"}])
+    assert rows.inputs == ["a fine film", "a fine film"]
+    assert load_data([{"input": "What?", "target": "That."}]).inputs == ["what?"]

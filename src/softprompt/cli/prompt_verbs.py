@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def import_prompt(name: str, folder: Path, model: str | None, task: str, assignm
 
     new_version(name)
     config, _ = read_settings(FormatConfig, assignments=assignments)
-    soft = load_prompt(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the folder does not say: that is added here
+        soft = load_prompt(folder)
     made = described(soft, load_for(soft, model, config), task, config)  # type: ignore[arg-type]
     click.echo(keep(made, name))
 

@@ -232,7 +232,8 @@ def _read_embeddings(path: Path) -> Tensor:
 def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
     if not (path / RECORD).is_file():
         warnings.warn(
-            f"{path} has no {RECORD}: which model it belongs to cannot be checked, and its text is taken as it is",
+            f"{path} has no {RECORD}: which model it belongs to cannot be checked, and its text is taken as it is; "
+            "softprompt prompts import adds it",
             stacklevel=3,
         )
         return Record(base_model=BaseModelRecord(id=adapter.get("base_model_name_or_path") or ""))

@@ -1,0 +1,114 @@
+"""Completion metrics, against sacrebleu itself and definitions written out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from conftest import frozen
+from softprompt import evaluate, generate, load_data
+from softprompt.config import GenerateConfig
+from softprompt.evaluation.completions import Completions
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+
+WORDS = ["the", "parcel", "never", "came", "and", "I", "want", "my", "money", "back"]
+ROWS = [
+    {"input": "one", "target": "the parcel came"},
+    {"input": "two", "target": "I want my money back"},
+    {"input": "one", "target": "my parcel never came back"},
+]
+
+
+def made(seed: int, count: int = 30) -> Completions:
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(3, 9)))
+
+    references = [[sentence() for _ in range(draw.randint(1, 4))] for _ in range(count)]
+    outputs = [draw.choice([right[0], sentence(), ""]) for right in references]
+    return Completions(outputs, references, list(range(count)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("name", "metric"), [("bleu", BLEU), ("chrf", CHRF)])
+def test_bleu_and_chrf_are_sacrebleus(seed: int, name: str, metric: type[BLEU] | type[CHRF]) -> None:
+    """Inputs have unlike numbers of right answers; sacrebleu takes one list a rank, with None where there is none."""
+    completions = made(seed)
+    ranks = list(itertools.zip_longest(*completions.references))
+    assert len(ranks) > 1
+    expected = metric().corpus_score(completions.outputs, ranks).score  # type: ignore[arg-type]
+    found = completions.metrics()[name]
+    assert found.value == pytest.approx(expected)
+    assert found.low < found.value < found.high
+
+
+def longest_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """By trying every subsequence."""
+    for size in range(len(a), 0, -1):
+        for chosen in itertools.combinations(a, size):
+            rest = iter(b)
+            if all(word in rest for word in chosen):
+                return size
+    return 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(seed: int) -> None:
+    completions = made(seed)
+    each = []
+    for output, references in zip(completions.outputs, completions.references, strict=True):
+        words = tuple(output.lower().split())
+        rights = [tuple(right.lower().split()) for right in references]
+        each.append(max(2 * longest_common(words, right) / (len(words) + len(right)) for right in rights))
+    assert completions.metrics()["rouge_l"].value == pytest.approx(sum(each) / len(each))
+
+
+def test_an_exact_match_is_any_of_the_right_answers() -> None:
+    completions = Completions(["a b", "c", "A b"], [["x", "a b"], ["d"], ["a b"]], [0, 1, 2])
+    assert completions.metrics()["exact_match"].value == pytest.approx(1 / 3)
+
+
+def test_right_answers_give_the_best_figures_and_nothing_the_worst() -> None:
+    rights = [["the parcel never came back"], ["I want my money back now"]]
+    best = Completions([right[0] for right in rights], rights, [0, 1]).metrics()
+    assert [round(best[name].value, 6) for name in ("exact_match", "bleu", "chrf", "rouge_l")] == [1, 100, 100, 1]
+    worst = Completions(["", ""], rights, [0, 1]).metrics()
+    assert [worst[name].value for name in ("exact_match", "bleu", "chrf", "rouge_l")] == [0, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def llama() -> FrozenModel:
+    return frozen("llama")
+
+
+def prompt_for(model: FrozenModel) -> SoftPrompt:
+    record = Record(base_model=base_model_record(model), task="completion", template="{{ input }}\n")
+    return SoftPrompt(model.embed([5, 6, 7, 8]).float(), record)
+
+
+def test_each_input_is_written_once_and_judged_by_all_its_right_answers(llama: FrozenModel) -> None:
+    data, prompt = load_data(ROWS), prompt_for(llama)
+    done = evaluate(llama, data, prompt)
+    longest = max(len(ids) for ids in llama.tokenizer([row["target"] for row in ROWS])["input_ids"])
+    config = GenerateConfig(max_new_tokens=longest + 1)
+    one, two = (text.strip() for text in generate(llama, ["one", "two"], prompt, config))
+    assert [record["prediction"] for record in done.predictions] == [one, two, one]
+    rights = [[ROWS[0]["target"], ROWS[2]["target"]], [ROWS[1]["target"]]]
+    assert done.metrics["chrf"].value == pytest.approx(Completions([one, two], rights, []).metrics()["chrf"].value)
+    assert done.without_prompt is not None
+    assert list(done.without_prompt) == ["exact_match", "bleu", "chrf", "rouge_l", "loss", "perplexity"]
+    base = evaluate(llama, data).metrics
+    assert {name: m.value for name, m in done.without_prompt.items()} == {name: m.value for name, m in base.items()}
+
+
+def test_the_loss_of_a_completion_counts_every_row(llama: FrozenModel) -> None:
+    done = evaluate(llama, load_data(ROWS), prompt_for(llama))
+    assert [record["tokens"] for record in done.predictions] == [
+        len(llama.tokenizer(row["target"])["input_ids"]) + 1 for row in ROWS
+    ]

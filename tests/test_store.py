@@ -1,0 +1,207 @@
+"""Prompts kept by name: versions, names that cannot be kept, and the verbs around them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+
+from conftest import SHORT, Command, tiny_model
+from softprompt import load_prompt
+from softprompt.errors import PromptError
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt import store
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def prompt_of(model: FrozenModel, number: int) -> SoftPrompt:
+    return SoftPrompt(model.embed([number, number + 1]).float(), Record(base_model=base_model_record(model)))
+
+
+def test_versions_count_up_and_the_name_alone_is_the_newest(llama: FrozenModel, home: Path) -> None:
+    kept = [store.keep(prompt_of(llama, n), "film") for n in (5, 6, 7)]
+    assert kept == ["film@1", "film@2", "film@3"]
+    assert store.names() == ["film"]
+    assert torch.equal(load_prompt("film").embeddings, prompt_of(llama, 7).embeddings)
+    assert torch.equal(load_prompt("film@2").embeddings, prompt_of(llama, 6).embeddings)
+    assert store.find("film@1") == home / "prompts" / "film" / "1"
+
+
+def test_a_removed_version_is_gone_and_its_number_is_not_taken_again(llama: FrozenModel) -> None:
+    for n in (5, 6, 7):
+        store.keep(prompt_of(llama, n), "film")
+    store.remove(["film@2"])
+    assert store.versions("film") == [1, 3]
+    assert store.keep(prompt_of(llama, 8), "film") == "film@4"
+    store.remove(store.matching("film"))
+    assert store.names() == []
+
+
+def test_the_tenth_version_comes_after_the_ninth(llama: FrozenModel) -> None:
+    for n in range(10):
+        store.keep(prompt_of(llama, 5 + n), "film")
+    assert store.versions("film")[-2:] == [9, 10]
+    assert store.find("film").name == "10"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../film", "a/b", "/film", "film@2", "-film", "fi lm", "a" * 101, "é"])
+def test_a_name_that_could_leave_the_store_is_refused(name: str, llama: FrozenModel, home: Path) -> None:
+    with pytest.raises(PromptError, match="is no name for a prompt"):
+        store.keep(prompt_of(llama, 5), name)
+    assert store.versions(name) == []
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "film/../../outside", "/etc"])
+def test_a_path_is_no_kept_prompt(name: str, llama: FrozenModel, home: Path) -> None:
+    store.keep(prompt_of(llama, 5), "film")
+    shutil.copytree(home / "prompts" / "film" / "1", home / "outside" / "1")
+    with pytest.raises(PromptError, match="no such kept prompt"):
+        store.matching(name)
+
+
+def test_a_folder_wins_over_a_name_unless_it_holds_no_prompt(
+    llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store.keep(prompt_of(llama, 5), "film")
+    Path("film").mkdir()  # the run's folder, say
+    assert torch.equal(load_prompt("film").embeddings, prompt_of(llama, 5).embeddings)
+    Path("film").rmdir()
+    prompt_of(llama, 9).save("film")
+    assert torch.equal(load_prompt("film").embeddings, prompt_of(llama, 9).embeddings)
+
+
+def test_what_is_not_kept_is_named_with_the_nearest(llama: FrozenModel) -> None:
+    store.keep(prompt_of(llama, 5), "sentiment")
+    with pytest.raises(PromptError, match=r"no such prompt: sentimet \(did you mean 'sentiment'"):
+        load_prompt("sentimet")
+    with pytest.raises(PromptError, match="sentiment has no version '7'; there is 1"):
+        load_prompt("sentiment@7")
+
+
+def test_the_verbs_of_a_kept_prompt(
+    command: Command,
+    reviews: Path,
+    llama_folder: Path,
+    tmp_path: Path,
+) -> None:
+    tuned = command("tune", reviews, "--model", llama_folder, "--out", "run", "--name", "film", *SHORT)
+    assert tuned.code == 0
+    assert "kept as film@1" in tuned.out
+    record = command(
+        "tune", reviews, "--model", llama_folder, "--out", "again", "--name", "film", *SHORT, "--json"
+    ).record
+    assert record["kept"] == "film@2"
+
+    listed = command("prompts", "list", "--json").record["prompts"]
+    assert [p["name"] for p in listed] == ["film@1", "film@2"]
+    assert "film@2" in command("prompts", "list").out
+
+    shown = command("prompts", "show", "film", "--json").record
+    assert shown["virtual_tokens"] == 5
+    assert len(shown["nearest_tokens"]) == 5
+    assert "nearest in the vocabulary" in command("prompts", "show", "film@1").out
+
+    assert command("evaluate", "film@1", reviews, "--json").record["rows"] == 40
+    assert (tmp_path / "test-predictions.jsonl").exists()
+    assert command("generate", "film", "a fine film", "--json").record["outputs"]
+
+    assert command("prompts", "export", "film", "exported").code == 0
+    again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "exported")
+    torch.testing.assert_close(
+        again.prompt_encoder["default"].embedding.weight.detach(), load_prompt("film").embeddings
+    )
+    assert command("prompts", "add", "copy", "exported").out == "copy@1\n"
+    assert command("prompts", "remove", "film", "--yes").out == "removed film@1, film@2\n"
+    assert store.names() == ["copy"]
+
+
+def test_a_name_that_cannot_be_kept_is_said_before_the_run(
+    fails: Command,
+    reviews: Path,
+    tmp_path: Path,
+) -> None:
+    done = fails("tune", reviews, "--model", "nowhere/at-all", "--out", "run", "--name", "../x", *SHORT)
+    assert "'../x' is no name for a prompt" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_removing_asks_first(command: Command, llama: FrozenModel) -> None:
+    store.keep(prompt_of(llama, 5), "film")
+    assert command("prompts", "remove", "film", stdin="n\n").code == 130
+    assert store.names() == ["film"]
+    assert command("prompts", "remove", "film", stdin="y\n").code == 0
+    assert store.names() == []
+
+
+def test_an_empty_store_says_how_to_fill_it(command: Command) -> None:
+    done = command("prompts", "list")
+    assert (done.code, done.out) == (0, "")
+    assert "tune --name N keeps one" in done.err
+    assert command("prompts", "list", "--json").record == {"prompts": []}
+
+
+def test_a_prompt_that_peft_trained_is_imported_with_what_its_folder_does_not_say(
+    command: Command,
+    fails: Command,
+    reviews: Path,
+    llama_folder: Path,
+    tmp_path: Path,
+) -> None:
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    peft_model = get_peft_model(tiny_model("llama"), config)
+    peft_model.save_pretrained(tmp_path / "peft")
+    given = ("--set", 'verbalizers={"positive": "positive", "negative": "negative"}')
+    done = command("prompts", "import", "film", "peft", "--model", llama_folder, "--task", "classification", *given)
+    assert (done.code, done.out, done.err) == (0, "film@1\n", "")
+    kept = load_prompt("film")
+    assert kept.record.base_model.fingerprint is not None
+    torch.testing.assert_close(kept.embeddings, peft_model.prompt_encoder["default"].embedding.weight.detach())
+    assert command("evaluate", "film", reviews, "--json").record["rows"] == 40
+    wrong = fails("prompts", "import", "film", "peft", "--model", llama_folder, "--task", "classification")
+    assert "classification needs the labels" in wrong.err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_doctor_says_what_is_here_and_what_is_missing(
+    command: Command,
+    as_json: bool,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("softprompt.cli.doctor_verb.find_spec", lambda name: None if name == "pyarrow" else True)
+    done = command("doctor", *(["--json"] if as_json else []))
+    assert done.code == 0
+    optional = "Parquet files need pyarrow: pip install 'softprompt[parquet]'"
+    problem = "the bundled model smollm2-135m is not here yet: softprompt models fetch smollm2-135m"
+    if as_json:
+        assert done.record["optional"] == [optional]
+        assert problem in done.record["problems"]
+        assert done.record["versions"]["torch"] == torch.__version__
+        assert done.record["machine"]["threads"] == torch.get_num_threads()
+        assert done.record["kept"]["softprompt_home"] == str(home)
+    else:
+        assert f"optional: {optional}" in done.out
+        assert f"problem: {problem}" in done.out
+    assert not home.exists()
+
+
+def test_doctor_sees_little_memory_and_a_folder_that_cannot_be_written(
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("softprompt.model.memory.available_memory", lambda _device: 1_500_000_000)
+    monkeypatch.setattr("softprompt.cli.doctor_verb.os.access", lambda *_: False)
+    problems = command("doctor", "--json").record["problems"]
+    assert any("1.5 GB of memory are free" in line for line in problems)
+    assert any("cannot be written; set SOFTPROMPT_HOME" in line for line in problems)
