@@ -77,6 +77,7 @@ def _models_to_check(hf_model: PreTrainedModel) -> list[PreTrainedModel]:
     return [small] if quantized else [hf_model, small]
 
 
+@torch.enable_grad()
 def largest_difference(model: FrozenModel) -> float:
     """Return the larger relative difference, of loss and of gradient, between a model's way and the reference.
 
