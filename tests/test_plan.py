@@ -1,0 +1,207 @@
+"""What is decided before the first step: where a prompt starts, and what is said about the rows and the memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PromptTuningConfig, TaskType, get_peft_model
+
+from conftest import frozen, tiny_model
+from softprompt import SoftPrompt, TuneConfig, load_data, tune
+from softprompt.data.rows import Rows
+from softprompt.errors import PromptError, SettingsError
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import bytes_per_token
+from softprompt.prompt import store
+from softprompt.prompt.reading import nearest_tokens
+from softprompt.prompt.soft_prompt import Record, base_model_record
+from softprompt.training import plan as planning
+from softprompt.training.plan import make_plan
+
+SHORT = {"max_steps": 4, "batch_size": 4, "num_virtual_tokens": 3}
+
+
+def short(**settings: object) -> TuneConfig:
+    return TuneConfig(**{**SHORT, **settings})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def source(llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SoftPrompt:
+    """A prompt for the reviews with a template and verbalizers of its own, in `source` and kept as `film`."""
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = short(
+        template="Review: {{ text }}\nIs it good?", verbalizers={"positive": "yes", "negative": "no"}, eval_rows=0
+    )
+    made = tune(llama, load_data(reviews), config).prompt
+    made.save("source")
+    store.keep(made, "film")
+    return made
+
+
+@pytest.mark.parametrize("name", ["source", "film", "film@1"])
+def test_a_prompt_goes_on_from_another_and_reads_rows_as_it_did(
+    name: str, source: SoftPrompt, llama: FrozenModel, reviews: Path
+) -> None:
+    plan = make_plan(llama, load_data(reviews), TuneConfig(init=f"prompt:{name}"))
+    assert torch.equal(plan.start, source.embeddings)
+    assert plan.config.num_virtual_tokens == 3
+    assert plan.encoder.format.template == "Review: {{ text }}\nIs it good?"
+    assert plan.encoder.format.verbalizers == {"negative": "no", "positive": "yes"}
+    assert plan.reasons["template"] == f"prompt:{name}"
+
+
+def test_going_on_continues_where_the_other_stood(
+    source: SoftPrompt, llama: FrozenModel, reviews: Path, tmp_path: Path
+) -> None:
+    rows = load_data(reviews)
+    # The first evaluation of the new run, before any step, is the old prompt's.
+    tune(llama, rows, TuneConfig(init="prompt:film", max_steps=1, batch_size=4), out=tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["validation"]
+    held = make_plan(llama, rows, TuneConfig(init="prompt:film"))
+    assert held.scorer is not None
+    assert first["loss"] == pytest.approx(held.scorer.score(llama, source.embeddings).loss())
+
+
+def test_what_is_given_wins_over_the_other_prompts(source: SoftPrompt, llama: FrozenModel, reviews: Path) -> None:
+    config = TuneConfig(init="prompt:film", template="{{ text }} ->", num_virtual_tokens=5)
+    plan = make_plan(llama, load_data(reviews), config)
+    assert plan.encoder.format.template == "{{ text }} ->"
+    assert torch.equal(plan.start, torch.cat([source.embeddings, source.embeddings[:2]]))
+
+
+def test_labels_of_the_other_prompt_that_these_rows_lack_stay(
+    source: SoftPrompt, llama: FrozenModel, reviews: Path
+) -> None:
+    del source
+    wider = [{"text": "x", "label": "neutral"}, *load_data(reviews)]
+    tune(llama, load_data(wider), short(eval_rows=0)).prompt.save("wider")
+    plan = make_plan(llama, load_data(reviews), TuneConfig(init="prompt:wider"))
+    assert list(plan.encoder.format.verbalizers) == ["negative", "neutral", "positive"]
+
+
+def test_rows_of_another_kind_take_the_virtual_tokens_alone(source: SoftPrompt, llama: FrozenModel) -> None:
+    """As SPoT does (Vu et al. 2022): a source task may have other labels."""
+    other = load_data([{"text": f"a text {i}", "label": "abc"[i % 3]} for i in range(60)])
+    plan = make_plan(llama, other, TuneConfig(init="prompt:film"))
+    assert torch.equal(plan.start, source.embeddings)
+    assert list(plan.encoder.format.verbalizers) == ["a", "b", "c"]
+    assert plan.encoder.format.template == "{{ text }}\nLabel:"
+
+
+def test_a_prompt_of_pefts_is_gone_on_with(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4))
+    theirs.save_pretrained(tmp_path / "peft")
+    with pytest.warns(UserWarning, match="cannot be checked"):
+        plan = make_plan(llama, load_data(reviews), TuneConfig(init=f"prompt:{tmp_path / 'peft'}"))
+    assert torch.equal(plan.start, theirs.prompt_encoder["default"].embedding.weight.detach())
+    assert plan.encoder.format.template == "{{ text }}\nLabel:"
+
+
+def test_a_prompt_of_another_model_cannot_be_gone_on_with(source: SoftPrompt, reviews: Path) -> None:
+    del source
+    with pytest.raises(PromptError, match="is another model"):
+        make_plan(frozen("qwen2"), load_data(reviews), TuneConfig(init="prompt:film"))
+
+
+@pytest.mark.parametrize("init", ["random", "labels", "vocabulary", "prompt:film"])
+def test_a_text_to_start_from_is_not_ignored(init: str, source: SoftPrompt, llama: FrozenModel, reviews: Path) -> None:
+    del source
+    with pytest.raises(SettingsError, match="init_text is read with init=text only"):
+        make_plan(llama, load_data(reviews), TuneConfig(init=init, init_text="Is this film good?"))
+
+
+def test_validation_rows_that_were_trained_on_are_reported(llama: FrozenModel, reviews: Path) -> None:
+    rows = load_data(reviews)
+    other = load_data([{"text": f"no such text {i}", "label": "positive"} for i in range(7)])
+    both = Rows((*rows.rows[:5], *other.rows), rows.task, "both")
+    with pytest.warns(UserWarning, match="5 of 12 validation rows ask what a training row asks too"):
+        make_plan(llama, rows, short(), both)
+    # Rows that softprompt holds back itself share no input with those it trains on: a warning would fail this test.
+    twice = Rows((*rows.rows, *rows.rows), rows.task, "twice")
+    make_plan(llama, twice, short())
+
+
+def test_a_row_that_will_not_fit_in_memory_is_said_before_the_first_step(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
+    with pytest.warns(UserWarning, match=r"the longest row alone needs about .* GB are free: lower max_length"):
+        make_plan(llama, load_data(reviews), short())
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10**12, 1024), (0, 1), (2 * 10**6, None)])
+def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
+    free: int, expected: int | None, llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt.model.memory.available_memory", lambda _device: free)
+    plan = make_plan(llama, load_data(reviews), short())
+    tokens, lengths = plan.config.micro_batch_tokens, [len(e.ids) for e in plan.examples]
+    assert tokens is not None
+    if expected is None:
+        each = bytes_per_token(llama, 3, max(lengths), len(lengths) / sum(lengths))
+        assert tokens * each <= free / 2 < (tokens + 1) * each
+    else:
+        assert tokens == expected
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_what_the_metrics_file_holds(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    tune(llama, load_data(reviews), short(tensorboard=True, eval_every=2), out=tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shown = events(tmp_path / "run" / "tensorboard")
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    accuracies = [(r["step"], r["validation"]["accuracy"]) for r in records if "validation" in r]
+    assert shown["training/loss"] == [(step, pytest.approx(value)) for step, value in losses]
+    assert shown["validation/accuracy"] == [(step, pytest.approx(value)) for step, value in accuracies]
+
+
+def test_a_resumed_run_shows_every_step_once(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows, run = load_data(reviews), tmp_path / "run"
+    tune(llama, rows, short(tensorboard=True, save_every=2, eval_rows=0), out=run)
+    for file in (run / "state" / "step-4").iterdir():
+        file.unlink()
+    tune(llama, rows, None, out=run, resume=True)
+    assert [step for step, _ in events(run / "tensorboard")["training/loss"]] == [1, 2, 3, 4]
+
+
+def test_tensorboard_that_is_not_installed_is_named(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SettingsError, match=r"pip install 'softprompt\[tensorboard\]'"):
+        tune(llama, load_data(reviews), short(tensorboard=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2", "bloom"])
+def test_a_virtual_token_that_is_a_word_is_read_as_that_word(architecture: str) -> None:
+    model = frozen(architecture)
+    ids = model.tokenizer("a fine film")["input_ids"]
+    prompt = SoftPrompt(model.embed(ids).float() * 2.5, Record(base_model=base_model_record(model)))
+    near = nearest_tokens(model, prompt, 3)
+    assert [row[0][0] for row in near] == [model.tokenizer.decode([i]) for i in ids]
+    assert [row[0][1] for row in near] == [pytest.approx(1, abs=1e-4)] * len(ids)
+    for row in near:
+        assert [cosine for _, cosine in row] == sorted((cosine for _, cosine in row), reverse=True)
+
+
+def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = llama.hf_model.get_input_embeddings().weight.detach()[: len(llama.tokenizer)]
+    prompt = SoftPrompt(torch.randn(4, 32), Record(base_model=base_model_record(llama)))
+    similarity = torch.cosine_similarity(prompt.embeddings[:, None], table[None], dim=2)
+    expected = [[llama.tokenizer.decode([i]) for i in row] for row in similarity.topk(5).indices.tolist()]
+    for at_once in (8192, 64, 7):
+        monkeypatch.setattr("softprompt.prompt.reading._AT_ONCE", at_once)
+        assert [[token for token, _ in row] for row in nearest_tokens(llama, prompt)] == expected
