@@ -303,6 +303,7 @@ def test_a_missing_data_file_is_named_with_the_nearest(fails: Command, llama_fol
         (["--set", "learning_rate=-1"], "setting learning_rate = -1"),
         (["--set", "num_virtual_tokens=5000"], "less than or equal to 1000"),
         (["--set", "learning_rate=fast"], "setting learning_rate = fast"),
+        (["--set", "learning_rate=inf"], "setting learning_rate = inf"),
         (["--set", "learning_rate"], "write NAME=VALUE"),
         (["--set", "max_steps=[3"], "max_steps"),
         (["--set", "template={{ txet }}"], "names the column 'txet' (did you mean 'text'?)"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,36 @@ def test_a_hub_id_goes_through_the_ordinary_loaders(
     shutil.copytree(llama_folder, tmp_path / "team" / "tiny")
     monkeypatch.chdir(tmp_path)
     assert fingerprint(load_model("team/tiny")).mismatch(fingerprint(llama)) is None
+
+
+def test_a_prompt_notes_the_commit_of_the_hub_that_its_model_came_from(
+    llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """In the hub's cache, as a download leaves it, `main` moves on after the prompt was trained."""
+    cache = tmp_path / "hub" / "models--team--tiny"
+    commits = ["1" * 40, "2" * 40]
+    for commit in commits:
+        shutil.copytree(llama_folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commits[0])
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def command(*arguments: str) -> str:
+        program = [sys.executable, "-c", "from softprompt.cli.main import main; main()", *arguments, "--json"]
+        done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    short = ["--set", "max_steps=1", "--set", "eval_rows=0", "--set", "num_virtual_tokens=3"]
+    command("tune", str(reviews), "--model", "team/tiny", "--out", "run", *short)
+    noted = json.loads((tmp_path / "run" / "prompt" / "softprompt.json").read_text())["base_model"]
+    assert (noted["id"], noted["revision"]) == ("team/tiny", commits[0])
+    assert json.loads((tmp_path / "run/prompt/adapter_config.json").read_text())["revision"] == commits[0]
+
+    (cache / "refs" / "main").write_text(commits[1])
+    (cache / "snapshots" / commits[1] / "model.safetensors").unlink()  # would fail if it were read
+    command("evaluate", "run/prompt", str(reviews))
+    command("evaluate", "run/prompt", str(reviews), "--revision", commits[0])
 
 
 def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(llama_folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def _known_init(init: str) -> str:
 class ModelConfig(BaseModel):
     """Where the base model runs and in which precision."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the base model")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps")
@@ -82,7 +82,7 @@ class TuneConfig(FormatConfig):
 class GenerateConfig(BaseModel):
     """Decoding rules, the same with a prompt and without."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_new_tokens: int | None = Field(None, ge=1, description="64, or what the longest label needs")
     max_length: int | None = Field(None, ge=1, description="the most real tokens, the given text's included")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
@@ -79,7 +80,7 @@ def load_model(
         raise ModelError(f"cannot load {name!r}: {reason}") from error
     if "device_map" not in extra and not getattr(hf_model, "is_quantized", False):
         torch.nn.Module.to(hf_model, place)
-    return freeze(hf_model, tokenizer, name, revision)
+    return freeze(hf_model, tokenizer, name, _commit(name, revision) or revision)
 
 
 def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
@@ -102,6 +103,14 @@ def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tupl
     if close and "/" not in name:
         raise ModelError(f"no such model: {name}{close}")  # at once: asking a hub takes a while
     return name, {"revision": revision}
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of a model that the hub's cache holds: a branch may be another model next month."""
+    if Path(name).exists() or name.count("/") > 1:
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None  # …/snapshots/COMMIT/config.json
 
 
 def _refuse_other_kinds(config: PretrainedConfig, name: str) -> None:

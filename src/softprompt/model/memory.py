@@ -9,6 +9,11 @@ import torch
 
 from softprompt.model.frozen import FrozenModel
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 # Matrix products on a CPU reach their full rate at about a thousand rows; a GPU wants more.
 _USEFUL_TOKENS = {"cpu": 1024}
 _USEFUL_ON_GPU = 8192
@@ -48,11 +53,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device; a container's limit counts on the CPU."""
+    """Return the bytes that can still be allocated on a device; a container's and a shell's limits count."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     free = psutil.virtual_memory().available
+    if resource is not None:
+        allowed = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
+        if allowed != resource.RLIM_INFINITY:
+            free = min(free, allowed - psutil.Process().memory_info().vms)
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
