@@ -7,8 +7,11 @@ appended to `results/defaults.jsonl`, and a variant that is there is not run aga
     python benchmarks/defaults.py support                   # the demo's messages
     python benchmarks/defaults.py --data FOLDER             # all cases
 
-FOLDER holds `sst2/{train,validation}.jsonl` (rows of text and label; Stanford Sentiment Treebank, binary sentences) and
-`awesome-chatgpt-prompts/prompts.csv` (github.com/f/awesome-chatgpt-prompts, March 2023).
+FOLDER holds, as rows of text and label, `sst2/{train,validation}.jsonl` (Stanford Sentiment Treebank, binary
+sentences), `banking77/{train,validation,test}.jsonl` (Casanueva et al. 2020) and
+`germeval18/{train,validation,test}.jsonl` (German tweets, insulting or not); as rows of input and target
+`e2e/{train,validation,test}.jsonl` (Novikova et al. 2017); and `awesome-chatgpt-prompts/prompts.csv`
+(github.com/f/awesome-chatgpt-prompts, March 2023).
 """
 
 from __future__ import annotations
@@ -32,26 +35,45 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """A task: where its rows come from, and the settings that are compared on it, by name."""
+    """A task: where its rows come from, the settings that are compared on it, by name, and its metric.
 
-    rows: Callable[[Path], tuple[sp.Rows, sp.Rows]]
+    The rows are those to learn from, to score, and to choose the best prompt on (None: held back from the first).
+    """
+
+    rows: Callable[[Path], tuple[sp.Rows, sp.Rows, sp.Rows | None]]
     variants: dict[str, dict[str, Any]]
+    metric: str = "accuracy"
 
 
-def sst2(data: Path) -> tuple[sp.Rows, sp.Rows]:
+def sst2(data: Path) -> tuple[sp.Rows, sp.Rows, None]:
     """Sentiment of film reviews: 2,000 rows to learn from, 872 to score."""
-    return sp.load_data(f"{data}/sst2/train.jsonl[:2000]"), sp.load_data(data / "sst2/validation.jsonl")
+    return sp.load_data(f"{data}/sst2/train.jsonl[:2000]"), sp.load_data(data / "sst2/validation.jsonl"), None
 
 
-def prompts(data: Path) -> tuple[sp.Rows, sp.Rows]:
+def prompts(data: Path) -> tuple[sp.Rows, sp.Rows, None]:
     """The tutorial's plain text: 50 rows to learn from, the other 103 to score."""
     path, column = data / "awesome-chatgpt-prompts/prompts.csv", {"text": "prompt"}
-    return sp.load_data(f"{path}[:50]", column), sp.load_data(f"{path}[50:]", column)
+    return sp.load_data(f"{path}[:50]", column), sp.load_data(f"{path}[50:]", column), None
 
 
-def support(_data: Path) -> tuple[sp.Rows, sp.Rows]:
+def support(_data: Path) -> tuple[sp.Rows, sp.Rows, None]:
     """The demo's messages: 180 to learn from, 60 to score."""
-    return demo_rows("train"), demo_rows("test")
+    return demo_rows("train"), demo_rows("test"), None
+
+
+def files(name: str, scored: int) -> Callable[[Path], tuple[sp.Rows, sp.Rows, sp.Rows]]:
+    """A data set with rows of its own for validation; the first so many test rows are scored."""
+
+    def read(data: Path) -> tuple[sp.Rows, sp.Rows, sp.Rows]:
+        train, validation = (sp.load_data(data / name / f"{part}.jsonl") for part in ("train", "validation"))
+        return train, sp.load_data(f"{data / name / 'test.jsonl'}[:{scored}]"), validation
+
+    return read
+
+
+def spaced(label: str) -> str:
+    """A label as people would write it."""
+    return label.replace("_", " ").strip("?").lower()
 
 
 TUTORIAL = {
@@ -76,6 +98,7 @@ CASES = {
             "vocabulary": {"init": "vocabulary"},
             "random": {"init": "random"},
         },
+        "loss",
     ),
     "support": Case(
         support,
@@ -97,15 +120,33 @@ CASES = {
             "template Sentiment:": {"template": "{{ text }}\nSentiment:"},
         },
     ),
+    "e2e": Case(files("e2e", 500), {"defaults": {}}, "bleu"),
+    "germeval18": Case(
+        files("germeval18", 1000),
+        {
+            "defaults": {},
+            "German text": {
+                "template": "Tweet: {{ text }}\nDieser Tweet ist",
+                "init_text": "Entscheide, ob der Tweet jemanden beleidigt oder harmlos ist:\n",
+            },
+        },
+        "macro_f1",
+    ),
+    "banking77": Case(
+        files("banking77", 500), {"defaults": {}, "labels with spaces": {"verbalizers": spaced}}, "accuracy"
+    ),
 }
 
 
 def run(case: str, variant: str, seed: int, model: sp.FrozenModel, data: Path) -> dict[str, Any]:
     """Tune once, or go on with it, and score the prompt on rows that were not used."""
-    train, test = CASES[case].rows(data)
+    train, test, validation = CASES[case].rows(data)
     settings = {"seed": seed, **CASES[case].variants[variant]}
+    if callable(settings.get("verbalizers")):
+        settings["verbalizers"] = {label: settings["verbalizers"](label) for label in train.labels}
     folder = Path("runs/defaults") / re.sub(r"[^a-z0-9]+", "-", f"{case} {variant} {seed}".lower())
-    result = sp.tune(model, train, sp.TuneConfig(**settings), out=folder, resume=folder.exists())
+    config = sp.TuneConfig(**settings)
+    result = sp.tune(model, train, config, eval_data=validation, out=folder, resume=folder.exists())
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     done = sp.evaluate(model, test, result.prompt)
     assert done.without_prompt is not None
@@ -120,9 +161,21 @@ def run(case: str, variant: str, seed: int, model: sp.FrozenModel, data: Path) -
         "best_step": result.best_step,
         "test": {name: metric.model_dump() for name, metric in done.metrics.items()},
         "without_prompt": {name: metric.model_dump() for name, metric in done.without_prompt.items()},
+        "samples": samples(model, test, result.prompt, done) if test.task == "completion" else None,
         "date": date.today().isoformat(),
         "environment": environment(),
     }
+
+
+def samples(model: sp.FrozenModel, test: sp.Rows, prompt: sp.SoftPrompt, done: sp.Evaluation) -> list[dict[str, str]]:
+    """Three inputs with what the base writes, what the prompt writes, and one of the right answers."""
+    each = {
+        row["input"]: {**row, "with_prompt": p["prediction"]} for row, p in zip(test, done.predictions, strict=True)
+    }
+    chosen = list(each.values())[:: max(1, len(each) // 3)][:3]
+    config = sp.GenerateConfig(max_new_tokens=60)
+    base = sp.generate(model, [row["input"] for row in chosen], prompt, config, virtual_tokens=False)
+    return [{**row, "without_prompt": text} for row, text in zip(chosen, base, strict=True)]
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -134,20 +187,21 @@ def table(records: list[dict[str, Any]]) -> str:
         "training or in choosing the best prompt; in brackets the 95 % interval. Seconds are those of the training "
         "steps, on a shared machine, some of them beside other work: read them as an upper bound.",
     ]
-    for case in CASES:
+    for case, described in CASES.items():
         mine = [r for r in records if r["case"] == case]
         if not mine:
             continue
-        name = "accuracy" if "accuracy" in mine[0]["test"] else "loss"
-        before = mine[0]["without_prompt"][name]["value"]
-        lines += ["", f"## {case}: {name}, {before:.3f} without a prompt", ""]
-        lines += [f"| settings | seed | P | steps | best | seconds | {name} |", "|---|---|---|---|---|---|---|"]
+        name = described.metric
+        lines += ["", f"## {case}: {name}", ""]
+        lines += ["| settings | seed | P | steps | best | seconds | without a prompt | with |", "|---" * 8 + "|"]
         for r in mine:
-            m = r["test"][name]
+            m, before = r["test"][name], r["without_prompt"][name]["value"]
             lines.append(
                 f"| {r['variant']} | {r['seed']} | {r['virtual_tokens']} | {r['steps']} | {r['best_step']} | "
-                f"{r['seconds']:.0f} | {m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) |"
+                f"{r['seconds']:.0f} | {before:.3f} | {m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f}) |"
             )
+        for sample in mine[0].get("samples") or ():
+            lines += ["", *(f"- {part.replace('_', ' ')}: `{' '.join(text.split())}`" for part, text in sample.items())]
     return "\n".join(lines) + "\n"
 
 
