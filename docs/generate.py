@@ -12,6 +12,57 @@ from softprompt.config import GenerateConfig, TuneConfig
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py (make docs). Do not edit. -->\n"
+_BENCHMARK = "[compared](../benchmarks/results/defaults.md)"
+# Why each default is what it is; every setting has an entry.
+WHY = {
+    TuneConfig: {
+        "dtype": "float32 on a CPU, which rounds least; bfloat16 on a GPU, or float16 on an old one",
+        "device": "a GPU where there is one",
+        "quantization": "fewer bits make a model smaller, and its figures worse; take them when it does not fit",
+        "device_map": "one device is fastest when the model fits on it",
+        "threads": "more threads than cores wait for each other",
+        "template": "short: the wording matters before training, hardly after (SST-2, " + _BENCHMARK + ")",
+        "chat_template": "the virtual tokens take the place of an instruction; a chat puts tokens into every row",
+        "verbalizers": "a label that is a word is what the model knows best; write words for labels such as 0 and 1",
+        "max_length": "longer texts cost memory with the square of their length; cut rows are counted and told",
+        "num_virtual_tokens": "20 learn nearly all that 100 do on most tasks (Lester et al. 2021, section 3.2)",
+        "init": "words start where the model is at home; noise learns slowly (Lester et al. 2021, section 3.2)",
+        "init_text": "it names the labels, so that they are near from the first step",
+        "loss": "an input is given, so predicting it would be learned for nothing; plain text is all target",
+        "learning_rate": "0.03 for all tasks that were " + _BENCHMARK,
+        "warmup_ratio": "Adam's first steps have the size of the rate, however sure it is of the direction",
+        "schedule": "small steps at the end settle what large ones found",
+        "weight_decay": "virtual tokens are few; the validation rows guard against learning by heart",
+        "max_grad_norm": "one odd batch must not undo what was learned",
+        "batch_size": "16 labels are 16 target tokens; a text or a completion has many",
+        "micro_batch_tokens": "half of the free memory, at most what makes full use of the processor",
+        "epochs": "steps say how long a run takes, whatever the number of rows",
+        "max_steps": "200 for labels, 100 for texts, whose tokens all teach; quick: 30 %, thorough: 300 %",
+        "eval_every": "often enough to find the best prompt, seldom enough to cost little",
+        "save_every": "a killed run loses a minute or two",
+        "patience": "the loss often stands still before it falls again; the best prompt is kept in any case",
+        "train_rows": "all that there are",
+        "eval_rows": "at most a fifth of the rows: the others are to be learned from; 200 take little time",
+        "budget": "minutes on a CPU with a small model",
+        "seed": "the same run twice gives the same prompt to the byte",
+        "tensorboard": "`metrics.jsonl` holds the same figures",
+    },
+    GenerateConfig: {
+        "max_new_tokens": "a few sentences; a label needs no more than the longest of them",
+        "max_length": "texts of unlike length get equally many new tokens",
+        "repetition_penalty": "the model's own distribution; higher where a small model repeats itself",
+        "no_repeat_ngram_size": "forbidding repetition forbids right answers too",
+        "stop": "the end-of-text token ends a text",
+        "num_beams": "beams take their number in time",
+        "length_penalty": "the mean log-probability a token, as in transformers",
+        "do_sample": "greedy decoding gives the same text every time, so that prompts can be compared",
+        "temperature": "the model's own distribution",
+        "top_k": "the model's own distribution; a model's sampling defaults are not used",
+        "top_p": "the model's own distribution",
+        "seed": "the same draws every time, in a batch of any size",
+        "batch_size": "more fill the memory with keys and values, fewer leave the processor idle",
+    },
+}
 
 
 def commands() -> str:
@@ -48,10 +99,12 @@ def settings() -> str:
 
 
 def _table(kind: type[BaseModel]) -> str:
-    lines = ["| setting | default | what it is |", "|---|---|---|"]
+    lines = ["| setting | default | what it is | why so |", "|---|---|---|---|"]
+    why = WHY[kind]
+    assert set(why) == set(kind.model_fields), set(why) ^ set(kind.model_fields)
     for name, field in kind.model_fields.items():
         default = "open" if field.default in (None, "auto") else f"`{field.default}`"
-        lines.append(f"| `{name}` | {default} | {field.description} |")
+        lines.append(f"| `{name}` | {default} | {field.description} | {why[name]} |")
     return "\n".join(lines) + "\n"
 
 
