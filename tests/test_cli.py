@@ -562,7 +562,7 @@ def test_what_stops_the_work_has_its_exit_code(
     def stop(*_args: object, **_kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("softprompt.training.loop.tune", stop)
+    monkeypatch.setattr("softprompt.training.tune.tune", stop)
     assert message in fails("tune", reviews, "--model", llama_folder, "--out", "run", code=code).err
 
 

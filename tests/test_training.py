@@ -25,7 +25,8 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.initialization import labels_prompt, random_prompt, text_prompt, vocabulary_prompt
 from softprompt.prompt.soft_prompt import load_prompt
 from softprompt.training import loop
-from softprompt.training.loop import learning_rate, tune
+from softprompt.training.loop import learning_rate
+from softprompt.training.tune import tune
 
 SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 2, "num_virtual_tokens": 5}
 

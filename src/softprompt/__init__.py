@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from softprompt.model.loading import load_model as load_model
     from softprompt.prompt.soft_prompt import SoftPrompt as SoftPrompt
     from softprompt.prompt.soft_prompt import load_prompt as load_prompt
-    from softprompt.training.loop import TuneResult as TuneResult
-    from softprompt.training.loop import tune as tune
     from softprompt.training.trainable import TrainablePrompt as TrainablePrompt
+    from softprompt.training.tune import TuneResult as TuneResult
+    from softprompt.training.tune import tune as tune
     from softprompt.training.watcher import Watcher as Watcher
 
 __version__ = "0.1.0"
@@ -55,7 +55,7 @@ _HOMES = {
     "softprompt.model.frozen": ("FrozenModel",),
     "softprompt.model.loading": ("load_model",),
     "softprompt.prompt.soft_prompt": ("SoftPrompt", "load_prompt"),
-    "softprompt.training.loop": ("TuneResult", "tune"),
+    "softprompt.training.tune": ("TuneResult", "tune"),
     "softprompt.training.trainable": ("TrainablePrompt",),
     "softprompt.training.watcher": ("Watcher",),
 }

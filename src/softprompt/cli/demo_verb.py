@@ -32,7 +32,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.generation import generate
     from softprompt.model.bundled import DEFAULT_MODEL
-    from softprompt.training.loop import tune
+    from softprompt.training.tune import tune
 
     config, origins = read_settings(TuneConfig, assignments=assignments, max_steps=_STEPS)
     model = load(DEFAULT_MODEL, config)

@@ -28,8 +28,8 @@ def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: An
     from softprompt.cli.show import TerminalWatcher, figures, print_json
     from softprompt.cli.show import out as console
     from softprompt.prompt.store import keep, new_version
-    from softprompt.training.loop import tune as run
     from softprompt.training.run_folder import RunFolder
+    from softprompt.training.tune import tune as run
 
     folder = RunFolder(out)
     if name is not None:

@@ -1,17 +1,13 @@
-"""The training loop."""
+"""The training loop: steps, evaluations and saved states."""
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -20,102 +16,21 @@ from torch import Tensor
 from softprompt.config import TuneConfig
 from softprompt.data.batching import draw, micro_batches
 from softprompt.data.examples import Example
-from softprompt.data.rows import Rows
 from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
-from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory, is_out_of_memory
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
-from softprompt.training.plan import Plan, make_plan
+from softprompt.training.plan import Plan
 from softprompt.training.run_folder import Progress, RunFolder, State
 from softprompt.training.watcher import Watcher
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class TuneResult:
-    """What a run gave.
+class Loop:
+    """Takes a plan's steps, from the beginning or from a saved state."""
 
-    Attributes:
-        prompt: the best prompt.
-        run: the run's folder, None if none was asked for.
-        steps: steps done in all.
-        seconds: time that this call took, model loading not counted.
-        best_step: the step after which the prompt was found.
-        metrics: the best prompt's, on the validation rows; empty without those.
-        settings: all settings, decided.
-    """
-
-    prompt: SoftPrompt
-    run: Path | None
-    steps: int
-    seconds: float
-    best_step: int
-    metrics: dict[str, float]
-    settings: TuneConfig
-
-
-def tune(
-    model: FrozenModel,
-    data: Rows,
-    config: TuneConfig | None = None,
-    *,
-    eval_data: Rows | None = None,
-    out: str | Path | None = None,
-    resume: bool = False,
-    watcher: Watcher | None = None,
-) -> TuneResult:
-    """Learn a soft prompt (Lester et al. 2021) for a task; the model itself is not changed.
-
-    Args:
-        model: the frozen model.
-        data: rows to learn from; a part is held back to choose the best prompt on, unless `eval_data` is given.
-        config: settings; None for the defaults.
-        eval_data: validation rows.
-        out: the run's folder; None to keep nothing but the result.
-        resume: go on with the run in `out`.
-        watcher: told of every step.
-
-    Raises:
-        InputError: what was given does not fit together.
-        RunError: the loss is not finite.
-        StorageError: a file cannot be written.
-    """
-    began = time.monotonic()
-    watcher = watcher or Watcher()
-    with tempfile.TemporaryDirectory() as scratch:
-        run = RunFolder(Path(out) if out is not None else Path(scratch) / "run")
-        identity = _identity(model, data, eval_data)
-        state = None
-        given = config or TuneConfig()
-        if resume:
-            given, state = run.resume(given, identity)
-        plan = make_plan(model, data, given, eval_data)
-        if not resume:
-            run.begin(plan.config, identity)
-        done = state.progress.step if state else 0
-        if plan.config.tensorboard:
-            run.open_board(done)
-        watcher.begin(plan, done)
-        try:
-            with _reproducible(plan.config.threads):
-                prompt, progress, scores = _Loop(model, plan, run, watcher, state).run()
-        finally:
-            watcher.end()
-            run.close_board()
-        made = SoftPrompt(prompt, _record(model, plan, progress, identity))
-        made.save(run.prompt)
-        if scores is not None:
-            run.write_predictions(scores.predictions())
-    seconds = time.monotonic() - began
-    place = run.path if out is not None else None
-    return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
-
-
-class _Loop:
     def __init__(self, model: FrozenModel, plan: Plan, run: RunFolder, watcher: Watcher, state: State | None) -> None:
         self.model, self.plan, self.folder, self.watcher = model, plan, run, watcher
         config = plan.config
@@ -129,6 +44,14 @@ class _Loop:
             self._restore(state)
 
     def run(self) -> tuple[Tensor, Progress, Scores | None]:
+        """Take all steps that are left.
+
+        Returns:
+            The best prompt `[P, H]`, where the run stands, and the best prompt's scores; None without validation rows.
+
+        Raises:
+            RunError: the loss is not finite, or one row does not fit in memory.
+        """
         progress, save_every = self.progress, self.plan.config.save_every
         scores = self._evaluate(self.best) if self.plan.scorer and progress.evaluated >= 0 else None
         try:
@@ -268,51 +191,3 @@ def learning_rate(config: TuneConfig, step: int) -> float:
     done = (step - warmup) / max(1, config.max_steps - warmup)
     falls = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return config.learning_rate * falls[config.schedule]
-
-
-@contextmanager
-def _reproducible(threads: int | None) -> Iterator[None]:
-    """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cores = torch.get_num_threads()
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_num_threads(threads or cores)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
-        torch.set_num_threads(cores)
-
-
-def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:
-    """Return what has to be the same for a run to go on."""
-    return {
-        "training_data": data.sha256,
-        "validation_data": eval_data.sha256 if eval_data is not None else "held back from the training data",
-        "base_model": json.dumps(fingerprint(model).model_dump()),
-        "precision": str(model.hf_model.dtype),
-    }
-
-
-def _record(model: FrozenModel, plan: Plan, progress: Progress, identity: dict[str, str]) -> Record:
-    form = plan.encoder.format
-    return Record(
-        base_model=base_model_record(model),
-        task=form.task,
-        template=form.template,
-        chat_template=form.chat_template,
-        verbalizers=dict(form.verbalizers),
-        max_length=plan.encoder.max_length,
-        training={
-            "settings": plan.config.model_dump(),
-            "steps": progress.step,
-            "best_step": progress.best_step,
-            "train_rows": len(plan.train),
-            "validation_rows": len(plan.validation) if plan.validation is not None else 0,
-        },
-        metrics=progress.best,
-        data={name: identity[name] for name in ("training_data", "validation_data")},
-    )

@@ -1,0 +1,151 @@
+"""Tuning: a run from rows to a prompt."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from softprompt.config import TuneConfig
+from softprompt.data.rows import Rows
+from softprompt.model.fingerprint import fingerprint
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.training.loop import Loop
+from softprompt.training.plan import Plan, make_plan
+from softprompt.training.run_folder import Progress, RunFolder
+from softprompt.training.watcher import Watcher
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run gave.
+
+    Attributes:
+        prompt: the best prompt.
+        run: the run's folder, None if none was asked for.
+        steps: steps done in all.
+        seconds: time that this call took, model loading not counted.
+        best_step: the step after which the prompt was found.
+        metrics: the best prompt's, on the validation rows; empty without those.
+        settings: all settings, decided.
+    """
+
+    prompt: SoftPrompt
+    run: Path | None
+    steps: int
+    seconds: float
+    best_step: int
+    metrics: dict[str, float]
+    settings: TuneConfig
+
+
+def tune(
+    model: FrozenModel,
+    data: Rows,
+    config: TuneConfig | None = None,
+    *,
+    eval_data: Rows | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> TuneResult:
+    """Learn a soft prompt (Lester et al. 2021) for a task; the model itself is not changed.
+
+    Args:
+        model: the frozen model.
+        data: rows to learn from; a part is held back to choose the best prompt on, unless `eval_data` is given.
+        config: settings; None for the defaults.
+        eval_data: validation rows.
+        out: the run's folder; None to keep nothing but the result.
+        resume: go on with the run in `out`.
+        watcher: told of every step.
+
+    Raises:
+        InputError: what was given does not fit together.
+        RunError: the loss is not finite, or one row does not fit in memory.
+        StorageError: a file cannot be written.
+    """
+    began = time.monotonic()
+    watcher = watcher or Watcher()
+    with tempfile.TemporaryDirectory() as scratch:
+        run = RunFolder(Path(out) if out is not None else Path(scratch) / "run")
+        identity = _identity(model, data, eval_data)
+        state = None
+        given = config or TuneConfig()
+        if resume:
+            given, state = run.resume(given, identity)
+        plan = make_plan(model, data, given, eval_data)
+        if not resume:
+            run.begin(plan.config, identity)
+        done = state.progress.step if state else 0
+        if plan.config.tensorboard:
+            run.open_board(done)
+        watcher.begin(plan, done)
+        try:
+            with _reproducible(plan.config.threads):
+                prompt, progress, scores = Loop(model, plan, run, watcher, state).run()
+        finally:
+            watcher.end()
+            run.close_board()
+        made = SoftPrompt(prompt, _record(model, plan, progress, identity))
+        made.save(run.prompt)
+        if scores is not None:
+            run.write_predictions(scores.predictions())
+    seconds = time.monotonic() - began
+    place = run.path if out is not None else None
+    return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
+
+
+@contextmanager
+def _reproducible(threads: int | None) -> Iterator[None]:
+    """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cores = torch.get_num_threads()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_num_threads(threads or cores)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        torch.set_num_threads(cores)
+
+
+def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:
+    """Return what has to be the same for a run to go on."""
+    return {
+        "training_data": data.sha256,
+        "validation_data": eval_data.sha256 if eval_data is not None else "held back from the training data",
+        "base_model": json.dumps(fingerprint(model).model_dump()),
+        "precision": str(model.hf_model.dtype),
+    }
+
+
+def _record(model: FrozenModel, plan: Plan, progress: Progress, identity: dict[str, str]) -> Record:
+    form = plan.encoder.format
+    return Record(
+        base_model=base_model_record(model),
+        task=form.task,
+        template=form.template,
+        chat_template=form.chat_template,
+        verbalizers=dict(form.verbalizers),
+        max_length=plan.encoder.max_length,
+        training={
+            "settings": plan.config.model_dump(),
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "train_rows": len(plan.train),
+            "validation_rows": len(plan.validation) if plan.validation is not None else 0,
+        },
+        metrics=progress.best,
+        data={name: identity[name] for name in ("training_data", "validation_data")},
+    )
