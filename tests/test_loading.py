@@ -17,7 +17,7 @@ from softprompt.errors import ModelError
 from softprompt.model import bundled
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.loading import load_model, resolve_device, resolve_dtype
+from softprompt.model.loading import load_model, resolve_device, resolve_dtype, resolve_threads
 
 CUSTOM_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -119,6 +119,28 @@ def test_devices_and_precisions_are_checked() -> None:
         resolve_dtype("int3", torch.device("cpu"))
     with pytest.raises(ModelError, match="unknown device"):
         resolve_device("toaster")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("50000 100000", 1),
+        ("6400000 100000", 8),
+        ("max 100000", 8),
+        ("", 8),
+    ],
+)
+def test_no_more_threads_are_taken_than_a_container_may_keep_busy(
+    limit: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 threads that share the time of two cores wait for each other."""
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *a: limit if path.name == "cpu.max" else read(path, *a))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert resolve_threads(None) == expected
+    assert resolve_threads(5) == 5
 
 
 def test_a_wheel_that_is_not_the_one_expected_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

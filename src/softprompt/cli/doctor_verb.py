@@ -41,10 +41,8 @@ def doctor(as_json: bool) -> None:
 
 
 def _findings() -> dict[str, Any]:
-    import torch
-
     from softprompt.model.bundled import SMOLLM2, kept_folder
-    from softprompt.model.loading import resolve_device
+    from softprompt.model.loading import resolve_device, resolve_threads
     from softprompt.model.memory import available_memory
     from softprompt.prompt.store import names, store_folder
     from softprompt.storage import home
@@ -68,7 +66,7 @@ def _findings() -> dict[str, Any]:
         "versions": environment(),
         "machine": {
             "device": str(device),
-            "threads": torch.get_num_threads(),
+            "threads": resolve_threads(None),
             "memory_free": f"{memory / 1e9:.1f} GB",
             "disk_free": f"{disk / 1e9:.1f} GB",
         },

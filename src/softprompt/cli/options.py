@@ -91,10 +91,9 @@ def load(
     import torch
 
     from softprompt.model.bundled import DEFAULT_MODEL
-    from softprompt.model.loading import load_model
+    from softprompt.model.loading import load_model, resolve_threads
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(resolve_threads(config.threads))
     return load_model(
         name or DEFAULT_MODEL,
         revision=revision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -161,3 +162,14 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
+
+
+def resolve_threads(threads: int | None) -> int:
+    """Return how many CPU threads a setting names; None is one a core, but no more than a container may keep busy."""
+    if threads is not None:
+        return threads
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(torch.get_num_threads(), math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such control group, or "max": no limit
+        return torch.get_num_threads()
