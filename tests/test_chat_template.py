@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from softprompt.data.examples import Encoder
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.model.frozen import FrozenModel
+from test_examples import bos_tokenizer
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -24,7 +24,8 @@ ROWS = [{"text": "a fine film", "label": "good"}, {"text": "a dull film, what a 
 
 
 def with_chat() -> PreTrainedTokenizerFast:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    """A tokenizer that puts BOS before every text, with a chat template that brings its own."""
+    tokenizer = bos_tokenizer()
     tokenizer.chat_template = CHAT
     return tokenizer
 

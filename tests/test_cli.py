@@ -545,7 +545,7 @@ def test_a_full_disk_is_a_failure_of_the_work(fails: Command, llama_folder: Path
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (MemoryError(), 1, "out of memory; try a smaller --set micro_batch_tokens"),
+        (MemoryError(), 1, "out of memory; run less at once (--set micro_batch_tokens=N"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "stopped; no step was done yet"),
     ],

@@ -28,7 +28,7 @@ def made(seed: int, count: int = 30) -> Completions:
     draw = random.Random(seed)
 
     def sentence() -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(3, 9)))
+        return " ".join(draw.choices([str.lower, str.title])[0](w) for w in draw.choices(WORDS, k=draw.randint(3, 9)))
 
     references = [[sentence() for _ in range(draw.randint(1, 4))] for _ in range(count)]
     outputs = [draw.choice([right[0], sentence(), ""]) for right in references]

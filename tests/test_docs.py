@@ -1,4 +1,4 @@
-"""What the documents show is what the code does: pages are generated, and the README's commands are run."""
+"""What the documents show is what the code does: pages are generated, and commands are run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from conftest import SHORT, Command
 from softprompt.cli.main import main
+from softprompt.model.bundled import SMOLLM2, fetch, kept_folder
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("name", ["commands.md", "settings.md"])
@@ -33,19 +37,74 @@ def test_the_readme_names_make_targets_that_exist() -> None:
     assert {"install", "demo", "test"} <= used <= targets
 
 
+def test_the_tutorial_is_the_same_in_both_languages() -> None:
+    english, german = (ROOT / "docs" / name / "tutorial.md" for name in ("", "de"))
+    assert commands_of(german) == commands_of(english)
+    blocks = [
+        re.findall(r"```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) for page in (english, german)
+    ]
+    assert blocks[0] == blocks[1]
+    headings = [page.read_text(encoding="utf-8").count("\n#") for page in (english, german)]
+    assert headings[0] == headings[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
 @pytest.mark.real
-def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/formats.md"])
+def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     """In order, in an empty folder with the project's files; training is cut to two steps."""
+    kept = kept_folder(SMOLLM2)
+    fetch(SMOLLM2)
+    (tmp_path / "home" / "models").mkdir(parents=True)
+    (tmp_path / "home" / "models" / kept.name).symlink_to(kept)
     (tmp_path / "src").symlink_to(ROOT / "src")
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    ours = [words[1:] for words in commands_of(ROOT / "README.md") if words[0].endswith("softprompt")]
-    assert {words[0] for words in ours} >= {"tune", "check", "evaluate", "generate"}
+    ours = [words[1:] for words in commands_of(ROOT / name) if words[0].endswith("softprompt")]
+    assert ours
     for words in ours:
         short = ["--set", "max_steps=2", "--set", "eval_rows=10"] if words[0] in ("tune", "check", "demo") else []
         with pytest.raises(SystemExit) as stopped:
             main([*words, *short])
         printed = capsys.readouterr()
         assert stopped.value.code == 0, f"{words}: {printed.err}"
+
+
+def test_the_json_keys_of_the_documents_are_those_that_are_printed(
+    command: Command, llama_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").partition("## JSON")[2]
+    told = {verb: keys.split(", ") for verb, keys in re.findall(r"^\| `([a-z ]+)` \| `([^`]+)`", text, re.MULTILINE)}
+    model = ("--model", llama_folder)
+    for verb, arguments in {
+        "check": (reviews, *model, *SHORT),
+        "tune": (reviews, *model, "--out", "run", *SHORT),
+        "evaluate": ("run/prompt", reviews),
+        "generate": ("run/prompt", "a fine film"),
+        "prompts list": (),
+        "models list": (),
+        "doctor": (),
+    }.items():
+        assert list(command(*verb.split(), *arguments, "--json").record) == told[verb], verb
+    shown = list(command("prompts", "show", "run/prompt", "--json").record)
+    assert shown[-2:] == ["training", "nearest_tokens"]
+
+
+def test_peft_loads_a_prompt_as_the_documents_say(
+    command: Command, llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    assert command("tune", reviews, "--model", llama_folder, "--out", "runs/support", *SHORT).code == 0
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/formats.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block.replace("BASE_MODEL", str(llama_folder)), "formats.md", "exec"), names)
+    assert names["model"].active_peft_config.num_virtual_tokens == 5
 
 
 def test_the_readmes_python_runs(llama_folder: Path, reviews: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

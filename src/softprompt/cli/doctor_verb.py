@@ -36,8 +36,10 @@ def doctor(as_json: bool) -> None:
     out.print(plain_table(("", ""), [(name.replace("_", " "), str(value)) for name, value in facts.items()]))
     for line in found["optional"]:
         click.echo(f"optional: {line}")
-    for line in found["problems"] or ["none"]:
+    for line in found["problems"]:
         click.echo(f"problem: {line}")
+    if not found["problems"]:
+        click.echo("no problems found")
 
 
 def _findings() -> dict[str, Any]:

@@ -66,9 +66,8 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
         from softprompt.model.memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            click.echo(
-                "softprompt: out of memory; try a smaller --set micro_batch_tokens, or a smaller model", err=True
-            )
+            cure = "run less at once (--set micro_batch_tokens=N, or batch_size=N to generate), or take a smaller model"
+            click.echo(f"softprompt: out of memory; {cure}", err=True)
         else:
             click.echo(f"softprompt: unexpected {type(error).__name__}: {error}; --debug shows where", err=True)
         return 1
