@@ -125,6 +125,7 @@ CASES = {
         files("germeval18", 1000),
         {
             "defaults": {},
+            "thorough": {"budget": "thorough"},
             "German text": {
                 "template": "Tweet: {{ text }}\nDieser Tweet ist",
                 "init_text": "Entscheide, ob der Tweet jemanden beleidigt oder harmlos ist:\n",
