@@ -151,6 +151,16 @@ def test_an_empty_store_says_how_to_fill_it(command: Command) -> None:
     assert command("prompts", "list", "--json").record == {"prompts": []}
 
 
+def test_a_damaged_prompt_hides_no_other(command: Command, llama: FrozenModel, home: Path) -> None:
+    for name in ("one", "two"):
+        store.keep(prompt_of(llama, 5), name)
+    (home / "prompts" / "one" / "1" / "adapter_model.safetensors").write_bytes(b"")
+    done = command("prompts", "list", "--json")
+    assert [p["name"] for p in done.record["prompts"]] == ["two@1"]
+    assert "one@1: cannot read" in done.err
+    assert command("prompts", "remove", "one", "--yes").code == 0
+
+
 def test_a_prompt_that_peft_trained_is_imported_with_what_its_folder_does_not_say(
     command: Command,
     fails: Command,

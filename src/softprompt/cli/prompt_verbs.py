@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from softprompt.cli.options import json_option, load_for, model_option, say, set_option
+from softprompt.errors import PromptError
 
 _NEAREST = 5
 
@@ -30,7 +31,12 @@ def list_prompts(as_json: bool) -> None:
     from softprompt.prompt.store import names, store_folder, versions
 
     found = [f"{name}@{version}" for name in names() for version in versions(name)]
-    loaded = {name: load_prompt(name) for name in found}
+    loaded = {}
+    for name in found:
+        try:
+            loaded[name] = load_prompt(name)
+        except PromptError as error:  # the others are there all the same
+            say(f"softprompt: {name}: {error}")
     if as_json:
         print_json({"prompts": [{"name": name, **_summary(prompt)} for name, prompt in loaded.items()]})
         return
