@@ -529,6 +529,17 @@ def test_a_folder_that_cannot_be_written_is_a_failure_of_the_work(
     assert f"no such folder: {reviews}" in done.err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/sys, which not even root may write in, is Linux's")
+def test_a_read_only_folder_is_a_failure_of_the_work(
+    fails: Command, llama_folder: Path, prompt: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = fails("tune", reviews, "--model", llama_folder, "--out", "/sys/run", *SHORT, code=1)
+    assert "cannot write /sys/run" in done.err
+    assert "free some space, or choose another folder" in done.err
+    monkeypatch.setenv("SOFTPROMPT_HOME", "/sys/home")
+    assert "cannot write /sys/home/prompts/film/1" in fails("prompts", "add", "film", prompt, code=1).err
+
+
 def test_a_full_disk_is_a_failure_of_the_work(fails: Command, llama_folder: Path, reviews: Path) -> None:
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

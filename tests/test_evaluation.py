@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.metrics import f1_score
+from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -205,6 +205,28 @@ def test_macro_f1_is_scikit_learns() -> None:
         some = generate.integers(count, size=count)
         expected = f1_score(np.array(gold)[some], np.array(predicted)[some], average="macro", zero_division=0)
         assert scores.macro_f1(some) == pytest.approx(expected)
+
+
+def test_the_confusion_is_scikit_learns() -> None:
+    generate = np.random.default_rng(0)
+    for _ in range(50):
+        labels, count = int(generate.integers(2, 6)), int(generate.integers(1, 30))
+        gold, predicted = generate.integers(labels, size=(2, count)).tolist()
+        confusion = scores_of(gold, predicted, labels).confusion()
+        assert confusion.counts == confusion_matrix(gold, predicted, labels=range(labels)).tolist()
+        assert len(confusion.labels) == labels
+
+
+def test_an_evaluation_shows_the_prompts_confusion(model: FrozenModel) -> None:
+    rows = labelled(["good", "bad"])
+    done = evaluate(model, rows, soft_prompt(model, ["bad", "good"]))
+    assert done.confusion is not None
+    assert done.confusion.labels == ["bad", "good"]
+    for i, right in enumerate(done.confusion.labels):
+        for j, predicted in enumerate(done.confusion.labels):
+            same = [p for p in done.predictions if (p["label"], p["prediction"]) == (right, predicted)]
+            assert done.confusion.counts[i][j] == len(same)
+    assert sum(map(sum, done.confusion.counts)) == len(rows)
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 10), (10, 10), (7, 10), (1, 1), (0, 1), (150, 200), (872, 1000)])
