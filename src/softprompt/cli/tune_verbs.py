@@ -63,8 +63,8 @@ def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: An
         )
         return
     best = f"; best after step {result.best_step}: validation {figures(result.metrics)}" if result.metrics else ""
-    console.print(f"{result.steps} steps in {result.seconds:.0f} s{best}")
     for line in (
+        f"{result.steps} steps in {result.seconds:.0f} s{best}",
         f"prompt: {out / 'prompt'}" + (f", kept as {kept}" if kept else ""),
         f"next:   softprompt evaluate {kept or out / 'prompt'} TEST_DATA",
         f'        softprompt generate {kept or out / "prompt"} "some text" --versus-base',
