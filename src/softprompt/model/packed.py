@@ -130,19 +130,25 @@ def attention(
         prefix_values = call.prefix.values[layer][0].float()
         ahead = queries.view(groups, -1, size) @ prefix_keys.transpose(-1, -2)
         scores = torch.cat([ahead.view(groups, count, shared, longest, length), scores], dim=-1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + _mask(length, longest, sliding_window, scores)
-    if s_aux is not None:
-        sinks = s_aux.to(scores.dtype).view(groups, 1, shared, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1)
-    own = weights[..., length : length + longest].reshape(groups, count, shared * longest, longest)
+    weights = _weights(scores, length, softcap, sliding_window, s_aux)
+    own = weights[..., length:].reshape(groups, count, shared * longest, longest)
     out = own @ values
     if length:
         out = out + (weights[..., :length].reshape(groups, -1, length) @ prefix_values).view_as(out)
     out = out.view(groups, count, shared, longest, -1).permute(1, 3, 0, 2, 4)
     return call.to_row(out.reshape(count * longest, heads, -1)).unsqueeze(0).to(query.dtype), None
+
+
+def _weights(scores: Tensor, length: int, softcap: float | None, window: int | None, sinks: Tensor | None) -> Tensor:
+    """Return attention weights from scores, both `[K, n, g, t, P + t]` with g query heads to a key head."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = scores + _mask(length, scores.shape[3], window, scores)
+    if sinks is None:
+        return torch.softmax(seen, dim=-1)
+    groups, _, shared = scores.shape[:3]
+    sink = sinks.to(scores.dtype).view(groups, 1, shared, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([seen, sink], dim=-1), dim=-1)[..., :-1]
 
 
 def _mask(length: int, longest: int, window: int | None, like: Tensor) -> Tensor:
