@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -197,7 +198,7 @@ def test_doctor_says_what_is_here_and_what_is_missing(
     if as_json:
         assert done.record["optional"] == [optional]
         assert problem in done.record["problems"]
-        assert done.record["versions"]["torch"] == torch.__version__
+        assert done.record["versions"]["torch"] == version("torch")
         assert done.record["machine"]["threads"] == torch.get_num_threads()
         assert done.record["kept"]["softprompt_home"] == str(home)
     else:
