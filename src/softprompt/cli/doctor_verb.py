@@ -25,7 +25,7 @@ _LITTLE_MEMORY, _LITTLE_DISK = 2e9, 1e9  # bytes; the bundled model takes 0.6 GB
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what is installed, where models run, what is kept where, and what is missing."""
+    """Say what is here, what is missing, and how to get it."""
     from softprompt.cli.show import out, plain_table, print_json
 
     found = _findings()
