@@ -123,7 +123,7 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
         "packed",
         lambda: transformers.PhimoeConfig(**_LIKE_LLAMA, **_WINDOW, **_EXPERTS, num_local_experts=4),
     ),
-    "bloom": ("cached", lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=3, n_head=4, **_IDS)),
+    "bloom": ("packed", lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=3, n_head=4, **_IDS)),
     "falcon-rotary": ("cached", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=False)),
     "falcon-alibi": ("cached", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=True, multi_query=False)),
     "mpt": (

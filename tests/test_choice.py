@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoConfig, PretrainedConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
-from softprompt.model import packed
+from softprompt.model.attention import Row
 from softprompt.model.choice import freeze, largest_difference
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.miniature import WINDOW, miniature, sliding_window
@@ -27,15 +25,6 @@ def long_window(architecture: str) -> PreTrainedModel:
     return made
 
 
-def without_window(right: Callable[..., object]) -> Callable[..., object]:
-    """The packed attention, gone wrong: every token sees all that came before it."""
-
-    def mask(length: int, longest: int, window: int | None, like: torch.Tensor) -> object:
-        return right(length, longest, None, like)
-
-    return mask
-
-
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_a_model_with_a_long_window_gets_the_way_of_its_kind(architecture: str) -> None:
     assert freeze(long_window(architecture), tiny_tokenizer()).way.name == ARCHITECTURES[architecture][0]
@@ -44,7 +33,9 @@ def test_a_model_with_a_long_window_gets_the_way_of_its_kind(architecture: str) 
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_a_way_that_forgets_a_long_window_is_found_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = long_window(architecture)
-    monkeypatch.setattr(packed, "_mask", without_window(packed._mask))
+    right = Row.mask
+    # The packed attention, gone wrong: every token sees all that came before it.
+    monkeypatch.setattr(Row, "mask", lambda self, _window, device: right(self, None, device))
     assert largest_difference(FrozenModel(model, tiny_tokenizer(), Packed(model), "")) < 1e-3  # not by the model itself
     assert freeze(model, tiny_tokenizer()).way.name == "cached"
 

@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from conftest import frozen
+from conftest import ARCHITECTURES, frozen
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE, make_format
@@ -25,17 +25,17 @@ from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer, 
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
-ARCHITECTURES = {"llama": "packed", "bloom": "cached", "gpt2": "packed"}
+WAYS = {"llama": "packed", "gptj": "cached", "gpt2": "packed"}
 TEXTS = ["a fine film", "what a waste of time and money", "the parcel never came", "hello", "good? bad!", "naïve ☕"]
 ONE_TOKEN = ["good", "bad", "dull"]
 SEVERAL_TOKENS = ["good", "very bad indeed", "I want my money back", "12"]
 ONE_BEGINS_ANOTHER = ["good", "good film", "bad"]
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+@pytest.fixture(scope="module", params=list(WAYS))
 def model(request: pytest.FixtureRequest) -> FrozenModel:
     made = frozen(request.param)
-    assert made.way.name == ARCHITECTURES[request.param]
+    assert made.way.name == WAYS[request.param]
     return made
 
 
@@ -96,6 +96,25 @@ def test_label_scores_are_those_of_one_plain_pass_a_row_and_label(
     shares = np.exp(expected) / np.exp(expected).sum(axis=1, keepdims=True)
     assert scores.probabilities() == pytest.approx(shares, abs=1e-4)
     assert scores.values()["accuracy"] == np.mean(expected.argmax(axis=1) == gold)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_labels_that_begin_alike_are_run_as_a_tree(architecture: str) -> None:
+    """The tokens that labels share are run once a row, and give what one plain pass a label gives."""
+    model, labels = frozen(architecture), ["a good film", "a good waste", "a dull film", "money", "a good"]
+    rows = labelled(labels, [*TEXTS, "what a waste of time and money and time again"])
+    scorer = LabelScorer(Encoder(model.tokenizer, make_format("classification", labels), 512), rows)
+    prompt = prompt_for(model)
+    expected = [
+        [
+            -float(token_losses(model, prompt, f"{row['text']}\nLabel:", f" {label}<eos>").sum().detach())
+            for label in labels
+        ]
+        for row in rows
+    ]
+    assert scorer.score(model, prompt).log_likelihoods == pytest.approx(np.array(expected), abs=3e-4)
+    tree, choice = scorer.trees[0], scorer.choices[0]
+    assert len(tree.ids) < len(choice.stem) + sum(len(tail) - 1 for tail in choice.tails)
 
 
 def test_more_rows_than_are_run_at_once_keep_their_order(model: FrozenModel) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import MambaConfig, MambaForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config
 
 from conftest import ARCHITECTURES, frozen, tiny_model, tiny_tokenizer
 from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Example, shared_text
 from softprompt.errors import ModelError
+from softprompt.model import head
 from softprompt.model.cached import Cached
 from softprompt.model.choice import freeze
 from softprompt.model.concatenated import concatenated_loss
@@ -21,13 +25,13 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.loading import load_model
 from softprompt.model.packed import Packed
-from softprompt.model.way import head_input
 
 WAYS = [
     ("llama", Packed),
     ("llama", Cached),
     ("gpt2", Packed),
     ("gpt2", Cached),
+    ("bloom", Packed),
     ("bloom", Cached),
     ("mistral", Packed),
     ("mistral", Cached),
@@ -141,8 +145,8 @@ def test_every_architecture_gets_the_loss_and_gradient_of_concatenation(architec
 def test_a_way_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Packed.text_pass
 
-    def shifted(self: Packed, prefix, texts, wanted, extend=False):  # type: ignore[no-untyped-def]
-        return right(self, prefix, texts, [w.clamp(min=0) for w in wanted], extend)
+    def shifted(self: Packed, prefix, texts, wanted, **rest):  # type: ignore[no-untyped-def]
+        return right(self, prefix, texts, [w.clamp(min=0) for w in wanted], **rest)
 
     monkeypatch.setattr(Packed, "text_pass", shifted)
     assert frozen("llama").way.name == "cached"
@@ -176,13 +180,42 @@ def test_the_prompt_is_run_once_a_step_and_logits_only_where_there_are_targets(
     prompt_gradient(model, start(model, 20), text, [examples[:2], examples[2:]])
     for handle in handles:
         handle.remove()
-    held = len(text)
-    passes = [examples[:2], examples[2:]]
+    # Of each text what the prefix does not hold, and not its last token either: nobody asks what follows it.
+    lengths = [[max(len(e.ids) - len(text) - 1, 1) for e in part] for part in (examples[:2], examples[2:])]
     if way is Packed:
-        assert tokens == [20 + held, *(sum(len(e.ids) - held for e in part) for part in passes)]
+        assert tokens == [20 + len(text), *(sum(part) for part in lengths)]
     else:  # rows of a micro-batch are padded to its longest
-        assert tokens == [20 + held, *(len(part) * max(len(e.ids) - held for e in part) for part in passes)]
-    assert rows == [1, *(sum(e.targets for e in part) for part in passes)]
+        assert tokens == [20 + len(text), *(len(part) * max(part) for part in lengths)]
+    assert sum(rows) == sum(e.targets for e in examples)
+
+
+class Logits(TorchDispatchMode):
+    """Notes how many numbers the largest tensor holds, of those made while it is on, whose rows are a vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.most = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.ndim and each.shape[-1] == self.vocabulary:
+                self.most = max(self.most, each.numel())
+        return out
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "gptj"])
+def test_logits_are_never_held_whole(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is computed in pieces of a few rows, each with its gradient."""
+    model, examples = frozen(architecture), [Example(e.ids, 1) for e in examples_of("mixed lengths")] * 8
+    prompt, vocabulary = start(model, 5), 400
+    whole, expected = prompt_gradient(model, prompt, (), [examples])
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 7 * vocabulary)
+    with Logits(vocabulary) as logits:
+        loss, gradient = prompt_gradient(model, prompt, (), [examples])
+    assert 7 * vocabulary <= logits.most < sum(e.targets for e in examples) * vocabulary / 8
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert relative(gradient, expected) < 1e-5
 
 
 def test_the_model_is_as_it_was_after_a_step() -> None:
@@ -193,8 +226,6 @@ def test_the_model_is_as_it_was_after_a_step() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.hf_model.state_dict().items())
     assert model.hf_model.config._attn_implementation == implementation
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.hf_model.parameters())
-    with head_input(model.hf_model, lambda hidden: hidden):
-        pass
     assert not model.hf_model.get_output_embeddings()._forward_pre_hooks
 
 

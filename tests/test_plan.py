@@ -15,7 +15,7 @@ from softprompt import SoftPrompt, TuneConfig, load_data, tune
 from softprompt.data.rows import Rows
 from softprompt.errors import PromptError, SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import bytes_per_token
+from softprompt.model.memory import bytes_per_token, logits_bytes
 from softprompt.prompt import store
 from softprompt.prompt.reading import nearest_tokens
 from softprompt.prompt.soft_prompt import Record, base_model_record
@@ -144,8 +144,12 @@ def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
     tokens, lengths = plan.config.micro_batch_tokens, [len(e.ids) for e in plan.examples]
     assert tokens is not None
     if expected is None:
-        each = bytes_per_token(llama, 3, max(lengths), len(lengths) / sum(lengths))
-        assert tokens * each <= free / 2 < (tokens + 1) * each
+
+        def needed(tokens: int) -> float:
+            logits = logits_bytes(llama, tokens * len(lengths) / sum(lengths))
+            return tokens * bytes_per_token(llama, 3, max(lengths)) + logits
+
+        assert needed(tokens) <= free / 2 < needed(tokens + 1)
     else:
         assert tokens == expected
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from conftest import tiny_tokenizer
 from softprompt import TuneConfig, generate, load_data, tune
@@ -27,11 +35,13 @@ def made(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if kind == "bloom":
         return BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=64, n_layer=3, n_head=4))
+    if kind == "gptj":
+        return GPTJForCausalLM(GPTJConfig(vocab_size=400, n_embd=64, n_layer=3, n_head=4, rotary_dim=8))
     shape = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
 
 
-@pytest.fixture(params=["llama", "bloom"])
+@pytest.fixture(params=["llama", "bloom", "gptj"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model whose layers are wide enough for blocks of 64 weights."""
     made(request.param).save_pretrained(tmp_path / "model")
@@ -40,7 +50,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def expected_way(folder: Path) -> str:
-    return "cached" if "bloom" in (folder / "config.json").read_text() else "packed"
+    return "cached" if "gptj" in (folder / "config.json").read_text() else "packed"
 
 
 def step(model: FrozenModel) -> tuple[float, torch.Tensor]:
@@ -93,7 +103,7 @@ def test_a_map_that_transformers_refuses_is_the_users_error(folder: Path) -> Non
         load_model(folder, device_map="sideways")
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom"])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gptj"])
 def test_layers_that_are_brought_in_when_they_run_give_the_same(kind: str) -> None:
     """accelerate moves a split model's tensors by hooks; the ways must leave that to it."""
     from accelerate import cpu_offload

@@ -210,19 +210,15 @@ def _read(model: FrozenModel, prefix: Prefix, lines: list[_Line]) -> tuple[Tenso
     """Run the given texts; return the logits after each, `[lines, V]`, and the prefixes that end with them."""
     held = len(prefix.text)
     if all(len(line.ids) > held for line in lines):
-        done = model.read(prefix, [line.ids[held:] for line in lines], extend=True)
-        return done.logits, done.extended
-    # Only empty texts end here: the prompt itself predicts their first token, and a stand-in is read for nothing.
-    ahead = model.way.text_pass(prefix, [torch.tensor([0])], [torch.tensor([-1])]).logits
+        return model.read(prefix, [line.ids[held:] for line in lines])
+    # Only empty texts end here: the prompt itself predicts their first token.
+    assert prefix.last is not None
+    ahead = model.way.head.logits(prefix.last)
     logits, prefixes = [], []
     for line in lines:
-        if line.ids:
-            done = model.read(prefix, [line.ids], extend=True)
-            logits.append(done.logits)
-            prefixes.append(done.extended[0])
-        else:
-            logits.append(ahead)
-            prefixes.append(prefix)
+        after, extended = model.read(prefix, [line.ids]) if line.ids else (ahead, [prefix])
+        logits.append(after)
+        prefixes.extend(extended)
     return torch.cat(logits), prefixes
 
 

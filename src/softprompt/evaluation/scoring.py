@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from softprompt.data.batching import micro_batches
-from softprompt.data.examples import Encoder, Example, common_start, shared_text
+from softprompt.data.examples import Choices, Encoder, Example, common_start, shared_text
 from softprompt.data.rows import Rows
 from softprompt.errors import DataError, RunError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
@@ -209,49 +209,68 @@ class LabelScorer(Scorer):
         self.rows, self.at_once = rows, at_once
         self.choices = encoder.choices(rows)
         self.labels = list(encoder.format.verbalizers)
+        self.trees = [_Tree(choice) for choice in self.choices]
         self.gold = np.array([self.labels.index(row["label"]) for row in rows])
 
     @torch.no_grad()
     def _score(self, model: FrozenModel, prompt: Tensor | None) -> LabelScores:
         stems = [choice.stem for choice in self.choices]
-        shortest = min(len(stem) for stem in stems)
-        prefix = model.prefix(prompt, common_start(stems)[: max(shortest - 1, 0)])
+        prefix = model.prefix(prompt, common_start(stems)[: min(len(stem) for stem in stems) - 1])
+        held = len(prefix.text)
         likelihoods = np.zeros((len(stems), len(self.labels)))
-        deep = any(len(tail) > 1 for choice in self.choices for tail in choice.tails)
-        for index, first, extended in self._stems(model, prefix, stems, deep):
-            tails = self.choices[index].tails
-            likelihoods[index] = [float(first[tail[0]]) for tail in tails]
-            if extended is not None:
-                likelihoods[index] += _rest(model, extended, tails)
+        for part in micro_batches([Example(tree.ids, 0) for tree in self.trees], self.at_once, held):
+            for i, found in zip(part, _likelihoods(model, prefix, [self.trees[i] for i in part]), strict=True):
+                likelihoods[i] = found
         tokens = np.array([len(c.tails[g]) for c, g in zip(self.choices, self.gold, strict=True)])
         losses = -likelihoods[np.arange(len(stems)), self.gold]
         return LabelScores(self.rows, losses, tokens, likelihoods, self.labels, self.gold)
 
-    def _stems(
-        self, model: FrozenModel, prefix: Prefix, stems: Sequence[tuple[int, ...]], extend: bool
-    ) -> Iterator[tuple[int, Tensor, Prefix | None]]:
-        """Run every input once; give its row, the next token's log-probabilities and, if wanted, its own prefix."""
-        held = len(prefix.text)
-        examples = [Example(stem, len(stem)) for stem in stems]
-        for part in micro_batches(examples, self.at_once, held):
-            done = model.read(prefix, [stems[i][held:] for i in part], extend)
-            first = done.logits.float().log_softmax(dim=-1)
-            yield from zip(part, first, done.extended if extend else [None] * len(part), strict=True)
+
+class _Tree:
+    """A row's input and the tokens of all labels behind it, what labels share only once.
+
+    Attributes:
+        ids: the input, then every token of a label that another one follows.
+        parents: for each id, the place of the one before it.
+        ends: places that something is predicted at.
+        at, tokens: for each prediction, which of `ends` it is made at, and the token.
+        paths: per label, which predictions it is made of.
+    """
+
+    def __init__(self, choices: Choices) -> None:
+        ids, parents = list(choices.stem), list(range(-1, len(choices.stem) - 1))
+        place: dict[tuple[int, ...], int] = {(): len(ids) - 1}
+        predictions: dict[tuple[int, ...], int] = {}
+        for tail in choices.tails:
+            for end in range(1, len(tail) + 1):
+                begun = tail[:end]
+                predictions.setdefault(begun, len(predictions))
+                if end < len(tail) and begun not in place:
+                    place[begun] = len(ids)
+                    ids.append(begun[-1])
+                    parents.append(place[begun[:-1]])
+        order = {begun: i for i, begun in enumerate(place)}
+        self.ids, self.parents, self.ends = tuple(ids), parents, list(place.values())
+        self.at = [order[begun[:-1]] for begun in predictions]
+        self.tokens = [begun[-1] for begun in predictions]
+        self.paths = [[predictions[tail[:end]] for end in range(1, len(tail) + 1)] for tail in choices.tails]
 
 
-def _rest(model: FrozenModel, extended: Prefix, tails: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
-    """Return the summed log-probabilities of each tail's tokens after its first, `[labels]`."""
-    long = [i for i, tail in enumerate(tails) if len(tail) > 1]
-    total = np.zeros(len(tails))
-    if not long:
-        return total
-    texts = [torch.tensor(tails[i][:-1]) for i in long]
-    logits = model.way.text_pass(extended, texts, [torch.arange(len(t)) for t in texts]).logits
-    targets = torch.tensor([token for i in long for token in tails[i][1:]], device=logits.device)
-    each = logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1).cpu().double()
-    for i, values in zip(long, each.split([len(tails[i]) - 1 for i in long]), strict=True):
-        total[i] = float(values.sum())
-    return total
+def _likelihoods(model: FrozenModel, prefix: Prefix, trees: Sequence[_Tree]) -> list[list[float]]:
+    """Return the summed log-probabilities of each label's tokens, for several rows at once."""
+    held = len(prefix.text)
+    texts = [torch.tensor(tree.ids[held:]) for tree in trees]
+    wanted = [torch.tensor(tree.ends) - held for tree in trees]
+    parents = [torch.tensor(tree.parents[held:]) - held for tree in trees] if any(len(w) > 1 for w in wanted) else None
+    hidden = model.way.text_pass(prefix, texts, wanted, parents).hidden
+    before = np.cumsum([0, *(len(tree.ends) for tree in trees)])
+    at = torch.cat([torch.tensor(tree.at) + int(b) for tree, b in zip(trees, before, strict=False)])
+    tokens = torch.tensor([token for tree in trees for token in tree.tokens])
+    each = model.way.head.log_probabilities(hidden, at, tokens).double()
+    found = []
+    for tree, own in zip(trees, each.split([len(tree.tokens) for tree in trees]), strict=True):
+        found.append([float(own[path].sum()) for path in tree.paths])
+    return found
 
 
 def make_scorer(encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> Scorer:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from softprompt.model.prefix import Prefix
-from softprompt.model.way import TextPass, Way, head_input, input_device, rows_of
+from softprompt.model.way import TextPass, Way, input_device, rows_of
 
 
 class Cached(Way):
@@ -27,13 +27,8 @@ class Cached(Way):
         length = embeddings.shape[1]
         # An explicit cache: the model's default one drops what lies outside a sliding window.
         cache = DynamicCache()
-        last: list[Tensor] = []
-
-        def keep_last(hidden: Tensor) -> Tensor:
-            last.append(hidden[0, -1:])
-            return hidden[:, -1:]
-
-        with self.lock, head_input(self.hf_model, keep_last):
+        taken: list[Tensor] = []
+        with self.lock, self.head.skipped(taken.append):
             self.hf_model(
                 inputs_embeds=embeddings,
                 past_key_values=cache,
@@ -42,36 +37,38 @@ class Cached(Way):
                 **positions(self.hf_model, torch.arange(length, device=embeddings.device).unsqueeze(0)),
             )
         keys, values = cached_tensors(cache)
-        return Prefix(keys=keys, values=values, last=last[0], length=length)
+        return Prefix(keys=keys, values=values, last=taken[0][0, -1:], length=length)
 
     def text_pass(
-        self, prefix: Prefix, texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool = False
+        self,
+        prefix: Prefix,
+        texts: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        parents: Sequence[Tensor] | None = None,
+        extend: bool = False,
     ) -> TextPass:
+        if parents is not None:
+            trees = zip(texts, wanted, parents, strict=True)
+            return TextPass(torch.cat([self._tree(prefix, *tree) for tree in trees]))
         device, length = input_device(self.hf_model), prefix.length
         lengths = torch.tensor([len(text) for text in texts])
         ids = pad_sequence(list(texts), batch_first=True).to(device)
         count, longest = ids.shape
         real = torch.arange(longest)[None, :] < lengths[:, None]
         mask = torch.cat([torch.ones(count, length), real], dim=1).long().to(device)
-        starts = [i * longest for i in range(count)]
-        last: list[Tensor] = []
-
-        def keep_wanted(hidden: Tensor) -> Tensor:
-            if extend:
-                last.extend(hidden[i, int(t) - 1].unsqueeze(0) for i, t in enumerate(lengths))
-            return rows_of(hidden, starts, wanted, prefix)
-
+        taken: list[Tensor] = []
         cache = expanded_cache(prefix, count, self.hf_model.dtype)
-        with self.lock, head_input(self.hf_model, keep_wanted):
-            logits = self.hf_model(
+        with self.lock, self.head.skipped(taken.append):
+            self.hf_model(
                 input_ids=ids,
                 past_key_values=cache,
                 use_cache=True,
                 attention_mask=mask,
                 **positions(self.hf_model, torch.arange(length, length + longest, device=device).repeat(count, 1)),
-            ).logits[0]
+            )
+        hidden = rows_of(taken[0], [i * longest for i in range(count)], wanted, prefix)
         if not extend:
-            return TextPass(logits)
+            return TextPass(hidden)
         keys, values = cached_tensors(cache)
         extended = []
         for i, text in enumerate(texts):
@@ -80,12 +77,31 @@ class Cached(Way):
                 Prefix(
                     keys=[k[i : i + 1, :, :end] for k in keys],
                     values=[v[i : i + 1, :, :end] for v in values],
-                    last=last[i],
+                    last=taken[0][i, len(text) - 1].unsqueeze(0),
                     length=end,
                     text=prefix.text + tuple(text.tolist()),
                 )
             )
-        return TextPass(logits, extended)
+        return TextPass(hidden, extended)
+
+    def _tree(self, prefix: Prefix, text: Tensor, wanted: Tensor, parents: Tensor) -> Tensor:
+        """Return the head's input at a tree's wanted positions: its trunk is run once, then every path from there."""
+        before = parents.tolist()
+        trunk = min((parent + 1 for i, parent in enumerate(before) if parent != i - 1), default=len(text))
+        done = self.text_pass(prefix, [text[:trunk]], [torch.arange(trunk)], extend=True)
+        paths = []
+        for leaf in sorted(set(range(trunk, len(text))) - set(before)):
+            path = [leaf]
+            while before[path[-1]] >= trunk:
+                path.append(before[path[-1]])
+            paths.append(torch.tensor(path[::-1]))
+        hidden = [done.hidden]
+        if paths:
+            rest = self.text_pass(done.extended[0], [text[p] for p in paths], [torch.arange(len(p)) for p in paths])
+            hidden.append(rest.hidden)
+        run = torch.cat([torch.arange(trunk), *paths]).tolist()
+        place = {token: row for row, token in enumerate(run)}
+        return torch.cat(hidden)[[place[token] for token in wanted.tolist()]]
 
 
 def expanded_cache(prefix: Prefix, count: int, dtype: torch.dtype) -> DynamicCache:

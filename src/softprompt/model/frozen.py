@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.examples import Example
 from softprompt.model.prefix import Prefix
-from softprompt.model.way import TextPass, Way, input_device
+from softprompt.model.way import Way, input_device
 
 
 class FrozenModel:
@@ -103,20 +102,19 @@ class FrozenModel:
             examples: they are run at once: a micro-batch.
         """
         held = len(prefix.text)
-        texts = [torch.tensor(e.ids[held:]) for e in examples]
+        # What a text's last token is followed by is nobody's question, so it is not run; but one token always is.
+        texts = [torch.tensor(e.ids[held : max(len(e.ids) - 1, held + 1)]) for e in examples]
         wanted = [torch.arange(e.start - held - 1, len(e.ids) - held - 1) for e in examples]
         targets = torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
-        logits = self.way.text_pass(prefix, texts, wanted).logits
-        return cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+        return self.way.head.losses(self.way.text_pass(prefix, texts, wanted).hidden, targets)
 
     @torch.no_grad()
-    def read(self, prefix: Prefix, texts: Sequence[Sequence[int]], extend: bool = False) -> TextPass:
-        """Run texts (at least one token each) and return the logits after each one's last token, `[texts, V]`.
+    def read(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
+        """Run texts, at least one token each, without those that the prefix already holds.
 
-        Args:
-            prefix: what stands before each text.
-            texts: token ids, without those that the prefix already holds.
-            extend: also return, per text, the prefix that ends with it.
+        Returns:
+            The logits after each text's last token, `[texts, V]`, and per text the prefix that ends with it.
         """
         ids = [torch.tensor(list(text)) for text in texts]
-        return self.way.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend)
+        done = self.way.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
+        return self.way.head.logits(done.hidden), done.extended

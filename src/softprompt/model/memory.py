@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.head import LOGITS_AT_ONCE
 
 try:
     import resource
@@ -27,14 +28,17 @@ def micro_batch_tokens(model: FrozenModel, virtual_tokens: int, longest: int, ta
         model: the frozen model.
         virtual_tokens: P, for the attention scores.
         longest: tokens of the longest example.
-        target_share: target tokens per token; each holds a row of logits.
+        target_share: target tokens per token; each takes a row of logits for a while.
     """
     free = available_memory(model.device) * _SHARE
-    fitting = int(free / bytes_per_token(model, virtual_tokens, longest, target_share))
-    return max(1, min(fitting, _USEFUL_TOKENS.get(model.device.type, _USEFUL_ON_GPU)))
+    useful = _USEFUL_TOKENS.get(model.device.type, _USEFUL_ON_GPU)
+    each, logits = bytes_per_token(model, virtual_tokens, longest), logits_bytes(model, useful * target_share)
+    # Few tokens have few logits; of many tokens only a piece of the logits is held.
+    fitting = max(free / (each + logits_bytes(model, 1) * target_share), (free - logits) / each)
+    return max(1, min(int(fitting), useful))
 
 
-def bytes_per_token(model: FrozenModel, virtual_tokens: int, longest: int, target_share: float) -> float:
+def bytes_per_token(model: FrozenModel, virtual_tokens: int, longest: int) -> float:
     """Estimate what one text token keeps in memory until its backward pass is done."""
     config = model.hf_model.config.get_text_config()
     width = config.hidden_size
@@ -43,8 +47,13 @@ def bytes_per_token(model: FrozenModel, virtual_tokens: int, longest: int, targe
     scores = config.num_attention_heads * (virtual_tokens + longest)
     per_layer = 6 * width + 4 * inner + scores
     size = torch.finfo(model.hf_model.dtype).bits // 8
-    logits = 4 * 4 * target_share * config.vocab_size  # logits, their softmax and its gradient, in float32
-    return float(config.num_hidden_layers * per_layer * size + logits)
+    return float(config.num_hidden_layers * per_layer * size)
+
+
+def logits_bytes(model: FrozenModel, rows: float) -> float:
+    """Estimate what the logits of some positions, their softmax and its gradient take at most, all in float32."""
+    vocabulary = int(model.hf_model.config.get_text_config().vocab_size)
+    return 4.0 * 4 * min(rows * vocabulary, max(LOGITS_AT_ONCE, vocabulary))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

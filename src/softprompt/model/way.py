@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.errors import ModelError
+from softprompt.model.head import Head
 from softprompt.model.prefix import Prefix
 
 
@@ -21,11 +20,11 @@ class TextPass:
     """What one pass of text gives.
 
     Attributes:
-        logits: `[R, V]`, a row for each wanted position, text by text.
+        hidden: `[R, H]`, the output head's input at each wanted position, text by text.
         extended: per text, the prefix that ends with it; empty unless asked for.
     """
 
-    logits: Tensor
+    hidden: Tensor
     extended: list[Prefix] = field(default_factory=list)
 
 
@@ -42,6 +41,7 @@ class Way(ABC):
         self.hf_model = hf_model
         # A pass hooks the head and may switch the attention of the one model that all threads share.
         self.lock = RLock()
+        self.head = Head(hf_model, self.lock)
 
     @abstractmethod
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
@@ -49,15 +49,22 @@ class Way(ABC):
 
     @abstractmethod
     def text_pass(
-        self, prefix: Prefix, texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool = False
+        self,
+        prefix: Prefix,
+        texts: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        parents: Sequence[Tensor] | None = None,
+        extend: bool = False,
     ) -> TextPass:
         """Run texts (ids `[t]` each, t at least 1) behind one prefix.
 
         Args:
             prefix: the prefix, the same for all texts.
             texts: token ids of each text.
-            wanted: per text, the positions whose logits are computed; nowhere else is the output head run.
-            extend: also return, per text, the prefix that ends with it.
+            wanted: per text, the positions at which the output head's input is returned.
+            parents: per text, for each token the position of the token before it: a text that branches is a tree.
+                None where every token follows the one before.
+            extend: also return, per text, the prefix that ends with it; not for trees.
         """
 
 
@@ -67,22 +74,6 @@ def input_device(hf_model: PreTrainedModel) -> torch.device:
     hook = getattr(embedding, "_hf_hook", None)  # of accelerate, on a model that is split over devices
     place = getattr(hook, "execution_device", None)
     return torch.device(next(embedding.parameters()).device if place is None else place)
-
-
-@contextmanager
-def head_input(hf_model: PreTrainedModel, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the output head see `replace(hidden)` instead of `hidden`, `[B, T, H]`.
-
-    The full model still runs around it, so its own logit scaling and soft-capping hold.
-    """
-    head = hf_model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(hf_model).__name__} has no output head; give a causal language model")
-    handle = head.register_forward_pre_hook(lambda _module, args: (replace(args[0]),))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefix: Prefix) -> Tensor:
@@ -95,7 +86,7 @@ def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], pre
         prefix: gives that last position.
 
     Returns:
-        `[1, R, H]`.
+        `[R, H]`.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     ahead = flat.shape[0]
@@ -104,4 +95,4 @@ def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], pre
         if prefix.last is None:
             raise ValueError("nothing stands before the first token, so nothing predicts it")
         flat = torch.cat([flat, prefix.last.to(flat.dtype)])
-    return flat.index_select(0, index.to(flat.device)).unsqueeze(0)
+    return flat.index_select(0, index.to(flat.device))

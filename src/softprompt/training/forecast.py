@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from softprompt.data.batching import draw, micro_batches
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, bytes_per_token
+from softprompt.model.memory import available_memory, bytes_per_token, logits_bytes
 from softprompt.training.plan import Plan
 
 _SHOWN = 3
@@ -63,7 +63,8 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     evaluations = (config.max_steps // config.eval_every + 1) * scored * sum(lengths) / len(lengths) / _BACKWARD
     virtual, width = plan.start.shape
     at_once = max(sum(len(batch[i].ids) for i in part) for part in cut) + virtual
-    targets = sum(e.targets for e in examples) / sum(lengths)
+    targets = max(sum(batch[i].targets for i in part) for part in cut)
+    needed = at_once * bytes_per_token(model, virtual, max(lengths)) + logits_bytes(model, targets)
     return Forecast(
         way=model.way.name,
         virtual_tokens=virtual,
@@ -73,7 +74,7 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
         longest=max(lengths),
         truncated=plan.encoder.truncated,
         rendered=[_rendered(model, plan, i) for i in range(min(_SHOWN, len(examples)))],
-        step_gigabytes=at_once * bytes_per_token(model, virtual, max(lengths), targets) / 1e9,
+        step_gigabytes=needed / 1e9,
         free_gigabytes=available_memory(model.device) / 1e9,
         step_seconds=seconds,
         minutes=(config.max_steps * seconds + evaluations * per_token) / 60,

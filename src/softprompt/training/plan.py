@@ -19,7 +19,7 @@ from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import Scorer, make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
-from softprompt.model.memory import available_memory, bytes_per_token, micro_batch_tokens
+from softprompt.model.memory import available_memory, bytes_per_token, logits_bytes, micro_batch_tokens
 from softprompt.prompt.initialization import (
     MANY_LABELS,
     USUAL_TOKENS,
@@ -122,7 +122,8 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     targets = sum(e.targets for e in examples) / sum(len(e.ids) for e in examples)
     at_once = micro_batch_tokens(model, len(start), longest, targets)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
-    _warn(model, train, validation, longest * bytes_per_token(model, len(start), longest, targets))
+    alone = longest * bytes_per_token(model, len(start), longest) + logits_bytes(model, longest * targets)
+    _warn(model, train, validation, alone)
     decide("threads", resolve_threads(None), "cores")
     decide("device", str(model.device), "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")

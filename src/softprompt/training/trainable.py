@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.model.frozen import FrozenModel
@@ -57,17 +56,18 @@ class TrainablePrompt(torch.nn.Module):
         """
         real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
         texts = [ids[there].cpu() for ids, there in zip(input_ids, real, strict=True)]
-        prefix = self.frozen.prefix(self.prompt)
+        prefix, way = self.frozen.prefix(self.prompt), self.frozen.way
         if labels is None:
-            logits = self.frozen.way.text_pass(prefix, texts, [torch.arange(len(text)) for text in texts]).logits
+            whole = [torch.arange(len(text)) for text in texts]
+            logits = way.head.logits(way.text_pass(prefix, texts, whole).hidden)
             filled = logits.new_zeros(*input_ids.shape, logits.shape[-1])
             filled[real.to(logits.device)] = logits
             return CausalLMOutput(logits=filled)
         targets = [row[there].cpu() for row, there in zip(labels, real, strict=True)]
         learned = [(row != _IGNORED).nonzero().squeeze(1) for row in targets]
-        logits = self.frozen.way.text_pass(prefix, texts, [places - 1 for places in learned]).logits
-        wanted = torch.cat([row[places] for row, places in zip(targets, learned, strict=True)]).to(logits.device)
-        total = cross_entropy(logits.float(), wanted, reduction="sum")
+        wanted = torch.cat([row[places] for row, places in zip(targets, learned, strict=True)])
+        hidden = way.text_pass(prefix, texts, [places - 1 for places in learned]).hidden
+        total = way.head.losses(hidden, wanted).sum()
         return CausalLMOutput(loss=total / (len(wanted) if num_items_in_batch is None else num_items_in_batch))
 
     def soft_prompt(self) -> SoftPrompt:
