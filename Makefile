@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-# Options of the benchmark: make bench BENCH="--data FOLDER sst2"
-BENCH ?= support
+# The data sets of the benchmarks, and their options: make bench DATA=FOLDER BENCH="A1 C"
+DATA ?= ../shared/data
+BENCH ?=
 
-.PHONY: install demo test lint bench docs clean
+.PHONY: install demo test lint bench bench-defaults docs clean
 
 install: .venv/.installed
 
@@ -33,7 +34,10 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 
 bench: .venv/.installed-dev
-	$(BIN)/python benchmarks/defaults.py $(BENCH)
+	$(BIN)/python benchmarks/speed.py --data $(DATA) $(BENCH)
+
+bench-defaults: .venv/.installed-dev
+	$(BIN)/python benchmarks/defaults.py --data $(DATA) $(BENCH)
 
 docs: .venv/.installed-dev
 	$(BIN)/python docs/generate.py

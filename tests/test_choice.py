@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoConfig, PretrainedConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
-from softprompt.model.attention import Row
+from softprompt.model.attention import Group
 from softprompt.model.choice import freeze, largest_difference
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.miniature import WINDOW, miniature, sliding_window
@@ -33,9 +33,9 @@ def test_a_model_with_a_long_window_gets_the_way_of_its_kind(architecture: str) 
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_a_way_that_forgets_a_long_window_is_found_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = long_window(architecture)
-    right = Row.mask
+    right = Group.mask
     # The packed attention, gone wrong: every token sees all that came before it.
-    monkeypatch.setattr(Row, "mask", lambda self, _window, device: right(self, None, device))
+    monkeypatch.setattr(Group, "mask", lambda self, _window, like: right(self, None, like))
     assert largest_difference(FrozenModel(model, tiny_tokenizer(), Packed(model), "")) < 1e-3  # not by the model itself
     assert freeze(model, tiny_tokenizer()).way.name == "cached"
 

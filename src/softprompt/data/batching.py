@@ -23,24 +23,26 @@ def _epochs(rows: int, first: int, last: int) -> range:
     return range(first // rows, (last - 1) // rows + 1)
 
 
-def micro_batches(examples: Sequence[Example], budget: int, held: int = 0) -> list[list[int]]:
+def micro_batches(examples: Sequence[Example], budget: int, held: int = 0, padded: bool = False) -> list[list[int]]:
     """Cut a batch, ordered by length, into runs of at most `budget` tokens each.
-
-    Every text counts as long as the run's longest: rows are padded to it, or at least their attention is.
 
     Args:
         examples: the batch.
         budget: text tokens that are run at once; a single longer example is run alone.
         held: tokens of each example that the prefix already holds.
+        padded: every text counts as long as the run's longest.
 
     Returns:
         Indices into `examples`.
     """
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
     cut: list[list[int]] = []
+    total = 0
     for index in order:
-        longest = len(examples[index].ids) - held  # so far: lengths only rise
-        if not cut or (len(cut[-1]) + 1) * longest > budget:
+        length = len(examples[index].ids) - held  # lengths only rise
+        total = (len(cut[-1]) + 1) * length if cut and padded else total + length
+        if not cut or total > budget:
             cut.append([])
+            total = length
         cut[-1].append(index)
     return cut

@@ -194,7 +194,7 @@ class TextScorer(Scorer):
         scored = [self.examples[i] for i in self.scored]
         prefix = model.prefix(prompt, shared_text(scored))
         losses = np.zeros(len(self.examples))
-        for part in micro_batches(scored, self.at_once, len(prefix.text)):
+        for part in micro_batches(scored, self.at_once, len(prefix.text), model.way.pads):
             examples = [scored[i] for i in part]
             each = model.loss(prefix, examples).cpu().double()
             for i, values in zip(part, each.split([e.targets for e in examples]), strict=True):
@@ -218,7 +218,7 @@ class LabelScorer(Scorer):
         prefix = model.prefix(prompt, common_start(stems)[: min(len(stem) for stem in stems) - 1])
         held = len(prefix.text)
         likelihoods = np.zeros((len(stems), len(self.labels)))
-        for part in micro_batches([Example(tree.ids, 0) for tree in self.trees], self.at_once, held):
+        for part in micro_batches([Example(tree.ids, 0) for tree in self.trees], self.at_once, held, model.way.pads):
             for i, found in zip(part, _likelihoods(model, prefix, [self.trees[i] for i in part]), strict=True):
                 likelihoods[i] = found
         tokens = np.array([len(c.tails[g]) for c, g in zip(self.choices, self.gold, strict=True)])

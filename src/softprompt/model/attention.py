@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from softprompt.errors import ModelError
 from softprompt.model.prefix import Prefix
+
+# A text longer than this many times the shortest of its group begins another one.
+_LIKE = 1.5
 
 
 class Row:
@@ -31,11 +35,42 @@ class Row:
     def __init__(
         self, prefix: Prefix, lengths: Sequence[int], parents: Sequence[Tensor] | None = None, note: bool = False
     ) -> None:
-        self.prefix, self.lengths, self.note = prefix, list(lengths), note
+        self.prefix, self.note = prefix, note
         self.noted: dict[int, tuple[Tensor, Tensor]] = {}
+        self.groups = [
+            Group(prefix.length, lengths[begin:end], None if parents is None else parents[begin:end])
+            for begin, end in _like_lengths(lengths)
+        ]
+        self.sizes = [sum(group.lengths) for group in self.groups]
+
+    def positions(self) -> Tensor:
+        """Return each token's position, `[1, N]`; the prefix's come first."""
+        return torch.cat([group.positions() for group in self.groups]).unsqueeze(0)
+
+
+def _like_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut texts into runs of like length, so that little of a run's attention is padding."""
+    cuts = [0]
+    for i in range(1, len(lengths)):
+        run = lengths[cuts[-1] : i + 1]
+        if max(run) > _LIKE * min(run):
+            cuts.append(i)
+    return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
+
+
+class Group:
+    """Neighbouring texts of a row whose attention is computed together, as if all had the length of the longest.
+
+    Args:
+        ahead: P, the prefix's length.
+        lengths, parents: as for a row.
+    """
+
+    def __init__(self, ahead: int, lengths: Sequence[int], parents: Sequence[Tensor] | None) -> None:
+        self.ahead, self.lengths = ahead, list(lengths)
         self.longest = max(lengths)
-        self.even = min(lengths) == self.longest
-        if not self.even:
+        self._even = min(lengths) == self.longest
+        if not self._even:
             starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
             ends = torch.tensor(self.lengths)[:, None]
             column = torch.arange(self.longest)[None, :]
@@ -49,45 +84,44 @@ class Row:
             reach = [_ancestors(each) for each in parents]
             self._depths = pad_sequence([each.sum(1) - 1 for each in reach], batch_first=True)
             short = [self.longest - len(each) for each in reach]
-            padded = [torch.nn.functional.pad(r, (0, n, 0, n)) for r, n in zip(reach, short, strict=True)]
-            self._behind = torch.stack(padded)
-        self._masks: dict[tuple[int | None, torch.device], Tensor] = {}
+            self._behind = torch.stack([pad(r, (0, n, 0, n)) for r, n in zip(reach, short, strict=True)])
+        self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
 
     def positions(self) -> Tensor:
-        """Return each token's position, `[1, N]`; the prefix's come first."""
+        """Return the position of each token, text by text."""
         depths = self._depths.expand(len(self.lengths), -1)
-        real = [row[:length] for row, length in zip(depths, self.lengths, strict=True)]
-        return self.prefix.length + torch.cat(real).unsqueeze(0)
+        return self.ahead + torch.cat([row[:length] for row, length in zip(depths, self.lengths, strict=True)])
 
     def key_positions(self) -> Tensor:
         """Return the position of everything that can be seen, `[n or 1, P + t]`."""
-        ahead = torch.arange(self.prefix.length).expand(len(self._depths), -1)
-        return torch.cat([ahead, self.prefix.length + self._depths], dim=1)
+        ahead = torch.arange(self.ahead).expand(len(self._depths), -1)
+        return torch.cat([ahead, self.ahead + self._depths], dim=1)
 
-    def mask(self, window: int | None, device: torch.device) -> Tensor:
+    def mask(self, window: int | None, like: Tensor) -> Tensor:
         """Return what is added to the scores, `[n or 1, 1, t, P + t]`: zero where a token may look."""
-        key = (window, device)
+        key = (window, like.dtype, like.device)
         if key not in self._masks:
-            seen = torch.nn.functional.pad(self._behind, (self.prefix.length, 0), value=True)
+            seen = pad(self._behind, (self.ahead, 0), value=True)
             if window is not None:
-                queries = self.prefix.length + self._depths
+                queries = self.ahead + self._depths
                 seen = seen & (queries[:, :, None] - self.key_positions()[:, None, :] < window)
-            added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-            self._masks[key] = added.unsqueeze(1).to(device)
+            added = torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)
+            self._masks[key] = added.unsqueeze(1).to(like.device)
         return self._masks[key]
 
     def to_block(self, row: Tensor) -> Tensor:
-        """`[N, ...]` to `[n·t, ...]`: every text takes the length of the longest."""
-        if self.even:
-            return row
-        spread: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
-            row, self._spread.to(row.device), self._gather.to(row.device)
-        )
-        return spread
+        """`[heads, N, D]` to `[n, heads, t, D]`: every text takes the length of the longest."""
+        tokens = row.transpose(0, 1)
+        if not self._even:
+            tokens = _Spread.apply(  # type: ignore[no-untyped-call]
+                tokens, self._spread.to(row.device), self._gather.to(row.device)
+            )
+        return tokens.view(len(self.lengths), self.longest, row.shape[0], -1).transpose(1, 2)
 
     def to_row(self, block: Tensor) -> Tensor:
-        """`[n·t, ...]` back to `[N, ...]`."""
-        return block if self.even else block.index_select(0, self._gather.to(block.device))
+        """`[n, heads, t, D]` back to `[N, heads, D]`."""
+        tokens = block.transpose(1, 2).flatten(0, 1)
+        return tokens if self._even else tokens.index_select(0, self._gather.to(block.device))
 
 
 def _ancestors(parents: Tensor) -> Tensor:
@@ -148,48 +182,55 @@ def attention(
         sliding_window = int(attention_mask)
     if position_bias is not None:
         raise ModelError("the packed way does not know this model's attention position bias")
-    call = current.get()
+    row = current.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if call.note:
-        call.noted[layer] = (key, value)
+    if row.note:
+        row.noted[layer] = (key, value)
+    split = [states[0].split(row.sizes, dim=1) for states in (query, key, value)]
+    made = []
+    for group, *parts in zip(row.groups, *split, strict=True):
+        queries, keys, values = (group.to_block(part) for part in parts)
+        if row.prefix.length:
+            keys = torch.cat([row.prefix.keys[layer].to(keys.dtype).expand(len(keys), -1, -1, -1), keys], dim=2)
+            values = torch.cat([row.prefix.values[layer].to(values.dtype).expand(len(keys), -1, -1, -1), values], dim=2)
+        mask = group.mask(sliding_window, queries)
+        if alibi_slopes is not None:
+            places = group.key_positions().to(mask)[:, None, None, :]
+            mask = mask + alibi_slopes.to(mask)[None, :, None, None] * places
+        if softcap is None and s_aux is None:
+            out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
+        else:
+            out = _plain(queries, keys, values, mask, scaling, softcap, s_aux)
+        made.append(group.to_row(out))
+    return torch.cat(made).unsqueeze(0), None
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend step by step, for what PyTorch's fused attention cannot do: soft-capped scores, sinks.
+
+    Args:
+        query: `[n, A, t, D]`.
+        key, value: `[n, K, P + t, D]`.
+        mask: added to the scores.
+    """
     heads, size = query.shape[1], query.shape[3]
-    groups, shared = key.shape[1], heads // key.shape[1]
-    count, longest, length = len(call.lengths), call.longest, call.prefix.length
-    scale = size**-0.5 if scaling is None else scaling
-
+    shared = heads // key.shape[1]
     # In float32, as the fused kernels do inside: scores rounded to bfloat16 gave a gradient that was 60 % off.
-    def block(states: Tensor) -> Tensor:  # [1, K·g, N, D] -> [K, n, g, t, D]
-        states = states.float()
-        spread = call.to_block(states[0].transpose(0, 1)).view(count, longest, groups, -1, states.shape[3])
-        return spread.permute(2, 0, 3, 1, 4)
-
-    queries = (block(query) * scale).reshape(groups, count, shared * longest, size)
-    keys, values = block(key).squeeze(2), block(value).squeeze(2)
-    scores = (queries @ keys.transpose(-1, -2)).view(groups, count, shared, longest, longest)
-    if length:
-        prefix_keys = call.prefix.keys[layer][0].float()  # [K, P, D]
-        prefix_values = call.prefix.values[layer][0].float()
-        ahead = queries.view(groups, -1, size) @ prefix_keys.transpose(-1, -2)
-        scores = torch.cat([ahead.view(groups, count, shared, longest, length), scores], dim=-1)
-    if alibi_slopes is not None:
-        places = call.key_positions().to(scores.device)[None, :, None, None, :]
-        scores = scores + alibi_slopes.view(groups, 1, shared, 1, 1) * places
-    weights = _weights(scores, call.mask(sliding_window, scores.device), softcap, s_aux)
-    own = weights[..., length:].reshape(groups, count, shared * longest, longest)
-    out = own @ values
-    if length:
-        out = out + (weights[..., :length].reshape(groups, -1, length) @ prefix_values).view_as(out)
-    out = out.view(groups, count, shared, longest, -1).permute(1, 3, 0, 2, 4)
-    return call.to_row(out.reshape(count * longest, heads, -1)).unsqueeze(0).to(query.dtype), None
-
-
-def _weights(scores: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Return attention weights from scores, both `[K, n, g, t, P + t]` with g query heads to a key head."""
+    key, value = (states.float().repeat_interleave(shared, dim=1) for states in (key, value))
+    scores = query.float() @ key.transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = scores + mask
-    if sinks is None:
-        return torch.softmax(seen, dim=-1)
-    groups, _, shared = scores.shape[:3]
-    sink = sinks.to(scores.dtype).view(groups, 1, shared, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.softmax(torch.cat([seen, sink], dim=-1), dim=-1)[..., :-1]
+    seen = scores + mask.float()
+    if sinks is not None:
+        sink = sinks.float().view(1, heads, 1, 1).expand(*seen.shape[:3], 1)
+        seen = torch.cat([seen, sink], dim=-1)
+    weights = torch.softmax(seen, dim=-1)[..., : key.shape[2]]
+    return (weights @ value).to(query.dtype)

@@ -22,6 +22,7 @@ class Cached(Way):
     """For models whose attention cannot be replaced, but which keep keys and values in a cache."""
 
     name = "cached"
+    pads = True
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]

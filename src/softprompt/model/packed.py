@@ -43,6 +43,7 @@ class Packed(Way):
     """For models on transformers' pluggable attention."""
 
     name = "packed"
+    pads = False
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         super().__init__(hf_model)

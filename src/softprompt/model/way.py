@@ -36,6 +36,7 @@ class Way(ABC):
     """
 
     name: str
+    pads: bool  # whether the shorter texts of a pass cost as much as the longest
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         self.hf_model = hf_model

@@ -52,7 +52,7 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     config, examples = plan.config, plan.examples
     assert config.batch_size and config.micro_batch_tokens and config.max_steps and config.eval_every
     batch = [examples[i] for i in draw(len(examples), config.batch_size, 0, config.seed)]
-    cut = micro_batches(batch, config.micro_batch_tokens, len(plan.text))
+    cut = micro_batches(batch, config.micro_batch_tokens, len(plan.text), model.way.pads)
     began = time.monotonic()
     prompt_gradient(model, plan.start, plan.text, [[batch[i] for i in part] for part in cut])
     seconds = time.monotonic() - began

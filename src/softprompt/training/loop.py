@@ -61,7 +61,7 @@ class Loop:
                     self.folder.save_state(self._state())
                 if self._done():
                     break
-                self._step()
+                self.step()
         except KeyboardInterrupt:
             if progress.step:
                 self.folder.save_state(self._state())
@@ -93,7 +93,8 @@ class Loop:
         self.watcher.evaluation(step, values)
         return scores
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Take one step: the gradient of its rows, an update, and a line in `metrics.jsonl`."""
         config, progress = self.plan.config, self.progress
         assert config.batch_size
         began = time.monotonic()
@@ -125,7 +126,7 @@ class Loop:
     def _gradient(self, batch: list[Example]) -> tuple[float, Tensor]:
         """Return a step's loss and gradient, with smaller micro-batches where memory runs out."""
         while True:
-            cut = micro_batches(batch, self.progress.micro_batch_tokens, len(self.plan.text))
+            cut = micro_batches(batch, self.progress.micro_batch_tokens, len(self.plan.text), self.model.way.pads)
             parts = [[batch[i] for i in part] for part in cut]
             try:
                 return prompt_gradient(self.model, self.prompt, self.plan.text, parts)

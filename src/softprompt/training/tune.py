@@ -89,7 +89,7 @@ def tune(
             run.open_board(done)
         watcher.begin(plan, done)
         try:
-            with _reproducible(plan.config.threads):
+            with reproducible(plan.config.threads):
                 prompt, progress, scores = Loop(model, plan, run, watcher, state).run()
         finally:
             watcher.end()
@@ -104,7 +104,7 @@ def tune(
 
 
 @contextmanager
-def _reproducible(threads: int | None) -> Iterator[None]:
+def reproducible(threads: int | None) -> Iterator[None]:
     """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cores = torch.get_num_threads()
