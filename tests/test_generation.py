@@ -13,7 +13,9 @@ from softprompt.config import GenerateConfig
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import PromptError, SettingsError
 from softprompt.generation import _label, continue_ids, generate
-from softprompt.model.frozen import FrozenModel
+from softprompt.model.frozen import _KEPT, FrozenModel
+from softprompt.model.prefix import Prefix
+from softprompt.model.way import Way
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
 TEXTS = ["the parcel never came and", "a fine film", "what", "hello world I want my money back please"]
@@ -222,3 +224,29 @@ def test_a_long_input_is_cut_so_that_new_tokens_fit(llama: FrozenModel) -> None:
 )
 def test_what_follows_a_label_is_dropped(text: str, label: str) -> None:
     assert _label(text, ["good", "goodness", "delivery"]) == label
+
+
+def test_a_prompts_prefix_is_computed_once_and_the_last_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen("llama")
+    runs: list[int] = []
+    right = type(model.way).prompt_pass
+
+    def counted(self: Way, embeddings: Tensor) -> Prefix:
+        runs.append(embeddings.shape[1])
+        return right(self, embeddings)
+
+    monkeypatch.setattr(type(model.way), "prompt_pass", counted)
+    prompts = [prompt_of(model, seed) for seed in range(_KEPT + 1)]
+    first = generate(model, ["a fine film", "hello"], prompts[0])
+    assert generate(model, ["a fine film", "hello"], prompts[0]) == first
+    assert runs == [5]
+    for prompt in prompts:
+        generate(model, ["hello"], prompt)
+    assert len(runs) == _KEPT + 1
+    assert generate(model, ["a fine film", "hello"], prompts[0]) == first
+    assert len(runs) == _KEPT + 2
+
+
+def prompt_of(model: FrozenModel, seed: int) -> SoftPrompt:
+    embeddings = torch.randn(5, model.embedding_width, generator=torch.Generator().manual_seed(seed)) * 0.3
+    return SoftPrompt(embeddings, Record(base_model=base_model_record(model)))

@@ -24,6 +24,8 @@ from softprompt.model.cached import positions
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 
+_WORTH_A_PASS = 64  # tokens: running a few alone takes as long as running so many more along with others
+
 
 @dataclass
 class _Line:
@@ -56,7 +58,11 @@ def continue_ids(
     if prompt is None and not all(inputs):
         raise SettingsError("the text is empty: without a prompt there is nothing to continue; give some text")
     shortest = min((len(ids) for ids in inputs), default=0)
-    prefix = model.prefix(prompt, common_start(inputs)[: max(shortest - 1, 0)])
+    prefix, common = model.kept_prefix(prompt), common_start(inputs)[: max(shortest - 1, 0)]
+    if (len(inputs) - 1) * len(common) >= _WORTH_A_PASS:
+        (prefix,) = model.way.text_pass(
+            prefix, [torch.tensor(common)], [torch.tensor([], dtype=torch.long)], extend=True
+        ).extended
     decoder = _Decoder(model, config)
     lines = []
     for i, ids in enumerate(inputs):

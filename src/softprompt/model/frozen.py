@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.data.examples import Example
 from softprompt.model.prefix import Prefix
 from softprompt.model.way import Way, input_device
+
+_KEPT = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
 
 
 class FrozenModel:
@@ -37,6 +41,7 @@ class FrozenModel:
         self.way = way
         self.source = source
         self.revision = revision
+        self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +98,20 @@ class FrozenModel:
             return Prefix()
         prefix = self.way.prompt_pass(torch.cat(parts).unsqueeze(0))
         return Prefix(prefix.keys, prefix.values, prefix.last, prefix.length, tuple(text))
+
+    @torch.no_grad()
+    def kept_prefix(self, prompt: Tensor | None) -> Prefix:
+        """Return the prefix of a soft prompt `[P, H]` without gradients; those of the last few prompts are kept."""
+        if prompt is None:
+            return Prefix()
+        key = sha256(prompt.detach().cpu().float().contiguous().numpy().tobytes()).digest()
+        with self.way.lock:
+            if key not in self._kept:
+                self._kept[key] = self.prefix(prompt)
+            self._kept.move_to_end(key)
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[key]
 
     def loss(self, prefix: Prefix, examples: Sequence[Example]) -> Tensor:
         """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.

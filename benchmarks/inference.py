@@ -1,0 +1,221 @@
+"""Evaluation, generation and the start of a run, next to PEFT and to the base model alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import softprompt as sp
+from sides import load, peft_model, ratio
+from softprompt.data.examples import Encoder
+from softprompt.data.templates import make_format
+from softprompt.evaluation.scoring import LabelScorer
+from softprompt.prompt.initialization import task_text, text_prompt
+
+LIKELIHOODS_AGREE = 1e-3  # nats
+PARTS = 3  # that a long evaluation is cut into, so that both sides take turns
+BATCH = 32
+
+
+@contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    """Append the seconds that the block takes."""
+    began = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - began)
+
+
+def sst2(data: Path, _repeats: int) -> dict[str, Any]:
+    """Score the validation rows' two labels of a token each."""
+    return evaluation(sp.load_data(data / "sst2/validation.jsonl"), None)
+
+
+def banking77(data: Path, _repeats: int) -> dict[str, Any]:
+    """Score the 77 labels, of several tokens each, of 32 rows."""
+    return evaluation(sp.load_data(data / "banking77/test.jsonl"), 32)
+
+
+def evaluation(rows: sp.Rows, first: int | None) -> dict[str, Any]:
+    """Score every label of every row behind 20 virtual tokens.
+
+    PEFT reads each row's input once where all labels have one token, and else once a label, 32 rows at a time.
+
+    Args:
+        rows: the labels are those of all rows.
+        first: how many rows are scored; None for all.
+    """
+    model = load("smollm2")
+    form = make_format("classification", rows.labels)
+    prompt = text_prompt(model, 20, task_text(form))
+    wrapped = peft_model(model.hf_model, prompt).eval()
+    rows = rows.pick(range(first or len(rows)))
+    scorer = LabelScorer(Encoder(model.tokenizer, form, 512), rows)
+    texts = [(c.stem, tail) for c in scorer.choices for tail in c.tails]
+    single = all(len(tail) == 1 for _, tail in texts)
+    seconds: dict[str, list[float]] = {"softprompt": [], "peft": []}
+    apart = 0.0
+    for part in np.array_split(np.arange(len(form.verbalizers) if not single else len(rows)), PARTS):
+        mine = scorer if not single else LabelScorer(Encoder(model.tokenizer, form, 512), rows.pick(part.tolist()))
+        with timed(seconds["softprompt"]):
+            found = mine.score(model, prompt).log_likelihoods  # type: ignore[attr-defined]
+        with timed(seconds["peft"]):
+            if single:
+                expected = peft_single(wrapped, mine)
+            else:
+                expected = np.stack([peft_label(wrapped, mine, label) for label in part.tolist()], axis=1)
+        apart = max(apart, float(np.abs(expected - (found if single else found[:, part])).max()))
+    if apart > LIKELIHOODS_AGREE:
+        raise SystemExit(f"log-likelihoods differ by {apart:.1e}")
+    if not single:  # ours scores all labels in each turn
+        seconds = {"softprompt": seconds["softprompt"], "peft": [sum(seconds["peft"])] * PARTS}
+    return {
+        "settings": {"rows": len(rows), "labels": len(form.verbalizers), "num_virtual_tokens": 20},
+        "seconds": {side: [round(s, 3) for s in each] for side, each in seconds.items()},
+        "faster": ratio(seconds["peft"], seconds["softprompt"]),
+        "log_likelihoods_differ": apart,
+    }
+
+
+@torch.no_grad()
+def peft_single(wrapped: Any, scorer: LabelScorer) -> np.ndarray:
+    """Return the log-probabilities of labels of one token each, `[rows, labels]`."""
+    found = []
+    for begin in range(0, len(scorer.choices), BATCH):
+        batch = scorer.choices[begin : begin + BATCH]
+        logs = padded_pass(wrapped, [choice.stem for choice in batch])
+        for row, choice in zip(logs, batch, strict=True):
+            found.append([float(row[len(choice.stem) - 1, tail[0]]) for tail in choice.tails])
+    return np.array(found)
+
+
+@torch.no_grad()
+def peft_label(wrapped: Any, scorer: LabelScorer, label: int) -> np.ndarray:
+    """Return the log-likelihood of one label for every row, `[rows]`."""
+    found = []
+    for begin in range(0, len(scorer.choices), BATCH):
+        batch = scorer.choices[begin : begin + BATCH]
+        logs = padded_pass(wrapped, [(*choice.stem, *choice.tails[label]) for choice in batch])
+        for row, choice in zip(logs, batch, strict=True):
+            tail, start = choice.tails[label], len(choice.stem)
+            found.append(sum(float(row[start + i - 1, token]) for i, token in enumerate(tail)))
+    return np.array(found)
+
+
+def padded_pass(wrapped: Any, texts: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return the log-probabilities behind every token, `[rows, T, V]`."""
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    mask = pad_sequence([torch.ones(len(text), dtype=torch.long) for text in texts], batch_first=True)
+    logits: Tensor = wrapped(input_ids=ids, attention_mask=mask).logits
+    return logits[:, logits.shape[1] - ids.shape[1] :].log_softmax(dim=-1)
+
+
+def generation(data: Path, repeats: int) -> dict[str, Any]:
+    """Continue 16 texts of 16 tokens each by 64 tokens behind 100 virtual tokens, greedily.
+
+    The texts are equally long, because PEFT gets padded ones wrong. The base model's time to the first token is that of
+    `generate` of transformers, and of ours without a prompt, whichever is shorter.
+    """
+    model = load("smollm2")
+    rows = sp.load_data(f"{data}/awesome-chatgpt-prompts/prompts.csv[:16]", {"text": "prompt"})
+    ids = torch.tensor([model.tokenizer(row["text"])["input_ids"][:16] for row in rows])
+    texts = model.tokenizer.batch_decode(ids)
+    prompt = sp.SoftPrompt(text_prompt(model, 100, "Continue the text in the same manner:\n"), record_of(model))
+    wrapped = peft_model(model.hf_model, prompt.embeddings).eval()
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("softprompt", "peft", "first", "base", "plain")}
+
+    def theirs(hf_model: Any, count: int) -> Tensor:
+        hf_model.generation_config.pad_token_id = model.tokenizer.eos_token_id
+        made: Tensor = hf_model.generate(**given, max_new_tokens=count, do_sample=False)
+        return made[:, -count:] if made.shape[1] > count else made
+
+    for _ in range(1 + repeats):
+        with timed(seconds["softprompt"]):
+            ours = sp.generate(model, texts, prompt, sp.GenerateConfig(max_new_tokens=64), raw=True)
+        with timed(seconds["peft"]):
+            peft = theirs(wrapped, 64)
+        with timed(seconds["first"]):
+            sp.generate(model, texts, prompt, sp.GenerateConfig(max_new_tokens=1), raw=True)
+        with timed(seconds["base"]):
+            theirs(model.hf_model, 1)
+        with timed(seconds["plain"]):
+            sp.generate(model, texts, None, sp.GenerateConfig(max_new_tokens=1), raw=True)
+    expected = model.tokenizer.batch_decode(peft, skip_special_tokens=True)
+    same = sum(a == b for a, b in zip(ours, expected, strict=True))
+    timings = {name: each[1:] for name, each in seconds.items()}
+    base = [min(pair) for pair in zip(timings["base"], timings["plain"], strict=True)]
+    return {
+        "settings": {"rows": 16, "new_tokens": 64, "num_virtual_tokens": 100},
+        "seconds": {name: [round(s, 3) for s in each] for name, each in timings.items()},
+        "faster": ratio(timings["peft"], timings["softprompt"]),
+        "first_token_over_base": ratio(timings["first"], base),
+        "same_texts": same,
+    }
+
+
+def record_of(model: sp.FrozenModel) -> Any:
+    """Return what a prompt for plain text says of itself."""
+    from softprompt.prompt.soft_prompt import Record, base_model_record
+
+    return Record(base_model=base_model_record(model))
+
+
+def start(data: Path, repeats: int) -> dict[str, Any]:
+    """Time a run from the command to the end of its first step, the bundled model being in its kept form."""
+    load("smollm2")  # fetched and converted, if that has not been done yet
+    runs = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.time()
+            command = [sys.executable, __file__, f"{data}/sst2/train.jsonl", f"{folder}/run"]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        moments = json.loads(done.stdout.splitlines()[-1])
+        before, phases = began, {}
+        for name, moment in moments.items():
+            phases[name], before = round(moment - before, 2), moment
+        runs.append({**phases, "in all": round(before - began, 2)})
+    return {"seconds": {name: [run[name] for run in runs] for name in runs[0]}}
+
+
+def first_step(rows: str, out: str) -> None:
+    """Run `softprompt tune` in this process, for one step, and print when each phase was over."""
+    moments: dict[str, float] = {}
+
+    from softprompt.cli import show, tune_verbs
+    from softprompt.training import tune
+
+    moments["imports"] = time.time()
+    del tune
+
+    class Told(show.TerminalWatcher):
+        def begin(self, plan: Any, step: int) -> None:
+            moments["model, rows, settings"] = time.time()
+
+        def evaluation(self, step: int, values: dict[str, float]) -> None:
+            moments.setdefault("first evaluation", time.time())
+
+        def step(self, step: int, loss: float) -> None:
+            moments["first step"] = time.time()
+
+        def end(self) -> None:
+            pass
+
+    show.TerminalWatcher = Told  # type: ignore[misc]
+    tune_verbs.tune([rows, "--out", out, "--set", "max_steps=1"], standalone_mode=False)
+    print(json.dumps(moments))
+
+
+if __name__ == "__main__":
+    first_step(*sys.argv[1:])
