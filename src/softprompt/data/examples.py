@@ -120,11 +120,11 @@ class Encoder:
     def inputs(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
         """Return the ids of each row's input alone, as they stand before a target."""
 
-        def alone(row: Row) -> Example:
-            ids = (*self.leading, *self._ids(self._input(row)))
-            return Example(ids, len(ids))
+        def alone(text: str) -> list[Example]:
+            ids = (*self.leading, *self._ids(text))
+            return [Example(ids, len(ids))]
 
-        return [alone(self._fitted(row, alone, f"text {n}")).ids for n, row in enumerate(rows, start=1)]
+        return [self._fitted(row, alone, f"text {n}")[0].ids for n, row in enumerate(rows, start=1)]
 
     def _check_labels(self, rows: Rows) -> None:
         known = self.format.verbalizers
@@ -141,38 +141,28 @@ class Encoder:
         return Example(tuple(ids[: self.max_length]), len(self.leading))
 
     def _pair(self, row: Row, target: str, where: str) -> Example:
-        def joined(row: Row) -> Example:
-            return self._joined(self._input(row), target)
-
-        self._check_target(joined(row), where)
-        return joined(self._fitted(row, joined, where))
+        return self._fitted(row, lambda text: [self._joined(text, target)], where)[0]
 
     def _variants(self, row: Row, where: str) -> list[Example]:
         """Return an example for every label, all behind the same input: the longest label says where it is cut."""
+        targets = self.format.verbalizers.values()
+        return self._fitted(row, lambda text: [self._joined(text, target) for target in targets], where)
 
-        def joined(row: Row) -> list[Example]:
-            return [self._joined(self._input(row), target) for target in self.format.verbalizers.values()]
+    def _fitted(self, row: Row, encode: Callable[[str], list[Example]], where: str) -> list[Example]:
+        """Encode a row's input in one way or several, and shorten its longest column until the longest of them fits.
 
-        def longest(row: Row) -> Example:
-            return max(joined(row), key=lambda example: len(example.ids))
-
-        for example in joined(row):
-            self._check_target(example, where)
-        return joined(self._fitted(row, longest, where))
-
-    def _check_target(self, example: Example, where: str) -> None:
-        if example.targets >= self.max_length:
-            raise DataError(
-                f"{where}: the target alone has {example.targets} tokens, but max_length is {self.max_length}; "
-                "raise max_length, or shorten the target"
-            )
-
-    def _fitted(self, row: Row, encode: Callable[[Row], Example], where: str) -> Row:
-        """Shorten the longest column until the example fits: the template's own words and the target stay whole."""
-        example = encode(row)
-        self.truncated += len(example.ids) > self.max_length
+        The template's own words and the target stay whole.
+        """
+        examples = encode(self._input(row))
+        for example in examples:
+            if example.targets >= self.max_length:
+                raise DataError(
+                    f"{where}: the target alone has {example.targets} tokens, but max_length is {self.max_length}; "
+                    "raise max_length, or shorten the target"
+                )
+        self.truncated += max(len(example.ids) for example in examples) > self.max_length
         short = dict(row)
-        while (excess := len(example.ids) - self.max_length) > 0:
+        while (excess := max(len(example.ids) for example in examples) - self.max_length) > 0:
             longest = max(self.format.columns, key=lambda column: len(short[column]))
             offsets = self.tokenizer(short[longest], add_special_tokens=False, return_offsets_mapping=True)
             starts = [start for start, _ in offsets["offset_mapping"]]
@@ -181,8 +171,8 @@ class Encoder:
             cut = starts[max(len(starts) - excess, 0)]
             # At least one letter: some offsets leave out the space that a token begins with.
             short[longest] = short[longest][: min(cut, len(short[longest]) - 1)]
-            example = encode(short)
-        return short
+            examples = encode(self._input(short))
+        return examples
 
     def _joined(self, text: str, target: str) -> Example:
         whole = text + self.format.joined(text, target)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from scipy.stats import binomtest
 
 _RESAMPLES = 1000
 
@@ -22,6 +21,8 @@ class Metric(BaseModel):
 
 def proportion(right: NDArray[np.bool_]) -> Metric:
     """Return a share of rows with Wilson's interval (Wilson 1927)."""
+    from scipy.stats import binomtest  # here, because it takes a quarter of a second
+
     interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
     return Metric(value=float(right.mean()), low=float(interval.low), high=float(interval.high))
 
