@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 import softprompt as sp
 from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Example
+from softprompt.model.products import products
 from softprompt.training.plan import Plan
 
 _MULTIPLY_ADD = 2
@@ -87,10 +88,11 @@ def rate(weights: Sequence[torch.Tensor], rows: int) -> float:
     rows = max(1, rows)
     inputs = {n: torch.randn(rows, n).to(weights[0]) for n in Counter(n for w in weights for n in w.shape)}
     best = float("inf")
-    for _ in range(2):
-        began = time.perf_counter()
-        for weight in weights:
-            linear(inputs[weight.shape[1]], weight)
-            inputs[weight.shape[0]] @ weight
-        best = min(best, time.perf_counter() - began)
+    with products():  # in the library that our side takes: the faster one
+        for _ in range(2):
+            began = time.perf_counter()
+            for weight in weights:
+                linear(inputs[weight.shape[1]], weight)
+                linear(inputs[weight.shape[0]], weight.t())
+            best = min(best, time.perf_counter() - began)
     return _MULTIPLY_ADD * _PASSES * rows * sum(weight.numel() for weight in weights) / best

@@ -200,7 +200,7 @@ class _CachedRows:
     def read(self, tokens: list[int]) -> Tensor:
         """Add a token to every row and return the logits after it, `[rows, V]`."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        with self.model.way.lock:
+        with self.model.way.running():
             logits: Tensor = self.model.hf_model(
                 input_ids=torch.tensor(tokens, device=self.model.device).unsqueeze(1),
                 past_key_values=self.cache,

@@ -29,7 +29,7 @@ class Cached(Way):
         # An explicit cache: the model's default one drops what lies outside a sliding window.
         cache = DynamicCache()
         taken: list[Tensor] = []
-        with self.lock, self.head.skipped(taken.append):
+        with self.running(), self.head.skipped(taken.append):
             self.hf_model(
                 inputs_embeds=embeddings,
                 past_key_values=cache,
@@ -59,7 +59,7 @@ class Cached(Way):
         mask = torch.cat([torch.ones(count, length), real], dim=1).long().to(device)
         taken: list[Tensor] = []
         cache = expanded_cache(prefix, count, self.hf_model.dtype)
-        with self.lock, self.head.skipped(taken.append):
+        with self.running(), self.head.skipped(taken.append):
             self.hf_model(
                 input_ids=ids,
                 past_key_values=cache,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import RLock
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,14 +25,14 @@ class Head:
 
     Args:
         hf_model: a causal language model.
-        lock: held while the model is hooked.
+        running: a context to run the model in; nobody else does while it lasts.
     """
 
-    def __init__(self, hf_model: PreTrainedModel, lock: RLock) -> None:
+    def __init__(self, hf_model: PreTrainedModel, running: Callable[[], AbstractContextManager[None]]) -> None:
         head = hf_model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(hf_model).__name__} has no output head; give a causal language model")
-        self._model, self._module, self._lock = hf_model, head, lock
+        self._model, self._module, self._running = hf_model, head, running
         self._decoder = hf_model.get_decoder()
         self._empty: Any = None  # a decoder's output without positions, of the kind that the model itself gives
 
@@ -57,7 +56,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[R, V]` of what `skipped` took, `[R, H]`."""
-        with self._lock, replaced(self._decoder, lambda *_args, **_kwargs: self._empty):
+        with self._running(), replaced(self._decoder, lambda *_args, **_kwargs: self._empty):
             handle = self._module.register_forward_pre_hook(lambda _module, _args: (hidden.unsqueeze(0),))
             try:
                 one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)

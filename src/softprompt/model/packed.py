@@ -56,7 +56,7 @@ class Packed(Way):
     @contextmanager
     def _running(self, row: Row) -> Iterator[None]:
         config = self.hf_model.config
-        with self.lock, ExitStack() as stack:
+        with self.running(), ExitStack() as stack:
             for module, stand_in in self._stand_ins:
                 stack.enter_context(replaced(module, stand_in))
             before = config._attn_implementation

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from softprompt.model.head import Head
 from softprompt.model.prefix import Prefix
+from softprompt.model.products import products
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ class Way(ABC):
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         self.hf_model = hf_model
-        # A pass hooks the head and may switch the attention of the one model that all threads share.
         self.lock = RLock()
-        self.head = Head(hf_model, self.lock)
+        self.head = Head(hf_model, self.running)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Have the model alone: a pass hooks it, and may switch the attention of the one that all threads share."""
+        with self.lock, products():
+            yield
 
     @abstractmethod
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
