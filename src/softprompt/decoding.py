@@ -90,7 +90,7 @@ class _Decoder:
     def decode(self, prefix: Prefix, lines: list[_Line]) -> None:
         """Add tokens to each line, the most probable or drawn ones, until it ends or its room is used up."""
         logits, prefixes = _read(self.model, prefix, lines)
-        rows, going = _CachedRows(self.model, prefixes), list(lines)
+        rows, going = None, list(lines)
         while True:
             alive = []
             for place, (line, row) in enumerate(zip(going, logits.float().cpu(), strict=True)):
@@ -101,9 +101,11 @@ class _Decoder:
                         alive.append(place)
             if not alive:
                 return
-            if len(alive) < len(going):
+            if rows is None:  # only now: no row is built for texts that end with their first token
+                rows = _CachedRows(self.model, [prefixes[i] for i in alive])
+            elif len(alive) < len(going):
                 rows.select(alive)
-                going = [going[i] for i in alive]
+            going = [going[i] for i in alive]
             logits = rows.read([line.ids[-1] for line in going])
 
     def search(self, prefix: Prefix, line: _Line) -> None:
