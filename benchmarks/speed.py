@@ -29,6 +29,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 import inference
+import start
 import training
 from softprompt.training.run_folder import environment
 
@@ -38,7 +39,7 @@ CASES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "E-sst2": inference.sst2,
     "E-banking77": inference.banking77,
     "F": inference.generation,
-    "start": inference.start,
+    "start": start.measure,
 }
 TARGETS = {**{name: case.faster for name, case in training.CASES.items()}, "E-sst2": 3, "E-banking77": 10, "F": 1}
 
