@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 DATA ?= ../shared/data
 BENCH ?=
 
-.PHONY: install demo test lint bench bench-defaults docs clean
+.PHONY: install demo test lint bench bench-growth bench-defaults docs clean
 
 install: .venv/.installed
 
@@ -19,7 +19,7 @@ install: .venv/.installed
 	touch $@
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) '.[test,lint]'
+	$(INSTALL) '.[test,lint,bench]'
 	touch $@ .venv/.installed
 
 demo: install
@@ -35,6 +35,9 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/speed.py --data $(DATA) $(BENCH)
+
+bench-growth: .venv/.installed-dev
+	$(BIN)/python benchmarks/growth.py $(BENCH)
 
 bench-defaults: .venv/.installed-dev
 	$(BIN)/python benchmarks/defaults.py --data $(DATA) $(BENCH)

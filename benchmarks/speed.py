@@ -91,17 +91,8 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         lines += ["", f"From the command to the end of the first step: {phases}; target 10 s in all."]
     last = max(records.values(), key=lambda r: str(r["date"]))
     versions = ", ".join(f"{name} {version}" for name, version in last["environment"].items())
-    lines += ["", f"{last['date']}, {last['cores']} cores ({last['processor']}); {versions}."]
+    lines += ["", f"{last['date']}, {last['cores']} cores; {versions}."]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """Return the processor's name, as Linux knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:
@@ -125,7 +116,6 @@ def main() -> None:
             "case": name,
             **CASES[name](options.data, options.repeats),
             "cores": os.cpu_count(),
-            "processor": processor(),
             "date": date.today().isoformat(),
             "environment": environment(),
         }

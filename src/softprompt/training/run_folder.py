@@ -204,6 +204,7 @@ def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
 def environment() -> dict[str, str]:
     """Return versions and machine."""
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    found["processor"] = _processor()
     for package in ("softprompt", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
         try:
             found[package] = version(package)
@@ -212,3 +213,12 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def _processor() -> str:
+    """Return the processor's name, as the system knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
