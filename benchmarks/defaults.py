@@ -17,6 +17,7 @@ sentences), `banking77/{train,validation,test}.jsonl` (Casanueva et al. 2020) an
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import time
@@ -118,6 +119,8 @@ CASES = {
             "learning rate 0.01": {"learning_rate": 0.01},
             "random": {"init": "random"},
             "template Sentiment:": {"template": "{{ text }}\nSentiment:"},
+            "bfloat16": {"dtype": "bfloat16"},
+            "float16": {"dtype": "float16"},
         },
     ),
     "e2e": Case(files("e2e", 500), {"defaults": {}}, "bleu"),
@@ -139,10 +142,17 @@ CASES = {
 }
 
 
-def run(case: str, variant: str, seed: int, model: sp.FrozenModel, data: Path) -> dict[str, Any]:
+@functools.cache
+def base(dtype: str) -> sp.FrozenModel:
+    """Load the base model in a precision."""
+    return sp.load_model(dtype=dtype)
+
+
+def run(case: str, variant: str, seed: int, data: Path) -> dict[str, Any]:
     """Tune once, or go on with it, and score the prompt on rows that were not used."""
     train, test, validation = CASES[case].rows(data)
     settings = {"seed": seed, **CASES[case].variants[variant]}
+    model = base(settings.get("dtype", "auto"))
     if callable(settings.get("verbalizers")):
         settings["verbalizers"] = {label: settings["verbalizers"](label) for label in train.labels}
     folder = Path("runs/defaults") / re.sub(r"[^a-z0-9]+", "-", f"{case} {variant} {seed}".lower())
@@ -175,8 +185,8 @@ def samples(model: sp.FrozenModel, test: sp.Rows, prompt: sp.SoftPrompt, done: s
     }
     chosen = list(each.values())[:: max(1, len(each) // 3)][:3]
     config = sp.GenerateConfig(max_new_tokens=60)
-    base = sp.generate(model, [row["input"] for row in chosen], prompt, config, virtual_tokens=False)
-    return [{**row, "without_prompt": text} for row, text in zip(chosen, base, strict=True)]
+    texts = sp.generate(model, [row["input"] for row in chosen], prompt, config, virtual_tokens=False)
+    return [{**row, "without_prompt": text} for row, text in zip(chosen, texts, strict=True)]
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -216,14 +226,13 @@ def main() -> None:
     options = parser.parse_args()
     file = RESULTS / "defaults.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    model = sp.load_model()
     for case in options.cases or CASES:
         for seed in range(options.seeds):
             for variant in options.variants or CASES[case].variants:
                 if any((r["case"], r["variant"], r["seed"]) == (case, variant, seed) for r in records):
                     continue
                 began = time.monotonic()
-                record = run(case, variant, seed, model, options.data)
+                record = run(case, variant, seed, options.data)
                 records.append(record)
                 with file.open("a") as out:
                     out.write(json.dumps(record) + "\n")
