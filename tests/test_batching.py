@@ -173,7 +173,7 @@ def test_rows_with_one_input_stay_on_one_side() -> None:
         data = load_data([{"input": q, "target": str(i)} for i, q in enumerate(questions)])
         train, validation = split_rows(data, None, generate.randint(5, 50), seed)
         assert validation is not None
-        assert not set(train.inputs) & set(validation.inputs)
+        assert not {row["input"] for row in train} & {row["input"] for row in validation}
         assert sorted([*(r["target"] for r in train), *(r["target"] for r in validation)], key=int) == [
             r["target"] for r in data
         ]

@@ -141,7 +141,7 @@ def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
 ) -> None:
     monkeypatch.setattr("softprompt.model.memory.available_memory", lambda _device: free)
     plan = make_plan(llama, load_data(reviews), short())
-    tokens, lengths = plan.config.micro_batch_tokens, [len(e.ids) for e in plan.examples]
+    tokens, lengths = plan.config.micro_batch_tokens, [len(plan.examples[i].ids) for i in plan.taken]
     assert tokens is not None
     if expected is None:
 

@@ -202,7 +202,8 @@ def rows_line(plan: Plan) -> str:
     held = f"{len(plan.validation)} validation rows" if plan.validation is not None else "no validation rows"
     cut = f", {plan.encoder.truncated} cut to {plan.encoder.max_length} tokens" if plan.encoder.truncated else ""
     shared = f"; all begin with the same text ({len(plan.text)} tokens), which is run once a step" if plan.text else ""
-    return f"{len(plan.train)} training rows, {held}{cut}{shared}"
+    part = f" ({len(plan.taken)} of them taken)" if len(plan.taken) < len(plan.train) else ""
+    return f"{len(plan.train)} training rows{part}, {held}{cut}{shared}"
 
 
 def print_json(record: Mapping[str, Any]) -> None:

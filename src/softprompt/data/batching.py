@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softprompt.data.examples import Example
 
@@ -15,12 +17,18 @@ def draw(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
     It depends on nothing but its arguments, so that a resumed run needs no saved random state.
     """
     first, last = step * batch_size, (step + 1) * batch_size
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(rows) for epoch in _epochs(rows, first, last)}
-    return [int(orders[place // rows][place % rows]) for place in range(first, last)]
+    return [int(_order(rows, seed, place // rows)[place % rows]) for place in range(first, last)]
 
 
-def _epochs(rows: int, first: int, last: int) -> range:
-    return range(first // rows, (last - 1) // rows + 1)
+def taken(rows: int, batch_size: int, steps: int, seed: int) -> NDArray[np.int64]:
+    """Return the rows that so many steps take, in ascending order."""
+    total = batch_size * steps
+    return np.arange(rows) if total >= rows else np.sort(_order(rows, seed, 0)[:total])
+
+
+@lru_cache(maxsize=2)  # a step's rows are of one pass, or of two that follow each other
+def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def micro_batches(examples: Sequence[Example], budget: int, held: int = 0, padded: bool = False) -> list[list[int]]:

@@ -97,10 +97,15 @@ class Encoder:
         Raises:
             DataError: a label without a verbalizer, or a target that does not fit in `max_length`.
         """
-        if self.format.task == "text":
-            return [self._text(row) for row in rows]
         self._check_labels(rows)
-        return [self._pair(row, self.format.target(row), f"{rows.name}, row {n}") for n, row in enumerate(rows, 1)]
+        return [self.example(row, f"{rows.name}, row {n}") for n, row in enumerate(rows, 1)]
+
+    def example(self, row: Row, where: str) -> Example:
+        """Return the example of one row, whose label has a verbalizer; errors name it by `where`."""
+        if self.format.task == "text":
+            return self._text(row)
+        target = self.format.target(row)
+        return self._fitted(row, lambda text: [self._joined(text, target)], where)[0]
 
     def choices(self, rows: Rows) -> list[Choices]:
         """Return, for each row, its input and the tokens of every label behind it."""
@@ -127,9 +132,11 @@ class Encoder:
         return [self._fitted(row, alone, f"text {n}")[0].ids for n, row in enumerate(rows, start=1)]
 
     def _check_labels(self, rows: Rows) -> None:
+        if self.format.task != "classification":
+            return
         known = self.format.verbalizers
         for number, row in enumerate(rows, start=1):
-            if self.format.task == "classification" and row["label"] not in known:
+            if row["label"] not in known:
                 raise DataError(
                     f"{rows.name}, row {number}: the label {row['label']!r} is not one that was learned: "
                     f"{', '.join(known)}{nearest(row['label'], known)}"
@@ -139,9 +146,6 @@ class Encoder:
         ids = [*self.leading, *self._ids(self._input(row))]
         self.truncated += len(ids) > self.max_length
         return Example(tuple(ids[: self.max_length]), len(self.leading))
-
-    def _pair(self, row: Row, target: str, where: str) -> Example:
-        return self._fitted(row, lambda text: [self._joined(text, target)], where)[0]
 
     def _variants(self, row: Row, where: str) -> list[Example]:
         """Return an example for every label, all behind the same input: the longest label says where it is cut."""

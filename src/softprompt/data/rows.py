@@ -9,11 +9,13 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from softprompt.data.spool import SpooledRows, kept
 from softprompt.errors import DataError, nearest
 
 Task = Literal["classification", "completion", "text"]
@@ -22,6 +24,7 @@ Row = dict[str, str]
 TARGET_COLUMN: dict[Task, str | None] = {"classification": "label", "completion": "target", "text": None}
 INPUT_COLUMN: dict[Task, str] = {"classification": "text", "completion": "input", "text": "text"}
 _MAPPABLE = ("text", "label", "input", "target")
+_AT_ONCE = 1000  # rows of a table that are turned into dictionaries together
 _RANGE = re.compile(r"^(?P<path>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
 
 
@@ -31,12 +34,12 @@ class Rows(Sequence[Row]):
 
     Attributes:
         rows: each a dictionary of strings; the task's own columns are named `text` and `label`, or `input` and
-            `target`, or `text`.
+            `target`, or `text`. Many rows lie in a temporary file.
         task: what is to be learned from them.
         name: where they come from, for messages and reports.
     """
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     task: Task
     name: str
 
@@ -52,13 +55,17 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def inputs(self) -> list[str]:
-        """What each row asks, in lower case and with single spaces: rows that share one are the same question."""
-        return [" ".join(row[INPUT_COLUMN[self.task]].lower().split()) for row in self.rows]
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def question(self, row: Row) -> str:
+        """What a row asks, in lower case and with single spaces: rows that share one are the same question."""
+        return " ".join(row[INPUT_COLUMN[self.task]].lower().split())
 
     def pick(self, indices: Iterable[int]) -> Rows:
         """Return the rows at some indices, in that order."""
+        if isinstance(self.rows, SpooledRows):
+            return replace(self, rows=self.rows.pick(indices))
         return replace(self, rows=tuple(self.rows[i] for i in indices))
 
     @property
@@ -69,7 +76,12 @@ class Rows(Sequence[Row]):
     @property
     def sha256(self) -> str:
         """A hash of what the rows say, whichever file format they came in."""
-        return hashlib.sha256(json.dumps([self.task, self.rows], sort_keys=True).encode()).hexdigest()
+        encode = json.JSONEncoder(sort_keys=True).encode
+        digest = hashlib.sha256(f"[{encode(self.task)}, [".encode())  # of [task, rows], a row after the other
+        for number, row in enumerate(self.rows):
+            digest.update(f"{', ' if number else ''}{encode(row)}".encode())
+        digest.update(b"]]")
+        return digest.hexdigest()
 
 
 def load_data(
@@ -88,36 +100,43 @@ def load_data(
 
     Raises:
         DataError: no such file, a line that cannot be read, a column that is missing, no rows, an empty value.
+        StorageError: there are many rows, and no room for a temporary file.
     """
     if isinstance(source, (str, Path)):
-        name, window = _split_range(str(source))
-        records = _read(name)[window]
+        name, start, stop = _split_range(str(source))
+        records: Iterator[dict[str, Any]] = islice(_read(name), start, stop)
         name = str(source)
     else:
         name, records = "rows", _dictionaries(source)
-    if not records:
+    first = next(records, None)
+    if first is None:
         raise DataError(f"{name} has no rows; give at least one, with the column names in the first line of a CSV")
-    return _named(records, dict(map or {}), task, name)
+    task, names = _named(list(first), dict(map or {}), task, name)
+    return Rows(kept(_rows(chain([first], records), names, name)), task, name)
 
 
-def _dictionaries(source: Any) -> list[dict[str, Any]]:
+def _dictionaries(source: Any) -> Iterator[dict[str, Any]]:
     pandas = sys.modules.get("pandas")  # whoever has a data frame has imported it
     if pandas is not None and isinstance(source, pandas.DataFrame):
-        return list(source.to_dict("records"))
-    return [dict(record) for record in source]
+        for start in range(0, len(source), _AT_ONCE):
+            yield from source.iloc[start : start + _AT_ONCE].to_dict("records")
+    else:
+        for record in source:
+            yield dict(record)
 
 
-def _split_range(source: str) -> tuple[str, slice]:
+def _split_range(source: str) -> tuple[str, int | None, int | None]:
     match = _RANGE.match(source)
     if not match:
-        return source, slice(None)
+        return source, None, None
     start, stop = (int(match[group]) if match[group] else None for group in ("start", "stop"))
-    return match["path"], slice(start, stop)
+    return match["path"], start, stop
 
 
-def _read(source: str) -> list[dict[str, Any]]:
+def _read(source: str) -> Iterator[dict[str, Any]]:
     if source.startswith("hub:"):
-        return _read_hub(source.removeprefix("hub:"))
+        yield from _read_hub(source.removeprefix("hub:"))
+        return
     path = Path(source)
     try:
         missing = not path.exists()
@@ -132,37 +151,43 @@ def _read(source: str) -> list[dict[str, Any]]:
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(readers)}")
     try:
-        return readers[path.suffix.lower()](path, path.read_bytes())
+        yield from readers[path.suffix.lower()](path)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _decoded(path: Path, content: bytes) -> str:
+def _lines(path: Path) -> Iterator[str]:
+    """Give a file's lines, each with the line feed that ends it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from error
+            yield text
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
-
-
-def _read_parquet(path: Path, content: bytes) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowInvalid, BufferReader
-        from pyarrow.parquet import read_table
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DataError(f"{path} needs the package pyarrow: pip install 'softprompt[parquet]'") from error
     try:
-        records: list[dict[str, Any]] = read_table(BufferReader(content)).to_pylist()
+        with path.open("rb") as file:
+            # As pyarrow sets these, a whole column of a row group is read at once.
+            for batch in ParquetFile(file, buffer_size=2**16, pre_buffer=False).iter_batches(_AT_ONCE):
+                yield from batch.to_pylist()
     except ArrowInvalid as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
-    return records
 
 
-def _read_csv(path: Path, content: bytes) -> list[dict[str, Any]]:
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
-    reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), strict=True)
-    records = []
+    # The module wants every line by itself, and a carriage return alone ends one too.
+    lines = chain.from_iterable(io.StringIO(line, newline="") for line in _lines(path))
+    reader = csv.reader(lines, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         for separator in (";", "\t", "|"):
@@ -179,15 +204,14 @@ def _read_csv(path: Path, content: bytes) -> list[dict[str, Any]]:
                     f"{path}, line {reader.line_num}: {len(values)} values where the first line names "
                     f"{len(header)} columns; a value with a comma or a quote in it must stand in quotes"
                 )
-            records.append(dict(zip(header, values, strict=True)))
+            yield dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes") from error
-    return records
 
 
-def _read_jsonl(path: Path, content: bytes) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(_decoded(path, content).split("\n"), start=1):
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    for number, ended in enumerate(_lines(path), start=1):
+        line = ended.removesuffix("\n")
         if not line.strip():
             continue
         try:
@@ -196,24 +220,23 @@ def _read_jsonl(path: Path, content: bytes) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(record, dict):
             raise DataError(f'{path}, line {number}: must be an object such as {{"text": …}}, not {line[:40]!r}')
-        records.append(record)
-    return records
+        yield record
 
 
-def _read_hub(source: str) -> list[dict[str, Any]]:
+def _read_hub(source: str) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(f"hub:{source} needs the package datasets: pip install 'softprompt[hub]'") from error
     name, _, split = source.partition(":")
     try:
-        return [dict(record) for record in load_dataset(name, split=split or "train")]
+        yield from _dictionaries(load_dataset(name, split=split or "train"))
     except Exception as error:  # datasets raises many kinds, network errors among them; all mean the same here
         raise DataError(f"cannot load the data set {name!r}, split {split or 'train'!r}: {error}") from error
 
 
-def _named(records: list[dict[str, Any]], mapping: dict[str, str], task: Task | None, name: str) -> Rows:
-    columns = list(records[0])
+def _named(columns: list[str], mapping: dict[str, str], task: Task | None, name: str) -> tuple[Task, dict[str, str]]:
+    """Return the task, and for each of its columns the one that holds it."""
     for target, column in mapping.items():
         if target not in _MAPPABLE:
             raise DataError(f"cannot map {target!r}{nearest(target, _MAPPABLE)}; allowed are {', '.join(_MAPPABLE)}")
@@ -235,15 +258,17 @@ def _named(records: list[dict[str, Any]], mapping: dict[str, str], task: Task | 
     for column in needed:
         if column not in names:
             raise DataError(f"{task} needs a column {column!r}: {name} has {', '.join(columns)}; add --map {column}=…")
-    rows = []
+    return task, {column: names[column] for column in needed}
+
+
+def _rows(records: Iterable[dict[str, Any]], names: Mapping[str, str], name: str) -> Iterator[Row]:
     for number, record in enumerate(records, start=1):
         row = {key: _text(value) for key, value in record.items()}
-        row.update({column: row.get(names[column], "") for column in needed})
-        for column in needed:
+        row.update({column: row.get(held, "") for column, held in names.items()})
+        for column, held in names.items():
             if not row[column].strip():
-                raise DataError(f"{name}, row {number}: the column {names[column]!r} is empty")
-        rows.append(row)
-    return Rows(tuple(rows), task, name)
+                raise DataError(f"{name}, row {number}: the column {held!r} is empty")
+        yield row
 
 
 def _text(value: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import hashlib
+from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softprompt.data.rows import Rows
 from softprompt.errors import DataError
@@ -41,42 +43,81 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
             f"{data.name} has {len(data)} rows, too few to hold any back for validation; give --eval-data, or "
             "--set eval_rows=0 to keep the last prompt"
         )
-    same: dict[str, list[int]] = defaultdict(list)
-    for i, text in enumerate(data.inputs):
-        same[text].append(i)
-    chosen = set(_stratified(data, list(same.values()), held, generator))
-    if not chosen:
+    keys = _keys(data)
+    units = _numbered(keys["question"])
+    chosen = _stratified(keys["label"], units, held, generator)
+    if not chosen.any():
         raise DataError(
-            f"{data.name} has {len(same)} different inputs, each in too many rows to hold any back for validation; "
-            "give --eval-data, or --set eval_rows=0 to keep the last prompt"
+            f"{data.name} has {units.max() + 1} different inputs, each in too many rows to hold any back for "
+            "validation; give --eval-data, or --set eval_rows=0 to keep the last prompt"
         )
-    train = [i for i in range(len(data)) if i not in chosen]
-    return data.pick(train), data.pick(sorted(chosen))
+    return data.pick(np.flatnonzero(~chosen)), data.pick(np.flatnonzero(chosen))
 
 
 def sample(data: Rows, rows: int, seed: int) -> Rows:
     """Return at most so many rows, drawn so that every label keeps its share, in their old order."""
     if rows >= len(data):
         return data
-    alone = [[i] for i in range(len(data))]
-    return data.pick(sorted(_stratified(data, alone, rows, np.random.default_rng(seed))))
+    drawn = _stratified(_keys(data)["label"], np.arange(len(data)), rows, np.random.default_rng(seed))
+    return data.pick(np.flatnonzero(drawn))
 
 
 def seen_before(train: Rows, validation: Rows) -> int:
     """Return how many validation rows ask what a training row asks too: on those a prompt looks better than it is."""
-    known = set(train.inputs)
-    return sum(text in known for text in validation.inputs)
+    asked = {validation.question(row) for row in validation}
+    known = {question for row in train if (question := train.question(row)) in asked}
+    return sum(validation.question(row) in known for row in validation)
 
 
-def _stratified(data: Rows, units: list[list[int]], wanted: int, generator: np.random.Generator) -> list[int]:
-    """Draw units of rows, `wanted` rows at most, so that every label that is not rare keeps its share."""
-    by_label: dict[str, list[list[int]]] = defaultdict(list)
-    for n in generator.permutation(len(units)).tolist():
-        by_label[data[units[n][0]].get("label", "") if data.task == "classification" else ""].append(units[n])
+def _keys(data: Rows) -> NDArray[np.void]:
+    """Return, for each row, a hash of its question and a number for its label."""
+    numbers: dict[str, int] = {}
+
+    def each() -> Iterator[tuple[int, int]]:
+        for row in data:
+            question = data.question(row).encode("utf-8", "surrogatepass")
+            label = row["label"] if data.task == "classification" else ""
+            # 64 bits: among a million questions, two are taken for one with a probability of 3e-8.
+            digest = hashlib.blake2b(question, digest_size=8).digest()
+            yield int.from_bytes(digest, "little"), numbers.setdefault(label, len(numbers))
+
+    return np.fromiter(each(), [("question", np.uint64), ("label", np.int64)], len(data))
+
+
+def _numbered(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Replace every key by a number, counted from 0 in the order in which they first occur."""
+    _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
+
+
+def _stratified(
+    labels: NDArray[np.int64], units: NDArray[np.int64], wanted: int, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Draw units of rows, `wanted` rows at most, so that every label that is not rare keeps its share.
+
+    Args:
+        labels: each row's; a unit counts for the label of its first row.
+        units: each row's, numbered in the order of their first rows.
+        wanted: the most rows.
+        generator: what is drawn with.
+
+    Returns:
+        For each row whether it was drawn.
+    """
+    _, first, sizes = np.unique(units, return_index=True, return_counts=True)
+    order = generator.permutation(len(first))
+    label = labels[first[order]]
     # Every unit's place within its label, as a share: those with the smallest are drawn evenly from all labels.
-    places = [((n + 0.5) / len(group), unit) for group in by_label.values() for n, unit in enumerate(group)]
-    drawn: list[int] = []
-    for _, unit in sorted(places):
-        if len(drawn) + len(unit) <= wanted:
-            drawn += unit
-    return drawn
+    counts = np.bincount(label)
+    together = np.argsort(label, kind="stable")
+    place = np.empty(len(order))
+    place[together] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shares = (place + 0.5) / counts[label]
+    drawn = np.zeros(len(first), np.bool_)
+    for unit in order[np.lexsort((order, shares))]:
+        if sizes[unit] <= wanted:
+            drawn[unit] = True
+            wanted -= sizes[unit]
+        if not wanted:
+            break
+    return drawn[units]

@@ -49,7 +49,7 @@ class Forecast(BaseModel):
 
 def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     """Run one step of a plan, keep nothing of it, and say what the whole run would take."""
-    config, examples = plan.config, plan.examples
+    config, examples, extent = plan.config, plan.examples, plan.extent
     assert config.batch_size and config.micro_batch_tokens and config.max_steps and config.eval_every
     batch = [examples[i] for i in draw(len(examples), config.batch_size, 0, config.seed)]
     cut = micro_batches(batch, config.micro_batch_tokens, len(plan.text), model.way.pads)
@@ -57,21 +57,21 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     prompt_gradient(model, plan.start, plan.text, [[batch[i] for i in part] for part in cut])
     seconds = time.monotonic() - began
 
-    lengths = [len(e.ids) for e in examples]
+    mean = extent.tokens / extent.rows
     per_token = seconds / sum(len(e.ids) for e in batch)
     scored = len(plan.validation) if plan.validation is not None else 0
-    evaluations = (config.max_steps // config.eval_every + 1) * scored * sum(lengths) / len(lengths) / _BACKWARD
+    evaluations = (config.max_steps // config.eval_every + 1) * scored * mean / _BACKWARD
     virtual, width = plan.start.shape
     at_once = max(sum(len(batch[i].ids) for i in part) for part in cut) + virtual
     targets = max(sum(batch[i].targets for i in part) for part in cut)
-    needed = at_once * bytes_per_token(model, virtual, max(lengths)) + logits_bytes(model, targets)
+    needed = at_once * bytes_per_token(model, virtual, extent.longest) + logits_bytes(model, targets)
     return Forecast(
         way=model.way.name,
         virtual_tokens=virtual,
         width=width,
         parameters=plan.start.numel(),
-        mean_tokens=sum(lengths) / len(lengths),
-        longest=max(lengths),
+        mean_tokens=mean,
+        longest=extent.longest,
         truncated=plan.encoder.truncated,
         rendered=[_rendered(model, plan, i) for i in range(min(_SHOWN, len(examples)))],
         step_gigabytes=needed / 1e9,

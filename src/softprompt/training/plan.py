@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.config import PROMPT, TuneConfig, make_config
-from softprompt.data.examples import Encoder, Example, shared_text
+from softprompt.data.batching import taken
+from softprompt.data.examples import Encoder
+from softprompt.data.lazy import Extent, LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import Format, make_format
@@ -46,10 +51,11 @@ class Plan:
     Attributes:
         config: settings, every one of them decided.
         reasons: for each setting that was left open, why it got its value.
-        encoder: rows to token ids.
+        encoder: rows to token ids; `truncated` counts the rows that are taken and the validation rows, once each.
         train, validation: the rows; validation is None where the last prompt is to be kept.
         examples: of the training rows.
-        text: ids that all examples begin with.
+        taken: the training rows that the run's steps take, in ascending order.
+        extent: of the examples that are taken.
         start: the prompt before the first step, `[P, H]`.
         scorer: of the validation rows.
     """
@@ -59,10 +65,16 @@ class Plan:
     encoder: Encoder
     train: Rows
     validation: Rows | None
-    examples: list[Example]
-    text: tuple[int, ...]
+    examples: LazyExamples
+    taken: NDArray[np.int64]
+    extent: Extent
     start: Tensor
     scorer: Scorer | None
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """The ids that all examples begin with, as far as they are run."""
+        return self.extent.text
 
 
 def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None = None) -> Plan:
@@ -88,8 +100,9 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     train, validation = split_rows(data, eval_data, config.eval_rows, config.seed)
     if config.train_rows is not None:
         train = sample(train, config.train_rows, config.seed)
-    if data.task == "classification" and len(train.labels) < 2:
-        raise DataError(f"{data.name}: the training rows have one label only ({train.labels[0]}); two are needed")
+    first = train[0]
+    if data.task == "classification" and all(row["label"] == first["label"] for row in train):
+        raise DataError(f"{data.name}: the training rows have one label only ({first['label']}); two are needed")
     source = _source(model, config)
     labels = data.labels
     if source is not None and source.format.task == data.task and set(labels) <= set(source.record.verbalizers):
@@ -102,13 +115,6 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     if form.task == "classification":
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
     decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
-    start = _start(model, config, source, form, train, decide)
-    decide("num_virtual_tokens", len(start), "length of the initial text, 20 at least")
-    encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, len(start)))
-    examples = encoder.examples(train)
-    if chosen["loss"] == "all":
-        examples = [Example(e.ids, len(encoder.leading)) for e in examples]
-    text = shared_text(examples)
     decide("learning_rate", 0.03, "default")
     decide("batch_size", 16 if form.task == "classification" else 8, f"default of {form.task}")
     if config.epochs is not None:
@@ -118,17 +124,24 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     steps = STEPS if form.task == "classification" else TEXT_STEPS
     decide("max_steps", steps[config.budget], f"budget {config.budget}")
     decide("eval_every", math.ceil(chosen["max_steps"] / _EVALUATIONS), f"{_EVALUATIONS} evaluations a run")
-    longest = max(len(e.ids) for e in examples)
-    targets = sum(e.targets for e in examples) / sum(len(e.ids) for e in examples)
+    rows = taken(len(train), chosen["batch_size"], chosen["max_steps"], config.seed)
+    start = _start(model, config, source, form, train.pick(rows), decide)
+    decide("num_virtual_tokens", len(start), "length of the initial text, 20 at least")
+    encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, len(start)))
+    # The steps encode with a copy: what they cut has been counted here.
+    counted, examples = (LazyExamples(e, train, chosen["loss"] == "all") for e in (encoder, copy(encoder)))
+    extent = Extent.of(counted[i] for i in rows)
+    longest, targets = extent.longest, extent.targets / extent.tokens
     at_once = micro_batch_tokens(model, len(start), longest, targets)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
     alone = longest * bytes_per_token(model, len(start), longest) + logits_bytes(model, longest * targets)
-    _warn(model, train, validation, alone)
+    _warn(model, train, validation if eval_data is not None else None, alone)
     decide("threads", resolve_threads(None), "cores")
     decide("device", str(model.device), "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
     scorer = make_scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
-    return Plan(make_config(TuneConfig, chosen), reasons, encoder, train, validation, examples, text, start, scorer)
+    final = make_config(TuneConfig, chosen)
+    return Plan(final, reasons, encoder, train, validation, examples, rows, extent, start, scorer)
 
 
 def _require_place(model: FrozenModel, config: TuneConfig) -> None:
@@ -161,12 +174,15 @@ def _source(model: FrozenModel, config: TuneConfig) -> SoftPrompt | None:
     return source
 
 
-def _warn(model: FrozenModel, train: Rows, validation: Rows | None, row_bytes: float) -> None:
-    """Say before the first step what will spoil the run's figures, or the run."""
-    seen = seen_before(train, validation) if validation is not None else 0
+def _warn(model: FrozenModel, train: Rows, given: Rows | None, row_bytes: float) -> None:
+    """Say before the first step what will spoil the run's figures, or the run.
+
+    Only `given` validation rows can ask what a training row asks: those that are held back do not.
+    """
+    seen = seen_before(train, given) if given is not None else 0
     if seen:
         warnings.warn(
-            f"{seen} of {len(validation or ())} validation rows ask what a training row asks too; on those a prompt "
+            f"{seen} of {len(given or ())} validation rows ask what a training row asks too; on those a prompt "
             "looks better than it is. Give other rows as validation data",
             stacklevel=3,
         )
@@ -200,6 +216,6 @@ def _start(
     if init == "labels":
         return labels_prompt(model, length, form.verbalizers.values())
     if init == "vocabulary":
-        texts = model.tokenizer([form.input(row) for row in train], add_special_tokens=False)["input_ids"]
+        texts = (model.tokenizer(form.input(row), add_special_tokens=False)["input_ids"] for row in train)
         return vocabulary_prompt(model, length or USUAL_TOKENS, texts)
     return random_prompt(model, length or USUAL_TOKENS, config.seed)

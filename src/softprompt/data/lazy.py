@@ -1,0 +1,67 @@
+"""The examples of a run: encoded when a step asks for them, and what has to be known of them before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from softprompt.data.examples import Encoder, Example, common_start
+from softprompt.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class LazyExamples(Sequence[Example]):
+    """An example for each row, encoded when it is asked for: of a million rows, a short run takes a few thousand.
+
+    Attributes:
+        encoder: rows to token ids; it counts what it cuts each time.
+        rows: the rows.
+        learn_all: whether all tokens are targets, up to those that come before every text.
+    """
+
+    encoder: Encoder
+    rows: Rows
+    learn_all: bool
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self.encoder.example(self.rows[index], f"{self.rows.name}, row {index + 1}")
+        return Example(example.ids, len(self.encoder.leading)) if self.learn_all else example
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much there is to run, over some examples.
+
+    Attributes:
+        rows, tokens, targets: how many there are.
+        longest: tokens of the longest example.
+        text: the ids that all begin with, up to their first targets: they can belong to the prefix.
+    """
+
+    rows: int
+    tokens: int
+    targets: int
+    longest: int
+    text: tuple[int, ...]
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> Extent:
+        """Go through examples, one or more, and keep none of them."""
+        rows = tokens = targets = longest = 0
+        text: tuple[int, ...] | None = None
+        for example in examples:
+            before = example.ids[: example.start]
+            text = before if text is None else common_start((text, before))
+            rows, tokens, targets = rows + 1, tokens + len(example.ids), targets + example.targets
+            longest = max(longest, len(example.ids))
+        return cls(rows, tokens, targets, longest, text or ())

@@ -1,0 +1,342 @@
+"""Many rows: what does not fit in memory lies in a temporary file, and a run reads what its steps take."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import random
+import sys
+import tempfile
+import tracemalloc
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import SHORT, Command
+from softprompt import TuneConfig, load_data, tune
+from softprompt.cli.show import rows_line
+from softprompt.data import spool
+from softprompt.data.batching import draw, taken
+from softprompt.data.examples import Encoder, Example
+from softprompt.data.rows import Row, Rows
+from softprompt.data.split import sample, seen_before, split_rows
+from softprompt.data.spool import SpooledRows
+from softprompt.errors import DataError, StorageError
+from softprompt.model.frozen import FrozenModel
+from softprompt.training.forecast import make_forecast
+from softprompt.training.plan import make_plan
+
+FEW, MANY = 5_000, 25_000
+ODD = ["a fine film", " Ä 日本 😀 ", "two\nlines\u2028\x85", 'a "quote", \\', "\ud83d\ude00 \udcff", "{{ x }}"]
+
+
+def write_rows(path: Path, count: int) -> Path:
+    """Rows of 600 letters, all different: in memory, each takes some 1000 bytes."""
+    rows = ({"text": f"{i} {'a fine film ' * 50}", "label": str(i % 3)} for i in range(count))
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".csv":
+        pd.DataFrame(rows).to_csv(path, index=False)
+    else:
+        with path.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def growth(work: Callable[[Path], object], folder: Path, suffix: str) -> float:
+    """Bytes of memory that `work` takes at its peak for each row more."""
+    peaks = []
+    work(write_rows(folder / f"first{suffix}", 100))  # what is made once, such as imports
+    for count in (FEW, MANY):
+        path = write_rows(folder / f"{count}{suffix}", count)
+        tracemalloc.start()
+        work(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    return (peaks[1] - peaks[0]) / (MANY - FEW)
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let so few rows stay in memory that the figures are about all the others."""
+    monkeypatch.setattr(spool, "_MOST_HELD", 2**20)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_run_keeps_a_few_numbers_of_each_row_and_no_row(llama: FrozenModel, tmp_path: Path) -> None:
+    config = TuneConfig(max_steps=1, batch_size=4, num_virtual_tokens=3, max_length=40, eval_rows=5, threads=1)
+
+    def run(path: Path) -> None:
+        data = load_data(path)
+        tune(llama, data, config)
+        assert len(sample(data, 50, 0)) == 50
+
+    assert growth(run, tmp_path, ".jsonl") < 160
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_reading_a_file_keeps_an_offset_of_each_row(tmp_path: Path, suffix: str) -> None:
+    assert growth(load_data, tmp_path, suffix) < 40
+
+
+def test_rows_stay_in_memory_up_to_some_megabytes() -> None:
+    short = [{"text": f"a film {i}"} for i in range(1000)]
+    assert isinstance(load_data(short).rows, tuple)
+    assert isinstance(load_data([{"text": "a film" * 200_000}] * 20).rows, SpooledRows)
+    assert isinstance(load_data(short * 60).rows, SpooledRows)
+
+
+@pytest.fixture
+def spooled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Rows]:
+    """Load rows as many rows are loaded."""
+
+    def load(source: Any) -> Rows:
+        with monkeypatch.context() as patch:
+            patch.setattr(spool, "_MOST_HELD", 0)
+            rows = load_data(source)
+        assert isinstance(rows.rows, SpooledRows)
+        return rows
+
+    return load
+
+
+def odd_rows(task: str, count: int = 120) -> list[Row]:
+    generate = random.Random(0)
+    names = {"classification": ("text", "label"), "completion": ("input", "target"), "text": ("text",)}[task]
+    rows = []
+    for _ in range(count):
+        row = {"title": generate.choice(["", "x"]), names[0]: generate.choice(ODD) + str(generate.randrange(60))}
+        rows.append({**row, **{name: generate.choice("aab") for name in names[1:]}})
+    return rows
+
+
+@pytest.mark.parametrize("task", ["classification", "completion", "text"])
+def test_rows_in_a_temporary_file_are_the_rows_in_memory(task: str, spooled: Callable[[Any], Rows]) -> None:
+    records = odd_rows(task)
+    if task == "text":
+        records = [{"text": row["text"]} for row in records]
+    held, rows = load_data(records), spooled(records)
+    assert isinstance(held.rows, tuple)
+    assert list(rows) == [rows[i] for i in range(len(rows))] == list(held)
+    assert [list(row) for row in rows] == [list(row) for row in held]  # columns in the same order
+    assert (rows.task, rows.labels, rows.name) == (held.task, held.labels, held.name)
+    whole = json.dumps([held.task, list(held)], sort_keys=True)
+    assert rows.sha256 == held.sha256 == hashlib.sha256(whole.encode()).hexdigest()
+    for seed in range(20):
+        for mine, others in zip(split_rows(rows, None, 15, seed), split_rows(held, None, 15, seed), strict=True):
+            assert list(mine or ()) == list(others or ())
+        assert list(sample(rows, 30, seed)) == list(sample(held, 30, seed))
+    assert seen_before(rows[:60], rows[60:]) == seen_before(held[:60], held[60:]) > 0
+
+
+def test_a_plan_is_the_same_for_rows_in_a_temporary_file(
+    llama: FrozenModel, reviews: Path, spooled: Callable[[Any], Rows]
+) -> None:
+    config = TuneConfig(max_steps=3, batch_size=4, max_length=20, init="vocabulary")
+    one, other = make_plan(llama, load_data(reviews), config), make_plan(llama, spooled(reviews), config)
+    assert list(one.examples) == list(other.examples)
+    assert one.config == other.config
+    assert one.extent == other.extent
+    assert one.encoder.truncated == other.encoder.truncated
+    assert torch.equal(one.start, other.start)
+
+
+def test_a_file_that_changes_later_changes_no_rows(reviews: Path, spooled: Callable[[Any], Rows]) -> None:
+    before, rows = list(load_data(reviews)), spooled(reviews)
+    reviews.write_text("text,label\n")
+    assert list(rows) == before
+
+
+def test_slices_and_picks_of_a_temporary_file_are_those_of_a_tuple(spooled: Callable[[Any], Rows]) -> None:
+    generate = random.Random(0)
+    records = [{"text": str(i)} for i in range(50)]
+    for _ in range(200):
+        rows: Rows = spooled(records)
+        expected = list(records)
+        for _ in range(3):
+            if generate.random() < 0.5:
+                ends = [generate.choice([None, *range(-60, 60)]) for _ in range(2)]
+                window = slice(*ends, generate.choice([None, 1, 2, -1]))
+                rows, expected = rows[window], expected[window]
+            elif expected:
+                chosen = [generate.randrange(-len(expected), len(expected)) for _ in range(generate.randint(0, 9))]
+                rows, expected = rows.pick(chosen), [expected[i] for i in chosen]
+            assert list(rows) == expected
+            assert len(rows) == len(expected)
+            for beyond in (len(expected), -len(expected) - 1):
+                with pytest.raises(IndexError):
+                    rows[beyond]
+
+
+@pytest.mark.parametrize("pread", [True, False])
+def test_threads_may_read_at_once(pread: bool, spooled: Callable[[Any], Rows], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not pread:
+        monkeypatch.delattr(os, "pread")  # as on Windows
+    interval = sys.getswitchinterval()
+    rows = spooled([{"text": f"{i} " * (1 + i % 50)} for i in range(500)])
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            order = [random.Random(n).sample(range(500), 500) for n in range(8)]
+            read = list(pool.map(lambda places: [rows[i]["text"] for i in places], order))
+    finally:
+        sys.setswitchinterval(interval)
+    assert read == [[f"{i} " * (1 + i % 50) for i in places] for places in order]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("fault", [b"a,b,c\n", b"\xff\n"])
+def test_a_range_is_read_no_further_than_it_goes(tmp_path: Path, suffix: str, fault: bytes) -> None:
+    path = write_rows(tmp_path / f"rows{suffix}", 60)
+    path.write_bytes(path.read_bytes() + fault)
+    assert len(load_data(f"{path}[:60]")) == 60
+    with pytest.raises(DataError, match=r"line 6[12]: "):
+        load_data(path)
+
+
+needs_full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+
+
+@needs_full_disk
+@pytest.mark.parametrize("count", [40, 40_000])  # all of it still in the buffer, or not
+def test_a_full_disk_ends_the_command_with_the_cure(
+    count: int, fails: Command, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    monkeypatch.setattr(spool, "_MOST_HELD", 1000)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    rows = write_rows(Path("rows.jsonl"), count)
+    done = fails("tune", rows, "--model", llama_folder, "--out", "run", *SHORT, code=1)
+    assert f"cannot keep the rows in a temporary file in {tempfile.tempdir}: No space left on device" in done.err
+    assert "free some space, or set TMPDIR to a folder that has some" in done.err
+    assert not Path("run").exists()
+    gc.collect()
+    assert not ignored, "what is left of the file says it again"
+
+
+def test_no_folder_for_temporary_files_is_an_error_with_the_cure(
+    spooled: Callable[[Any], Rows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_usable() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", none_usable)
+    with pytest.raises(StorageError, match=r"No usable temporary directory .*set TMPDIR"):
+        spooled([{"text": "a"}])
+
+
+def plain_split(data: Rows, wanted: int, seed: int) -> list[int]:
+    """The rows that are held back, as first written: lists, dictionaries and whole texts."""
+    same: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(data):
+        same[data.question(row)].append(i)
+    units = list(same.values())
+    by_label: dict[str, list[list[int]]] = defaultdict(list)
+    for n in np.random.default_rng(seed).permutation(len(units)).tolist():
+        by_label[data[units[n][0]].get("label", "")].append(units[n])
+    places = [((n + 0.5) / len(group), unit) for group in by_label.values() for n, unit in enumerate(group)]
+    drawn: list[int] = []
+    for _, unit in sorted(places):
+        if len(drawn) + len(unit) <= wanted:
+            drawn += unit
+    return sorted(drawn)
+
+
+def test_rows_are_held_back_as_a_plain_program_does_it() -> None:
+    generate = random.Random(0)
+    for seed in range(300):
+        questions = generate.choice([5, 40, 1000])
+        labels = "abcde"[: generate.randint(1, 5)]
+        rows = [
+            {"text": f"Question  {generate.randrange(questions)}", "label": generate.choice(labels), "n": i}
+            for i in range(generate.randint(25, 200))
+        ]
+        data, wanted = load_data(rows), generate.randint(5, 60)
+        expected = plain_split(data, min(wanted, len(data) // 5), seed)
+        if not expected:
+            continue
+        train, validation = split_rows(data, None, wanted, seed)
+        assert [int(row["n"]) for row in validation or ()] == expected
+        assert [int(row["n"]) for row in train] == [i for i in range(len(data)) if i not in expected]
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "steps"), [(100, 8, 5), (100, 8, 12), (100, 8, 13), (3, 8, 2)])
+def test_the_rows_that_steps_take_are_those_that_are_drawn(rows: int, batch_size: int, steps: int) -> None:
+    for seed in range(5):
+        drawn = [row for step in range(steps) for row in draw(rows, batch_size, step, seed)]
+        assert taken(rows, batch_size, steps, seed).tolist() == sorted(set(drawn))
+        passes = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(len(drawn) // rows + 1)]
+        assert drawn == np.concatenate(passes)[: len(drawn)].tolist()
+
+
+class Encoded:
+    """Notes which rows are encoded for training, by their number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        plain = Encoder.example
+
+        def noted(encoder: Encoder, row: Row, where: str) -> Example:
+            self.rows.append(int(row["n"]))
+            return plain(encoder, row, where)
+
+        monkeypatch.setattr(Encoder, "example", noted)
+
+
+def long_and_short(count: int, task: str = "classification") -> Rows:
+    """Every third row has to be cut to fit."""
+    texts: Sequence[str] = [f"{i} " + "a dull film " * (20 if i % 3 == 0 else 1) for i in range(count)]
+    names = ("text", "label") if task == "classification" else ("input", "target")
+    return load_data([{names[0]: text, names[1]: "ab"[i % 2], "n": i} for i, text in enumerate(texts)])
+
+
+def test_a_plan_encodes_each_row_that_is_taken_once(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = Encoded(monkeypatch)
+    config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
+    plan = make_plan(llama, long_and_short(200), config)
+    drawn = sorted(i for step in range(3) for i in draw(180, 5, step, 0))
+    assert plan.taken.tolist() == drawn
+    assert encoded.rows == [int(plan.train[i]["n"]) for i in drawn]
+    examples = [plan.examples[i] for i in drawn]
+    assert plan.extent.rows == 15
+    assert plan.extent.tokens == sum(len(e.ids) for e in examples)
+    assert plan.extent.targets == sum(e.targets for e in examples)
+    assert plan.extent.longest == max(len(e.ids) for e in examples) == 30
+    assert "180 training rows (15 of them taken), 20 validation rows" in rows_line(plan)
+
+
+def test_rows_that_are_cut_are_counted_once_however_often_steps_take_them(llama: FrozenModel) -> None:
+    config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
+    plan = make_plan(llama, long_and_short(200), config)
+    assert plan.validation is not None
+    cut = sum(int(row["n"]) % 3 == 0 for row in [*plan.train.pick(plan.taken), *plan.validation])
+    assert plan.encoder.truncated == cut > 0
+    for step in range(9):
+        _ = [plan.examples[i] for i in draw(180, 5, step, 0)]
+    assert make_forecast(llama, plan).truncated == plan.encoder.truncated == cut
+
+
+def test_a_target_that_is_too_long_is_said_before_the_first_step_if_a_step_takes_it(llama: FrozenModel) -> None:
+    data = long_and_short(60, "completion")
+    config = TuneConfig(max_steps=2, batch_size=4, num_virtual_tokens=3, max_length=30, eval_rows=0)
+    drawn = set(taken(60, 4, 2, 0).tolist())
+
+    def with_long_target(place: int) -> Rows:
+        return load_data([{**row, "target": "the parcel " * 30} if i == place else row for i, row in enumerate(data)])
+
+    inside, outside = min(drawn), min(set(range(60)) - drawn)
+    with pytest.raises(DataError, match=rf"rows, row {inside + 1}: the target alone has"):
+        make_plan(llama, with_long_target(inside), config)
+    make_plan(llama, with_long_target(outside), config)
