@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 import softprompt as sp
 from sides import Softprompt
 from softprompt.data.examples import Example
+from softprompt.data.lazy import Extent
 from softprompt.training.plan import make_plan
 from softprompt.training.run_folder import environment
 from training import resident
@@ -97,7 +98,7 @@ def side(model: sp.FrozenModel, point: Point, scratch: Path) -> Softprompt:
     settings = sp.TuneConfig(num_virtual_tokens=point.virtual_tokens, batch_size=point.batch, eval_rows=0)
     ids = torch.randint(1000, 40_000, (point.batch, point.length), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [Example(tuple(row), point.length - 1) for row in ids]
-    plan = replace(make_plan(model, rows, settings), examples=examples, text=())
+    plan = replace(make_plan(model, rows, settings), examples=examples, extent=Extent.of(examples))
     scratch.mkdir()
     return Softprompt(model, plan, scratch)
 

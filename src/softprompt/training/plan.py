@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.config import PROMPT, TuneConfig, make_config
 from softprompt.data.batching import taken
-from softprompt.data.examples import Encoder
+from softprompt.data.examples import Encoder, Example
 from softprompt.data.lazy import Extent, LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
@@ -65,7 +65,7 @@ class Plan:
     encoder: Encoder
     train: Rows
     validation: Rows | None
-    examples: LazyExamples
+    examples: Sequence[Example]
     taken: NDArray[np.int64]
     extent: Extent
     start: Tensor
