@@ -1,4 +1,4 @@
-"""Batches: which examples a step takes, and how they are cut into micro-batches."""
+"""Batches: which examples a step takes, and how they are dealt to processes and cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ def draw(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 def _epochs(rows: int, first: int, last: int) -> range:
     return range(first // rows, (last - 1) // rows + 1)
+
+
+def deal(examples: Sequence[Example], hands: int) -> list[list[int]]:
+    """Deal a batch, the longest first and to and fro, so that all hands get about as many tokens.
+
+    Returns:
+        For each hand, rising indices into `examples`.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for place, index in enumerate(order):
+        turn, seat = divmod(place, hands)
+        dealt[seat if turn % 2 == 0 else hands - 1 - seat].append(index)
+    return [sorted(hand) for hand in dealt]
 
 
 def micro_batches(examples: Sequence[Example], budget: int, held: int = 0, padded: bool = False) -> list[list[int]]:
