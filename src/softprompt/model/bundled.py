@@ -80,7 +80,7 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
-            FileLock(folder.parent / f".{folder.name}.lock"),  # one of several processes fetches, the others wait
+            FileLock(home() / f".{folder.name}.lock"),  # one of several processes fetches, the others wait
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch,
         ):
             if folder.exists():
