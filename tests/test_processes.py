@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 import several_processes
 from conftest import Command
 from several_processes import CASES, tuned
-from softprompt import Rows, launch, load_data
+from softprompt import Rows, TuneConfig, launch, load_data, tune
 from softprompt.cli import main as cli
 from softprompt.data.batching import deal
 from softprompt.data.examples import Example
 from softprompt.model import bundled
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_device, resolve_threads
+from softprompt.prompt.store import names
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--nproc-per-node", "2"]
@@ -37,46 +39,37 @@ SHORT = ["--set", "max_steps=4", "--set", "batch_size=5", "--set", "eval_every=2
 Start = Callable[..., subprocess.Popen[str]]
 
 
+@contextmanager
+def running(command: Sequence[object], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a command that has two processes of its own; it is ended with the block, and they with it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOFTPROMPT_HOME": str(folder / "home")}
+    words = [str(word) for word in command]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=folder, env=environment, text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # does nothing to what has ended
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a command that has two processes of its own; it is ended with the test, and they with it."""
-    started = []
-
-    def begin(*command: object, **environment: str) -> subprocess.Popen[str]:
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "SOFTPROMPT_HOME": str(tmp_path / "home"), **environment}
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=tmp_path,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.terminate()
-            process.communicate()
+    with ExitStack() as started:
+        yield lambda *command: started.enter_context(running(command, tmp_path))
 
 
 @pytest.fixture(scope="module")
-def seen(
-    llama_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[dict[str, Any], dict[str, Any], Path]]:
+def seen(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """What two processes saw that ran several_processes.py: the first one, the other one, and where they wrote."""
     folder = tmp_path_factory.mktemp("several")
     lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in some_rows())]
     (folder / "rows.csv").write_text("\n".join(lines))
     script = [several_processes.__file__, llama_folder, folder / "rows.csv", folder]
-    done = subprocess.run(
-        [str(word) for word in [*TORCHRUN, *script]], timeout=_LIMIT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    with running([*TORCHRUN, *script], folder) as process:
+        _, err = process.communicate(timeout=_LIMIT)
+    assert process.returncode == 0, err
     first, other = (json.loads((folder / f"seen-by-{rank}.json").read_text()) for rank in (0, 1))
-    yield first, other, folder
+    return first, other, folder
 
 
 def some_rows() -> Rows:
@@ -182,9 +175,9 @@ def test_the_command_prints_and_keeps_once(
 def test_two_processes_go_on_with_the_run_of_one(
     command: Command, start: Start, llama_folder: Path, reviews: Path
 ) -> None:
-    tune = ["tune", reviews, "--model", llama_folder, "--out", "run", "--json"]
-    first = command(*tune, *SHORT, "--set", "threads=1").record
-    out, err = start(*TORCHRUN, "-m", "softprompt", *tune, "--resume").communicate(timeout=_LIMIT)
+    words = ["tune", reviews, "--model", llama_folder, "--out", "run", "--json"]
+    first = command(*words, *SHORT, "--set", "threads=1").record
+    out, err = start(*TORCHRUN, "-m", "softprompt", *words, "--resume").communicate(timeout=_LIMIT)
     assert err.count("warning: the run was begun with 1 processes and goes on with 2") == 1
     assert err.count("going on after step 4") == 1
     assert json.loads(out)["metrics"] == first["metrics"]
@@ -226,11 +219,15 @@ def test_accelerate_starts_one_process_with_cpu_and_the_command_says_so(
     assert err.count("accelerate launch has started one process, as it does with --cpu; try --multi_gpu") == 1
 
 
-@pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> None:
+def be_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be the second of two processes."""
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_second(monkeypatch)
 
 
 @pytest.mark.usefixtures("second")
@@ -241,6 +238,26 @@ def test_a_process_speaks_of_an_error_that_the_first_one_does_not_have(
     done = command("tune", "nowhere.csv", "--out", "run")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("process 1: softprompt: no such file: nowhere.csv")
+
+
+def test_a_process_that_is_not_the_first_keeps_no_prompt(
+    command: Command,
+    llama: FrozenModel,
+    llama_folder: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = tune(llama, load_data(reviews), TuneConfig(max_steps=1, eval_rows=0))
+    monkeypatch.setattr("softprompt.training.tune.tune", lambda *_, **__: result)
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
+    arguments = ["tune", reviews, "--model", llama_folder, "--out", "run", "--name", "mine"]
+    be_second(monkeypatch)
+    assert command(*arguments).code == 0
+    assert names() == []
+    monkeypatch.setenv("RANK", "0")
+    assert command(*arguments).code == 0
+    assert names() == ["mine"]
 
 
 @pytest.mark.usefixtures("second")
