@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 import click
 
-from softprompt import __version__
+from softprompt import __version__, launch
 from softprompt.cli.demo_verb import demo
 from softprompt.cli.doctor_verb import doctor
 from softprompt.cli.model_verbs import models
@@ -17,6 +20,8 @@ from softprompt.cli.prompt_verbs import prompts
 from softprompt.cli.tune_verbs import check, tune
 from softprompt.cli.use_verbs import evaluate, generate
 from softprompt.errors import SoftpromptError
+
+_FIRST_SPEAKS = 10.0  # seconds that the first process is given to tell of an error, before another one does
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -40,7 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_: click.echo(f"softprompt: warning: {message}", err=True)
     # --debug may stand anywhere; click takes it before the verb only.
     given = (["--debug"] if debug else []) + [argument for argument in given if argument != "--debug"]
-    sys.exit(_run(given, debug))
+    if launch.count() > 1 and "tune" not in [argument for argument in given if not argument.startswith("-")][:1]:
+        if launch.rank():
+            sys.exit(0)
+        launch.leave_the_others()  # they have nothing to do for this verb
+    sys.exit(_run(given, debug) if launch.rank() == 0 else _run_silently(given, debug))
+
+
+def _run_silently(arguments: Sequence[str], debug: bool) -> int:
+    """Run as a process that is not the first: it speaks only of an error that the first one does not have too."""
+    held = io.StringIO()
+    with redirect_stdout(held), redirect_stderr(held):
+        code = _run(arguments, debug)
+    if code not in (0, 130) and not launch.stop_asked():
+        time.sleep(_FIRST_SPEAKS)  # when the first process has failed, the launcher ends this one
+        sys.stderr.write(f"process {launch.rank()}: {held.getvalue()}")
+    return code
 
 
 def _run(arguments: Sequence[str], debug: bool) -> int:

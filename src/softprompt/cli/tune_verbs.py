@@ -27,16 +27,17 @@ def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: An
     """
     from softprompt.cli.show import TerminalWatcher, figures, print_json
     from softprompt.cli.show import out as console
+    from softprompt.launch import rank
     from softprompt.prompt.store import keep, new_version
     from softprompt.training.run_folder import RunFolder
     from softprompt.training.tune import tune as run
 
-    folder = RunFolder(out)
+    folder, first = RunFolder(out), rank() == 0
     if name is not None:
         new_version(name)  # a name that cannot be kept is said now, not after the night
-    if resume:
+    if first and resume:
         folder.require_begun()
-    else:
+    elif first:
         folder.require_new()
     model, rows, held, config, origins = _prepare(**options, begun=out / "config.yaml" if resume else None)
     if resume:
@@ -47,7 +48,7 @@ def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: An
         saved = any((out / "state").glob("step-*"))
         say("\nstopped; " + ("the same command with --resume goes on from here" if saved else "no step was done yet"))
         raise
-    kept = keep(result.prompt, name) if name is not None else None
+    kept = keep(result.prompt, name) if first and name is not None else None
     if as_json:
         print_json(
             {
@@ -133,7 +134,13 @@ def _prepare(
     config, origins = read_settings(TuneConfig, file, assignments, budget=budget, init=init)
     rows = load_data(data, parse_map(mapping), cast("Task | None", task))
     held = load_data(eval_data, parse_map(mapping), rows.task) if eval_data else None
-    place = read_settings(TuneConfig, begun)[0] if begun is not None else config
+    place = config
+    if begun is not None:
+        from softprompt.processes import launched
+        from softprompt.training.agreement import share_config
+
+        processes = launched()  # the first one reads: the others may be on other machines
+        place = share_config(processes, read_settings(TuneConfig, begun)[0] if processes.first else None)
     if model is None and place.init.startswith(PROMPT):
         base = load_prompt(place.init.removeprefix(PROMPT)).record.base_model
         model, revision = base.id, revision or base.revision

@@ -1,4 +1,4 @@
-"""Batches: which examples a step takes, and how they are cut into micro-batches."""
+"""Batches: which examples a step takes, and how they are dealt to processes and cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def taken(rows: int, batch_size: int, steps: int, seed: int) -> NDArray[np.int64
 @lru_cache(maxsize=2)  # a step's rows are of one pass, or of two that follow each other
 def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def deal(examples: Sequence[Example], hands: int) -> list[list[int]]:
+    """Deal a batch, the longest first and to and fro, so that all hands get about as many tokens.
+
+    Returns:
+        For each hand, rising indices into `examples`.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for place, index in enumerate(order):
+        turn, seat = divmod(place, hands)
+        dealt[seat if turn % 2 == 0 else hands - 1 - seat].append(index)
+    return [sorted(hand) for hand in dealt]
 
 
 def micro_batches(examples: Sequence[Example], budget: int, held: int = 0, padded: bool = False) -> list[list[int]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from softprompt.data.batching import micro_batches
+from softprompt.data.batching import deal, micro_batches
 from softprompt.data.examples import Choices, Encoder, Example, common_start, shared_text
 from softprompt.data.rows import Rows
 from softprompt.errors import DataError, RunError
@@ -22,6 +22,7 @@ from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory
 from softprompt.model.prefix import Prefix
+from softprompt.processes import ALONE, Processes
 
 _AT_ONCE = 1024  # text tokens
 
@@ -150,10 +151,14 @@ class Scorer(ABC):
     Attributes:
         rows: the rows.
         at_once: how many text tokens are run at once.
+        processes: those that share the rows among them.
+        shape: of what is found for the rows.
     """
 
     rows: Rows
     at_once: int
+    shape: tuple[int, ...]
+    processes: Processes = ALONE
 
     def score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
         """Score the rows with a prompt `[P, H]`, or with none; fewer at once where memory runs out.
@@ -171,8 +176,24 @@ class Scorer(ABC):
                     raise RunError("out of memory at scoring one row; try a smaller max_length or model") from error
             self.at_once //= 2
 
+    @torch.no_grad()
+    def _score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
+        found = self.processes.total(lambda: torch.from_numpy(self._found(model, prompt)), self.shape)
+        return self._scores(found.numpy())
+
     @abstractmethod
-    def _score(self, model: FrozenModel, prompt: Tensor | None) -> Scores: ...
+    def _found(self, model: FrozenModel, prompt: Tensor | None) -> NDArray[np.float64]:
+        """Return what this process finds for its share of the rows, of shape `shape`, and 0 for the others."""
+
+    @abstractmethod
+    def _scores(self, found: NDArray[np.float64]) -> Scores:
+        """Return the scores that follow from what was found for all rows."""
+
+    def _parts(self, examples: Sequence[Example], held: int, padded: bool) -> list[list[int]]:
+        """Cut this process's share of the rows into micro-batches."""
+        mine = deal(examples, self.processes.count)[self.processes.rank]
+        cut = micro_batches([examples[i] for i in mine], self.at_once, held, padded)
+        return [[mine[i] for i in part] for part in cut]
 
 
 class TextScorer(Scorer):
@@ -188,18 +209,21 @@ class TextScorer(Scorer):
         self.scored = [i for i, e in enumerate(self.examples) if e.targets]
         if not self.scored:
             raise DataError(f"{rows.name}: no text has a second token, so there is nothing to predict")
+        self.shape = (len(self.examples),)
 
-    @torch.no_grad()
-    def _score(self, model: FrozenModel, prompt: Tensor | None) -> TextScores:
+    def _found(self, model: FrozenModel, prompt: Tensor | None) -> NDArray[np.float64]:
         scored = [self.examples[i] for i in self.scored]
         prefix = model.prefix(prompt, shared_text(scored))
-        losses = np.zeros(len(self.examples))
-        for part in micro_batches(scored, self.at_once, len(prefix.text), model.way.pads):
+        losses = np.zeros(self.shape)
+        for part in self._parts(scored, len(prefix.text), model.way.pads):
             examples = [scored[i] for i in part]
             each = model.loss(prefix, examples).cpu().double()
             for i, values in zip(part, each.split([e.targets for e in examples]), strict=True):
                 losses[self.scored[i]] = float(values.sum())
-        return TextScores(self.rows, losses, np.array([e.targets for e in self.examples]))
+        return losses
+
+    def _scores(self, found: NDArray[np.float64]) -> TextScores:
+        return TextScores(self.rows, found, np.array([e.targets for e in self.examples]))
 
 
 class LabelScorer(Scorer):
@@ -211,19 +235,21 @@ class LabelScorer(Scorer):
         self.labels = list(encoder.format.verbalizers)
         self.trees = [_Tree(choice) for choice in self.choices]
         self.gold = np.array([self.labels.index(row["label"]) for row in rows])
+        self.shape = (len(self.choices), len(self.labels))
 
-    @torch.no_grad()
-    def _score(self, model: FrozenModel, prompt: Tensor | None) -> LabelScores:
+    def _found(self, model: FrozenModel, prompt: Tensor | None) -> NDArray[np.float64]:
         stems = [choice.stem for choice in self.choices]
         prefix = model.prefix(prompt, common_start(stems)[: min(len(stem) for stem in stems) - 1])
-        held = len(prefix.text)
-        likelihoods = np.zeros((len(stems), len(self.labels)))
-        for part in micro_batches([Example(tree.ids, 0) for tree in self.trees], self.at_once, held, model.way.pads):
+        likelihoods = np.zeros(self.shape)
+        for part in self._parts([Example(tree.ids, 0) for tree in self.trees], len(prefix.text), model.way.pads):
             for i, found in zip(part, _likelihoods(model, prefix, [self.trees[i] for i in part]), strict=True):
                 likelihoods[i] = found
+        return likelihoods
+
+    def _scores(self, found: NDArray[np.float64]) -> LabelScores:
         tokens = np.array([len(c.tails[g]) for c, g in zip(self.choices, self.gold, strict=True)])
-        losses = -likelihoods[np.arange(len(stems)), self.gold]
-        return LabelScores(self.rows, losses, tokens, likelihoods, self.labels, self.gold)
+        losses = -found[np.arange(len(found)), self.gold]
+        return LabelScores(self.rows, losses, tokens, found, self.labels, self.gold)
 
 
 class _Tree:

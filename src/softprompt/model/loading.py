@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from softprompt.errors import ModelError, nearest
+from softprompt.launch import local_count, local_rank
 from softprompt.model.bundled import BUNDLED, fetch
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
@@ -45,7 +48,7 @@ def load_model(
     Args:
         model: a bundled name (see `softprompt models list`), a folder, a `.gguf` file, or a hub id.
         revision: branch, tag or commit of a hub id.
-        device: `auto` takes a GPU where there is one.
+        device: `auto` takes a GPU where there is one; of several processes, each takes its own.
         dtype: `auto` is float32 on a CPU; on a GPU bfloat16, or float16 where it has none.
         quantization: `8bit`, or on a GPU `4bit`, loads the weights so, with bitsandbytes; a model that was saved
             quantized is loaded as it is.
@@ -139,8 +142,7 @@ def _quantized(quantization: str, place: torch.device, dtype: torch.dtype) -> di
 def resolve_device(device: str) -> torch.device:
     """Return the device that a setting names; `auto` is a GPU where there is one."""
     if device == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(found)
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -150,6 +152,8 @@ def resolve_device(device: str) -> torch.device:
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[place.type]
     if (place.index or 0) >= there:
         raise ModelError(f"device {device}: PyTorch sees {there} {place.type} devices here; use --set device=cpu")
+    if place == torch.device("cuda") and local_count() > 1:
+        return torch.device("cuda", local_rank() % there)
     return place
 
 
@@ -165,11 +169,19 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """Return how many CPU threads a setting names; None is one a core, but no more than a container may keep busy."""
+    """Return how many CPU threads a setting names; None is one a core, but no more than a container may keep busy.
+
+    Several processes share the cores, unless OMP_NUM_THREADS says how many each takes.
+    """
     if threads is not None:
         return threads
+    sharing, most = local_count(), torch.get_num_threads()
+    # 1 is what torchrun and accelerate launch set where nobody has set anything.
+    if sharing > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        most = (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // sharing
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(torch.get_num_threads(), math.ceil(int(quota) / int(period))))
+        most = min(most, math.ceil(int(quota) / int(period)) // sharing)
     except (OSError, ValueError):  # no such control group, or "max": no limit
-        return torch.get_num_threads()
+        pass
+    return max(1, most)

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from softprompt.launch import local_count
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.head import LOGITS_AT_ONCE
 
@@ -30,7 +31,7 @@ def micro_batch_tokens(model: FrozenModel, virtual_tokens: int, longest: int, ta
         longest: tokens of the longest example.
         target_share: target tokens per token; each takes a row of logits for a while.
     """
-    free = available_memory(model.device) * _SHARE
+    free = available_memory(model.device) * _SHARE / (local_count() if model.device.type == "cpu" else 1)
     useful = _USEFUL_TOKENS.get(model.device.type, _USEFUL_ON_GPU)
     each, logits = bytes_per_token(model, virtual_tokens, longest), logits_bytes(model, useful * target_share)
     # Few tokens have few logits; of many tokens only a piece of the logits is held.

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from softprompt.config import TuneConfig
-from softprompt.data.batching import draw, micro_batches
+from softprompt.data.batching import deal, draw, micro_batches
 from softprompt.data.examples import Example
 from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory, is_out_of_memory
+from softprompt.processes import ALONE, Processes
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import Progress, RunFolder, State
 from softprompt.training.watcher import Watcher
@@ -31,13 +32,21 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Loop:
     """Takes a plan's steps, from the beginning or from a saved state."""
 
-    def __init__(self, model: FrozenModel, plan: Plan, run: RunFolder, watcher: Watcher, state: State | None) -> None:
-        self.model, self.plan, self.folder, self.watcher = model, plan, run, watcher
+    def __init__(
+        self,
+        model: FrozenModel,
+        plan: Plan,
+        run: RunFolder,
+        watcher: Watcher,
+        state: State | None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.model, self.plan, self.folder, self.watcher, self.processes = model, plan, run, watcher, processes
         config = plan.config
         assert config.micro_batch_tokens and config.max_steps and config.eval_every
         self.prompt = torch.nn.Parameter(plan.start.clone())
         self.best = plan.start.clone()
-        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens)
+        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
         self.optimizer = torch.optim.AdamW([self.prompt], weight_decay=config.weight_decay)
         self.max_steps, self.eval_every = config.max_steps, config.eval_every
         if state is not None:
@@ -126,14 +135,13 @@ class Loop:
     def _gradient(self, batch: list[Example]) -> tuple[float, Tensor]:
         """Return a step's loss and gradient, with smaller micro-batches where memory runs out."""
         while True:
-            cut = micro_batches(batch, self.progress.micro_batch_tokens, len(self.plan.text), self.model.way.pads)
-            parts = [[batch[i] for i in part] for part in cut]
+            cuts = [self._cut([batch[i] for i in hand]) for hand in deal(batch, self.processes.count)]
             try:
-                return prompt_gradient(self.model, self.prompt, self.plan.text, parts)
+                return self._summed(cuts)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if all(len(part) == 1 for part in parts):
+                if all(len(part) == 1 for cut in cuts for part in cut):
                     longest, free = max(len(e.ids) for e in batch), available_memory(self.model.device) / 1e9
                     raise RunError(
                         f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
@@ -142,6 +150,28 @@ class Loop:
             # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
             self.progress.micro_batch_tokens //= 2
             self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
+
+    def _cut(self, share: list[Example]) -> list[list[Example]]:
+        cut = micro_batches(share, self.progress.micro_batch_tokens, len(self.plan.text), self.model.way.pads)
+        return [[share[i] for i in part] for part in cut]
+
+    def _summed(self, cuts: list[list[list[Example]]]) -> tuple[float, Tensor]:
+        """Return a step's loss and gradient, of which each process computes its own micro-batches'."""
+        mine = cuts[self.processes.rank]
+        if self.processes.count == 1:
+            return prompt_gradient(self.model, self.prompt, self.plan.text, mine)
+        targets = [sum(example.targets for part in cut for example in part) for cut in cuts]
+        shape = (1 + self.prompt.numel(),)
+
+        def share() -> Tensor:
+            if not targets[self.processes.rank]:  # fewer rows than processes
+                return torch.zeros(shape)
+            loss, gradient = prompt_gradient(self.model, self.prompt, self.plan.text, mine)
+            both = torch.cat([torch.tensor([loss], dtype=torch.float64), gradient.double().flatten()])
+            return both * targets[self.processes.rank]
+
+        whole = self.processes.total(share, shape) / sum(targets)
+        return float(whole[0]), whole[1:].view_as(self.prompt).float()
 
     def _evaluate(self, prompt: Tensor) -> Scores:
         assert self.plan.scorer is not None

@@ -22,6 +22,7 @@ from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import Scorer, make_scorer
+from softprompt.launch import count
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
 from softprompt.model.memory import available_memory, bytes_per_token, logits_bytes, micro_batch_tokens
@@ -137,7 +138,8 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     alone = longest * bytes_per_token(model, len(start), longest) + logits_bytes(model, longest * targets)
     _warn(model, train, validation if eval_data is not None else None, alone)
     decide("threads", resolve_threads(None), "cores")
-    decide("device", str(model.device), "fastest there is")
+    device = str(model.device) if count() == 1 else model.device.type  # each process has its own
+    decide("device", device, "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
     scorer = make_scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
     final = make_config(TuneConfig, chosen)

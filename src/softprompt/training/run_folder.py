@@ -19,6 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from softprompt.prompt.soft_prompt import SoftPrompt
+
 from softprompt.config import TuneConfig, read_settings, to_yaml
 from softprompt.errors import InputError, SettingsError, StorageError
 from softprompt.storage import storage_errors, write_folder, write_text
@@ -35,6 +37,7 @@ class Progress(BaseModel):
         best_step: the step after which the best prompt was found.
         best: its validation metrics.
         micro_batch_tokens: how much is run at once, where memory has not sufficed for what was planned.
+        processes: how many share a step.
     """
 
     step: int = 0
@@ -42,6 +45,7 @@ class Progress(BaseModel):
     best_step: int = 0
     best: dict[str, float] = {}
     micro_batch_tokens: int
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,29 @@ class RunFolder:
                 continue
         write_text(self._metrics, "".join(kept))
 
+    def write_prompt(self, prompt: SoftPrompt) -> None:
+        """Write the best prompt."""
+        prompt.save(self.prompt)
+
     def write_predictions(self, predictions: list[dict[str, Any]]) -> None:
         """Write `predictions.jsonl`, the best prompt's on the validation rows."""
         write_predictions(self.path / "predictions.jsonl", predictions)
+
+
+class SilentRunFolder(RunFolder):
+    """Of a process that is not the first: it writes nothing."""
+
+    def begin(self, config: TuneConfig, identity: dict[str, str]) -> None: ...
+
+    def save_state(self, state: State) -> None: ...
+
+    def open_board(self, step: int) -> None: ...
+
+    def log(self, record: dict[str, Any]) -> None: ...
+
+    def write_prompt(self, prompt: SoftPrompt) -> None: ...
+
+    def write_predictions(self, predictions: list[dict[str, Any]]) -> None: ...
 
 
 def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:

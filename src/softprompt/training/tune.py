@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ import torch
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows
+from softprompt.launch import fewer_than_asked_for, stops_together
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
+from softprompt.processes import launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.training import agreement
 from softprompt.training.loop import Loop
 from softprompt.training.plan import Plan, make_plan
-from softprompt.training.run_folder import Progress, RunFolder
+from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder
 from softprompt.training.watcher import Watcher
 
 
@@ -58,6 +62,9 @@ def tune(
 ) -> TuneResult:
     """Learn a soft prompt (Lester et al. 2021) for a task; the model itself is not changed.
 
+    Of several processes that `torchrun` has started, all call it with the same arguments and get the same result; the
+    first one alone writes, and tells its watcher.
+
     Args:
         model: the frozen model.
         data: rows to learn from; a part is held back to choose the best prompt on, unless `eval_data` is given.
@@ -73,15 +80,19 @@ def tune(
         StorageError: a file cannot be written.
     """
     began = time.monotonic()
-    watcher = watcher or Watcher()
+    processes = launched()
+    watcher = watcher if watcher and processes.first else Watcher()
+    if fewer_than_asked_for():
+        warnings.warn("accelerate launch has started one process, as it does with --cpu; try --multi_gpu", stacklevel=2)
     with tempfile.TemporaryDirectory() as scratch:
-        run = RunFolder(Path(out) if out is not None else Path(scratch) / "run")
+        kind = RunFolder if processes.first else SilentRunFolder
+        run = kind(Path(out) if out is not None else Path(scratch) / "run")
         identity = _identity(model, data, eval_data)
         state = None
         given = config or TuneConfig()
         if resume:
-            given, state = run.resume(given, identity)
-        plan = make_plan(model, data, given, eval_data)
+            given, state = agreement.resume(processes, run, given, identity)
+        plan = agreement.agree(processes, make_plan(model, data, given, eval_data), identity)
         if not resume:
             run.begin(plan.config, identity)
         done = state.progress.step if state else 0
@@ -89,15 +100,16 @@ def tune(
             run.open_board(done)
         watcher.begin(plan, done)
         try:
-            with reproducible(plan.config.threads):
-                prompt, progress, scores = Loop(model, plan, run, watcher, state).run()
+            with reproducible(plan.config.threads), stops_together():
+                prompt, progress, scores = Loop(model, plan, run, watcher, state, processes).run()
         finally:
             watcher.end()
             run.close_board()
         made = SoftPrompt(prompt, _record(model, plan, progress, identity))
-        made.save(run.prompt)
+        run.write_prompt(made)
         if scores is not None:
             run.write_predictions(scores.predictions())
+        processes.share(b"written")  # what a process does with the result, it finds the files there
     seconds = time.monotonic() - began
     place = run.path if out is not None else None
     return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
