@@ -186,7 +186,7 @@ def attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if row.note:
         row.noted[layer] = (key, value)
-    split = [states[0].split(row.sizes, dim=1) for states in (query, key, value)]
+    split = [states.squeeze(0).split(row.sizes, dim=1) for states in (query, key, value)]
     made = []
     for group, *parts in zip(row.groups, *split, strict=True):
         queries, keys, values = (group.to_block(part) for part in parts)

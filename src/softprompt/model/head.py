@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from softprompt.errors import ModelError
@@ -60,7 +59,7 @@ class Head:
             handle = self._module.register_forward_pre_hook(lambda _module, _args: (hidden.unsqueeze(0),))
             try:
                 one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-                made: Tensor = self._model(input_ids=one, use_cache=False).logits[0]
+                made: Tensor = self._model(input_ids=one, use_cache=False).logits.squeeze(0)
             finally:
                 handle.remove()
         return made
@@ -108,11 +107,12 @@ class _Losses(torch.autograd.Function):
             with torch.set_grad_enabled(needed):
                 inputs = piece.detach().requires_grad_(needed)
                 logits = head.logits(inputs)
-                wanted = targets[begin : begin + len(piece)].to(logits.device)
-                each = cross_entropy(logits.float(), wanted, reduction="none")
-                losses.append(each.detach())
-                if needed:
-                    gradients.extend(torch.autograd.grad(each.sum(), inputs))
+            logs = logits.detach().float().log_softmax(dim=-1)
+            wanted = targets[begin : begin + len(piece), None].to(logs.device)
+            losses.append(-logs.gather(1, wanted).squeeze(1))
+            if needed:  # a loss's gradient on the logits: the probabilities, less one where the target is
+                share = logs.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=logs.dtype))
+                gradients.extend(torch.autograd.grad(logits, inputs, share.to(logits.dtype)))
         if needed:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
