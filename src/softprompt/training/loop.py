@@ -20,7 +20,7 @@ from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, is_out_of_memory
+from softprompt.model.memory import available_memory, give_back, is_out_of_memory
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import Progress, RunFolder, State
 from softprompt.training.watcher import Watcher
@@ -124,10 +124,9 @@ class Loop:
         self.watcher.step(progress.step, loss)
 
     def _gradient(self, batch: list[Example]) -> tuple[float, Tensor]:
-        """Return a step's loss and gradient, with smaller micro-batches where memory runs out."""
+        """Return a step's loss and gradient, with smaller micro-batches where memory is too little or runs out."""
         while True:
-            cut = micro_batches(batch, self.progress.micro_batch_tokens, len(self.plan.text), self.model.way.pads)
-            parts = [[batch[i] for i in part] for part in cut]
+            parts = self._fitting(batch)
             try:
                 return prompt_gradient(self.model, self.prompt, self.plan.text, parts)
             except Exception as error:
@@ -140,8 +139,32 @@ class Loop:
                         "--set max_length, fewer virtual tokens, or a smaller model"
                     ) from error
             # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
-            self.progress.micro_batch_tokens //= 2
-            self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
+            self._run_less_at_once()
+
+    def _fitting(self, batch: list[Example]) -> list[list[Example]]:
+        """Cut a step into micro-batches that fit in what is free now: Linux kills a process that takes more.
+
+        A row that does not fit even alone is tried: the prediction is on the safe side.
+        """
+        while True:
+            cut = micro_batches(batch, self.progress.micro_batch_tokens, len(self.plan.text), self.model.way.pads)
+            parts = [[batch[i] for i in part] for part in cut]
+            needed = max(self.plan.step_bytes(part) for part in parts)
+            if max(map(len, parts)) == 1 or needed <= self._free(needed):
+                return parts
+            self._run_less_at_once()
+
+    def _free(self, needed: float) -> float:
+        """Return the memory that is free; what earlier steps left to the allocator too, where less is than needed."""
+        free = available_memory(self.model.device)
+        if free < needed:
+            give_back()
+            free = available_memory(self.model.device)
+        return free
+
+    def _run_less_at_once(self) -> None:
+        self.progress.micro_batch_tokens //= 2
+        self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
 
     def _evaluate(self, prompt: Tensor) -> Scores:
         assert self.plan.scorer is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import Scorer, make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
-from softprompt.model.memory import available_memory, bytes_per_token, logits_bytes, micro_batch_tokens
+from softprompt.model.memory import Footprint, available_memory, measure, micro_batch_tokens
 from softprompt.prompt.initialization import (
     MANY_LABELS,
     USUAL_TOKENS,
@@ -52,6 +52,7 @@ class Plan:
         text: ids that all examples begin with.
         start: the prompt before the first step, `[P, H]`.
         scorer: of the validation rows.
+        footprint: what a step takes in memory.
     """
 
     config: TuneConfig
@@ -63,6 +64,12 @@ class Plan:
     text: tuple[int, ...]
     start: Tensor
     scorer: Scorer | None
+    footprint: Footprint
+
+    def step_bytes(self, part: Sequence[Example]) -> float:
+        """Predict the memory that a step takes whose largest micro-batch this is."""
+        held = len(self.text)
+        return self.footprint.step([max(len(e.ids) - held - 1, 1) for e in part], sum(e.targets for e in part))
 
 
 def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None = None) -> Plan:
@@ -118,17 +125,18 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     steps = STEPS if form.task == "classification" else TEXT_STEPS
     decide("max_steps", steps[config.budget], f"budget {config.budget}")
     decide("eval_every", math.ceil(chosen["max_steps"] / _EVALUATIONS), f"{_EVALUATIONS} evaluations a run")
-    longest = max(len(e.ids) for e in examples)
-    targets = sum(e.targets for e in examples) / sum(len(e.ids) for e in examples)
-    at_once = micro_batch_tokens(model, len(start), longest, targets)
+    lengths = [len(e.ids) - len(text) for e in examples]
+    targets = sum(e.targets for e in examples) / sum(lengths)
+    footprint = measure(model, len(start) + len(text))
+    at_once = micro_batch_tokens(model.device, footprint, min(lengths), max(lengths), targets)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
-    alone = longest * bytes_per_token(model, len(start), longest) + logits_bytes(model, longest * targets)
-    _warn(model, train, validation, alone)
+    _warn(model, train, validation, footprint.step([max(lengths)], max(lengths) * targets))
     decide("threads", resolve_threads(None), "cores")
     decide("device", str(model.device), "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
     scorer = make_scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
-    return Plan(make_config(TuneConfig, chosen), reasons, encoder, train, validation, examples, text, start, scorer)
+    decided = make_config(TuneConfig, chosen)
+    return Plan(decided, reasons, encoder, train, validation, examples, text, start, scorer, footprint)
 
 
 def _require_place(model: FrozenModel, config: TuneConfig) -> None:
