@@ -186,7 +186,7 @@ class TerminalWatcher(Watcher):
         err.print(f"step {step}: {self.validation}")
 
     def smaller(self, step: int, micro_batch_tokens: int) -> None:
-        err.print(f"step {step}: out of memory; going on with micro-batches of {micro_batch_tokens} tokens")
+        err.print(f"step {step}: memory is short; going on with micro-batches of {micro_batch_tokens} tokens")
 
     def end(self) -> None:
         self.bar.stop()

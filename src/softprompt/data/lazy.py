@@ -44,24 +44,26 @@ class Extent:
 
     Attributes:
         rows, tokens, targets: how many there are.
-        longest: tokens of the longest example.
+        shortest, longest: tokens of the shortest and of the longest example.
         text: the ids that all begin with, up to their first targets: they can belong to the prefix.
     """
 
     rows: int
     tokens: int
     targets: int
+    shortest: int
     longest: int
     text: tuple[int, ...]
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Extent:
         """Go through examples, one or more, and keep none of them."""
-        rows = tokens = targets = longest = 0
+        rows = tokens = targets = shortest = longest = 0
         text: tuple[int, ...] | None = None
         for example in examples:
             before = example.ids[: example.start]
             text = before if text is None else common_start((text, before))
             rows, tokens, targets = rows + 1, tokens + len(example.ids), targets + example.targets
+            shortest = min(shortest or len(example.ids), len(example.ids))
             longest = max(longest, len(example.ids))
-        return cls(rows, tokens, targets, longest, text or ())
+        return cls(rows, tokens, targets, shortest, longest, text or ())

@@ -17,7 +17,7 @@ from softprompt.evaluation.completions import complete
 from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer, make_scorer
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import micro_batch_tokens
+from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.prompt.soft_prompt import SoftPrompt, require_fit
 
 
@@ -81,7 +81,8 @@ def evaluate(
     # So long that the model has positions for it, without the prompt too: both read the same.
     most = min(max_length, (model.context_length or max_length + virtual) - virtual)
     encoder = Encoder(model.tokenizer, form, most)
-    at_once = micro_batch_tokens(model, virtual, most, 0.0 if data.task == "classification" else 1.0)
+    share = 0.0 if data.task == "classification" else 1.0
+    at_once = micro_batch_tokens(model.device, measure(model, virtual), 1, most, share, scoring=True)
     scorer = make_scorer(encoder, data, at_once)
     untouched = _Side(model, encoder, scorer, None)
     side = untouched if prompt is None else _Side(model, encoder, scorer, prompt.embeddings)

@@ -39,7 +39,7 @@ class Row:
         self.noted: dict[int, tuple[Tensor, Tensor]] = {}
         self.groups = [
             Group(prefix.length, lengths[begin:end], None if parents is None else parents[begin:end])
-            for begin, end in _like_lengths(lengths)
+            for begin, end in like_lengths(lengths)
         ]
         self.sizes = [sum(group.lengths) for group in self.groups]
 
@@ -48,7 +48,7 @@ class Row:
         return torch.cat([group.positions() for group in self.groups]).unsqueeze(0)
 
 
-def _like_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def like_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Cut texts into runs of like length, so that little of a run's attention is padding."""
     cuts = [0]
     for i in range(1, len(lengths)):

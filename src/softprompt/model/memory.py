@@ -1,13 +1,21 @@
-"""How many tokens can be run at once, predicted from the memory that is free."""
+"""How much memory a step takes, predicted from what the loaded model keeps of a few tokens, and what is free."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from softprompt.launch import local_count
+from softprompt.model.attention import like_lengths
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.head import LOGITS_AT_ONCE
 
@@ -19,42 +27,173 @@ except ImportError:  # Windows
 # Matrix products on a CPU reach their full rate at about a thousand rows; a GPU wants more.
 _USEFUL_TOKENS = {"cpu": 1024}
 _USEFUL_ON_GPU = 8192
-_SHARE = 0.5  # of the free memory: the prediction is rough, and other programs want some
+_SHARE = 0.5  # of the free memory: other programs want some
+_TRIED = 32  # tokens of the longest text that is run to see what it keeps
+# What glibc's allocator comes to hold for every byte that is asked of it, but for large tensors, which get pages of
+# their own: benchmarks/results/memory.md.
+_ALLOCATOR = 1.5
 
 
-def micro_batch_tokens(model: FrozenModel, virtual_tokens: int, longest: int, target_share: float) -> int:
-    """Predict how many text tokens of a step can be run at once.
+@dataclass(frozen=True)
+class Footprint:
+    """What a micro-batch takes in memory, behind one prefix.
+
+    Of n texts of t tokens whose attention is computed together, what is kept for the backward pass is a sum of terms
+    in t·(P + t), t and 1, and n times as much of others; their factors are measured.
+
+    Attributes:
+        ahead: P, the prefix's length.
+        factors: bytes, in the order of the terms.
+        prompt: bytes of the prompt's own pass, its prefix and the prefix's gradients: they stay until the step's end.
+        layers: how many layers the model has.
+        width: bytes of one position between two layers.
+        logit: bytes that one logit takes while its gradient is found.
+        vocabulary: V.
+        pads: whether the way pads a micro-batch's texts to its longest.
+    """
+
+    ahead: int
+    factors: tuple[float, ...]
+    prompt: float
+    layers: int
+    width: int
+    logit: float
+    vocabulary: int
+    pads: bool
+
+    def step(self, lengths: Sequence[int], targets: float) -> float:
+        """Predict the bytes of a step's micro-batch.
+
+        Args:
+            lengths: tokens of each text behind the prefix, in their order.
+            targets: target tokens of all of them.
+        """
+        kept = self.kept(lengths) + targets * self.width
+        return _ALLOCATOR * (self.prompt + kept) + max(self._layer(lengths), self._logits(targets))
+
+    def scoring(self, lengths: Sequence[int], targets: float) -> float:
+        """Predict the bytes that some texts take where nothing is kept for a backward pass."""
+        return _ALLOCATOR * self.prompt + max(self._layer(lengths), self._logits(targets))
+
+    def kept(self, lengths: Sequence[int]) -> float:
+        """Return the bytes that are kept for the backward pass."""
+        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths)
+        sizes = [(end - begin, max(lengths[begin:end])) for begin, end in groups]
+        return float(sum(np.dot(self.factors, _terms(count, longest, self.ahead)) for count, longest in sizes))
+
+    def _layer(self, lengths: Sequence[int]) -> float:
+        """Return the bytes that one layer takes while it is run or its gradients are found: twice what it keeps."""
+        return _ALLOCATOR * 2 * self.kept(lengths) / self.layers
+
+    def _logits(self, rows: float) -> float:
+        """Return the bytes of so many rows of logits; a piece is held at a time."""
+        return self.logit * min(rows * self.vocabulary, max(LOGITS_AT_ONCE, self.vocabulary))
+
+
+def _terms(count: int, length: int, ahead: int) -> list[int]:
+    """Return what memory grows with: scores, tokens and nothing, of all texts together and of each."""
+    shared = [length * (ahead + length), length, 1]
+    return [*shared, *(count * term for term in shared)]
+
+
+def measure(model: FrozenModel, ahead: int) -> Footprint:
+    """Run a few tokens on the loaded model and count the bytes that autograd keeps for the backward pass.
+
+    What is counted are the tensors' storages, the model's own and the prefix's left out, so it is the same on every
+    device and not disturbed by other programs.
 
     Args:
         model: the frozen model.
-        virtual_tokens: P, for the attention scores.
-        longest: tokens of the longest example.
-        target_share: target tokens per token; each takes a row of logits for a while.
+        ahead: P, the positions that stand before the texts.
     """
-    free = available_memory(model.device) * _SHARE / (local_count() if model.device.type == "cpu" else 1)
-    useful = _USEFUL_TOKENS.get(model.device.type, _USEFUL_ON_GPU)
-    each, logits = bytes_per_token(model, virtual_tokens, longest), logits_bytes(model, useful * target_share)
-    # Few tokens have few logits; of many tokens only a piece of the logits is held.
-    fitting = max(free / (each + logits_bytes(model, 1) * target_share), (free - logits) / each)
-    return max(1, min(int(fitting), useful))
-
-
-def bytes_per_token(model: FrozenModel, virtual_tokens: int, longest: int) -> float:
-    """Estimate what one text token keeps in memory until its backward pass is done."""
+    longest, most = _TRIED, model.context_length
+    if most is not None:  # where the prompt takes nearly all positions, it is measured a little shorter
+        longest = min(longest, most // 2)
+        ahead = min(ahead, most - longest)
+    tried = [(count, length) for count in (2, 3) for length in (2, max(3, longest // 4), longest)]
+    own = [*model.hf_model.parameters(), *model.hf_model.buffers()]
+    prompt = model.embed([0] * max(1, ahead)).float().requires_grad_()
+    with torch.enable_grad():
+        with _counted(own) as kept:
+            leaves = model.prefix(prompt).leaves()
+        # A prefix is there twice, the second time cut off from the graph, and has a gradient.
+        prefix = [*leaves.keys, *leaves.values]
+        of_prompt = kept.total + 2.0 * sum(tensor.nbytes for tensor in prefix)
+        seen = []
+        for count, length in tried:
+            with _counted([*own, *prefix]) as kept:
+                text = torch.zeros(length, dtype=torch.long)
+                hidden = model.way.text_pass(leaves, [text] * count, [torch.tensor([length - 1])] * count).hidden
+            seen.append(kept.total)
+        with _counted(own) as kept:
+            logits = model.way.head.logits(hidden[:1].detach().requires_grad_())
+    terms = [_terms(count, length, leaves.length) for count, length in tried]
+    factors = np.linalg.solve(np.array(terms), np.array(seen, dtype=float)).clip(min=0)
     config = model.hf_model.config.get_text_config()
-    width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    # Factors measured on SmolLM2-135M, packed, texts of 30 to 500 tokens: they predict 1.0 to 1.3 of the peak.
-    scores = config.num_attention_heads * (virtual_tokens + longest)
-    per_layer = 6 * width + 4 * inner + scores
-    size = torch.finfo(model.hf_model.dtype).bits // 8
-    return float(config.num_hidden_layers * per_layer * size)
+    return Footprint(
+        ahead=leaves.length,
+        factors=tuple(factors.tolist()),
+        prompt=of_prompt,
+        layers=int(config.num_hidden_layers),
+        width=int(config.hidden_size) * hidden.element_size(),
+        # Three copies in float32, and what soft-capping keeps, with its gradient.
+        logit=3 * 4 + 2 * kept.total / logits.numel(),
+        vocabulary=logits.shape[-1],
+        pads=model.way.pads,
+    )
 
 
-def logits_bytes(model: FrozenModel, rows: float) -> float:
-    """Estimate what the logits of some positions, their softmax and its gradient take at most, all in float32."""
-    vocabulary = int(model.hf_model.config.get_text_config().vocab_size)
-    return 4.0 * 4 * min(rows * vocabulary, max(LOGITS_AT_ONCE, vocabulary))
+class _Kept:
+    """Bytes of the storages that autograd was seen to keep."""
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._sizes: dict[int, int] = {}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """Note a tensor; what it is a view of is kept whole."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own:
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self._sizes.values())
+
+
+@contextmanager
+def _counted(own: Sequence[Tensor]) -> Iterator[_Kept]:
+    """Count what is kept for the backward pass, without what is there anyway."""
+    kept = _Kept(own)
+    with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
+        yield kept
+
+
+def micro_batch_tokens(
+    device: torch.device, footprint: Footprint, shortest: int, longest: int, target_share: float, scoring: bool = False
+) -> int:
+    """Predict how many text tokens can be run at once in half of the free memory.
+
+    Args:
+        device: where the model is.
+        footprint: what they take.
+        shortest, longest: tokens of a text: many short ones have a prefix each, long ones many scores.
+        target_share: target tokens per token; each takes a row of logits for a while.
+        scoring: nothing is kept for a backward pass.
+    """
+    free = available_memory(device) * _SHARE / (local_count() if device.type == "cpu" else 1)
+    needed = footprint.scoring if scoring else footprint.step
+
+    def fits(tokens: int) -> bool:
+        lengths = [[min(each, tokens)] * max(1, tokens // each) for each in (shortest, longest)]
+        return max(needed(texts, sum(texts) * target_share) for texts in lengths) <= free
+
+    fitting, too_many = 1, _USEFUL_TOKENS.get(device.type, _USEFUL_ON_GPU) + 1
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return fitting
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,7 +205,7 @@ def available_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device; a container's and a shell's limits count."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what PyTorch keeps
     free = psutil.virtual_memory().available
     if resource is not None:
         allowed = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
@@ -81,3 +220,11 @@ def available_memory(device: torch.device) -> int:
         except (OSError, ValueError):  # no such control group, or "max": no limit
             continue
     return max(free, 0)
+
+
+def give_back() -> None:
+    """Return to the system what glibc keeps of freed memory: it counts as taken, and is not there for large tensors."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)

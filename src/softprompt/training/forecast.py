@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from softprompt.data.batching import draw, micro_batches
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, bytes_per_token, logits_bytes
+from softprompt.model.memory import available_memory
 from softprompt.training.plan import Plan
 
 _SHOWN = 3
@@ -62,9 +62,7 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     scored = len(plan.validation) if plan.validation is not None else 0
     evaluations = (config.max_steps // config.eval_every + 1) * scored * mean / _BACKWARD
     virtual, width = plan.start.shape
-    at_once = max(sum(len(batch[i].ids) for i in part) for part in cut) + virtual
-    targets = max(sum(batch[i].targets for i in part) for part in cut)
-    needed = at_once * bytes_per_token(model, virtual, extent.longest) + logits_bytes(model, targets)
+    needed = max(plan.step_bytes([batch[i] for i in part]) for part in cut)
     return Forecast(
         way=model.way.name,
         virtual_tokens=virtual,

@@ -20,7 +20,7 @@ from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, is_out_of_memory
+from softprompt.model.memory import available_memory, give_back, is_out_of_memory
 from softprompt.processes import ALONE, Processes
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import Progress, RunFolder, State
@@ -133,7 +133,7 @@ class Loop:
         self.watcher.step(progress.step, loss)
 
     def _gradient(self, batch: list[Example]) -> tuple[float, Tensor]:
-        """Return a step's loss and gradient, with smaller micro-batches where memory runs out."""
+        """Return a step's loss and gradient, with smaller micro-batches where memory is too little or runs out."""
         while True:
             cuts = [self._cut([batch[i] for i in hand]) for hand in deal(batch, self.processes.count)]
             try:
@@ -159,19 +159,41 @@ class Loop:
         """Return a step's loss and gradient, of which each process computes its own micro-batches'."""
         mine = cuts[self.processes.rank]
         if self.processes.count == 1:
-            return prompt_gradient(self.model, self.prompt, self.plan.text, mine)
+            return self._own(mine)
         targets = [sum(example.targets for part in cut for example in part) for cut in cuts]
         shape = (1 + self.prompt.numel(),)
 
         def share() -> Tensor:
             if not targets[self.processes.rank]:  # fewer rows than processes
                 return torch.zeros(shape)
-            loss, gradient = prompt_gradient(self.model, self.prompt, self.plan.text, mine)
+            loss, gradient = self._own(mine)
             both = torch.cat([torch.tensor([loss], dtype=torch.float64), gradient.double().flatten()])
             return both * targets[self.processes.rank]
 
         whole = self.processes.total(share, shape) / sum(targets)
         return float(whole[0]), whole[1:].view_as(self.prompt).float()
+
+    def _own(self, parts: list[list[Example]]) -> tuple[float, Tensor]:
+        """Return the loss and gradient of this process's micro-batches.
+
+        What would not fit in what is free now is not tried, for Linux kills a process that takes more. A row that does
+        not fit even alone is: the prediction is on the safe side.
+
+        Raises:
+            MemoryError: a micro-batch of several rows would not fit.
+        """
+        needed = max(self.plan.step_bytes(part) for part in parts)
+        if max(map(len, parts)) > 1 and needed > self._free(needed):
+            raise MemoryError
+        return prompt_gradient(self.model, self.prompt, self.plan.text, parts)
+
+    def _free(self, needed: float) -> float:
+        """Return the memory that is free; what earlier steps left to the allocator too, where less is than needed."""
+        free = available_memory(self.model.device)
+        if free < needed:
+            give_back()
+            free = available_memory(self.model.device)
+        return free
 
     def _evaluate(self, prompt: Tensor) -> Scores:
         assert self.plan.scorer is not None

@@ -25,7 +25,7 @@ from softprompt.evaluation.scoring import Scorer, make_scorer
 from softprompt.launch import count
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
-from softprompt.model.memory import available_memory, bytes_per_token, logits_bytes, micro_batch_tokens
+from softprompt.model.memory import Footprint, available_memory, measure, micro_batch_tokens
 from softprompt.prompt.initialization import (
     MANY_LABELS,
     USUAL_TOKENS,
@@ -59,6 +59,7 @@ class Plan:
         extent: of the examples that are taken.
         start: the prompt before the first step, `[P, H]`.
         scorer: of the validation rows.
+        footprint: what a step takes in memory.
     """
 
     config: TuneConfig
@@ -71,6 +72,12 @@ class Plan:
     extent: Extent
     start: Tensor
     scorer: Scorer | None
+    footprint: Footprint
+
+    def step_bytes(self, part: Sequence[Example]) -> float:
+        """Predict the memory that a step takes whose largest micro-batch this is."""
+        held = len(self.text)
+        return self.footprint.step([max(len(e.ids) - held - 1, 1) for e in part], sum(e.targets for e in part))
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -132,18 +139,17 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     # The steps encode with a copy: what they cut has been counted here.
     counted, examples = (LazyExamples(e, train, chosen["loss"] == "all") for e in (encoder, copy(encoder)))
     extent = Extent.of(counted[i] for i in rows)
-    longest, targets = extent.longest, extent.targets / extent.tokens
-    at_once = micro_batch_tokens(model, len(start), longest, targets)
+    footprint = measure(model, len(start) + len(extent.text))
+    at_once = _at_once(model, footprint, extent)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
-    alone = longest * bytes_per_token(model, len(start), longest) + logits_bytes(model, longest * targets)
-    _warn(model, train, validation if eval_data is not None else None, alone)
+    _warn(model, train, validation if eval_data is not None else None, footprint, extent)
     decide("threads", resolve_threads(None), "cores")
     device = str(model.device) if count() == 1 else model.device.type  # each process has its own
     decide("device", device, "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
     scorer = make_scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
     final = make_config(TuneConfig, chosen)
-    return Plan(final, reasons, encoder, train, validation, examples, rows, extent, start, scorer)
+    return Plan(final, reasons, encoder, train, validation, examples, rows, extent, start, scorer, footprint)
 
 
 def _require_place(model: FrozenModel, config: TuneConfig) -> None:
@@ -176,7 +182,14 @@ def _source(model: FrozenModel, config: TuneConfig) -> SoftPrompt | None:
     return source
 
 
-def _warn(model: FrozenModel, train: Rows, given: Rows | None, row_bytes: float) -> None:
+def _at_once(model: FrozenModel, footprint: Footprint, extent: Extent) -> int:
+    """Return how many text tokens of a step are run at once."""
+    held = len(extent.text)
+    targets = extent.targets / (extent.tokens - extent.rows * held)
+    return micro_batch_tokens(model.device, footprint, extent.shortest - held, extent.longest - held, targets)
+
+
+def _warn(model: FrozenModel, train: Rows, given: Rows | None, footprint: Footprint, extent: Extent) -> None:
     """Say before the first step what will spoil the run's figures, or the run.
 
     Only `given` validation rows can ask what a training row asks: those that are held back do not.
@@ -188,7 +201,8 @@ def _warn(model: FrozenModel, train: Rows, given: Rows | None, row_bytes: float)
             "looks better than it is. Give other rows as validation data",
             stacklevel=3,
         )
-    free = available_memory(model.device)
+    longest, free = extent.longest - len(extent.text), available_memory(model.device)
+    row_bytes = footprint.step([longest], longest * extent.targets / extent.tokens)
     if row_bytes > free:
         warnings.warn(
             f"the longest row alone needs about {row_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower "

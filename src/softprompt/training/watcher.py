@@ -21,7 +21,7 @@ class Watcher:
         """The prompt was evaluated on the validation rows."""
 
     def smaller(self, step: int, micro_batch_tokens: int) -> None:
-        """Memory ran out in a step; it and those after it are run in smaller micro-batches."""
+        """Memory does not suffice for a step; it and those after it are run in smaller micro-batches."""
 
     def end(self) -> None:
         """No more steps follow: the run is done, was interrupted or failed."""

@@ -1,0 +1,131 @@
+"""How well the memory of a step is predicted: against the peak of a fresh process, on Linux.
+
+    python benchmarks/memory.py
+
+Every case is measured in a process of its own: the model is loaded, a step of a few tokens is taken, then the peak is
+set back (`/proc/self/clear_refs`), and two equal steps of one micro-batch are taken. `results/memory.md` is the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+import softprompt as sp
+from softprompt.data.examples import Example
+from softprompt.model.choice import freeze
+from softprompt.model.gradient import prompt_gradient
+from softprompt.model.memory import give_back, measure
+from softprompt.training.run_folder import environment
+from training import resident
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A micro-batch: so many texts of so many tokens behind P virtual tokens; `loss` is over one target or all."""
+
+    model: str
+    virtual_tokens: int
+    texts: int
+    tokens: int
+    loss: str = "target"
+
+
+CASES = (
+    Case("smollm2", 20, 8, 30),
+    Case("smollm2", 20, 34, 30),
+    Case("smollm2", 100, 34, 30),
+    Case("smollm2", 20, 8, 120),
+    Case("smollm2", 20, 8, 120, "all"),
+    Case("smollm2", 100, 32, 120),
+    Case("smollm2", 20, 2, 500),
+    Case("smollm2", 100, 8, 500, "all"),
+    Case("bloom", 20, 34, 30),
+    Case("bloom", 20, 8, 120, "all"),
+    Case("bloom", 100, 32, 120),
+    Case("bloom", 100, 8, 500),
+)
+
+
+def load(name: str) -> sp.FrozenModel:
+    """Return SmolLM2-135M, or a Bloom of twelve layers with random weights."""
+    if name == "smollm2":
+        return sp.load_model()
+    torch.manual_seed(0)
+    made: PreTrainedModel = BloomForCausalLM(BloomConfig(vocab_size=50_000, hidden_size=512, n_layer=12, n_head=8))
+    return freeze(made, sp.load_model().tokenizer, source="a Bloom of twelve layers, random weights")
+
+
+def measured(case: Case) -> dict[str, float]:
+    """Return the predicted and the seen peak of a case, above the loaded model, in this process."""
+    model = load(case.model)
+    prompt = model.embed(range(case.virtual_tokens)).float()
+    start = case.tokens if case.loss == "target" else 0
+    ids = torch.randint(
+        model.vocabulary_size, (case.texts, case.tokens + 1), generator=torch.Generator().manual_seed(0)
+    )
+    examples = [Example(tuple(row), start) for row in ids.tolist()]
+    footprint = measure(model, case.virtual_tokens)
+    prompt_gradient(model, prompt, (), [[Example(examples[0].ids[:8], 7)]])  # what is set up once is not counted
+    gc.collect()
+    give_back()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    for _ in range(2):
+        prompt_gradient(model, prompt, (), [examples])
+    predicted = footprint.step([case.tokens] * case.texts, sum(e.targets for e in examples))
+    return {"predicted": predicted / 1e9, "peak": (resident("VmHWM") - before) / 1e9}
+
+
+def table(records: list[tuple[Case, dict[str, float]]]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Memory of a step",
+        "",
+        "Made by `benchmarks/memory.py`, which says how. Gigabytes above the loaded model, in float32 on a CPU.",
+        "",
+        "| model | P | texts | tokens each | loss | predicted | peak | predicted/peak |",
+        "|---" * 8 + "|",
+    ]
+    for case, found in records:
+        cells = (case.model, case.virtual_tokens, case.texts, case.tokens, case.loss)
+        figures = f"{found['predicted']:.2f} | {found['peak']:.2f} | **{found['predicted'] / found['peak']:.2f}**"
+        lines.append(f"| {' | '.join(map(str, cells))} | {figures} |")
+    versions = ", ".join(f"{name} {version}" for name, version in environment().items())
+    lines += ["", f"{date.today().isoformat()}, {os.cpu_count()} cores; {versions}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure all cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    disable_progress_bar()
+    if options.one:
+        print(json.dumps(measured(Case(**json.loads(options.one)))))
+        return
+    records = []
+    for case in CASES:
+        command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        records.append((case, json.loads(done.stdout.splitlines()[-1])))
+        print(case, records[-1][1], flush=True)
+    (RESULTS / "memory.md").write_text(table(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The causes of the speed, without a clock: what is run once, what is run at all, and what is never held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from conftest import ARCHITECTURES, tiny_tokenizer
+from softprompt import Rows, TuneConfig, Watcher, load_data
+from softprompt.data.batching import draw
+from softprompt.data.examples import Example
+from softprompt.evaluation.scoring import LabelScorer, Scorer
+from softprompt.model import head
+from softprompt.model.choice import freeze
+from softprompt.model.frozen import FrozenModel
+from softprompt.training.loop import Loop
+from softprompt.training.plan import Plan, make_plan
+from softprompt.training.run_folder import RunFolder
+
+WAYS = {"llama": "packed", "bloom": "packed", "falcon-alibi": "cached"}
+VOCABULARY = 12_000
+VIRTUAL = 5
+WHAT = ["the parcel never came", "a fine film", "what a waste of time, I want my money back", "hello world", "a text"]
+# Their first three tokens are one beginning, and one of them has a token more.
+LABELS = ["delivery and billing", "delivery and returns", "delivery and money back"]
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def model(request: pytest.FixtureRequest) -> FrozenModel:
+    """A tiny model whose vocabulary is far wider than the rest of it."""
+    config = ARCHITECTURES[request.param][1]()
+    config.vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    made = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+    assert made.way.name == WAYS[request.param]
+    return made
+
+
+def rows_of(task: str) -> Rows:
+    if task == "text":
+        return load_data([{"text": f"please classify {WHAT[i % 5]} {i}"} for i in range(40)])
+    return load_data([{"text": f"{WHAT[i % 5]} {i}", "label": LABELS[i % 3]} for i in range(40)])
+
+
+def common(texts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all begin with."""
+    return next(i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
+
+
+def plan_of(model: FrozenModel, task: str, micro_batch_tokens: int) -> Plan:
+    settings = TuneConfig(
+        num_virtual_tokens=VIRTUAL,
+        template="please classify this text: {{ text }}\nlabel" if task == "classification" else None,
+        batch_size=6,
+        micro_batch_tokens=micro_batch_tokens,
+        max_steps=4,
+        eval_rows=8,
+    )
+    plan = make_plan(model, rows_of(task), settings)
+    assert plan.config.loss == ("all" if task == "text" else "target")
+    return plan
+
+
+def step(model: FrozenModel, plan: Plan, folder: Path) -> list[Example]:
+    """Take a run's first step, and return its examples."""
+    run = RunFolder(folder / "run")
+    run.begin(plan.config, {})
+    Loop(model, plan, run, Watcher(), None).step()
+    return [plan.examples[i] for i in draw(len(plan.examples), 6, 0, plan.config.seed)]
+
+
+class Work:
+    """What went through a model: the positions of each pass through its layers, and rows of logits."""
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+        self.logits = 0
+
+
+@contextmanager
+def counted(model: FrozenModel) -> Iterator[Work]:
+    work = Work()
+    layers = [module for module in model.hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    each: list[list[int]] = [[] for _ in layers]
+
+    def ran(index: int) -> Any:
+        return lambda _module, args: each[index].append(args[0].shape[0] * args[0].shape[1])
+
+    def projected(_module: object, _args: object, out: torch.Tensor) -> None:
+        work.logits += out.numel() // VOCABULARY
+
+    handles = [layer.register_forward_pre_hook(ran(i)) for i, layer in enumerate(layers)]
+    handles.append(model.hf_model.get_output_embeddings().register_forward_hook(projected))
+    try:
+        yield work
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(each) == model.hf_model.config.num_hidden_layers
+    assert all(passes == each[0] for passes in each)
+    work.passes = each[0]
+
+
+@pytest.mark.parametrize("task", ["classification", "text"])
+@pytest.mark.parametrize("at_once", [10_000, 30], ids=["one micro-batch", "several micro-batches"])
+def test_a_step_runs_the_prompt_once_and_of_the_texts_what_is_needed(
+    model: FrozenModel, task: str, at_once: int, tmp_path: Path
+) -> None:
+    plan = plan_of(model, task, at_once)
+    with counted(model) as work:
+        batch = step(model, plan, tmp_path)
+    # Of plain text, what all begin with is a target, and needs logits of its own.
+    shared = 0 if task == "text" else common([plan.examples[i].ids for i in range(len(plan.examples))])
+    assert (shared > 4) == (task == "classification")
+    prompt, *texts = work.passes
+    assert prompt == VIRTUAL + shared
+    assert len(texts) == 1 if at_once == 10_000 else len(texts) > 2
+    # What follows a text's last token is nobody's question.
+    true = sum(len(example.ids) - shared - 1 for example in batch)
+    longest = max(len(example.ids) for example in batch) - shared - 1
+    if not model.way.pads:
+        assert sum(texts) == true
+    elif len(texts) == 1:
+        assert texts == [len(batch) * longest]
+    else:  # texts of like length stand together
+        assert true <= sum(texts) < len(batch) * longest
+    assert work.logits == sum(example.targets for example in batch)
+
+
+def scorer_of(model: FrozenModel, task: str) -> Scorer:
+    scorer = plan_of(model, task, 60).scorer
+    assert scorer is not None
+    return scorer
+
+
+def test_of_the_labels_each_common_token_is_run_once_a_row(model: FrozenModel) -> None:
+    scorer = scorer_of(model, "classification")
+    assert isinstance(scorer, LabelScorer)
+    prompt = model.embed(range(VIRTUAL))
+    with counted(model) as work:
+        scorer.score(model, prompt)
+    # A token is run for the first time after what stands before it in the row; a label's last one is never run.
+    needed = separate = predicted = 0
+    for choice in scorer.choices:
+        paths = [choice.stem + tail for tail in choice.tails]
+        needed += len({path[:end] for path in paths for end in range(1, len(path))})
+        separate += sum(len(path) - 1 for path in paths)
+        predicted += len({path[:end] for path in paths for end in range(len(choice.stem), len(path))})
+    assert needed < separate / 2
+    prompt_pass, *texts = work.passes
+    shared = common([choice.stem for choice in scorer.choices])
+    assert prompt_pass == VIRTUAL + shared > VIRTUAL + 4
+    needed -= shared * len(scorer.choices)
+    if model.way.pads:  # the ends of a row's labels are padded to the longest of them
+        assert needed <= sum(texts) < 1.2 * needed
+    else:
+        assert sum(texts) == needed
+        assert len(texts) > 1
+    assert work.logits == predicted
+
+
+def test_of_plain_texts_what_all_begin_with_is_run_once_an_evaluation(model: FrozenModel) -> None:
+    scorer = scorer_of(model, "text")
+    with counted(model) as work:
+        scored = scorer.score(model, model.embed(range(VIRTUAL)))
+    prompt, *texts = work.passes
+    assert prompt == VIRTUAL + 1  # a text's first token is not scored, and here it is the same for all
+    assert len(texts) > 1
+    true = sum(scored.tokens - 1)
+    assert true <= sum(texts) < 1.5 * true if model.way.pads else sum(texts) == true
+    assert work.logits == sum(scored.tokens)
+
+
+class Made(TorchDispatchMode):
+    """Notes the most numbers that a tensor made while it is on holds; the model's own tensors are not made."""
+
+    def __init__(self, model: FrozenModel) -> None:
+        super().__init__()
+        kept = [*model.hf_model.parameters(), *model.hf_model.buffers()]
+        self.kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.kept:
+                self.most = max(self.most, each.numel())
+        return out
+
+
+@pytest.mark.parametrize("task", ["classification", "text"])
+@pytest.mark.parametrize("what", ["training", "evaluation"])
+def test_no_tensor_of_tokens_by_vocabulary_is_made(
+    model: FrozenModel, task: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are made a piece at a time, and nothing else is as wide: not even a loss over all tokens."""
+    at_once = 2 * VOCABULARY
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
+    plan = plan_of(model, task, 10_000)
+    assert plan.scorer is not None
+    with Made(model) as made, counted(model) as work:
+        if what == "training":
+            step(model, plan, tmp_path)
+        else:
+            plan.scorer.score(model, plan.start)
+    assert work.logits > 8  # rows of logits that one tensor could have held
+    assert made.most == at_once
