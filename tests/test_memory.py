@@ -238,7 +238,7 @@ def test_what_the_allocator_holds_is_given_back_before_less_is_run_at_once(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is Linux's")
 def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) -> None:
-    """For real, in 500 MB: the step would take twice that, and here nobody catches the failure of an allocation."""
+    """For real, in 500 MB: the step would take twice that, and an allocation that fails is not caught here."""
     shape = {"vocab_size": 400, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).save_pretrained(tmp_path / "model")
@@ -246,7 +246,8 @@ def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) ->
     rows = [{"text": "the parcel never came and I want my money back " * 80}] * 8
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ready = "import psutil, softprompt.cli.show, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
-    uncaught = "from softprompt.training import loop; loop.is_out_of_memory = lambda error: False"
+    # Of PyTorch, that is a RuntimeError.
+    uncaught = "from softprompt.training import loop; loop.is_out_of_memory = lambda e: isinstance(e, MemoryError)"
     command = [sys.executable, "-c", f"{uncaught}; from softprompt.cli.main import main; main()", "tune", "rows.jsonl"]
     command += ["--model", "model", "--out", "run", *SHORT, "--set", "batch_size=8", "--set", "max_steps=2"]
     command += ["--set", "eval_rows=0", "--set", "micro_batch_tokens=100000"]
