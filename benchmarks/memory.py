@@ -9,14 +9,17 @@ set back (`/proc/self/clear_refs`), and two equal steps of one micro-batch are t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
@@ -35,13 +38,19 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """A micro-batch: so many texts of so many tokens behind P virtual tokens; `loss` is over one target or all."""
+    """A micro-batch: so many texts of so many tokens behind P virtual tokens.
+
+    Attributes:
+        loss: over one target a text, or all tokens.
+        recompute: with activation recomputation.
+    """
 
     model: str
     virtual_tokens: int
     texts: int
     tokens: int
     loss: str = "target"
+    recompute: bool = False
 
 
 CASES = (
@@ -57,6 +66,10 @@ CASES = (
     Case("bloom", 20, 8, 120, "all"),
     Case("bloom", 100, 32, 120),
     Case("bloom", 100, 8, 500),
+    Case("smollm2", 20, 1, 4000),
+    Case("smollm2", 20, 1, 4000, recompute=True),
+    Case("bloom", 20, 1, 2000),
+    Case("bloom", 20, 1, 2000, recompute=True),
 )
 
 
@@ -78,34 +91,40 @@ def measured(case: Case) -> dict[str, float]:
         model.vocabulary_size, (case.texts, case.tokens + 1), generator=torch.Generator().manual_seed(0)
     )
     examples = [Example(tuple(row), start) for row in ids.tolist()]
-    footprint = measure(model, case.virtual_tokens)
+    footprint = replace(measure(model, case.virtual_tokens), recompute=case.recompute)
     prompt_gradient(model, prompt, (), [[Example(examples[0].ids[:8], 7)]])  # what is set up once is not counted
+    if case.recompute:
+        give_back()  # as the plan does
     gc.collect()
-    give_back()
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    began = time.perf_counter()
     for _ in range(2):
-        prompt_gradient(model, prompt, (), [examples])
+        prompt_gradient(model, prompt, (), [examples], case.recompute)
+    seconds = (time.perf_counter() - began) / 2
     predicted = footprint.step([case.tokens] * case.texts, sum(e.targets for e in examples))
-    return {"predicted": predicted / 1e9, "peak": (resident("VmHWM") - before) / 1e9}
+    return {"predicted": predicted / 1e9, "peak": (resident("VmHWM") - before) / 1e9, "seconds": seconds}
 
 
-def table(records: list[tuple[Case, dict[str, float]]]) -> str:
+def table(records: list[dict[str, Any]]) -> str:
     """Return the results as Markdown."""
     lines = [
         "# Memory of a step",
         "",
         "Made by `benchmarks/memory.py`, which says how. Gigabytes above the loaded model, in float32 on a CPU.",
         "",
-        "| model | P | texts | tokens each | loss | predicted | peak | predicted/peak |",
-        "|---" * 8 + "|",
+        "| model | P | texts | tokens each | loss | recomputation | predicted | peak | predicted/peak | a step |",
+        "|---" * 10 + "|",
     ]
-    for case, found in records:
-        cells = (case.model, case.virtual_tokens, case.texts, case.tokens, case.loss)
-        figures = f"{found['predicted']:.2f} | {found['peak']:.2f} | **{found['predicted'] / found['peak']:.2f}**"
-        lines.append(f"| {' | '.join(map(str, cells))} | {figures} |")
-    versions = ", ".join(f"{name} {version}" for name, version in environment().items())
-    lines += ["", f"{date.today().isoformat()}, {os.cpu_count()} cores; {versions}."]
+    for r in records:
+        cells = (r["model"], r["virtual_tokens"], r["texts"], r["tokens"], r["loss"], "yes" if r["recompute"] else "")
+        figures = f"{r['predicted']:.2f} | {r['peak']:.2f} | **{r['predicted'] / r['peak']:.2f}**"
+        seconds = f"{r['seconds']:.1f} s" if "seconds" in r else ""
+        lines.append(f"| {' | '.join(map(str, cells))} | {figures} | {seconds} |")
+    last = max(records, key=lambda r: str(r["date"]))
+    versions = ", ".join(f"{name} {version}" for name, version in last["environment"].items())
+    lines += ["", f"{last['date']}, {last['cores']} cores; {versions}."]
     return "\n".join(lines) + "\n"
 
 
@@ -113,18 +132,23 @@ def main() -> None:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--last", type=int, default=len(CASES), help="the last so many cases alone")
     options = parser.parse_args()
     disable_progress_bar()
     if options.one:
         print(json.dumps(measured(Case(**json.loads(options.one)))))
         return
-    records = []
-    for case in CASES:
+    file = RESULTS / "memory.jsonl"
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    about = {"cores": os.cpu_count(), "date": date.today().isoformat(), "environment": environment()}
+    for case in CASES[-options.last :]:
         command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        records.append((case, json.loads(done.stdout.splitlines()[-1])))
-        print(case, records[-1][1], flush=True)
-    (RESULTS / "memory.md").write_text(table(records))
+        record = {**asdict(case), **json.loads(done.stdout.splitlines()[-1]), **about}
+        known = [r for r in known if any(r[key] != value for key, value in asdict(case).items())] + [record]
+        file.write_text("".join(json.dumps(r) + "\n" for r in known))
+        (RESULTS / "memory.md").write_text(table(known))
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

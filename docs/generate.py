@@ -36,6 +36,7 @@ WHY = {
         "max_grad_norm": "one odd batch must not undo what was learned",
         "batch_size": "16 labels are 16 target tokens; a text or a completion has many",
         "micro_batch_tokens": "half of the free memory, at most what makes full use of the processor",
+        "gradient_checkpointing": "half as much time again for a fraction of the memory",
         "epochs": "steps say how long a run takes, whatever the number of rows",
         "max_steps": "200 for labels, 100 for texts, whose tokens all teach; quick: 30 %, thorough: 300 %",
         "eval_every": "often enough to find the best prompt, seldom enough to cost little",

@@ -95,10 +95,10 @@ def on(rank: int, place: object, name: str, change: Callable[[Callable[..., Any]
 
 
 def little_memory(right: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(model: object, prompt: object, text: object, parts: list[list[Any]]) -> Any:
+    def wrapped(model: object, prompt: object, text: object, parts: list[list[Any]], *rest: Any) -> Any:
         if any(len(part) > 1 for part in parts):
             raise OUT_OF_MEMORY
-        return right(model, prompt, text, parts)
+        return right(model, prompt, text, parts, *rest)
 
     return wrapped
 

@@ -178,10 +178,10 @@ class Sizes(Watcher):
 def little_memory(right: Callable[..., Any], fits: int) -> Callable[..., Any]:
     """A gradient that fails where more than so many tokens are run at once."""
 
-    def wrapped(model: FrozenModel, prompt: torch.Tensor, text: object, parts: list[list[Any]]) -> Any:
+    def wrapped(model: FrozenModel, prompt: torch.Tensor, text: object, parts: list[list[Any]], *rest: Any) -> Any:
         if any(sum(len(example.ids) for example in part) > fits for part in parts):
             raise RuntimeError(OUT_OF_MEMORY)
-        return right(model, prompt, text, parts)
+        return right(model, prompt, text, parts, *rest)
 
     return wrapped
 

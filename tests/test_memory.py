@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
 
 
-def kept_bytes(model: FrozenModel, ahead: int, lengths: list[int]) -> int:
+def kept_bytes(model: FrozenModel, ahead: int, lengths: list[int], recompute: bool = False) -> int:
     """What autograd keeps of a pass of some texts, counted."""
     prefix = model.prefix(torch.randn(ahead, model.embedding_width)).leaves()
     there = [*model.hf_model.parameters(), *model.hf_model.buffers(), *prefix.keys, *prefix.values]
@@ -45,7 +45,8 @@ def kept_bytes(model: FrozenModel, ahead: int, lengths: list[int]) -> int:
 
     texts = [torch.arange(length) + 5 for length in lengths]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        done = model.way.text_pass(prefix, texts, [torch.tensor([length - 1]) for length in lengths])
+        wanted = [torch.tensor([length - 1]) for length in lengths]
+        done = model.way.text_pass(prefix, texts, wanted, recompute=recompute)
     assert done.hidden.requires_grad
     return sum(size for place, size in sizes.items() if place not in known)
 
@@ -168,12 +169,12 @@ def watched(watcher: Sizes, free: Callable[[], float], ran: list[int]) -> Callab
     """A gradient that notes how many micro-batches it took, and stands no micro-batch that does not fit."""
     right = prompt_gradient
 
-    def run(model: FrozenModel, prompt: torch.Tensor, text: Any, parts: list[list[Example]]) -> Any:
+    def run(model: FrozenModel, prompt: torch.Tensor, text: Any, parts: list[list[Example]], recompute: bool) -> Any:
         assert watcher.plan is not None
         for part in parts:
             assert len(part) == 1 or watcher.plan.step_bytes(part) <= free()
         ran.append(len(parts))
-        return right(model, prompt, text, parts)
+        return right(model, prompt, text, parts, recompute)
 
     return run
 

@@ -67,6 +67,10 @@ class TuneConfig(FormatConfig):
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to this norm")
     batch_size: int | None = Field(None, ge=1, description="examples a step; never changed to save memory")
     micro_batch_tokens: int | None = Field(None, ge=1, description="text tokens run at once; from the free memory")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="run each layer again in the backward pass, to keep less in memory; where the longest row needs it",
+    )
     epochs: float | None = Field(None, gt=0, description="times that every row is seen; or max_steps, if sooner")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; eight of them a run")

@@ -99,11 +99,12 @@ def check(out: Path | None, resume: bool, name: str | None, as_json: bool, **opt
     for number, rendered in enumerate(forecast.rendered, start=1):
         console.print(f"\nrow {number}: {rendered.tokens} tokens, {rendered.targets} of them learned", markup=False)
         console.print(f"{rendered.input!r} → {rendered.target!r}", markup=False)
+    twice = " (layers run once more in the backward pass, to save some)" if plan.config.gradient_checkpointing else ""
     console.print(
         f"\ntokens a row: {forecast.mean_tokens:.0f} on average, {forecast.longest} at most\n"
         f"way: {forecast.way}; learned: {forecast.parameters:,} numbers "
         f"({forecast.virtual_tokens} virtual tokens of {forecast.width})\n"
-        f"memory: about {forecast.step_gigabytes:.1f} GB for a step, {forecast.free_gigabytes:.1f} GB free\n"
+        f"memory: about {forecast.step_gigabytes:.1f} GB for a step{twice}, {forecast.free_gigabytes:.1f} GB free\n"
         f"time: {forecast.step_seconds:.1f} s a step, about {forecast.minutes:.0f} min for "
         f"{plan.config.max_steps} steps with evaluations"
     )

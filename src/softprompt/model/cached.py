@@ -47,7 +47,9 @@ class Cached(Way):
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
+        recompute: bool = False,
     ) -> TextPass:
+        assert not recompute  # a layer that runs again would find its keys and values in the cache already
         if parents is not None:
             trees = zip(texts, wanted, parents, strict=True)
             return TextPass(torch.cat([self._tree(prefix, *tree) for tree in trees]))

@@ -113,19 +113,20 @@ class FrozenModel:
                 self._kept.popitem(last=False)
             return self._kept[key]
 
-    def loss(self, prefix: Prefix, examples: Sequence[Example]) -> Tensor:
+    def loss(self, prefix: Prefix, examples: Sequence[Example], recompute: bool = False) -> Tensor:
         """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
 
         Args:
             prefix: its `text` must be how each example begins, up to its first target at most.
             examples: they are run at once: a micro-batch.
+            recompute: run each layer again in the backward pass, in less memory.
         """
         held = len(prefix.text)
         # What a text's last token is followed by is nobody's question, so it is not run; but one token always is.
         texts = [torch.tensor(e.ids[held : max(len(e.ids) - 1, held + 1)]) for e in examples]
         wanted = [torch.arange(e.start - held - 1, len(e.ids) - held - 1) for e in examples]
         targets = torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
-        return self.way.head.losses(self.way.text_pass(prefix, texts, wanted).hidden, targets)
+        return self.way.head.losses(self.way.text_pass(prefix, texts, wanted, recompute=recompute).hidden, targets)
 
     @torch.no_grad()
     def read(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:

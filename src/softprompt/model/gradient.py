@@ -12,7 +12,11 @@ from softprompt.model.frozen import FrozenModel
 
 
 def prompt_gradient(
-    model: FrozenModel, prompt: Tensor, text: Sequence[int], micro_batches: Sequence[Sequence[Example]]
+    model: FrozenModel,
+    prompt: Tensor,
+    text: Sequence[int],
+    micro_batches: Sequence[Sequence[Example]],
+    recompute: bool = False,
 ) -> tuple[float, Tensor]:
     """Return the mean loss over all target tokens of a step, and its gradient on the prompt.
 
@@ -24,6 +28,7 @@ def prompt_gradient(
         prompt: `[P, H]`, float32.
         text: ids that every example begins with; they are run once, with the prompt.
         micro_batches: how the step's examples are cut changes the result by rounding only.
+        recompute: run each layer of the texts' passes again in the backward pass, in less memory.
 
     Returns:
         The loss in nats per target token, and its gradient `[P, H]`.
@@ -36,7 +41,7 @@ def prompt_gradient(
         total = 0.0
         for part in micro_batches:
             # The sum: divided by the number of targets, half precision would lose the gradients of most logits.
-            loss = model.loss(leaves, part).sum()
+            loss = model.loss(leaves, part, recompute).sum()
             loss.backward()
             total += float(loss.detach())
         prefix.backward(leaves)

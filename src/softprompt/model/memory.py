@@ -32,11 +32,14 @@ _TRIED = 32  # tokens of the longest text that is run to see what it keeps
 # What glibc's allocator comes to hold for every byte that is asked of it, but for large tensors, which get pages of
 # their own: benchmarks/results/memory.md.
 _ALLOCATOR = 1.5
+_M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
 @dataclass(frozen=True)
 class Footprint:
     """What a micro-batch takes in memory, behind one prefix.
+
+    While a layer is run, or its gradients are found, it takes about twice what it keeps.
 
     Of n texts of t tokens whose attention is computed together, what is kept for the backward pass is a sum of terms
     in t·(P + t), t and 1, and n times as much of others; their factors are measured.
@@ -50,6 +53,7 @@ class Footprint:
         logit: bytes that one logit takes while its gradient is found.
         vocabulary: V.
         pads: whether the way pads a micro-batch's texts to its longest.
+        recompute: whether the layers run again in the backward pass.
     """
 
     ahead: int
@@ -60,6 +64,7 @@ class Footprint:
     logit: float
     vocabulary: int
     pads: bool
+    recompute: bool = False
 
     def step(self, lengths: Sequence[int], targets: float) -> float:
         """Predict the bytes of a step's micro-batch.
@@ -68,22 +73,30 @@ class Footprint:
             lengths: tokens of each text behind the prefix, in their order.
             targets: target tokens of all of them.
         """
-        kept = self.kept(lengths) + targets * self.width
-        return _ALLOCATOR * (self.prompt + kept) + max(self._layer(lengths), self._logits(targets))
+        stays, layer = self.prompt + targets * self.width, self.kept(lengths) / self.layers
+        if self.recompute:  # a layer is there as a whole when its gradients are found; nothing is lost (`give_back`)
+            return stays + self._inputs(lengths) + max(3 * layer, self._logits(targets))
+        return _ALLOCATOR * (stays + self.kept(lengths)) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
 
     def scoring(self, lengths: Sequence[int], targets: float) -> float:
         """Predict the bytes that some texts take where nothing is kept for a backward pass."""
-        return _ALLOCATOR * self.prompt + max(self._layer(lengths), self._logits(targets))
+        layer = 2 * self.kept(lengths) / self.layers
+        return _ALLOCATOR * self.prompt + max(_ALLOCATOR * layer, self._logits(targets))
 
     def kept(self, lengths: Sequence[int]) -> float:
         """Return the bytes that are kept for the backward pass."""
-        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths)
-        sizes = [(end - begin, max(lengths[begin:end])) for begin, end in groups]
+        sizes = self._groups(lengths)
         return float(sum(np.dot(self.factors, _terms(count, longest, self.ahead)) for count, longest in sizes))
 
-    def _layer(self, lengths: Sequence[int]) -> float:
-        """Return the bytes that one layer takes while it is run or its gradients are found: twice what it keeps."""
-        return _ALLOCATOR * 2 * self.kept(lengths) / self.layers
+    def _groups(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Return how many texts have their attention computed together, and the length of the longest of them."""
+        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths)
+        return [(end - begin, max(lengths[begin:end])) for begin, end in groups]
+
+    def _inputs(self, lengths: Sequence[int]) -> float:
+        """Return the bytes of all layers' inputs, and of the masks that the layers share."""
+        masks = 4.0 * sum(longest * (self.ahead + longest) for _, longest in self._groups(lengths))
+        return self.layers * sum(lengths) * self.width + masks
 
     def _logits(self, rows: float) -> float:
         """Return the bytes of so many rows of logits; a piece is held at a time."""
@@ -223,8 +236,12 @@ def available_memory(device: torch.device) -> int:
 
 
 def give_back() -> None:
-    """Return to the system what glibc keeps of freed memory: it counts as taken, and is not there for large tensors."""
+    """Have glibc return freed memory to the system, now and from now on, where it keeps holes between tensors.
+
+    With pages of their own, freed large tensors leave none; that their pages are made anew each time costs some time.
+    """
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):  # other C libraries have none
+            library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            library.malloc_trim(0)

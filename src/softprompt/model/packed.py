@@ -6,15 +6,17 @@ the texts apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.model.attention import Row, attention, current
 from softprompt.model.bloom import bloom_attention
@@ -52,6 +54,8 @@ class Packed(Way):
             for module in hf_model.modules()
             if type(module).__name__ in STAND_INS
         ]
+        self._layers = [module for module in hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.recomputes = bool(self._layers)
 
     @contextmanager
     def _running(self, row: Row) -> Iterator[None]:
@@ -67,6 +71,26 @@ class Packed(Way):
             finally:
                 config._attn_implementation = before
                 current.reset(token)
+
+    @contextmanager
+    def _recomputing(self, row: Row) -> Iterator[None]:
+        """Let each layer keep nothing but its inputs, and run again when its gradients are found (Chen et al. 2016).
+
+        transformers' own way acts in training mode alone. The second run is outside of the text's pass, on a GPU in
+        another thread: it takes the lock and the attention for itself.
+        """
+
+        def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with self._running(row):
+                return forward(*args, **kwargs)
+
+        with ExitStack() as stack:
+            for layer in self._layers:
+                run = partial(again, layer.forward)
+                # In eval mode nothing is random, so there is no random state to be preserved.
+                twice = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+                stack.enter_context(replaced(layer, twice))
+            yield
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]
@@ -89,6 +113,7 @@ class Packed(Way):
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
+        recompute: bool = False,
     ) -> TextPass:
         lengths = [len(text) for text in texts]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -96,7 +121,8 @@ class Packed(Way):
         row = Row(prefix, lengths, parents, note=extend)
         taken: list[Tensor] = []
         ids = torch.cat(list(texts)).unsqueeze(0).to(device)
-        with self._running(row), self.head.skipped(taken.append):
+        recomputing = self._recomputing(row) if recompute else nullcontext()
+        with self._running(row), self.head.skipped(taken.append), recomputing:
             self.hf_model(input_ids=ids, position_ids=row.positions().to(device), use_cache=False)
         hidden = rows_of(taken[0], starts, wanted, prefix)
         if not extend:

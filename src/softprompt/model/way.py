@@ -39,6 +39,7 @@ class Way(ABC):
 
     name: str
     pads: bool  # whether the shorter texts of a pass cost as much as the longest
+    recomputes = False  # whether the layers can run again in the backward pass
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         self.hf_model = hf_model
@@ -63,6 +64,7 @@ class Way(ABC):
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
+        recompute: bool = False,
     ) -> TextPass:
         """Run texts (ids `[t]` each, t at least 1) behind one prefix.
 
@@ -73,6 +75,8 @@ class Way(ABC):
             parents: per text, for each token the position of the token before it: a text that branches is a tree.
                 None where every token follows the one before.
             extend: also return, per text, the prefix that ends with it; not for trees.
+            recompute: keep the layers' inputs alone for the backward pass, and run each layer again there; only where
+                the way `recomputes`.
         """
 
 

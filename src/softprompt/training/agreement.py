@@ -36,7 +36,9 @@ def agree(processes: Processes, plan: Plan, identity: dict[str, str]) -> Plan:
     sizes = torch.zeros(processes.count, dtype=torch.float64)
     sizes[processes.rank] = plan.config.micro_batch_tokens
     fitting = int(processes.total(lambda: sizes, sizes.shape).min())
-    own = plan.config.model_copy(update={"micro_batch_tokens": fitting})
+    needed = torch.tensor([float(bool(plan.config.gradient_checkpointing))])
+    recompute = bool(processes.total(lambda: needed, needed.shape))  # one that has too little memory is enough
+    own = plan.config.model_copy(update={"micro_batch_tokens": fitting, "gradient_checkpointing": recompute})
     config = share_config(processes, own)
     known: dict[str, str] = json.loads(processes.share(json.dumps(identity).encode()))
     other = own.model_dump(exclude=_OF_A_MACHINE) != config.model_dump(exclude=_OF_A_MACHINE) or known != identity
@@ -45,7 +47,8 @@ def agree(processes: Processes, plan: Plan, identity: dict[str, str]) -> Plan:
     start = load(processes.share(save({"start": plan.start})))["start"]
     if plan.scorer is not None:
         plan.scorer.at_once, plan.scorer.processes = fitting, processes
-    return replace(plan, config=config, start=start)
+    footprint = replace(plan.footprint, recompute=recompute)
+    return replace(plan, config=config, start=start, footprint=footprint)
 
 
 def resume(

@@ -54,7 +54,8 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     batch = [examples[i] for i in draw(len(examples), config.batch_size, 0, config.seed)]
     cut = micro_batches(batch, config.micro_batch_tokens, len(plan.text), model.way.pads)
     began = time.monotonic()
-    prompt_gradient(model, plan.start, plan.text, [[batch[i] for i in part] for part in cut])
+    parts, recompute = [[batch[i] for i in part] for part in cut], bool(config.gradient_checkpointing)
+    prompt_gradient(model, plan.start, plan.text, parts, recompute)
     seconds = time.monotonic() - began
 
     mean = extent.tokens / extent.rows
@@ -62,7 +63,7 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     scored = len(plan.validation) if plan.validation is not None else 0
     evaluations = (config.max_steps // config.eval_every + 1) * scored * mean / _BACKWARD
     virtual, width = plan.start.shape
-    needed = max(plan.step_bytes([batch[i] for i in part]) for part in cut)
+    needed = max(plan.step_bytes(part) for part in parts)
     return Forecast(
         way=model.way.name,
         virtual_tokens=virtual,

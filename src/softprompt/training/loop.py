@@ -185,7 +185,8 @@ class Loop:
         needed = max(self.plan.step_bytes(part) for part in parts)
         if max(map(len, parts)) > 1 and needed > self._free(needed):
             raise MemoryError
-        return prompt_gradient(self.model, self.prompt, self.plan.text, parts)
+        recompute = bool(self.plan.config.gradient_checkpointing)
+        return prompt_gradient(self.model, self.prompt, self.plan.text, parts, recompute)
 
     def _free(self, needed: float) -> float:
         """Return the memory that is free; what earlier steps left to the allocator too, where less is than needed."""

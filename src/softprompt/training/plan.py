@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from softprompt.evaluation.scoring import Scorer, make_scorer
 from softprompt.launch import count
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
-from softprompt.model.memory import Footprint, available_memory, measure, micro_batch_tokens
+from softprompt.model.memory import Footprint, available_memory, give_back, measure, micro_batch_tokens
 from softprompt.prompt.initialization import (
     MANY_LABELS,
     USUAL_TOKENS,
@@ -139,7 +139,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     # The steps encode with a copy: what they cut has been counted here.
     counted, examples = (LazyExamples(e, train, chosen["loss"] == "all") for e in (encoder, copy(encoder)))
     extent = Extent.of(counted[i] for i in rows)
-    footprint = measure(model, len(start) + len(extent.text))
+    footprint = _footprint(model, config, extent, len(start), decide)
     at_once = _at_once(model, footprint, extent)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
     _warn(model, train, validation if eval_data is not None else None, footprint, extent)
@@ -189,6 +189,30 @@ def _at_once(model: FrozenModel, footprint: Footprint, extent: Extent) -> int:
     return micro_batch_tokens(model.device, footprint, extent.shortest - held, extent.longest - held, targets)
 
 
+def _footprint(model: FrozenModel, config: TuneConfig, extent: Extent, virtual: int, decide: Decide) -> Footprint:
+    """Return what a step takes in memory, and decide whether the layers run again in the backward pass."""
+    recompute, measured = config.gradient_checkpointing, measure(model, virtual + len(extent.text))
+    if recompute and not model.way.recomputes:
+        raise SettingsError(
+            f"gradient_checkpointing: the layers of {type(model.hf_model).__name__} cannot run again on its way "
+            f"({model.way.name}); leave it out, and lower max_length if memory runs out"
+        )
+    if recompute is None:
+        fits = _alone(measured, extent) <= available_memory(model.device)
+        recompute = model.way.recomputes and not fits
+        why = "the longest row does not fit in memory otherwise" if recompute else "the longest row fits in memory"
+        decide("gradient_checkpointing", recompute, why if fits or recompute else f"not on the {model.way.name} way")
+    if recompute:
+        give_back()  # glibc would keep several times what is needed, in holes between what the layers keep
+    return replace(measured, recompute=recompute)
+
+
+def _alone(footprint: Footprint, extent: Extent) -> float:
+    """Return the bytes that the longest row takes."""
+    longest = extent.longest - len(extent.text)
+    return footprint.step([longest], longest * extent.targets / extent.tokens)
+
+
 def _warn(model: FrozenModel, train: Rows, given: Rows | None, footprint: Footprint, extent: Extent) -> None:
     """Say before the first step what will spoil the run's figures, or the run.
 
@@ -201,8 +225,7 @@ def _warn(model: FrozenModel, train: Rows, given: Rows | None, footprint: Footpr
             "looks better than it is. Give other rows as validation data",
             stacklevel=3,
         )
-    longest, free = extent.longest - len(extent.text), available_memory(model.device)
-    row_bytes = footprint.step([longest], longest * extent.targets / extent.tokens)
+    row_bytes, free = _alone(footprint, extent), available_memory(model.device)
     if row_bytes > free:
         warnings.warn(
             f"the longest row alone needs about {row_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower "
