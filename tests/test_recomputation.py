@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, SHORT, Command, frozen
+from conftest import ARCHITECTURES, SHORT, Command, frozen, tiny_tokenizer
 from softprompt import TuneConfig, load_data, tune
 from softprompt.data.examples import Example
 from softprompt.errors import SettingsError
 from softprompt.model import memory
+from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure
+from softprompt.training import loop
 from softprompt.training import plan as planning
 from softprompt.training.plan import make_plan
 from test_gradient import examples_of, start
@@ -65,6 +68,17 @@ def test_a_steps_peak_is_lower_and_predicted(architecture: str) -> None:
     predicted = replace(footprint, recompute=True).step([119] * 6, 6)
     assert 0.97 * peaks[1] < predicted < 2 * peaks[1]  # few layers: one of them counts for much
     assert peaks[1] < 0.75 * peaks[0]  # of three or four layers, one is kept whole while it runs again
+
+
+def test_of_many_layers_their_inputs_are_most_of_what_is_predicted() -> None:
+    config = ARCHITECTURES["llama"][1]()
+    config.num_hidden_layers = 24
+    torch.manual_seed(0)
+    model = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+    examples, prompt = [Example(tuple(range(5, 125)), 119)] * 6, start(model, 4)
+    with Live() as live:
+        prompt_gradient(model, prompt, (), [examples], recompute=True)
+    assert live.most < replace(measure(model, 4), recompute=True).step([119] * 6, 6) < 1.4 * live.most
 
 
 def test_nothing_is_left_on_the_model(llama: FrozenModel) -> None:
@@ -132,9 +146,16 @@ def settings(**more: object) -> TuneConfig:
     return TuneConfig(**{**given, **more})  # type: ignore[arg-type]
 
 
-def test_a_run_learns_the_same_prompt(llama: FrozenModel, reviews: Path) -> None:
-    rows = load_data(reviews)
+def test_a_run_learns_the_same_prompt(llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, asked = load_data(reviews), []
+
+    def noted(*given: Any) -> Any:
+        asked.append(given[4])
+        return prompt_gradient(*given)
+
+    monkeypatch.setattr(loop, "prompt_gradient", noted)
     once, twice = (tune(llama, rows, settings(gradient_checkpointing=given)) for given in (False, True))
+    assert asked == [False] * 4 + [True] * 4
     assert torch.equal(once.prompt.embeddings, twice.prompt.embeddings)
     assert (once.settings.gradient_checkpointing, twice.settings.gradient_checkpointing) == (False, True)
 

@@ -76,7 +76,7 @@ class Footprint:
         stays, layer = self.prompt + targets * self.width, self.kept(lengths) / self.layers
         if self.recompute:  # a layer is there as a whole when its gradients are found; nothing is lost (`give_back`)
             return stays + self._inputs(lengths) + max(3 * layer, self._logits(targets))
-        return _ALLOCATOR * (stays + self.kept(lengths)) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
+        return _ALLOCATOR * stays + self._held(lengths) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
 
     def scoring(self, lengths: Sequence[int], targets: float) -> float:
         """Predict the bytes that some texts take where nothing is kept for a backward pass."""
@@ -87,6 +87,11 @@ class Footprint:
         """Return the bytes that are kept for the backward pass."""
         sizes = self._groups(lengths)
         return float(sum(np.dot(self.factors, _terms(count, longest, self.ahead)) for count, longest in sizes))
+
+    def _held(self, lengths: Sequence[int]) -> float:
+        """Return what the process comes to hold for what is kept; masks are large enough for pages of their own."""
+        masks = self.factors[0] * sum(longest * (self.ahead + longest) for _, longest in self._groups(lengths))
+        return masks + _ALLOCATOR * (self.kept(lengths) - masks)
 
     def _groups(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Return how many texts have their attention computed together, and the length of the longest of them."""
