@@ -236,8 +236,9 @@ def test_check_counts_no_more_cut_rows_than_there_are(command: Command, llama_fo
 
 
 def test_settings_come_from_the_file_then_the_command_then_set(
-    command: Command, llama_folder: Path, reviews: Path
+    command: Command, llama_folder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # so wide that no cell is folded
     Path("settings.yaml").write_text("seed: 5\nlearning_rate: 1e-3\nbudget: quick\nmax_steps: 9\n", encoding="utf-8")
     common = ["check", reviews, "--model", llama_folder, "--config", "settings.yaml", "--budget", "thorough"]
     shown = command(*common, "--set", "max_steps=2", "--set", "template={{ text }} yes: ")
