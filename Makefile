@@ -15,11 +15,11 @@ install: .venv/.installed
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) .
+	$(INSTALL) '.[compare]'
 	touch $@
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) '.[test,lint,bench]'
+	$(INSTALL) '.[test,lint]'
 	touch $@ .venv/.installed
 
 demo: install

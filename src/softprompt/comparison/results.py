@@ -1,0 +1,188 @@
+"""What a comparison finds: one result for each method and seed, kept as a JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from softprompt.data.rows import Task
+from softprompt.errors import InputError
+from softprompt.evaluation.intervals import Metric
+from softprompt.evaluation.scoring import Confusion
+from softprompt.storage import write_text
+
+# What each task's methods are ranked by: higher is better, but for the loss.
+PRIMARY: dict[Task, str] = {"classification": "accuracy", "completion": "bleu", "text": "loss"}
+
+
+class Costs(BaseModel):
+    """What a method takes.
+
+    Attributes:
+        trainable_parameters: numbers that are learned; 0 for prompt engineering.
+        stored_bytes: what has to be kept for the task besides the base model.
+        train_seconds, train_cpu_seconds: wall and processor time of learning or searching, validation included.
+        train_tokens: text tokens that were run to learn or to search.
+        peak_bytes: memory above the loaded model while learning or searching.
+        prediction_seconds: wall time of a test row.
+        switch_seconds: from the stored files of another task to the first row that can be answered.
+        base_unchanged: whether the base model's weights have the same hash before and after, and serve the task
+            as they are: full fine-tuning needs another copy.
+        perplexity_before, perplexity_after: of the model on text that has nothing to do with the task, without and
+            with what the task has added to its weights.
+    """
+
+    trainable_parameters: int
+    stored_bytes: int
+    train_seconds: float
+    train_cpu_seconds: float
+    train_tokens: int
+    peak_bytes: int
+    prediction_seconds: float
+    switch_seconds: float
+    base_unchanged: bool
+    perplexity_before: float
+    perplexity_after: float
+
+
+class Point(BaseModel):
+    """A point of a learning curve.
+
+    Attributes:
+        step: steps done.
+        seconds: wall time until then.
+        loss: mean training loss since the point before, in nats per target token; None before the first step.
+        validation: the metrics on the validation rows.
+    """
+
+    step: int
+    seconds: float
+    loss: float | None = None
+    validation: dict[str, float]
+
+
+class Result(BaseModel):
+    """What one method gave with one seed.
+
+    Attributes:
+        method, seed: which.
+        task: the task's kind.
+        data: name of the rows.
+        base_model: name of the model.
+        rows: how many were there for `train`, `validation` and `test`.
+        settings: what was in force, the method's own choices included.
+        metrics: on the test rows, with 95 % intervals.
+        confusion: of classification.
+        predictions: for each test row, the label or the text; empty for plain text.
+        statistics: `[N, …]` per test row (per distinct input of a completion task): what the primary metric is
+            made from, see `statistic`.
+        costs: what it took.
+        curve: how it learned; empty for prompt engineering.
+        environment: versions and machine.
+        date: ISO.
+    """
+
+    method: str
+    seed: int
+    task: Task
+    data: str
+    base_model: str
+    rows: dict[str, int]
+    settings: dict[str, Any]
+    metrics: dict[str, Metric]
+    confusion: Confusion | None = None
+    predictions: list[str] = []
+    statistics: list[list[float]] = []
+    costs: Costs
+    curve: list[Point] = []
+    environment: dict[str, str] = {}
+    date: str = ""
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that methods are ranked by."""
+        return self.metrics[PRIMARY[self.task]]
+
+    def save(self, folder: Path) -> Path:
+        """Write `METHOD-SEED.json`.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        path = result_file(folder, self.method, self.seed)
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+        return path
+
+
+def result_file(folder: Path, method: str, seed: int) -> Path:
+    """Return where a result is kept."""
+    return folder / f"{method}-{seed}.json"
+
+
+def read_result(path: Path) -> Result:
+    """Read a result.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ValidationError) as error:
+        raise InputError(f"cannot read {path}: {error}; remove it, and the method is run again") from error
+
+
+def statistic(task: Task, sums: NDArray[np.float64]) -> float:
+    """Return the primary metric of rows whose statistics add up to `sums`.
+
+    Classification has `[right, 1]` per row, text `[nats, tokens]`, completion what sacrebleu sums up: both lengths, then
+    how many n-grams were right and how many there are.
+    """
+    if task == "completion":
+        from sacrebleu.metrics.bleu import BLEU
+
+        return float(BLEU()._compute_score_from_stats(sums.tolist()).score)
+    return float(sums[0] / sums[1])
+
+
+class Difference(BaseModel):
+    """How much better one method is than another, over the same test rows.
+
+    Attributes:
+        value: difference of the primary metric, positive where the first is better.
+        low, high: 95 % interval.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+_RESAMPLES = 2000
+
+
+def difference(first: Sequence[Result], second: Sequence[Result]) -> Difference:
+    """Compare two methods by a paired bootstrap over the test rows (Koehn 2004).
+
+    Args:
+        first, second: a method's results, one a seed; a method's figure is the mean over its seeds, and the same rows
+            are drawn for all of them.
+    """
+    task = first[0].task
+    sign = -1.0 if task == "text" else 1.0
+
+    def mean(results: Sequence[Result], drawn: NDArray[np.int64]) -> float:
+        return float(np.mean([statistic(task, np.array(r.statistics)[drawn].sum(axis=0)) for r in results]))
+
+    rows = len(first[0].statistics)
+    generator = np.random.default_rng(0)
+    found = []
+    for draw in range(_RESAMPLES + 1):
+        drawn = generator.integers(rows, size=rows) if draw else np.arange(rows)
+        found.append(sign * (mean(first, drawn) - mean(second, drawn)))
+    low, high = np.percentile(found[1:], [2.5, 97.5])
+    return Difference(value=found[0], low=float(low), high=float(high))
