@@ -139,8 +139,8 @@ def read_result(path: Path) -> Result:
 def statistic(task: Task, sums: NDArray[np.float64]) -> float:
     """Return the primary metric of rows whose statistics add up to `sums`.
 
-    Classification has `[right, 1]` per row, text `[nats, tokens]`, completion what sacrebleu sums up: both lengths, then
-    how many n-grams were right and how many there are.
+    Classification has `[right, 1]` per row, text `[nats, tokens]`, completion what sacrebleu sums up: both lengths,
+    then how many n-grams were right and how many there are.
     """
     if task == "completion":
         from sacrebleu.metrics.bleu import BLEU
