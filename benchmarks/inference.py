@@ -132,7 +132,7 @@ def generation(data: Path, repeats: int) -> dict[str, Any]:
     ids = torch.tensor([model.tokenizer(row["text"])["input_ids"][:16] for row in rows])
     texts = model.tokenizer.batch_decode(ids)
     prompt = sp.SoftPrompt(text_prompt(model, 100, "Continue the text in the same manner:\n"), record_of(model))
-    wrapped = peft_model(model.hf_model, prompt.embeddings).eval()
+    wrapped = peft_model(model.hf_model, prompt.weights).eval()
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     seconds: dict[str, list[float]] = {name: [] for name in ("softprompt", "peft", "first", "base", "plain")}
 

@@ -17,8 +17,8 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, Trainer
 import softprompt as sp
 from softprompt.data.examples import Example
 from softprompt.model.choice import freeze
-from softprompt.training.loop import Loop
 from softprompt.training.plan import Plan
+from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import reproducible
 from softprompt.training.watcher import Watcher
@@ -40,7 +40,7 @@ class Softprompt:
     def __init__(self, model: sp.FrozenModel, plan: Plan, scratch: Path) -> None:
         run = RunFolder(scratch / "run")
         run.begin(plan.config, {})
-        self.loop, self.metrics = Loop(model, plan, run, Watcher(), None), run.path / "metrics.jsonl"
+        self.loop, self.metrics = PromptLoop(model, plan, run, Watcher()), run.path / "metrics.jsonl"
 
     def step(self, _batch: Sequence[Example]) -> float:
         """Take a step and return its loss; the loop draws the same batch itself."""
@@ -50,8 +50,8 @@ class Softprompt:
 
     def gradient(self) -> Tensor:
         """Return the last step's gradient `[P, H]`, clipped."""
-        assert self.loop.prompt.grad is not None
-        return self.loop.prompt.grad.clone()
+        assert self.loop.prompt.prompt.grad is not None
+        return self.loop.prompt.prompt.grad.clone()
 
 
 class Peft:

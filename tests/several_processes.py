@@ -20,7 +20,7 @@ import torch
 import softprompt as sp
 from softprompt.evaluation.scoring import LabelScorer
 from softprompt.processes import launched
-from softprompt.training import loop
+from softprompt.training import prompt_loop
 
 SETTINGS = {
     "max_steps": 4,
@@ -79,7 +79,7 @@ def tuned(model: sp.FrozenModel, rows: sp.Rows, out: Path, resume: bool = False,
         except (sp.SoftpromptError, KeyboardInterrupt) as error:
             return {"error": f"{type(error).__name__}: {error}", "wrote": out.exists()}
     return {
-        "prompt": result.prompt.embeddings.tolist(),
+        "prompt": result.prompt.weights.tolist(),
         "metrics": result.metrics,
         "gradients": gradients,
         "told": told.losses,
@@ -146,17 +146,17 @@ def main() -> None:
     for name, settings in CASES.items():
         seen[name] = tuned(model, rows, out / name, **settings)
     seen["text"] = tuned(model, texts(rows), out / "text", micro_batch_tokens=20)
-    with on(1, loop, "prompt_gradient", little_memory):
+    with on(1, prompt_loop, "prompt_gradient", little_memory):
         seen["memory"] = tuned(model, rows, out / "memory")
     with on(1, LabelScorer, "_found", little_memory_to_score):
         seen["memory-to-score"] = tuned(model, rows, out / "memory-to-score")
-    with on(1, loop, "prompt_gradient", no_number):
+    with on(1, prompt_loop, "prompt_gradient", no_number):
         seen["no-number"] = tuned(model, rows, out / "no-number")
     seen["unlike"] = tuned(model, rows.pick(range(30 + processes.rank)), out / "unlike")
     for name, place, function, call in (
-        ("cut-in-a-step", loop, "prompt_gradient", 2),
+        ("cut-in-a-step", prompt_loop, "prompt_gradient", 2),
         ("cut-in-an-evaluation", LabelScorer, "_found", 1),
-        ("cut-before-a-step", loop, "prompt_gradient", 0),
+        ("cut-before-a-step", prompt_loop, "prompt_gradient", 0),
     ):
         with on(1, place, function, interrupted(call)):
             seen[name] = tuned(model, rows, out / name)

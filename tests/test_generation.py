@@ -126,7 +126,7 @@ def test_max_length_counts_real_tokens_only(llama: FrozenModel) -> None:
 
 def test_a_prompt_alone_can_be_continued_and_nothing_cannot(llama: FrozenModel) -> None:
     prompt = soft_prompt(llama)
-    expected, _ = plain_greedy(llama, prompt.embeddings, [], 6)
+    expected, _ = plain_greedy(llama, prompt.weights, [], 6)
     made = generate(llama, ["", "a fine film"], prompt, GenerateConfig(max_new_tokens=6))
     assert expected and made[0].startswith(expected)
     with pytest.raises(SettingsError, match="empty"):

@@ -18,7 +18,7 @@ from softprompt import Rows, TuneConfig, Watcher, evaluate, load_data, tune
 from softprompt.errors import RunError
 from softprompt.evaluation.scoring import LabelScorer, Scores
 from softprompt.model.frozen import FrozenModel
-from softprompt.training import loop
+from softprompt.training import prompt_loop
 from softprompt.training.loop import interrupts_deferred
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import RunFolder, State
@@ -94,7 +94,7 @@ def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(
     rows = load_data(reviews)
     tune(llama, rows, short(), out=tmp_path / "whole")
     place, name = {
-        "gradient": (loop, "prompt_gradient"),
+        "gradient": (prompt_loop, "prompt_gradient"),
         "optimizer": (torch.optim.AdamW, "step"),
         "log": (RunFolder, "log"),
         "evaluation": (LabelScorer, "_score"),
@@ -190,11 +190,11 @@ def test_where_memory_runs_out_less_is_run_at_once_and_the_result_is_the_same(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = load_data(reviews)
-    whole = tune(llama, rows, short(), out=tmp_path / "whole").prompt.embeddings
+    whole = tune(llama, rows, short(), out=tmp_path / "whole").prompt.weights
     watcher = Sizes()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prompt_gradient", little_memory(loop.prompt_gradient, 25))
-        squeezed = tune(llama, rows, short(), out=tmp_path / "squeezed", watcher=watcher).prompt.embeddings
+        patch.setattr(prompt_loop, "prompt_gradient", little_memory(prompt_loop.prompt_gradient, 25))
+        squeezed = tune(llama, rows, short(), out=tmp_path / "squeezed", watcher=watcher).prompt.weights
     assert watcher.seen
     assert all(step == 1 for step, _ in watcher.seen)  # found once, kept afterwards
     assert [tokens for _, tokens in watcher.seen] == [watcher.planned >> n for n in range(1, len(watcher.seen) + 1)]
@@ -207,7 +207,7 @@ def test_a_run_that_went_on_with_less_memory_is_resumed_with_less(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, config = load_data(reviews), short(save_every=3, eval_rows=0)
-    monkeypatch.setattr(loop, "prompt_gradient", little_memory(loop.prompt_gradient, 25))
+    monkeypatch.setattr(prompt_loop, "prompt_gradient", little_memory(prompt_loop.prompt_gradient, 25))
     tune(llama, rows, config, out=tmp_path / "run")
     newest = tmp_path / "run" / "state" / "step-6"
     for file in newest.iterdir():
@@ -220,7 +220,7 @@ def test_a_run_that_went_on_with_less_memory_is_resumed_with_less(
 def test_where_one_row_does_not_fit_the_run_says_what_to_try(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "prompt_gradient", little_memory(loop.prompt_gradient, 3))
+    monkeypatch.setattr(prompt_loop, "prompt_gradient", little_memory(prompt_loop.prompt_gradient, 3))
     with pytest.raises(RunError, match=r"out of memory at one row of \d+ tokens .*--set max_length"):
         tune(llama, load_data(reviews), short(), out=tmp_path / "run")
 
@@ -231,7 +231,7 @@ def test_any_other_error_is_not_taken_for_a_lack_of_memory(
     def broken(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop, "prompt_gradient", broken)
+    monkeypatch.setattr(prompt_loop, "prompt_gradient", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         tune(llama, load_data(reviews), short())
 

@@ -50,7 +50,7 @@ def test_a_prompt_that_peft_saved_is_read_with_a_warning(tmp_path: Path) -> None
     peft_model.save_pretrained(tmp_path / "theirs")
     with pytest.warns(UserWarning, match="cannot be checked"):
         prompt = load_prompt(tmp_path / "theirs")
-    assert torch.equal(prompt.embeddings, peft_model.prompt_encoder["default"].embedding.weight.detach())
+    assert torch.equal(prompt.weights, peft_model.prompt_encoder["default"].embedding.weight.detach())
     model = frozen("llama")
     ids = model.tokenizer("hello", return_tensors="pt")
     whole = peft_model.generate(**ids, max_new_tokens=8, do_sample=False)[0]
@@ -70,7 +70,7 @@ def test_a_saved_prompt_comes_back_as_it_was(tmp_path: Path) -> None:
     prompt = SoftPrompt(torch.randn(3, model.embedding_width), record)
     prompt.save(tmp_path / "one")
     again = load_prompt(tmp_path / "one")
-    assert torch.equal(again.embeddings, prompt.embeddings)
+    assert torch.equal(again.weights, prompt.weights)
     assert again.record == record
     again.save(tmp_path / "two")
     for name in ("adapter_model.safetensors", "adapter_config.json", "softprompt.json", "README.md"):
@@ -112,7 +112,7 @@ def test_a_prompt_that_peft_trained_gives_the_same_logits(architecture: str, ini
     peft_model.save_pretrained(tmp_path / "theirs")
     with pytest.warns(UserWarning, match="cannot be checked"):
         prompt = load_prompt(tmp_path / "theirs")
-    ours = TrainablePrompt(frozen(architecture), prompt.embeddings)
+    ours = TrainablePrompt(frozen(architecture), prompt.weights)
     tokenizer = tiny_tokenizer()
     right = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
     expected = peft_model(**right).logits[:, 5:]

@@ -47,7 +47,7 @@ def test_a_prompt_goes_on_from_another_and_reads_rows_as_it_did(
     name: str, source: SoftPrompt, llama: FrozenModel, reviews: Path
 ) -> None:
     plan = make_plan(llama, load_data(reviews), TuneConfig(init=f"prompt:{name}"))
-    assert torch.equal(plan.start, source.embeddings)
+    assert torch.equal(plan.start, source.weights)
     assert plan.config.num_virtual_tokens == 3
     assert plan.encoder.format.template == "Review: {{ text }}\nIs it good?"
     assert plan.encoder.format.verbalizers == {"negative": "no", "positive": "yes"}
@@ -63,14 +63,14 @@ def test_going_on_continues_where_the_other_stood(
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["validation"]
     held = make_plan(llama, rows, TuneConfig(init="prompt:film"))
     assert held.scorer is not None
-    assert first["loss"] == pytest.approx(held.scorer.score(llama, source.embeddings).loss())
+    assert first["loss"] == pytest.approx(held.scorer.score(llama, source.weights).loss())
 
 
 def test_what_is_given_wins_over_the_other_prompts(source: SoftPrompt, llama: FrozenModel, reviews: Path) -> None:
     config = TuneConfig(init="prompt:film", template="{{ text }} ->", num_virtual_tokens=5)
     plan = make_plan(llama, load_data(reviews), config)
     assert plan.encoder.format.template == "{{ text }} ->"
-    assert torch.equal(plan.start, torch.cat([source.embeddings, source.embeddings[:2]]))
+    assert torch.equal(plan.start, torch.cat([source.weights, source.weights[:2]]))
 
 
 def test_labels_of_the_other_prompt_that_these_rows_lack_stay(
@@ -87,7 +87,7 @@ def test_rows_of_another_kind_take_the_virtual_tokens_alone(source: SoftPrompt, 
     """As SPoT does (Vu et al. 2022): a source task may have other labels."""
     other = load_data([{"text": f"a text {i}", "label": "abc"[i % 3]} for i in range(60)])
     plan = make_plan(llama, other, TuneConfig(init="prompt:film"))
-    assert torch.equal(plan.start, source.embeddings)
+    assert torch.equal(plan.start, source.weights)
     assert list(plan.encoder.format.verbalizers) == ["a", "b", "c"]
     assert plan.encoder.format.template == "{{ text }}\nLabel:"
 
@@ -194,7 +194,7 @@ def test_a_virtual_token_that_is_a_word_is_read_as_that_word(architecture: str) 
 def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     table = llama.hf_model.get_input_embeddings().weight.detach()[: len(llama.tokenizer)]
     prompt = SoftPrompt(torch.randn(4, 32), Record(base_model=base_model_record(llama)))
-    similarity = torch.cosine_similarity(prompt.embeddings[:, None], table[None], dim=2)
+    similarity = torch.cosine_similarity(prompt.weights[:, None], table[None], dim=2)
     expected = [[llama.tokenizer.decode([i]) for i in row] for row in similarity.topk(5).indices.tolist()]
     for at_once in (8192, 64, 7):
         monkeypatch.setattr("softprompt.prompt.reading._AT_ONCE", at_once)

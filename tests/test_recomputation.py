@@ -21,8 +21,8 @@ from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure
-from softprompt.training import loop
 from softprompt.training import plan as planning
+from softprompt.training import prompt_loop
 from softprompt.training.plan import make_plan
 from test_gradient import examples_of, start
 from test_memory import Live, kept_bytes
@@ -153,10 +153,10 @@ def test_a_run_learns_the_same_prompt(llama: FrozenModel, reviews: Path, monkeyp
         asked.append(given[4])
         return prompt_gradient(*given)
 
-    monkeypatch.setattr(loop, "prompt_gradient", noted)
+    monkeypatch.setattr(prompt_loop, "prompt_gradient", noted)
     once, twice = (tune(llama, rows, settings(gradient_checkpointing=given)) for given in (False, True))
     assert asked == [False] * 4 + [True] * 4
-    assert torch.equal(once.prompt.embeddings, twice.prompt.embeddings)
+    assert torch.equal(once.prompt.weights, twice.prompt.weights)
     assert (once.settings.gradient_checkpointing, twice.settings.gradient_checkpointing) == (False, True)
 
 

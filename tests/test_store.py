@@ -32,8 +32,8 @@ def test_versions_count_up_and_the_name_alone_is_the_newest(llama: FrozenModel, 
     kept = [store.keep(prompt_of(llama, n), "film") for n in (5, 6, 7)]
     assert kept == ["film@1", "film@2", "film@3"]
     assert store.names() == ["film"]
-    assert torch.equal(load_prompt("film").embeddings, prompt_of(llama, 7).embeddings)
-    assert torch.equal(load_prompt("film@2").embeddings, prompt_of(llama, 6).embeddings)
+    assert torch.equal(load_prompt("film").weights, prompt_of(llama, 7).weights)
+    assert torch.equal(load_prompt("film@2").weights, prompt_of(llama, 6).weights)
     assert store.find("film@1") == home / "prompts" / "film" / "1"
 
 
@@ -76,10 +76,10 @@ def test_a_folder_wins_over_a_name_unless_it_holds_no_prompt(
     monkeypatch.chdir(tmp_path)
     store.keep(prompt_of(llama, 5), "film")
     Path("film").mkdir()  # the run's folder, say
-    assert torch.equal(load_prompt("film").embeddings, prompt_of(llama, 5).embeddings)
+    assert torch.equal(load_prompt("film").weights, prompt_of(llama, 5).weights)
     Path("film").rmdir()
     prompt_of(llama, 9).save("film")
-    assert torch.equal(load_prompt("film").embeddings, prompt_of(llama, 9).embeddings)
+    assert torch.equal(load_prompt("film").weights, prompt_of(llama, 9).weights)
 
 
 def test_what_is_not_kept_is_named_with_the_nearest(llama: FrozenModel) -> None:
@@ -119,9 +119,7 @@ def test_the_verbs_of_a_kept_prompt(
 
     assert command("prompts", "export", "film", "exported").code == 0
     again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "exported")
-    torch.testing.assert_close(
-        again.prompt_encoder["default"].embedding.weight.detach(), load_prompt("film").embeddings
-    )
+    torch.testing.assert_close(again.prompt_encoder["default"].embedding.weight.detach(), load_prompt("film").weights)
     assert command("prompts", "add", "copy", "exported").out == "copy@1\n"
     assert command("prompts", "remove", "film", "--yes").out == "removed film@1, film@2\n"
     assert store.names() == ["copy"]
@@ -177,7 +175,7 @@ def test_a_prompt_that_peft_trained_is_imported_with_what_its_folder_does_not_sa
     assert (done.code, done.out, done.err) == (0, "film@1\n", "")
     kept = load_prompt("film")
     assert kept.record.base_model.fingerprint is not None
-    torch.testing.assert_close(kept.embeddings, peft_model.prompt_encoder["default"].embedding.weight.detach())
+    torch.testing.assert_close(kept.weights, peft_model.prompt_encoder["default"].embedding.weight.detach())
     assert command("evaluate", "film", reviews, "--json").record["rows"] == 40
     wrong = fails("prompts", "import", "film", "peft", "--model", llama_folder, "--task", "classification")
     assert "classification needs the labels" in wrong.err

@@ -143,7 +143,7 @@ def test_peft_and_softprompt_read_what_the_trainer_made(tmp_path: Path) -> None:
     trainer(prompt, tmp_path / "run").train()
     folder = prompt.soft_prompt().save(tmp_path / "prompt")
     loaded = load_prompt(folder)
-    assert torch.equal(loaded.embeddings, prompt.prompt.detach())
+    assert torch.equal(loaded.weights, prompt.prompt.detach())
     theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), folder)
     inputs = batch(model, "right")
     with torch.no_grad():

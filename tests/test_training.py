@@ -24,7 +24,7 @@ from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.initialization import labels_prompt, random_prompt, text_prompt, vocabulary_prompt
 from softprompt.prompt.soft_prompt import load_prompt
-from softprompt.training import loop
+from softprompt.training import prompt_loop
 from softprompt.training.loop import learning_rate
 from softprompt.training.tune import tune
 
@@ -195,8 +195,8 @@ def test_without_validation_rows_the_last_prompt_is_kept(llama: FrozenModel, rev
 
 def test_how_a_step_is_cut_changes_nothing_but_rounding(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
-    one = tune(llama, rows, short(micro_batch_tokens=10_000)).prompt.embeddings
-    many = tune(llama, rows, short(micro_batch_tokens=1)).prompt.embeddings
+    one = tune(llama, rows, short(micro_batch_tokens=10_000)).prompt.weights
+    many = tune(llama, rows, short(micro_batch_tokens=1)).prompt.weights
     assert torch.allclose(one, many, atol=1e-4)
 
 
@@ -204,7 +204,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([1.0, 1.0, 1.0, math.nan])
-    monkeypatch.setattr(loop, "prompt_gradient", lambda model, prompt, *_: (next(losses), torch.ones_like(prompt)))
+    monkeypatch.setattr(
+        prompt_loop, "prompt_gradient", lambda model, prompt, *_: (next(losses), torch.ones_like(prompt))
+    )
     with pytest.raises(RunError, match="not finite at step 4"):
         tune(llama, load_data(reviews), short(save_every=1), out=tmp_path / "run")
     states = sorted(folder.name for folder in (tmp_path / "run" / "state").iterdir())

@@ -22,8 +22,8 @@ from softprompt.evaluation.scoring import LabelScorer, Scorer
 from softprompt.model import head
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.loop import Loop
 from softprompt.training.plan import Plan, make_plan
+from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import RunFolder
 
 WAYS = {"llama": "packed", "bloom": "packed", "falcon-alibi": "cached"}
@@ -74,7 +74,7 @@ def step(model: FrozenModel, plan: Plan, folder: Path) -> list[Example]:
     """Take a run's first step, and return its examples."""
     run = RunFolder(folder / "run")
     run.begin(plan.config, {})
-    Loop(model, plan, run, Watcher(), None).step()
+    PromptLoop(model, plan, run, Watcher()).step()
     return [plan.examples[i] for i in draw(len(plan.examples), 6, 0, plan.config.seed)]
 
 

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from softprompt.errors import SettingsError, nearest
 
 Init = Literal["auto", "random", "vocabulary", "text", "labels"]
+Method = Literal["soft-prompt", "deep-prefix"]
+Parameterization = Literal["direct", "residual"]
 PROMPT = "prompt:"  # what an `init` that names another prompt begins with
 Budget = Literal["quick", "normal", "thorough"]
 
@@ -52,6 +54,13 @@ class FormatConfig(ModelConfig):
 class TuneConfig(FormatConfig):
     """Settings of a run. Those that are None are chosen from the data and the model; `tune` prints what it chose."""
 
+    method: Method = Field(
+        "soft-prompt",
+        description="soft-prompt: virtual tokens; deep-prefix: their keys and values at every layer",
+    )
+    parameterization: Parameterization = Field(
+        "direct", description="residual: learn a soft prompt through a small network that is folded into it at the end"
+    )
     num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; the initial text's length, 20 at least")
     init: Annotated[str, AfterValidator(_known_init)] = Field(
         "auto",
@@ -73,6 +82,9 @@ class TuneConfig(FormatConfig):
     )
     epochs: float | None = Field(None, gt=0, description="times that every row is seen; or max_steps, if sooner")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget")
+    max_minutes: float | None = Field(
+        None, gt=0, description="take as many steps as fit in about so much time, instead of the budget's"
+    )
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; eight of them a run")
     save_every: int = Field(10, ge=1, description="steps between saved states")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a lower loss; never")

@@ -46,7 +46,7 @@ def continue_ids(
     room: Sequence[int],
     config: GenerateConfig,
 ) -> list[str]:
-    """Continue token ids behind a soft prompt `[P, H]`, or behind none.
+    """Continue token ids behind a prompt, or behind none.
 
     Args:
         model: the frozen model.
@@ -55,10 +55,12 @@ def continue_ids(
         room: per text, the most new tokens.
         config: decoding rules.
     """
-    if prompt is None and not all(inputs):
-        raise SettingsError("the text is empty: without a prompt there is nothing to continue; give some text")
+    prefix = model.kept_prefix(prompt)
+    if prefix.last is None and not all(inputs):
+        behind = "without a prompt" if prompt is None else "behind a deep prefix"
+        raise SettingsError(f"the text is empty: {behind} there is nothing to continue; give some text")
     shortest = min((len(ids) for ids in inputs), default=0)
-    prefix, common = model.kept_prefix(prompt), common_start(inputs)[: max(shortest - 1, 0)]
+    common = common_start(inputs)[: max(shortest - 1, 0)]
     if (len(inputs) - 1) * len(common) >= _WORTH_A_PASS:
         (prefix,) = model.way.text_pass(
             prefix, [torch.tensor(common)], [torch.tensor([], dtype=torch.long)], extend=True

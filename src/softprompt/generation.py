@@ -43,8 +43,8 @@ def generate(
     config = config or GenerateConfig()
     if prompt is not None:
         require_fit(prompt, model)
-    embeddings = prompt.embeddings if prompt is not None and virtual_tokens else None
-    virtual = 0 if embeddings is None else len(embeddings)
+    weights = prompt.weights if prompt is not None and virtual_tokens else None
+    virtual = 0 if prompt is None or weights is None else prompt.num_virtual_tokens
     room_for = None if model.context_length is None else model.context_length - virtual
     most = config.max_new_tokens or (None if config.max_length else _usual_length(model, prompt))
     labels = prompt.record.verbalizers.values() if prompt is not None and not raw else ()
@@ -57,7 +57,7 @@ def generate(
         )
         inputs = [list(ids) for ids in Encoder(model.tokenizer, prompt.format, longest).inputs(rows)]
     room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
-    return [_label(text, labels) for text in continue_ids(model, embeddings, inputs, room, config)]
+    return [_label(text, labels) for text in continue_ids(model, weights, inputs, room, config)]
 
 
 def _label(text: str, labels: Collection[str]) -> str:

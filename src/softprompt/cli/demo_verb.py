@@ -51,10 +51,11 @@ def demo(out: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     console.print(metrics_table(done.metrics, done.without_prompt, f"{done.rows} messages held back, 95 % intervals"))
     console.print()
     console.print(side_by_side(shown, base, texts, [row["label"] for row in test[:_SHOWN]]))
-    virtual, width = result.prompt.embeddings.shape
+    prompt = result.prompt
     console.print(
-        f"\nThe model is as it was; what was learned are {virtual} virtual tokens, {virtual * width:,} numbers, "
-        f"in {result.seconds:.0f} s.\nThey are in {run / 'prompt'}, a folder that PEFT reads too. Next:\n"
+        f"\nThe model is as it was; what was learned are {prompt.num_virtual_tokens} virtual tokens, "
+        f"{prompt.weights.numel():,} numbers, in {result.seconds:.0f} s.\n"
+        f"They are in {run / 'prompt'}, a folder that PEFT reads too. Next:\n"
     )
     for line in (
         f'softprompt generate {run / "prompt"} "my parcel never came" --versus-base',

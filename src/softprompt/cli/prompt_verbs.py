@@ -64,7 +64,8 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
 
     place, _ = read_settings(ModelConfig, assignments=assignments)
     soft = load_prompt(prompt)
-    near = nearest_tokens(load_for(soft, model, place), soft, _NEAREST)
+    deep = soft.method == "deep-prefix"  # it has no embeddings that lie next to words
+    near = [] if deep else nearest_tokens(load_for(soft, model, place), soft, _NEAREST)
     if as_json:
         tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
         print_json({**_summary(soft), "training": soft.record.training, "nearest_tokens": tokens})
@@ -74,9 +75,11 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
         facts["metrics"] = figures(soft.record.metrics)
     texts = [(name.replace("_", " "), value if name == "metrics" else repr(value)) for name, value in facts.items()]
     out.print(plain_table(("", ""), texts))
+    if deep:
+        return
     lines = [
         (str(n), f"{norm:.2f}", "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row))
-        for n, (norm, row) in enumerate(zip(soft.embeddings.norm(dim=1).tolist(), near, strict=True), start=1)
+        for n, (norm, row) in enumerate(zip(soft.weights.norm(dim=1).tolist(), near, strict=True), start=1)
     ]
     out.print(plain_table(("token", "norm", "nearest in the vocabulary, with cosine similarity"), lines))
 
@@ -152,11 +155,12 @@ def remove_prompt(prompt: str, yes: bool) -> None:
 def _summary(prompt: Any) -> dict[str, Any]:
     record = prompt.record
     return {
+        "method": prompt.method,
         "task": record.task,
         "base_model": record.base_model.id,
         "revision": record.base_model.revision,
         "virtual_tokens": prompt.num_virtual_tokens,
-        "width": int(prompt.embeddings.shape[1]),
+        "parameters": prompt.weights.numel(),
         "template": record.template,
         "chat_template": record.chat_template,
         "verbalizers": record.verbalizers,

@@ -103,7 +103,7 @@ def check(out: Path | None, resume: bool, name: str | None, as_json: bool, **opt
     console.print(
         f"\ntokens a row: {forecast.mean_tokens:.0f} on average, {forecast.longest} at most\n"
         f"way: {forecast.way}; learned: {forecast.parameters:,} numbers "
-        f"({forecast.virtual_tokens} virtual tokens of {forecast.width})\n"
+        f"({forecast.virtual_tokens} virtual tokens)\n"
         f"memory: about {forecast.step_gigabytes:.1f} GB for a step{twice}, {forecast.free_gigabytes:.1f} GB free\n"
         f"time: {forecast.step_seconds:.1f} s a step, about {forecast.minutes:.0f} min for "
         f"{plan.config.max_steps} steps with evaluations"

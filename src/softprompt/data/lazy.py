@@ -18,11 +18,13 @@ class LazyExamples(Sequence[Example]):
         encoder: rows to token ids; it counts what it cuts each time.
         rows: the rows.
         learn_all: whether all tokens are targets, up to those that come before every text.
+        first: the first token that can be one: 1 where nothing predicts a text's very first token.
     """
 
     encoder: Encoder
     rows: Rows
     learn_all: bool
+    first: int = 0
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -32,7 +34,8 @@ class LazyExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         example = self.encoder.example(self.rows[index], f"{self.rows.name}, row {index + 1}")
-        return Example(example.ids, len(self.encoder.leading)) if self.learn_all else example
+        start = len(self.encoder.leading) if self.learn_all else example.start
+        return Example(example.ids, max(start, self.first))
 
     def __len__(self) -> int:
         return len(self.rows)

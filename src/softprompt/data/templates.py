@@ -88,7 +88,7 @@ def make_format(
         task: what is learned.
         labels: all labels of the training rows.
         template: None for the task's default.
-        verbalizers: texts of some or all labels; a label without one stands for itself.
+        verbalizers: texts of some or all labels; a label without one stands for itself, with spaces for underscores.
         chat_template: whether the model's chat template is put around the input.
 
     Raises:
@@ -106,10 +106,16 @@ def make_format(
     for label in given:
         if label not in labels:
             raise SettingsError(f"verbalizers name the label {label!r}{nearest(label, labels)}, which no row has")
-    texts = {label: given.get(label, label).strip() for label in labels}
+    texts = {label: given.get(label, words).strip() for label, words in _as_words(labels).items()}
     for label, text in texts.items():
         if not text:
             raise SettingsError(f"the verbalizer of the label {label!r} is empty")
     if len(set(texts.values())) < len(texts):
         raise SettingsError("two labels have the same verbalizer; each needs its own")
     return Format(task, made.template, texts, chat_template)
+
+
+def _as_words(labels: Sequence[str]) -> dict[str, str]:
+    """Return each label with spaces for its underscores: names such as `card_arrival` are words to a model that way."""
+    words = {label: label.replace("_", " ") for label in labels}
+    return words if len(set(words.values())) == len(words) else dict(zip(labels, labels, strict=True))

@@ -85,7 +85,7 @@ def evaluate(
     at_once = micro_batch_tokens(model.device, measure(model, virtual), 1, most, share, scoring=True)
     scorer = make_scorer(encoder, data, at_once)
     untouched = _Side(model, encoder, scorer, None)
-    side = untouched if prompt is None else _Side(model, encoder, scorer, prompt.embeddings)
+    side = untouched if prompt is None else _Side(model, encoder, scorer, prompt.weights)
     return Evaluation(
         task=data.task,
         rows=len(data),

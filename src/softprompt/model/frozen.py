@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from hashlib import sha256
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.examples import Example
-from softprompt.model.prefix import Prefix
+from softprompt.model.prefix import Prefix, is_deep
 from softprompt.model.way import Way, input_device
 
 _KEPT = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
@@ -73,6 +74,17 @@ class FrozenModel:
         found = [int(limit) for limit in limits if limit]
         return min(found) if found else None
 
+    @cached_property
+    def prefix_shape(self) -> tuple[int, int, int]:
+        """L, K and D: how many layers there are, and how many keys and values of which size each keeps a position.
+
+        Raises:
+            ModelError: the layers differ in that.
+        """
+        with torch.no_grad():
+            layers, _, heads, _, size = self.prefix(self.embed([0])).stacked().shape
+        return layers, heads, size
+
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the input embeddings of token ids, `[T, H]`, through the model's own module (Gemma scales in it)."""
         with torch.no_grad():
@@ -80,15 +92,21 @@ class FrozenModel:
         return embedded
 
     def prefix(self, prompt: Tensor | None, text: Sequence[int] = ()) -> Prefix:
-        """Run a soft prompt, and the text that all examples begin with, once.
+        """Run a prompt, and the text that all examples begin with, once.
 
         Args:
-            prompt: `[P, H]`; None for no virtual tokens.
+            prompt: a soft prompt `[P, H]`, or a deep prefix `[L, 2, K, P, D]`; None for no virtual tokens.
             text: token ids that follow the virtual tokens in every example.
 
         Returns:
             The prefix; differentiable with respect to `prompt`. Empty where both are.
         """
+        if prompt is not None and is_deep(prompt):
+            prefix = Prefix.of(prompt.to(self.device))
+            if not len(text):
+                return prefix
+            ids, nothing = torch.tensor(list(text)), torch.tensor([], dtype=torch.long)
+            return self.way.text_pass(prefix, [ids], [nothing], extend=True).extended[0]
         parts = []
         if prompt is not None and len(prompt):
             parts.append(prompt.to(self.device, self.hf_model.dtype))
@@ -101,7 +119,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def kept_prefix(self, prompt: Tensor | None) -> Prefix:
-        """Return the prefix of a soft prompt `[P, H]` without gradients; those of the last few prompts are kept."""
+        """Return the prefix of a prompt without gradients; those of the last few prompts are kept."""
         if prompt is None:
             return Prefix()
         key = sha256(prompt.detach().cpu().float().contiguous().numpy().tobytes()).digest()

@@ -25,13 +25,13 @@ def prompt_gradient(
 
     Args:
         model: the frozen model.
-        prompt: `[P, H]`, float32.
+        prompt: `[P, H]`, or of a deep prefix `[L, 2, K, P, D]`; float32.
         text: ids that every example begins with; they are run once, with the prompt.
         micro_batches: how the step's examples are cut changes the result by rounding only.
         recompute: run each layer of the texts' passes again in the backward pass, in less memory.
 
     Returns:
-        The loss in nats per target token, and its gradient `[P, H]`.
+        The loss in nats per target token, and its gradient, of the prompt's shape.
     """
     prompt = prompt.detach().requires_grad_()
     targets = sum(example.targets for part in micro_batches for example in part)

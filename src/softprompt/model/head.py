@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from softprompt.errors import ModelError
@@ -70,6 +71,9 @@ class Head:
         No more than `LOGITS_AT_ONCE` logits are held. A row's gradient is found along with its loss, while its
         logits are there, as in Liger Kernel's fused cross-entropy (Hsu et al. 2024).
         """
+        if any(weight.requires_grad for weight in self._module.parameters()):  # its own gradients are wanted as well
+            pieces = [self.logits(piece).float() for _, piece in _pieces(hidden, self._model)]
+            return cross_entropy(torch.cat(pieces), targets.to(hidden.device), reduction="none")
         losses: Tensor = _Losses.apply(hidden, targets, self)  # type: ignore[no-untyped-call]
         return losses
 

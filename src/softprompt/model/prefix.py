@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from softprompt.errors import ModelError
+
+
+def is_deep(prompt: Tensor) -> bool:
+    """Tell a deep prefix `[L, 2, K, P, D]` from a soft prompt `[P, H]`; P is the last axis but one of both."""
+    return prompt.dim() == 5
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -26,6 +33,30 @@ class Prefix:
     last: Tensor | None = None
     length: int = 0
     text: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Prefix:
+        """Return the prefix whose keys and values are learned themselves, `[L, 2, K, P, D]` (Li and Liang 2021).
+
+        Nothing stands at its positions, so nothing predicts the first text token behind it.
+        """
+        keys, values = weights.unsqueeze(2).unbind(1)
+        return cls(keys=list(keys), values=list(values), length=weights.shape[-2])
+
+    def stacked(self) -> Tensor:
+        """Return all keys and values in one tensor, `[L, 2, K, P, D]`, float32, on the CPU.
+
+        Raises:
+            ModelError: the layers differ in how many there are or how wide they are.
+        """
+        tensors = [tensor[0].float().cpu() for pair in zip(self.keys, self.values, strict=True) for tensor in pair]
+        if len({tensor.shape for tensor in tensors}) != 1:
+            raise ModelError(
+                "a deep prefix needs layers whose keys and values are all alike; this model's are not: use "
+                "method=soft-prompt"
+            )
+        stacked: Tensor = torch.stack(tensors).unflatten(0, (-1, 2))
+        return stacked
 
     def _tensors(self) -> list[Tensor]:
         last = [] if self.last is None else [self.last]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
+from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import SoftPrompt, require_fit
 
@@ -24,10 +25,12 @@ def nearest_tokens(model: FrozenModel, prompt: SoftPrompt, count: int = 5) -> li
         count: how many tokens each.
 
     Raises:
-        PromptError: the prompt was trained on another model.
+        PromptError: the prompt was trained on another model, or is a deep prefix, which has no embeddings.
     """
     require_fit(prompt, model)
-    virtual = normalize(prompt.embeddings, dim=1)
+    if prompt.method == "deep-prefix":
+        raise PromptError("a deep prefix has keys and values at every layer, but no embeddings that lie next to words")
+    virtual = normalize(prompt.weights, dim=1)
     size = min(model.vocabulary_size, len(model.tokenizer))  # a padded table has rows that stand for nothing
     parts = []
     for first in range(0, size, _AT_ONCE):

@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt.config import FormatConfig
+from softprompt.config import FormatConfig, Method
 from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
 from softprompt.errors import PromptError, SettingsError
 from softprompt.model.fingerprint import Fingerprint, fingerprint
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.prefix import is_deep
 from softprompt.prompt.store import ADAPTER, find
 from softprompt.storage import write_folder
 
@@ -29,8 +30,10 @@ FORMAT_VERSION = 1
 _KEY = "prompt_embeddings"
 _MOST_TOKENS = 10_000
 _DTYPES = ("F32", "F16", "BF16")
-# Both are saved as plain virtual tokens; P-tuning's encoder is gone by then (Liu et al. 2021).
-_READABLE = ("PROMPT_TUNING", "P_TUNING")
+# These are saved as plain virtual tokens; P-tuning's encoder is gone by then (Liu et al. 2021).
+_SHALLOW = ("PROMPT_TUNING", "P_TUNING")
+# A cartridge is a deep prefix that was started from a text's keys and values (Eyuboglu et al. 2025).
+_DEEP = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 class BaseModelRecord(BaseModel):
@@ -74,11 +77,12 @@ class SoftPrompt:
     """A learned prompt.
 
     Attributes:
-        embeddings: float32 `[P, H]`, on the CPU.
+        weights: float32, on the CPU: the embeddings of a soft prompt, `[P, H]`, or the keys and values of a deep
+            prefix, `[L, 2, K, P, D]`.
         record: what it is for and where it comes from.
     """
 
-    embeddings: Tensor
+    weights: Tensor
     record: Record
 
     @property
@@ -90,7 +94,12 @@ class SoftPrompt:
     @property
     def num_virtual_tokens(self) -> int:
         """P."""
-        return int(self.embeddings.shape[0])
+        return int(self.weights.shape[-2])
+
+    @property
+    def method(self) -> Method:
+        """Which kind it is."""
+        return "deep-prefix" if is_deep(self.weights) else "soft-prompt"
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder: PEFT's two files, `softprompt.json` and a model card.
@@ -104,28 +113,47 @@ class SoftPrompt:
         if path.exists() and (not path.is_dir() or not {file.name for file in path.iterdir()} <= ours):
             raise PromptError(f"{path} exists and is not a prompt; give a new folder")
         with write_folder(path) as aside:
-            save_file({_KEY: self.embeddings.float().contiguous()}, aside / WEIGHTS)
+            save_file({_KEY: self._peft_tensor()}, aside / WEIGHTS)
             (aside / ADAPTER).write_text(_json(self._adapter_config()), encoding="utf-8")
             (aside / RECORD).write_text(_json(self.record.model_dump()), encoding="utf-8")
             (aside / CARD).write_text(self._card(), encoding="utf-8")
         return path
 
     def _adapter_config(self) -> dict[str, Any]:
-        """Return what PEFT needs to load the prompt, `PromptTuningConfig`'s own names."""
+        """Return what PEFT needs to load the prompt, by the names of `PromptTuningConfig` and `PrefixTuningConfig`."""
         base = self.record.base_model
-        return {
-            "peft_type": "PROMPT_TUNING",
+        common = {
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base.id,
             "revision": base.revision,
             "inference_mode": True,
             "num_virtual_tokens": self.num_virtual_tokens,
-            "token_dim": int(self.embeddings.shape[1]),
             "num_transformer_submodules": 1,
+        }
+        if self.method == "deep-prefix":
+            layers, _, heads, _, size = self.weights.shape
+            return {
+                "peft_type": "PREFIX_TUNING",
+                **common,
+                "token_dim": heads * size,
+                "num_attention_heads": heads,
+                "num_layers": layers,
+                "encoder_hidden_size": heads * size,
+                "prefix_projection": False,
+            }
+        return {
+            "peft_type": "PROMPT_TUNING",
+            **common,
+            "token_dim": int(self.weights.shape[1]),
             "num_attention_heads": base.attention_heads,
             "num_layers": base.layers,
             "prompt_tuning_init": "RANDOM",
         }
+
+    def _peft_tensor(self) -> Tensor:
+        """Return the weights as PEFT keeps them: `[P, H]`, or `[P, L·2·K·D]`."""
+        flat = self.weights.permute(3, 0, 1, 2, 4).flatten(1) if self.method == "deep-prefix" else self.weights
+        return flat.float().contiguous()
 
     def _card(self) -> str:
         card = Environment(loader=PackageLoader("softprompt.prompt", "."), trim_blocks=True).get_template("card.md")
@@ -169,11 +197,11 @@ def described(prompt: SoftPrompt, model: FrozenModel, task: Task, config: Format
         verbalizers=dict(form.verbalizers),
         max_length=config.max_length,
     )
-    return SoftPrompt(prompt.embeddings, record)
+    return SoftPrompt(prompt.weights, record)
 
 
 def load_prompt(prompt: str | Path) -> SoftPrompt:
-    """Read a prompt's folder; one that PEFT wrote for prompt tuning or P-tuning will do.
+    """Read a prompt's folder; one that PEFT wrote for prompt tuning, P-tuning, prefix tuning or a cartridge will do.
 
     Args:
         prompt: a folder, or `NAME` or `NAME@VERSION` of a prompt that `softprompt prompts add` keeps.
@@ -191,11 +219,25 @@ def load_prompt(prompt: str | Path) -> SoftPrompt:
             raise PromptError(f"{path} is not a prompt: {name} is missing{hint}")
     adapter = _read_json(path / ADAPTER)
     kind, parts = adapter.get("peft_type"), adapter.get("num_transformer_submodules")
-    if kind not in _READABLE:
-        raise PromptError(f"{path} holds a {kind} adapter; softprompt reads {' and '.join(_READABLE)}")
+    if kind not in (*_SHALLOW, *_DEEP):
+        raise PromptError(f"{path} holds a {kind} adapter; softprompt reads {', '.join((*_SHALLOW, *_DEEP))}")
     if parts not in (None, 1):
         raise PromptError(f"{path} is for an encoder-decoder model (num_transformer_submodules {parts}); retrain it")
-    return SoftPrompt(_read_embeddings(path / WEIGHTS), _read_record(path, adapter))
+    weights = _read_weights(path / WEIGHTS)
+    return SoftPrompt(_unflattened(path, weights, adapter) if kind in _DEEP else weights, _read_record(path, adapter))
+
+
+def _unflattened(path: Path, weights: Tensor, adapter: dict[str, Any]) -> Tensor:
+    """Return the keys and values `[L, 2, K, P, D]` that PEFT keeps as `[P, L·2·K·D]`."""
+    given = [adapter.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")]
+    layers, heads, width = (count if isinstance(count, int) and count > 0 else 0 for count in given)
+    if not heads or width % heads or weights.shape[1] != 2 * layers * width:
+        raise PromptError(
+            f"{path}: {weights.shape[1]} numbers a virtual token do not make {given[0]} layers of keys and values with "
+            f"{given[1]} heads, {given[2]} numbers together; {ADAPTER} is damaged"
+        )
+    unflattened: Tensor = weights.unflatten(1, (layers, 2, heads, width // heads)).permute(1, 2, 3, 0, 4).contiguous()
+    return unflattened
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _read_embeddings(path: Path) -> Tensor:
+def _read_weights(path: Path) -> Tensor:
     """Read the one tensor, after its shape was checked in the file's header."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -219,14 +261,14 @@ def _read_embeddings(path: Path) -> Tensor:
                 raise PromptError(f"{path}: {_KEY} is of type {dtype}; allowed are {', '.join(_DTYPES)}")
             if len(shape) != 2 or not 1 <= shape[0] <= _MOST_TOKENS:
                 raise PromptError(f"{path}: {_KEY} has the shape {shape}; it must be [virtual tokens, width]")
-            embeddings: Tensor = file.get_tensor(_KEY).float()
+            weights: Tensor = file.get_tensor(_KEY).float()
     except (SafetensorError, OSError) as error:
         raise PromptError(f"cannot read {path}: {error}") from error
-    if not bool(torch.isfinite(embeddings).all()):
+    if not bool(torch.isfinite(weights).all()):
         raise PromptError(
             f"{path} holds values that are not finite; train the prompt again, with a lower learning_rate"
         )
-    return embeddings
+    return weights
 
 
 def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
@@ -258,11 +300,18 @@ def require_fit(prompt: SoftPrompt, model: FrozenModel) -> None:
     Raises:
         PromptError: it was trained on another.
     """
-    width = model.embedding_width
     base = prompt.record.base_model
-    if prompt.embeddings.shape[1] != width:
+    if prompt.method == "deep-prefix":
+        layers, _, heads, _, size = prompt.weights.shape
+        if (layers, heads, size) != model.prefix_shape:
+            raise PromptError(
+                f"the deep prefix is for {layers} layers with {heads} keys of {size} numbers, {model.source} has "
+                "{} with {} of {}: it was trained on ".format(*model.prefix_shape)
+                + base.id
+            )
+    elif prompt.weights.shape[1] != model.embedding_width:
         raise PromptError(
-            f"the prompt has width {prompt.embeddings.shape[1]}, {model.source} has {width}: "
+            f"the prompt has width {prompt.weights.shape[1]}, {model.source} has {model.embedding_width}: "
             f"it was trained on {base.id}"
         )
     differs = base.fingerprint.mismatch(fingerprint(model)) if base.fingerprint else None

@@ -35,7 +35,6 @@ class Forecast(BaseModel):
 
     way: str
     virtual_tokens: int
-    width: int
     parameters: int
     mean_tokens: float
     longest: int
@@ -62,12 +61,10 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     per_token = seconds / sum(len(e.ids) for e in batch)
     scored = len(plan.validation) if plan.validation is not None else 0
     evaluations = (config.max_steps // config.eval_every + 1) * scored * mean / _BACKWARD
-    virtual, width = plan.start.shape
     needed = max(plan.step_bytes(part) for part in parts)
     return Forecast(
         way=model.way.name,
-        virtual_tokens=virtual,
-        width=width,
+        virtual_tokens=plan.start.shape[-2],
         parameters=plan.start.numel(),
         mean_tokens=mean,
         longest=extent.longest,

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations and saved states."""
+"""The training loop: steps, evaluations and saved states, whatever it is that learns."""
 
 from __future__ import annotations
 
@@ -6,69 +6,95 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from softprompt.config import TuneConfig
-from softprompt.data.batching import deal, draw, micro_batches
+from softprompt.data.batching import draw
 from softprompt.data.examples import Example
 from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
-from softprompt.model.frozen import FrozenModel
-from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, give_back, is_out_of_memory
-from softprompt.processes import ALONE, Processes
-from softprompt.training.plan import Plan
+from softprompt.training.plan import EVALUATIONS, Plan
 from softprompt.training.run_folder import Progress, RunFolder, State
 from softprompt.training.watcher import Watcher
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_TIMED = 4  # steps
+_LEARNED, _BEST = "learned", "best"
+Weights = dict[str, Tensor]
 
 
-class Loop:
-    """Takes a plan's steps, from the beginning or from a saved state."""
+class Loop(ABC):
+    """Takes a plan's steps, from the beginning or from a saved state.
+
+    Args:
+        plan: what is learned from, and how.
+        run: where it is written down.
+        watcher: told of every step.
+        learned: what the optimizer changes, by name.
+        state: where to go on; None to begin.
+        processes: how many share a step.
+    """
 
     def __init__(
         self,
-        model: FrozenModel,
         plan: Plan,
         run: RunFolder,
         watcher: Watcher,
-        state: State | None,
-        processes: Processes = ALONE,
+        learned: Mapping[str, Parameter],
+        state: State | None = None,
+        processes: int = 1,
     ) -> None:
-        self.model, self.plan, self.folder, self.watcher, self.processes = model, plan, run, watcher, processes
+        self.plan, self.folder, self.watcher, self.learned = plan, run, watcher, dict(learned)
         config = plan.config
         assert config.micro_batch_tokens and config.max_steps and config.eval_every
-        self.prompt = torch.nn.Parameter(plan.start.clone())
-        self.best = plan.start.clone()
-        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
-        self.optimizer = torch.optim.AdamW([self.prompt], weight_decay=config.weight_decay)
+        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens, processes=processes)
+        self.optimizer = torch.optim.AdamW(self.learned.values(), weight_decay=config.weight_decay)
         self.max_steps, self.eval_every = config.max_steps, config.eval_every
         if state is not None:
             self._restore(state)
+        self.best = state.named(_BEST) if state is not None else self.weights()
 
-    def run(self) -> tuple[Tensor, Progress, Scores | None]:
-        """Take all steps that are left.
+    @abstractmethod
+    def gradient(self, batch: list[Example]) -> float:
+        """Set the gradients of what is learned, and return the loss, both means over the batch's target tokens.
+
+        Raises:
+            RunError: one row does not fit in memory.
+        """
+
+    @abstractmethod
+    def weights(self) -> Weights:
+        """Return a copy of what a run gives, as it stands."""
+
+    @abstractmethod
+    def evaluate(self, weights: Weights) -> Scores:
+        """Score the validation rows."""
+
+    def run(self, until: int | None = None) -> tuple[Weights, Progress, Scores | None]:
+        """Take all steps that are left, or those up to `until`.
 
         Returns:
-            The best prompt `[P, H]`, where the run stands, and the best prompt's scores; None without validation rows.
+            The best weights, where the run stands, and the best weights' scores; None without validation rows.
 
         Raises:
             RunError: the loss is not finite, or one row does not fit in memory.
         """
         progress, save_every = self.progress, self.plan.config.save_every
-        scores = self._evaluate(self.best) if self.plan.scorer and progress.evaluated >= 0 else None
+        scores = self.evaluate(self.best) if self.plan.scorer and progress.evaluated >= 0 else None
         try:
             while True:
                 scores = self._evaluated(scores)
-                if progress.step and (self._done() or progress.step % save_every == 0):
+                done = self._done() or progress.step == until
+                if progress.step and (done or progress.step % save_every == 0):
                     self.folder.save_state(self._state())
-                if self._done():
+                if done:
                     break
                 self.step()
         except KeyboardInterrupt:
@@ -86,12 +112,12 @@ class Loop:
         return progress.step >= self.max_steps or bool(stale)
 
     def _evaluated(self, scores: Scores | None) -> Scores | None:
-        """Evaluate the prompt where it is time to, and return the best prompt's scores."""
+        """Evaluate what was learned where it is time to, and return the best scores."""
         step = self.progress.step
         due = step % self.eval_every == 0 or step == self.max_steps
         if not (self.plan.scorer and due) or self.progress.evaluated >= step:
             return scores
-        now = self._evaluate(self.prompt.detach())
+        now = self.evaluate(self.weights())
         values = now.values()
         with interrupts_deferred():
             if scores is None or now.better_than(scores):
@@ -109,9 +135,9 @@ class Loop:
         began = time.monotonic()
         rows = draw(len(self.plan.examples), config.batch_size, progress.step, config.seed)
         batch = [self.plan.examples[i] for i in rows]
-        loss, gradient = self._gradient(batch)
-        self.prompt.grad = gradient
-        norm = torch.nn.utils.clip_grad_norm_([self.prompt], config.max_grad_norm)
+        self.optimizer.zero_grad()
+        loss = self.gradient(batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), config.max_grad_norm)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
             raise RunError(
                 f"the loss is not finite at step {progress.step + 1} (loss {loss}); the state of the last saved step "
@@ -132,92 +158,27 @@ class Loop:
             self.folder.log(record)
         self.watcher.step(progress.step, loss)
 
-    def _gradient(self, batch: list[Example]) -> tuple[float, Tensor]:
-        """Return a step's loss and gradient, with smaller micro-batches where memory is too little or runs out."""
-        while True:
-            cuts = [self._cut([batch[i] for i in hand]) for hand in deal(batch, self.processes.count)]
-            try:
-                return self._summed(cuts)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if all(len(part) == 1 for cut in cuts for part in cut):
-                    longest, free = max(len(e.ids) for e in batch), available_memory(self.model.device) / 1e9
-                    raise RunError(
-                        f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
-                        "--set max_length, fewer virtual tokens, or a smaller model"
-                    ) from error
-            # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
-            self.progress.micro_batch_tokens //= 2
-            self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
-
-    def _cut(self, share: list[Example]) -> list[list[Example]]:
-        cut = micro_batches(share, self.progress.micro_batch_tokens, len(self.plan.text), self.model.way.pads)
-        return [[share[i] for i in part] for part in cut]
-
-    def _summed(self, cuts: list[list[list[Example]]]) -> tuple[float, Tensor]:
-        """Return a step's loss and gradient, of which each process computes its own micro-batches'."""
-        mine = cuts[self.processes.rank]
-        if self.processes.count == 1:
-            return self._own(mine)
-        targets = [sum(example.targets for part in cut for example in part) for cut in cuts]
-        shape = (1 + self.prompt.numel(),)
-
-        def share() -> Tensor:
-            if not targets[self.processes.rank]:  # fewer rows than processes
-                return torch.zeros(shape)
-            loss, gradient = self._own(mine)
-            both = torch.cat([torch.tensor([loss], dtype=torch.float64), gradient.double().flatten()])
-            return both * targets[self.processes.rank]
-
-        whole = self.processes.total(share, shape) / sum(targets)
-        return float(whole[0]), whole[1:].view_as(self.prompt).float()
-
-    def _own(self, parts: list[list[Example]]) -> tuple[float, Tensor]:
-        """Return the loss and gradient of this process's micro-batches.
-
-        What would not fit in what is free now is not tried, for Linux kills a process that takes more. A row that does
-        not fit even alone is: the prediction is on the safe side.
-
-        Raises:
-            MemoryError: a micro-batch of several rows would not fit.
-        """
-        needed = max(self.plan.step_bytes(part) for part in parts)
-        if max(map(len, parts)) > 1 and needed > self._free(needed):
-            raise MemoryError
-        recompute = bool(self.plan.config.gradient_checkpointing)
-        return prompt_gradient(self.model, self.prompt, self.plan.text, parts, recompute)
-
-    def _free(self, needed: float) -> float:
-        """Return the memory that is free; what earlier steps left to the allocator too, where less is than needed."""
-        free = available_memory(self.model.device)
-        if free < needed:
-            give_back()
-            free = available_memory(self.model.device)
-        return free
-
-    def _evaluate(self, prompt: Tensor) -> Scores:
-        assert self.plan.scorer is not None
-        return self.plan.scorer.score(self.model, prompt)
-
     def _keep(self, scores: Scores | None) -> None:
-        self.best = self.prompt.detach().clone()
+        self.best = self.weights()
         self.progress.best_step = self.progress.step
         self.progress.best = scores.values() if scores else {}
 
     def _state(self) -> State:
-        moments = self.optimizer.state[self.prompt]
-        tensors = {"prompt": self.prompt.detach(), "best": self.best, **{name: moments[name] for name in _MOMENTS}}
+        tensors = {f"{_BEST}.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.learned.items():
+            tensors[f"{_LEARNED}.{name}"] = parameter.detach()
+            for moment in _MOMENTS:
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         return State(self.progress, tensors)
 
     def _restore(self, state: State) -> None:
         self.progress = state.progress
-        self.prompt.data.copy_(state.tensors["prompt"])
-        self.best = state.tensors["best"]
-        self.optimizer.state[self.prompt] = {
-            "step": torch.tensor(float(state.progress.step)),
-            **{name: state.tensors[name] for name in _MOMENTS},
-        }
+        for name, parameter in self.learned.items():
+            parameter.data.copy_(state.tensors[f"{_LEARNED}.{name}"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.progress.step)),
+                **{moment: state.tensors[f"{moment}.{name}"] for moment in _MOMENTS},
+            }
 
 
 @contextmanager
@@ -234,6 +195,28 @@ def interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if caught and callable(before):
         before(*caught[0])
+
+
+def steps_within(loop: Loop, seconds: float) -> int:
+    """Measure how many steps fit in so much time, evaluations included; one at least.
+
+    Nothing is learned and nothing is written: gradients are found and thrown away.
+    """
+    config, plan = loop.plan.config, loop.plan
+    assert config.batch_size and config.max_steps
+    began = time.monotonic()
+    evaluation = 0.0
+    if plan.scorer:
+        loop.evaluate(loop.weights())
+        evaluation = time.monotonic() - began
+    batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in range(_TIMED + 1)]
+    for number, rows in enumerate(batches):
+        if number == 1:  # the first one sets things up
+            started = time.monotonic()
+        loop.gradient([plan.examples[i] for i in rows])
+    step = (time.monotonic() - started) / _TIMED
+    left = seconds - (time.monotonic() - began) - (EVALUATIONS + 1) * evaluation
+    return max(1, int(left / step))
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softprompt.config import PROMPT, TuneConfig, make_config
+from softprompt.config import PROMPT, Method, TuneConfig, make_config
 from softprompt.data.batching import taken
 from softprompt.data.examples import Encoder, Example
 from softprompt.data.lazy import Extent, LazyExamples
@@ -26,6 +26,7 @@ from softprompt.launch import count
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
 from softprompt.model.memory import Footprint, available_memory, give_back, measure, micro_batch_tokens
+from softprompt.model.prefix import is_deep
 from softprompt.prompt.initialization import (
     MANY_LABELS,
     USUAL_TOKENS,
@@ -41,8 +42,9 @@ from softprompt.prompt.soft_prompt import SoftPrompt, load_prompt, require_fit
 # A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
 TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
+LEARNING_RATE: dict[Method, float] = {"soft-prompt": 0.03, "deep-prefix": 0.01}
 Decide = Callable[[str, object, str], None]
-_EVALUATIONS = 8
+EVALUATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Plan:
         examples: of the training rows.
         taken: the training rows that the run's steps take, in ascending order.
         extent: of the examples that are taken.
-        start: the prompt before the first step, `[P, H]`.
+        start: the prompt before the first step: `[P, H]`, or of a deep prefix `[L, 2, K, P, D]`.
         scorer: of the validation rows.
         footprint: what a step takes in memory.
     """
@@ -123,7 +125,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     if form.task == "classification":
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
     decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
-    decide("learning_rate", 0.03, "default")
+    decide("learning_rate", LEARNING_RATE[config.method], f"default of {config.method}")
     decide("batch_size", 16 if form.task == "classification" else 8, f"default of {form.task}")
     if config.epochs is not None:
         passes = math.ceil(config.epochs * len(train) / chosen["batch_size"])
@@ -131,15 +133,16 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
             chosen["max_steps"], reasons["max_steps"] = passes, f"{config.epochs:g} epochs"
     steps = STEPS if form.task == "classification" else TEXT_STEPS
     decide("max_steps", steps[config.budget], f"budget {config.budget}")
-    decide("eval_every", math.ceil(chosen["max_steps"] / _EVALUATIONS), f"{_EVALUATIONS} evaluations a run")
+    decide("eval_every", math.ceil(chosen["max_steps"] / EVALUATIONS), f"{EVALUATIONS} evaluations a run")
     rows = taken(len(train), chosen["batch_size"], chosen["max_steps"], config.seed)
     start = _start(model, config, source, form, train.pick(rows), decide)
-    decide("num_virtual_tokens", len(start), "length of the initial text, 20 at least")
-    encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, len(start)))
+    decide("num_virtual_tokens", virtual := start.shape[-2], "length of the initial text, 20 at least")
+    encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual))
     # The steps encode with a copy: what they cut has been counted here.
-    counted, examples = (LazyExamples(e, train, chosen["loss"] == "all") for e in (encoder, copy(encoder)))
+    learned = (chosen["loss"] == "all", int(is_deep(start)))
+    counted, examples = (LazyExamples(e, train, *learned) for e in (encoder, copy(encoder)))
     extent = Extent.of(counted[i] for i in rows)
-    footprint = _footprint(model, config, extent, len(start), decide)
+    footprint = _footprint(model, config, extent, virtual, decide)
     at_once = _at_once(model, footprint, extent)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
     _warn(model, train, validation if eval_data is not None else None, footprint, extent)
@@ -237,11 +240,39 @@ def _warn(model: FrozenModel, train: Rows, given: Rows | None, footprint: Footpr
 def _start(
     model: FrozenModel, config: TuneConfig, source: SoftPrompt | None, form: Format, train: Rows, decide: Decide
 ) -> Tensor:
-    length, init = config.num_virtual_tokens, config.init
-    if config.init_text is not None and init not in ("auto", "text"):
-        raise SettingsError(f"init_text is read with init=text only, not with init={init}; leave one of them out")
+    length = config.num_virtual_tokens
+    if config.init_text is not None and config.init not in ("auto", "text"):
+        raise SettingsError(
+            f"init_text is read with init=text only, not with init={config.init}; leave one of them out"
+        )
+    if config.parameterization != "direct" and config.method != "soft-prompt":
+        raise SettingsError(f"parameterization={config.parameterization} is for method=soft-prompt")
     if source is not None:
-        return torch.stack(repeated(list(source.embeddings), length or source.num_virtual_tokens))
+        return _resized(_as(config.method, model, source.weights), length or source.num_virtual_tokens)
+    return _as(config.method, model, _soft_start(model, config, form, train, decide))
+
+
+def _as(method: Method, model: FrozenModel, weights: Tensor) -> Tensor:
+    """Return a prompt as what is to be learned: a deep prefix starts as what the model makes of a soft prompt.
+
+    Raises:
+        SettingsError: it is a deep prefix, and a soft prompt is to be learned.
+    """
+    if is_deep(weights) == (method == "deep-prefix"):
+        return weights
+    if is_deep(weights):
+        raise SettingsError("init: a soft prompt cannot start from a deep prefix; give method=deep-prefix")
+    with torch.no_grad():
+        return model.prefix(weights).stacked()
+
+
+def _resized(weights: Tensor, length: int) -> Tensor:
+    """Return a prompt with so many virtual tokens, beginning again where they run out."""
+    return torch.stack(repeated(weights.unbind(-2), length), dim=-2)
+
+
+def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
+    length, init = config.num_virtual_tokens, config.init
     if init == "auto":
         many = len(form.verbalizers) > MANY_LABELS and config.init_text is None
         init = "labels" if many else "text"

@@ -57,11 +57,16 @@ class State:
 
     Attributes:
         progress: where the run stands.
-        tensors: `prompt` and `best`, `[P, H]`, and the optimizer's moments.
+        tensors: `learned.NAME` and `best.NAME`, and the optimizer's moments of what is learned.
     """
 
     progress: Progress
     tensors: dict[str, Tensor]
+
+    def named(self, group: str) -> dict[str, Tensor]:
+        """Return the tensors of a group, by their names in it."""
+        ahead = f"{group}."
+        return {name.removeprefix(ahead): t for name, t in self.tensors.items() if name.startswith(ahead)}
 
 
 class RunFolder:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +18,12 @@ from softprompt.data.rows import Rows
 from softprompt.launch import fewer_than_asked_for, stops_together
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.processes import launched
+from softprompt.processes import Processes, launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training import agreement
-from softprompt.training.loop import Loop
+from softprompt.training.loop import steps_within
 from softprompt.training.plan import Plan, make_plan
+from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder
 from softprompt.training.watcher import Watcher
 
@@ -60,7 +61,7 @@ def tune(
     resume: bool = False,
     watcher: Watcher | None = None,
 ) -> TuneResult:
-    """Learn a soft prompt (Lester et al. 2021) for a task; the model itself is not changed.
+    """Learn a soft prompt (Lester et al. 2021) or a deep prefix (Li and Liang 2021); the model itself is not changed.
 
     Of several processes that `torchrun` has started, all call it with the same arguments and get the same result; the
     first one alone writes, and tells its watcher.
@@ -92,7 +93,7 @@ def tune(
         given = config or TuneConfig()
         if resume:
             given, state = agreement.resume(processes, run, given, identity)
-        plan = agreement.agree(processes, make_plan(model, data, given, eval_data), identity)
+        plan = agreement.agree(processes, _timed_plan(model, data, given, eval_data, processes), identity)
         if not resume:
             run.begin(plan.config, identity)
         done = state.progress.step if state else 0
@@ -101,11 +102,11 @@ def tune(
         watcher.begin(plan, done)
         try:
             with reproducible(plan.config.threads), stops_together():
-                prompt, progress, scores = Loop(model, plan, run, watcher, state, processes).run()
+                best, progress, scores = PromptLoop(model, plan, run, watcher, state, processes).run()
         finally:
             watcher.end()
             run.close_board()
-        made = SoftPrompt(prompt, _record(model, plan, progress, identity))
+        made = SoftPrompt(best["prompt"], _record(model, plan, progress, identity))
         run.write_prompt(made)
         if scores is not None:
             run.write_predictions(scores.predictions())
@@ -113,6 +114,20 @@ def tune(
     seconds = time.monotonic() - began
     place = run.path if out is not None else None
     return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
+
+
+def _timed_plan(
+    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, processes: Processes
+) -> Plan:
+    """Make the plan; where the steps are limited by time alone, count first how many fit."""
+    plan = make_plan(model, data, config, eval_data)
+    if config.max_minutes is None or config.max_steps or config.epochs:
+        return plan
+    with reproducible(config.threads):
+        fitting = steps_within(PromptLoop(model, plan, SilentRunFolder(Path()), Watcher()), 60 * config.max_minutes)
+    steps = int(processes.share(str(fitting).encode()))
+    plan = make_plan(model, data, config.model_copy(update={"max_steps": steps}), eval_data)
+    return replace(plan, reasons={**plan.reasons, "max_steps": f"{config.max_minutes:g} minutes"})
 
 
 @contextmanager

@@ -1,0 +1,166 @@
+"""What the settings of each method were chosen by: short runs on three tasks, compared on validation rows alone.
+
+Every run takes the same rows in the same order; the test rows play no part here. Results are appended to
+`results/choices.jsonl`, a run that is there is not made again, and `results/choices.md` is the table of what is there.
+
+    python benchmarks/choices.py --data FOLDER                     # all variants on all three tasks
+    python benchmarks/choices.py --data FOLDER sst2 --variants "soft-prompt, learning rate 0.03" --steps 200
+
+FOLDER is described in `quality.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from quality import SETS, rows_of
+
+import softprompt as sp
+from softprompt.comparison.weights import WeightsLoop, adapted
+from softprompt.training.loop import Loop
+from softprompt.training.plan import Plan, make_plan
+from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training.run_folder import SilentRunFolder, environment
+from softprompt.training.tune import reproducible
+from softprompt.training.watcher import Watcher
+
+RESULTS = Path(__file__).parent / "results"
+CHOSEN_ON = ("sst2", "banking77", "e2e")
+
+
+def rates(method: str, values: tuple[float, ...], **settings: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return variants of a method that differ in their learning rate."""
+    more = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
+    return {f"{method}{more}, learning rate {v:g}": (method, {"learning_rate": v, **settings}) for v in values}
+
+
+# Name to method and settings; those left open are the method's defaults.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **rates("soft-prompt", (0.01, 0.03, 0.1)),
+    **rates("deep-prefix", (0.003, 0.01, 0.03)),
+    **rates("lora", (3e-4, 1e-3, 3e-3)),
+    **rates("full", (1e-5, 5e-5, 2e-4)),
+    **rates("soft-prompt", (0.003, 0.01, 0.03), parameterization="residual"),
+    **rates("soft-prompt", (0.03,), num_virtual_tokens=50),
+    **rates("deep-prefix", (0.01,), num_virtual_tokens=50),
+}
+
+
+class Curve(Watcher):
+    """Notes the validation figures."""
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+        self.began = time.monotonic()
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self.points.append({"step": step, "seconds": round(time.monotonic() - self.began, 1), **values})
+
+
+def loop_of(model: sp.FrozenModel, method: str, plan: Plan, watcher: Watcher) -> Callable[[], Loop]:
+    """Return what makes the loop of a method."""
+    kind = WeightsLoop if method in ("lora", "full") else PromptLoop
+    return lambda: kind(model, plan, SilentRunFolder(Path()), watcher)
+
+
+def run(
+    model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, data: Path, threads: int
+) -> dict[str, Any]:
+    """Learn once, and return how the validation rows went."""
+    method, settings = VARIANTS[variant]
+    train, validation, _ = rows_of(name, data)
+    weights = method in ("lora", "full")
+    config = sp.TuneConfig(
+        **{"method": "soft-prompt" if weights else method, **settings}, max_steps=steps, seed=seed, threads=threads
+    )
+    plan, curve = make_plan(model, train, config, validation), Curve()
+    with reproducible(threads):
+        if weights:
+            with adapted(model, method, seed) as learning:  # type: ignore[arg-type]
+                made = loop_of(learning, method, plan, curve)()
+                made.run()
+        else:
+            made = loop_of(model, method, plan, curve)()
+            made.run()
+    return {
+        "set": name,
+        "variant": variant,
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "learned": sum(p.numel() for p in made.learned.values()),
+        "best_step": made.progress.best_step,
+        "validation": made.progress.best,
+        "curve": curve.points,
+        "rows": [len(train), len(validation)],
+        "threads": threads,
+        "date": date.today().isoformat(),
+        "environment": environment(),
+    }
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# How the settings were chosen",
+        "",
+        "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 500 validation rows. "
+        "The figures are those of the best of the evaluations by validation loss. The test rows play no part. Seconds are "
+        "of a shared machine, beside other work.",
+    ]
+    for name in dict.fromkeys(r["set"] for r in records):
+        mine = sorted((r for r in records if r["set"] == name), key=lambda r: (r["steps"], r["variant"]))
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| variant | seed | steps | best | learned numbers | loss | accuracy |",
+            "|---" * 7 + "|",
+        ]
+        for r in mine:
+            accuracy = r["validation"].get("accuracy")
+            lines.append(
+                f"| {r['variant']} | {r['seed']} | {r['steps']} | {r['best_step']} | {r['learned']:,} | "
+                f"{r['validation']['loss']:.3f} | {'' if accuracy is None else f'{accuracy:.1%}'} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", choices=[*SETS, []], help=f"default: {', '.join(CHOSEN_ON)}")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
+    parser.add_argument("--variants", nargs="*", help="default: all; one that ends in * stands for all that begin so")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    file = RESULTS / "choices.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    asked = options.variants or ["*"]
+    chosen = [v for v in VARIANTS if any(v == a or (a.endswith("*") and v.startswith(a[:-1])) for a in asked)]
+    model = sp.load_model(threads=options.threads)
+    for seed in range(options.seeds):
+        for variant in chosen:
+            for name in options.sets or CHOSEN_ON:
+                key = (name, variant, seed, options.steps)
+                if any((r["set"], r["variant"], r["seed"], r["steps"]) == key for r in records):
+                    continue
+                began = time.monotonic()
+                record = run(model, name, variant, seed, options.steps, options.data, options.threads)
+                records.append(record)
+                with file.open("a") as out:
+                    out.write(json.dumps(record) + "\n")
+                print(*key, record["best_step"], record["validation"], f"{time.monotonic() - began:.0f} s", flush=True)
+                (RESULTS / "choices.md").write_text(table(records))
+
+
+if __name__ == "__main__":
+    main()
