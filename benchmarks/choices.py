@@ -19,9 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from quality import SETS, rows_of
-
 import softprompt as sp
+from quality import SETS, rows_of
 from softprompt.comparison.weights import WeightsLoop, adapted
 from softprompt.training.loop import Loop
 from softprompt.training.plan import Plan, make_plan
@@ -110,9 +109,9 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = [
         "# How the settings were chosen",
         "",
-        "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 500 validation rows. "
-        "The figures are those of the best of the evaluations by validation loss. The test rows play no part. Seconds are "
-        "of a shared machine, beside other work.",
+        "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 500 "
+        "validation rows. The figures are those of the best of the evaluations by validation loss. The test "
+        "rows play no part.",
     ]
     for name in dict.fromkeys(r["set"] for r in records):
         mine = sorted((r for r in records if r["set"] == name), key=lambda r: (r["steps"], r["variant"]))
@@ -146,7 +145,7 @@ def main() -> None:
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     asked = options.variants or ["*"]
     chosen = [v for v in VARIANTS if any(v == a or (a.endswith("*") and v.startswith(a[:-1])) for a in asked)]
-    model = sp.load_model(threads=options.threads)
+    model = sp.load_model()
     for seed in range(options.seeds):
         for variant in chosen:
             for name in options.sets or CHOSEN_ON:
