@@ -14,19 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import softprompt as sp
 from quality import SETS, rows_of
-from softprompt.comparison.weights import WeightsLoop, adapted
-from softprompt.training.loop import Loop
-from softprompt.training.plan import Plan, make_plan
-from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import SilentRunFolder, environment
-from softprompt.training.tune import reproducible
+from softprompt.comparison.methods import METHODS, Protocol
+from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,54 +46,30 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Curve(Watcher):
-    """Notes the validation figures."""
-
-    def __init__(self) -> None:
-        self.points: list[dict[str, float]] = []
-        self.began = time.monotonic()
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.points.append({"step": step, "seconds": round(time.monotonic() - self.began, 1), **values})
-
-
-def loop_of(model: sp.FrozenModel, method: str, plan: Plan, watcher: Watcher) -> Callable[[], Loop]:
-    """Return what makes the loop of a method."""
-    kind = WeightsLoop if method in ("lora", "full") else PromptLoop
-    return lambda: kind(model, plan, SilentRunFolder(Path()), watcher)
-
-
-def run(
-    model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, data: Path, threads: int
-) -> dict[str, Any]:
+def run(model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, data: Path) -> dict[str, Any]:
     """Learn once, and return how the validation rows went."""
     method, settings = VARIANTS[variant]
-    train, validation, _ = rows_of(name, data)
-    weights = method in ("lora", "full")
-    config = sp.TuneConfig(
-        **{"method": "soft-prompt" if weights else method, **settings}, max_steps=steps, seed=seed, threads=threads
-    )
-    plan, curve = make_plan(model, train, config, validation), Curve()
-    with reproducible(threads):
-        if weights:
-            with adapted(model, method, seed) as learning:  # type: ignore[arg-type]
-                made = loop_of(learning, method, plan, curve)()
-                made.run()
-        else:
-            made = loop_of(model, method, plan, curve)()
-            made.run()
+    train, validation, test = rows_of(name, data)
+    config = sp.TuneConfig(**settings, max_steps=steps)
+    protocol = Protocol(model, train, validation, test, config, "examples", search=False)
+    made = METHODS[method](protocol, seed, Watcher())
+    try:
+        learned = made.learn()
+    finally:
+        made.close()
+    best = min(learned.curve, key=lambda point: point.validation["loss"])
     return {
         "set": name,
         "variant": variant,
         "method": method,
         "seed": seed,
         "steps": steps,
-        "learned": sum(p.numel() for p in made.learned.values()),
-        "best_step": made.progress.best_step,
-        "validation": made.progress.best,
-        "curve": curve.points,
+        "learned": learned.parameters,
+        "best_step": best.step,
+        "validation": best.validation,
+        "seconds": round(learned.effort.seconds, 1),
+        "curve": [point.model_dump() for point in learned.curve],
         "rows": [len(train), len(validation)],
-        "threads": threads,
         "date": date.today().isoformat(),
         "environment": environment(),
     }
@@ -139,7 +110,6 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", help="default: all; one that ends in * stands for all that begin so")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     file = RESULTS / "choices.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -153,7 +123,7 @@ def main() -> None:
                 if any((r["set"], r["variant"], r["seed"], r["steps"]) == key for r in records):
                     continue
                 began = time.monotonic()
-                record = run(model, name, variant, seed, options.steps, options.data, options.threads)
+                record = run(model, name, variant, seed, options.steps, options.data)
                 records.append(record)
                 with file.open("a") as out:
                     out.write(json.dumps(record) + "\n")

@@ -89,7 +89,7 @@ def test_tune_evaluate_generate_and_check_follow_on_each_other(
     checked = command("check", reviews, "--model", llama_folder, "--out", "run", *SHORT)
     assert checked.code == 0
     assert "'a fine film 0\\nLabel:' → ' positive'" in checked.out
-    assert "5 virtual tokens of 32" in checked.out
+    assert "learned: 160 numbers (5 virtual tokens)" in checked.out
     assert sorted(Path().rglob("*")) == before, "check writes nothing"
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftModel,
-    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
@@ -131,13 +131,15 @@ def test_a_prompt_that_peft_trained_gives_the_same_logits(architecture: str, ini
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        (PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5), "PREFIX_TUNING"),
+        (IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
         (LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, target_modules=["q_proj"]), "LORA"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(config: PeftConfig, kind: str, tmp_path: Path) -> None:
     get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(PromptError, match=f"holds a {kind} adapter; softprompt reads PROMPT_TUNING and P_TUNING"):
+    with pytest.raises(
+        PromptError, match=f"holds a {kind} adapter; softprompt reads PROMPT_TUNING, P_TUNING, PREFIX_TUNING"
+    ):
         load_prompt(tmp_path)
 
 

@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import click
 
 from softprompt import __version__, launch
+from softprompt.cli.compare_verb import compare
 from softprompt.cli.demo_verb import demo
 from softprompt.cli.doctor_verb import doctor
 from softprompt.cli.model_verbs import models
@@ -34,7 +35,7 @@ def softprompt(debug: bool) -> None:
     """
 
 
-for verb in (demo, tune, check, evaluate, generate, prompts, models, doctor):
+for verb in (demo, tune, check, compare, evaluate, generate, prompts, models, doctor):
     softprompt.add_command(verb)
 
 

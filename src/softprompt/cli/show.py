@@ -141,9 +141,13 @@ def side_by_side(
 
 
 class TerminalWatcher(Watcher):
-    """Shows loss, validation metrics and time left: a bar on a terminal, lines elsewhere."""
+    """Shows loss, validation metrics and time left: a bar on a terminal, lines elsewhere.
 
-    def __init__(self, origins: Mapping[str, str]) -> None:
+    Args:
+        origins: where each setting came from, for the table of settings; None for no table.
+    """
+
+    def __init__(self, origins: Mapping[str, str] | None) -> None:
         self.origins = origins
         self.loss: float | None = None
         self.validation = ""
@@ -162,9 +166,16 @@ class TerminalWatcher(Watcher):
             disable=not err.is_terminal,
         )
 
+    def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
+        tried = ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()
+        )
+        err.print(f"search: {tried}: validation loss {loss:.3f} after {step} steps")
+
     def begin(self, plan: Plan, step: int) -> None:
-        err.print(settings_table(plan, self.origins))
-        err.print(rows_line(plan))
+        if self.origins is not None:
+            err.print(settings_table(plan, self.origins))
+            err.print(rows_line(plan))
         if step:
             err.print(f"going on after step {step}")
         assert plan.config.max_steps

@@ -39,7 +39,7 @@ def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: An
         folder.require_begun()
     elif first:
         folder.require_new()
-    model, rows, held, config, origins = _prepare(**options, begun=out / "config.yaml" if resume else None)
+    model, rows, held, config, origins = prepare(**options, begun=out / "config.yaml" if resume else None)
     if resume:
         origins = dict.fromkeys(type(config).model_fields, "as the run was begun")
     try:
@@ -88,7 +88,7 @@ def check(out: Path | None, resume: bool, name: str | None, as_json: bool, **opt
     from softprompt.training.forecast import make_forecast
     from softprompt.training.plan import make_plan
 
-    model, rows, held, config, origins = _prepare(**options)
+    model, rows, held, config, origins = prepare(**options)
     plan = make_plan(model, rows, config, held)
     forecast = make_forecast(model, plan)
     if as_json:
@@ -110,7 +110,7 @@ def check(out: Path | None, resume: bool, name: str | None, as_json: bool, **opt
     )
 
 
-def _prepare(
+def prepare(
     data: str,
     model: str | None,
     task: str | None,
@@ -124,7 +124,7 @@ def _prepare(
     trust_remote_code: bool,
     begun: Path | None = None,
 ) -> tuple[FrozenModel, Rows, Rows | None, TuneConfig, dict[str, str]]:
-    """Read what `tune` and `check` were given: the cheap and fallible things first, the model last.
+    """Read what `tune`, `check` and `compare` were given: the cheap and fallible things first, the model last.
 
     `begun` are the settings of a run to be resumed: its device and precision are taken again.
     """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Example
@@ -20,41 +23,57 @@ from softprompt.training.plan import Plan
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.watcher import Watcher
 
-WeightsMethod = Literal["lora", "full"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 RANK = 8
-LEARNING_RATE: dict[str, float] = {"lora": 1e-3, "full": 5e-5}
 
 
 @contextmanager
-def adapted(model: FrozenModel, method: WeightsMethod, seed: int) -> Iterator[FrozenModel]:
-    """Give a model whose weights learn; the one that was given is as it was when the block is done.
+def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Iterator[PeftModel]:
+    """Put low-rank updates beside all linear layers but the output head (Hu et al. 2022); they alone learn.
+
+    They are in the model's own modules, which are as they were when the block is done.
 
     Args:
         model: the frozen model.
-        method: `lora` puts low-rank updates beside all linear layers but the output head (Hu et al. 2022; rank 8, as
-            scaled by PEFT's own defaults); `full` is a copy of the model that learns with all its weights.
-        seed: of LoRA's first factors.
+        seed: of the updates' first factors.
+        folder: a stored adapter to put in instead of new updates of rank 8, scaled as PEFT does by itself.
+
+    Returns:
+        PEFT's wrapper, which can save the adapter.
 
     Raises:
-        SettingsError: PEFT is missing, or the model's layers are not for it.
+        SettingsError: PEFT is missing.
     """
-    if method == "full":
-        copy = deepcopy(model.hf_model).requires_grad_(True)
-        yield FrozenModel(copy, model.tokenizer, type(model.way)(copy), model.source, model.revision)
-        return
     try:
-        from peft import LoraConfig, LoraModel
+        from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError as error:
         raise SettingsError("lora needs a package: pip install 'softprompt[compare]'") from error
     torch.manual_seed(seed)
-    config = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuner = LoraModel(model.hf_model, {"default": config}, "default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what PEFT corrects by itself, such as the layout of GPT-2's weights
+        if folder is None:
+            config = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+            wrapped = get_peft_model(model.hf_model, config)
+        else:
+            wrapped = PeftModel.from_pretrained(model.hf_model, folder)
     try:
-        model.hf_model.eval()
-        yield model
+        wrapped.eval()
+        yield wrapped
     finally:
-        tuner.unload()
+        wrapped.unload()
         model.hf_model.requires_grad_(False)
+
+
+def unfrozen(model: FrozenModel) -> FrozenModel:
+    """Return a copy of a model that learns with all its weights; what is given is not changed."""
+    return around(deepcopy(model.hf_model).requires_grad_(True), model)
+
+
+def around(hf_model: PreTrainedModel, like: FrozenModel) -> FrozenModel:
+    """Run another model of the same kind in the same way."""
+    return FrozenModel(hf_model, like.tokenizer, type(like.way)(hf_model), like.source, like.revision)
 
 
 class WeightsLoop(Loop):

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -197,26 +198,38 @@ def interrupts_deferred() -> Iterator[None]:
         before(*caught[0])
 
 
-def steps_within(loop: Loop, seconds: float) -> int:
-    """Measure how many steps fit in so much time, evaluations included; one at least.
+@dataclass(frozen=True)
+class Pace:
+    """How long a loop takes, in seconds of wall time.
 
-    Nothing is learned and nothing is written: gradients are found and thrown away.
+    Attributes:
+        step: for a step.
+        evaluation: for an evaluation of the validation rows.
     """
-    config, plan = loop.plan.config, loop.plan
-    assert config.batch_size and config.max_steps
-    began = time.monotonic()
-    evaluation = 0.0
-    if plan.scorer:
-        loop.evaluate(loop.weights())
-        evaluation = time.monotonic() - began
+
+    step: float
+    evaluation: float
+
+    def steps(self, seconds: float) -> int:
+        """Return how many steps fit in so much time, a run's evaluations included; one at least."""
+        return max(1, int((seconds - (EVALUATIONS + 1) * self.evaluation) / self.step))
+
+
+def measure_pace(loop: Loop) -> Pace:
+    """Run a few steps of a loop and an evaluation; nothing is learned: gradients are found and thrown away."""
+    config, plan, evaluation = loop.plan.config, loop.plan, 0.0
+    assert config.batch_size
     batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in range(_TIMED + 1)]
     for number, rows in enumerate(batches):
         if number == 1:  # the first one sets things up
-            started = time.monotonic()
+            began = time.monotonic()
         loop.gradient([plan.examples[i] for i in rows])
-    step = (time.monotonic() - started) / _TIMED
-    left = seconds - (time.monotonic() - began) - (EVALUATIONS + 1) * evaluation
-    return max(1, int(left / step))
+    step = (time.monotonic() - began) / _TIMED
+    if plan.scorer:
+        began = time.monotonic()
+        loop.evaluate(loop.weights())
+        evaluation = time.monotonic() - began
+    return Pace(step, evaluation)
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:

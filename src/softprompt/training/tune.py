@@ -21,10 +21,11 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.processes import Processes, launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training import agreement
-from softprompt.training.loop import steps_within
+from softprompt.training.loop import measure_pace
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder
+from softprompt.training.search import search
 from softprompt.training.watcher import Watcher
 
 
@@ -93,7 +94,11 @@ def tune(
         given = config or TuneConfig()
         if resume:
             given, state = agreement.resume(processes, run, given, identity)
-        plan = agreement.agree(processes, _timed_plan(model, data, given, eval_data, processes), identity)
+        if resume:
+            plan = make_plan(model, data, given, eval_data)
+        else:
+            plan = _plan(model, data, given, eval_data, processes, watcher)
+        plan = agreement.agree(processes, plan, identity)
         if not resume:
             run.begin(plan.config, identity)
         done = state.progress.step if state else 0
@@ -116,18 +121,30 @@ def tune(
     return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
 
 
-def _timed_plan(
-    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, processes: Processes
+def _plan(
+    model: FrozenModel,
+    data: Rows,
+    config: TuneConfig,
+    eval_data: Rows | None,
+    processes: Processes,
+    watcher: Watcher,
 ) -> Plan:
-    """Make the plan; where the steps are limited by time alone, count first how many fit."""
-    plan = make_plan(model, data, config, eval_data)
-    if config.max_minutes is None or config.max_steps or config.epochs:
-        return plan
+    """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
+    began, reasons = time.monotonic(), {}
     with reproducible(config.threads):
-        fitting = steps_within(PromptLoop(model, plan, SilentRunFolder(Path()), Watcher()), 60 * config.max_minutes)
-    steps = int(processes.share(str(fitting).encode()))
-    plan = make_plan(model, data, config.model_copy(update={"max_steps": steps}), eval_data)
-    return replace(plan, reasons={**plan.reasons, "max_steps": f"{config.max_minutes:g} minutes"})
+        if config.budget == "thorough":
+            chosen = search(model, data, config, eval_data, watcher)
+            chosen = json.loads(processes.share(json.dumps(chosen).encode()))
+            config = config.model_copy(update=chosen)
+            reasons = dict.fromkeys(chosen, "best of the search")
+        if config.max_minutes is not None and not (config.max_steps or config.epochs):
+            pilot = PromptLoop(model, make_plan(model, data, config, eval_data), SilentRunFolder(Path()), Watcher())
+            pace = measure_pace(pilot)
+            fitting = pace.steps(60 * config.max_minutes - (time.monotonic() - began))
+            config = config.model_copy(update={"max_steps": int(processes.share(str(fitting).encode()))})
+            reasons["max_steps"] = f"{config.max_minutes:g} minutes"
+    plan = make_plan(model, data, config, eval_data)
+    return replace(plan, reasons={**plan.reasons, **reasons})
 
 
 @contextmanager

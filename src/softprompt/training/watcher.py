@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.training.plan import Plan
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 class Watcher:
     """Told of a run's course; this one shows nothing."""
+
+    def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
+        """A candidate of the search before the run has taken `step` steps; `loss` is its best on validation rows."""
 
     def begin(self, plan: Plan, step: int) -> None:
         """The plan is made, and `step` steps were done before."""

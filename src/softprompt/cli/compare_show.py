@@ -1,0 +1,86 @@
+"""What people see of a comparison in the terminal: what is running and how long it will take, and the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from softprompt.cli.show import TerminalWatcher, err, figure, plain_table
+from softprompt.comparison.compare import ComparisonWatcher
+from softprompt.comparison.methods import Protocol
+from softprompt.comparison.results import PRIMARY, Result
+from softprompt.training.watcher import Watcher
+
+_QUICK = 30.0  # seconds: about what a method without training takes
+
+
+class TerminalComparison(ComparisonWatcher):
+    """Says which method is at work and how much time is left."""
+
+    def begin(self, protocol: Protocol, done: Sequence[Result], todo: Sequence[tuple[str, int]]) -> None:
+        self.todo, self.protocol = list(todo), protocol
+        rows = ", ".join(
+            f"{len(part)} {name}"
+            for name, part in (
+                ("to learn from", protocol.train),
+                ("to choose by", protocol.validation),
+                ("to score", protocol.test),
+            )
+        )
+        err.print(f"rows: {rows}")
+        if done:
+            err.print(f"{len(done)} results are there already: {', '.join(f'{r.method} {r.seed}' for r in done)}")
+
+    def method(self, name: str, seed: int) -> Watcher:
+        self.began = time.monotonic()
+        left = sum(_QUICK if n == "zero-shot" else self.protocol.seconds + _QUICK for n, _ in self.todo)
+        err.print(f"\n{name}, seed {seed}: {len(self.todo)} left, about {max(1, round(left / 60))} min")
+        return TerminalWatcher(None)
+
+    def result(self, result: Result) -> None:
+        self.todo.pop(0)
+        metric = result.primary
+        name = PRIMARY[result.task]
+        err.print(
+            f"{result.method}, seed {result.seed}: {name} {figure(name, metric.value)} "
+            f"({figure(name, metric.low)} to {figure(name, metric.high)}) "
+            f"after {time.monotonic() - self.began:.0f} s"
+        )
+
+
+def comparison_table(results: Sequence[Result]) -> Table:
+    """Return a line a method, the mean over its seeds."""
+    name = PRIMARY[results[0].task]
+    rows = []
+    for method in dict.fromkeys(r.method for r in results):
+        mine = [r for r in results if r.method == method]
+        first, costs = mine[0].primary, [r.costs for r in mine]
+        values = [r.primary.value for r in mine]
+        spread = (
+            f"({figure(name, first.low)} to {figure(name, first.high)})"
+            if len(mine) == 1
+            else f"({figure(name, min(values))} to {figure(name, max(values))}, {len(mine)} seeds)"
+        )
+        rows.append(
+            (
+                method,
+                f"{figure(name, float(np.mean(values)))} {spread}",
+                f"{costs[0].trainable_parameters:,}",
+                _size(costs[0].stored_bytes),
+                f"{np.mean([c.train_seconds for c in costs]):.0f} s",
+                _size(int(np.mean([c.peak_bytes for c in costs]))),
+                f"{1000 * np.mean([c.prediction_seconds for c in costs]):.0f} ms",
+            )
+        )
+    headers = ("method", name.replace("_", " "), "learned numbers", "stored", "learning", "memory", "a row")
+    return plain_table(headers, rows)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

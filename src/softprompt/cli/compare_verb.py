@@ -1,0 +1,83 @@
+"""The verb that compares: prompt engineering, prompts, LoRA and fine-tuning on the user's own rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from softprompt.cli.options import parse_map, say, tune_options
+from softprompt.cli.tune_verbs import prepare
+
+_METHODS = "zero-shot,few-shot,soft-prompt,deep-prefix,lora,full"
+
+
+@click.command()
+@tune_options
+@click.option("--methods", metavar="LIST", default=_METHODS, show_default=True, help="Which, with commas between.")
+@click.option("--seeds", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each.")
+@click.option("--test-data", metavar="FILE", help="Rows that are scored; without it a fifth of DATA is held back.")
+@click.option(
+    "--equal",
+    type=click.Choice(("time", "examples")),
+    default="time",
+    show_default=True,
+    help="What all methods get alike: wall time (max_minutes each) or examples seen (max_steps each).",
+)
+@click.option("--no-search", is_flag=True, help="Train at the usual learning rates, without a search.")
+@click.option("--out", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Results and report.")
+def compare(
+    methods: str,
+    seeds: int,
+    test_data: str | None,
+    equal: str,
+    no_search: bool,
+    out: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare prompts with prompt engineering, LoRA and fine-tuning on DATA.
+
+    Every method gets the same rows and the same time: 5 minutes, or --set max_minutes=M. What is finished in DIR is not
+    run again, so the same command goes on after an interruption. DIR/report.html is the report.
+    """
+    from softprompt.cli.compare_show import TerminalComparison, comparison_table
+    from softprompt.cli.show import out as console
+    from softprompt.cli.show import print_json
+    from softprompt.comparison.compare import compare as run
+    from softprompt.data.rows import load_data
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    model, rows, held, config, _ = prepare(**options)
+    test = load_data(test_data, parse_map(options["mapping"]), rows.task) if test_data else None
+    try:
+        done = run(
+            model,
+            rows,
+            methods=names,
+            seeds=seeds,
+            out=out,
+            eval_data=held,
+            test_data=test,
+            config=config,
+            equal=equal,  # type: ignore[arg-type]
+            search=not no_search,
+            watcher=TerminalComparison(),
+        )
+    except KeyboardInterrupt:
+        say("\nstopped; the same command goes on with the method that was interrupted")
+        raise
+    if as_json:
+        from softprompt.comparison.results import PRIMARY
+
+        print_json(
+            {
+                "report": str(out / "report.html"),
+                "metric": PRIMARY[rows.task],
+                "results": [r.model_dump(exclude={"predictions", "statistics", "curve"}) for r in done.results],
+            }
+        )
+        return
+    console.print(comparison_table(done.results))
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, markup=False)

@@ -1,0 +1,254 @@
+"""The comparison as a whole: every method and seed under one protocol, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
+from softprompt.comparison.methods import METHODS, Equal, Learned, Method, Protocol
+from softprompt.comparison.report import write_report
+from softprompt.comparison.results import Costs, Result, read_result, result_file
+from softprompt.config import TuneConfig
+from softprompt.data.rows import Row, Rows
+from softprompt.data.split import sample, split_rows
+from softprompt.errors import InputError, SettingsError, nearest
+from softprompt.evaluation.evaluate import Side
+from softprompt.evaluation.scoring import LabelScores
+from softprompt.model.fingerprint import fingerprint
+from softprompt.model.frozen import FrozenModel
+from softprompt.storage import write_text
+from softprompt.training.run_folder import environment
+from softprompt.training.watcher import Watcher
+
+USUAL = ("zero-shot", "few-shot", "soft-prompt", "deep-prefix", "lora", "full")
+MINUTES = {"quick": 1.0, "normal": 5.0, "thorough": 15.0}
+_DRAWN = ("few-shot", "soft-prompt", "deep-prefix", "lora", "full")  # the others give the same with every seed
+_SWITCHED = 3  # times; the median counts
+RESULTS, TASKS, ROWS, PROTOCOL = "results", "tasks", "test-rows.jsonl", "protocol.json"
+
+
+class ComparisonWatcher:
+    """Told of a comparison's course; this one shows nothing."""
+
+    def begin(self, protocol: Protocol, done: Sequence[Result], todo: Sequence[tuple[str, int]]) -> None:
+        """The rows are split; some results were there before."""
+
+    def method(self, name: str, seed: int) -> Watcher:
+        """A method begins; the watcher that is returned is told of its steps."""
+        return Watcher()
+
+    def result(self, result: Result) -> None:
+        """A method is done."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison gave.
+
+    Attributes:
+        results: one a method and seed, in the order of the methods.
+        rows: the test rows.
+        report: the HTML page, None where nothing was to be written.
+    """
+
+    results: list[Result]
+    rows: list[Row]
+    report: Path | None
+
+
+def compare(
+    model: FrozenModel,
+    data: Rows,
+    *,
+    methods: Sequence[str] = USUAL,
+    seeds: int = 1,
+    out: str | Path | None = None,
+    eval_data: Rows | None = None,
+    test_data: Rows | None = None,
+    config: TuneConfig | None = None,
+    equal: Equal = "time",
+    search: bool = True,
+    watcher: ComparisonWatcher | None = None,
+) -> Comparison:
+    """Measure what prompt engineering, prompt tuning, LoRA and fine-tuning give on the same rows, and what they take.
+
+    Args:
+        model: the base model; it is as it was afterwards.
+        data: rows to learn from; where no other rows are given, a fifth is held back for the test and a fifth of the
+            rest to choose by.
+        methods: which.
+        seeds: runs of each method that depends on chance.
+        out: folder of the results and the report; what is finished there is not run again. None keeps nothing.
+        eval_data, test_data: rows to choose by, and rows that play no part but in the figures.
+        config: settings, for all methods; `max_minutes` is the budget of each, and `max_steps` where `equal` is
+            `examples`.
+        equal: whether all methods get the same wall time, or see the same number of examples.
+        search: whether trained methods spend a part of their budget on finding the learning rate; not where the
+            settings name one.
+        watcher: told of every method.
+
+    Raises:
+        InputError: what was given does not fit together, or `out` holds another comparison.
+        RunError: a loss is not finite, or one row does not fit in memory.
+        StorageError: a file cannot be written.
+    """
+    unknown = next((name for name in methods if name not in METHODS), None)
+    if unknown is not None:
+        raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
+    protocol = _protocol(model, data, eval_data, test_data, config or TuneConfig(), equal, search)
+    watcher = watcher or ComparisonWatcher()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(out) if out is not None else Path(scratch)
+        _begin(folder, protocol)
+        asked = [(name, seed) for name in dict.fromkeys(methods) for seed in range(seeds if name in _DRAWN else 1)]
+        files = {key: result_file(folder / RESULTS, *key) for key in asked}
+        results = {key: read_result(file) for key, file in files.items() if file.exists()}
+        todo = [key for key in asked if key not in results]
+        watcher.begin(protocol, list(results.values()), todo)
+        base = _Base(model) if todo else None
+        for name, seed in todo:
+            assert base is not None
+            results[name, seed] = _run(name, seed, protocol, base, folder, watcher.method(name, seed))
+            results[name, seed].save(folder / RESULTS)
+            watcher.result(results[name, seed])
+        found, rows = [results[key] for key in asked], list(protocol.test)
+        report = write_report(found, rows, folder) if out is not None else None
+    return Comparison(found, rows, report)
+
+
+def _protocol(
+    model: FrozenModel,
+    data: Rows,
+    eval_data: Rows | None,
+    test_data: Rows | None,
+    config: TuneConfig,
+    equal: Equal,
+    search: bool,
+) -> Protocol:
+    """Split the rows, once for all methods and seeds."""
+    if config.eval_rows == 0:
+        raise SettingsError("a comparison needs validation rows to choose by; leave eval_rows=0 out")
+    if test_data is None:
+        data, test_data = split_rows(data, None, len(data), config.seed)
+        assert test_data is not None
+    train, validation = split_rows(data, eval_data, config.eval_rows, config.seed)
+    if test_data.task != train.task:
+        raise InputError(f"{test_data.name} is for {test_data.task}, {train.name} for {train.task}")
+    if config.train_rows is not None:
+        train = sample(train, config.train_rows, config.seed)
+    assert validation is not None
+    minutes = config.max_minutes or MINUTES[config.budget]
+    settings = {"max_minutes": minutes, "eval_rows": len(validation), "train_rows": None}
+    return Protocol(model, train, validation, test_data, config.model_copy(update=settings), equal, search)
+
+
+def _begin(folder: Path, protocol: Protocol) -> None:
+    """Write down what is compared, or make sure that it is what was compared here before.
+
+    Raises:
+        InputError: the folder holds another comparison, or something else.
+    """
+    parts = {"training": protocol.train, "validation": protocol.validation, "test": protocol.test}
+    record = {
+        "rows": {name: rows.sha256 for name, rows in parts.items()},
+        "base_model": fingerprint(protocol.model).model_dump(),
+        "settings": protocol.config.model_dump(exclude={"budget"}),
+        "equal": protocol.equal,
+        "search": protocol.search,
+    }
+    file = folder / PROTOCOL
+    if not file.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and holds no comparison; give a new folder")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in protocol.test)
+        write_text(folder / ROWS, lines)
+        write_text(file, json.dumps(record, indent=1) + "\n")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in record.items():
+        if before.get(name) != json.loads(json.dumps(value)):
+            raise InputError(
+                f"{folder} holds a comparison with other {name.replace('_', ' ')}; give another folder, or the same "
+                "rows, model and settings to go on with it"
+            )
+
+
+class _Base:
+    """The base model before anything was learned."""
+
+    def __init__(self, model: FrozenModel) -> None:
+        self.hash = weights_hash(model.hf_model)
+        self.perplexity = general_perplexity(model)
+
+
+def _run(name: str, seed: int, protocol: Protocol, base: _Base, folder: Path, watcher: Watcher) -> Result:
+    """Let a method learn, and measure what it gives and takes."""
+    method = METHODS[name](protocol, seed, watcher)
+    try:
+        learned = method.learn()
+        answering = learned.answers.model
+        perplexity = general_perplexity(answering) if answering is not protocol.model or name == "lora" else None
+        began = time.monotonic()
+        side = learned.answers.side(protocol.test)
+        seconds = time.monotonic() - began
+        with tempfile.TemporaryDirectory() as scratch:
+            place = folder / TASKS / f"{name}-{seed}" if method.keeps else Path(scratch) / "task"
+            method.store(place)
+            stored, switch = folder_bytes(place), _switch_seconds(method, place, protocol.test)
+        kept = answering.hf_model if answering is not protocol.model else None
+    finally:
+        method.close()
+    after = weights_hash(protocol.model.hf_model if kept is None else kept)
+    costs = Costs(
+        trainable_parameters=learned.parameters,
+        stored_bytes=stored,
+        train_seconds=learned.effort.seconds,
+        train_cpu_seconds=learned.effort.cpu_seconds,
+        train_tokens=learned.tokens,
+        peak_bytes=learned.effort.peak_bytes,
+        prediction_seconds=seconds / len(protocol.test),
+        switch_seconds=switch,
+        base_unchanged=after == base.hash,
+        perplexity_before=base.perplexity,
+        perplexity_after=base.perplexity if perplexity is None else perplexity,
+    )
+    return _result(name, seed, protocol, learned, side, costs)
+
+
+def _switch_seconds(method: Method, folder: Path, rows: Rows) -> float:
+    """Return how long it takes from the stored files to the first answered row; the base model is there."""
+    times = []
+    for _ in range(_SWITCHED):
+        began = time.monotonic()
+        method.load(folder).side(rows.pick([0]))
+        times.append(time.monotonic() - began)
+    return float(np.median(times))
+
+
+def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Side, costs: Costs) -> Result:
+    parts = {"train": protocol.train, "validation": protocol.validation, "test": protocol.test}
+    return Result(
+        method=name,
+        seed=seed,
+        task=protocol.test.task,
+        data=protocol.train.name,
+        base_model=protocol.model.source,
+        rows={part: len(rows) for part, rows in parts.items()},
+        settings={**learned.settings, "equal": protocol.equal, "search": protocol.search},
+        metrics=side.metrics(),
+        confusion=side.scores.confusion() if isinstance(side.scores, LabelScores) else None,
+        predictions=[str(record.get("prediction", "")) for record in side.predictions()],
+        statistics=side.statistics(),
+        costs=costs,
+        curve=learned.curve,
+        environment=environment(),
+        date=date.today().isoformat(),
+    )

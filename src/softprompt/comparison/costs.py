@@ -1,0 +1,97 @@
+"""What a method takes, measured: time, memory, bytes on the disk, and what it does to the base model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from softprompt.data.examples import Encoder
+from softprompt.data.rows import load_data
+from softprompt.data.templates import make_format
+from softprompt.evaluation.scoring import TextScorer
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import give_back
+
+
+@dataclass
+class Effort:
+    """What a block of code took.
+
+    Attributes:
+        seconds, cpu_seconds: wall time, and processor time of all threads.
+        peak_bytes: memory above what was held when it began.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[Effort]:
+    """Measure a block; the figures are there when it is done."""
+    effort = Effort()
+    give_back()
+    before = _memory(device, begin=True)
+    began, cpu = time.monotonic(), time.process_time()
+    try:
+        yield effort
+    finally:
+        effort.seconds, effort.cpu_seconds = time.monotonic() - began, time.process_time() - cpu
+        effort.peak_bytes = max(0, _memory(device) - before)
+
+
+def _memory(device: torch.device, begin: bool = False) -> int:
+    """Return the most memory that was held since a measurement began; when it begins, what is held now.
+
+    On Linux the process's own high-water mark can be set back (proc(5), clear_refs). Elsewhere it cannot: a peak that
+    is no higher than an earlier one is not seen there.
+    """
+    if device.type == "cuda":
+        if begin:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    if begin:
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return int(psutil.Process().memory_info().rss)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        info = psutil.Process().memory_info()
+        return int(getattr(info, "peak_wset", info.rss))
+
+
+@torch.no_grad()
+def weights_hash(hf_model: PreTrainedModel) -> str:
+    """Return a hash of all weights, to the bit."""
+    digest = sha256()
+    for name, tensor in sorted(hf_model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def general_perplexity(model: FrozenModel) -> float:
+    """Return the perplexity of a text on everyday matters, which no task has to do with."""
+    text = files("softprompt.comparison").joinpath("general.txt").read_text(encoding="utf-8")
+    rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
+    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows)
+    return math.exp(scorer.score(model, None).loss())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return how much the files of a folder take."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,66 @@
+"""The search of a thorough run: which learning rate and which start, by successive halving on the validation rows."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from softprompt.config import TuneConfig
+from softprompt.data.rows import Rows
+from softprompt.model.frozen import FrozenModel
+from softprompt.training.plan import LEARNING_RATE, make_plan
+from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training.run_folder import SilentRunFolder
+from softprompt.training.watcher import Watcher
+
+_FACTORS = (1 / 3, 1.0, 3.0)  # times the method's usual learning rate
+_STARTS = ("auto", "vocabulary")
+_RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
+
+
+def candidates(config: TuneConfig) -> list[dict[str, Any]]:
+    """Return the settings that are tried, of those that were left open."""
+    usual = LEARNING_RATE[config.method]
+    rates = [usual * factor for factor in _FACTORS] if config.learning_rate is None else [config.learning_rate]
+    open_start = config.init == "auto" and config.init_text is None
+    starts = _STARTS if open_start else (config.init,)
+    return [{"learning_rate": rate, "init": init} for rate, init in product(rates, starts)]
+
+
+def search(
+    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, watcher: Watcher
+) -> dict[str, Any]:
+    """Return the candidate with the lowest validation loss (successive halving, Jamieson and Talwalkar 2016).
+
+    Every candidate is a run of the same rows in the same order, on the schedule of the whole run. The same settings
+    and seed give the same choice.
+
+    Args:
+        model: the frozen model.
+        data, eval_data: as for `tune`.
+        config: settings; those that are given are not searched.
+        watcher: told of every candidate.
+
+    Returns:
+        Settings; none where there is nothing to choose, or no validation rows to choose by.
+    """
+    tried = candidates(config)
+    if len(tried) == 1 or config.eval_rows == 0:
+        return {}
+    running: list[tuple[dict[str, Any], PromptLoop]] = []
+    for settings in tried:
+        plan = make_plan(model, data, config.model_copy(update=settings), eval_data)
+        loop = PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())
+        running.append((settings, loop))
+    for rung in _RUNGS:
+        found = []
+        for number, (settings, loop) in enumerate(running):
+            until = max(1, round(rung * loop.max_steps))
+            loop.eval_every = until
+            _, progress, _ = loop.run(until=until)
+            loss = progress.best["loss"] if progress.best else float("inf")
+            watcher.candidate(settings, until, loss)
+            found.append((loss, number))
+        running = [running[number] for _, number in sorted(found)[: (len(found) + 1) // 2]]
+    return running[0][0]

@@ -1,0 +1,117 @@
+"""LoRA and full fine-tuning, in the loop that prompts learn in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch.nn.functional import cross_entropy
+
+from conftest import frozen, tiny_model
+from softprompt.comparison.weights import RANK, WeightsLoop, lora, unfrozen
+from softprompt.data.batching import draw
+from softprompt.data.rows import load_data
+from softprompt.model.frozen import FrozenModel
+from softprompt.training.plan import make_plan
+from softprompt.training.run_folder import SilentRunFolder
+from softprompt.training.watcher import Watcher
+from test_training import short, weights_hash
+
+
+@contextmanager
+def learning(model: FrozenModel, method: str, seed: int = 0) -> Iterator[FrozenModel]:
+    """The model whose weights learn: with LoRA's beside its own, or a copy."""
+    if method == "full":
+        yield unfrozen(model)
+        return
+    with lora(model, seed):
+        yield model
+
+
+def loop_of(model: FrozenModel, reviews: Path, **settings: object) -> WeightsLoop:
+    plan = make_plan(model, load_data(reviews), short(batch_size=6, micro_batch_tokens=40, **settings))
+    return WeightsLoop(model, plan, SilentRunFolder(Path()), Watcher())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "falcon-rotary"])
+def test_gradients_are_those_of_peft_and_transformers(architecture: str, method: str, reviews: Path) -> None:
+    """Row by row, on a second model of the same weights, with all logits."""
+    reference = tiny_model(architecture)
+    if method == "lora":
+        torch.manual_seed(3)
+        config = LoraConfig(r=RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+        reference = get_peft_model(reference, config)
+        plain = {name.removeprefix("base_model.model."): p for name, p in reference.named_parameters()}
+    else:
+        reference.requires_grad_(True)
+        plain = dict(reference.named_parameters())
+    with learning(frozen(architecture), method, 3) as model:
+        loop = loop_of(model, reviews)
+        for name, parameter in loop.learned.items():  # away from zero, where LoRA's second factors start
+            parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            plain[name].data.copy_(parameter.data)
+        batch = [loop.plan.examples[i] for i in draw(len(loop.plan.examples), 6, 0, 0)]
+        loss = loop.gradient(batch)
+        total = torch.zeros(())
+        for example in batch:
+            ids = torch.tensor([example.ids])
+            logits = reference(input_ids=ids).logits[0, example.start - 1 : -1]
+            total = total + cross_entropy(logits, ids[0, example.start :], reduction="sum")
+        expected = total / sum(example.targets for example in batch)
+        expected.backward()
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        learned = {name for name, p in plain.items() if p.requires_grad}
+        assert learned == set(loop.learned)
+        for name, parameter in loop.learned.items():
+            wanted = plain[name].grad
+            if wanted is None:
+                assert parameter.grad is None
+                continue
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_it_learns_and_the_model_is_as_it_was(llama: FrozenModel, method: str, reviews: Path) -> None:
+    before, names = weights_hash(llama), set(llama.hf_model.state_dict())
+    with learning(llama, method) as model:
+        loop = loop_of(model, reviews, max_steps=20, learning_rate=0.003)
+        first = loop.evaluate(loop.weights())
+        best, progress, scores = loop.run()
+        assert scores is not None
+        assert scores.loss() < first.loss() - 0.3
+        assert progress.best == scores.values()
+        assert loop.evaluate(best).loss() == pytest.approx(scores.loss())
+    assert weights_hash(llama) == before
+    assert set(llama.hf_model.state_dict()) == names
+    assert not any(p.requires_grad for p in llama.hf_model.parameters())
+
+
+def test_all_methods_take_the_same_rows_in_the_same_order(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softprompt.training import loop
+    from softprompt.training.prompt_loop import PromptLoop
+
+    seen: dict[str, list[list[int]]] = {}
+    rows = load_data(reviews)
+    for method in ("soft-prompt", "deep-prefix", "lora", "full"):
+        drawn = seen.setdefault(method, [])
+
+        def noted(*args: int, into: list[list[int]] = drawn) -> list[int]:
+            into.append(draw(*args))
+            return into[-1]
+
+        monkeypatch.setattr(loop, "draw", noted)
+        if method in ("lora", "full"):
+            with learning(llama, method) as model:
+                WeightsLoop(model, make_plan(model, rows, short()), SilentRunFolder(Path()), Watcher()).run()
+        else:
+            PromptLoop(llama, make_plan(llama, rows, short(method=method)), SilentRunFolder(Path()), Watcher()).run()
+    assert len(seen["lora"]) == 6
+    assert all(drawn == seen["lora"] for drawn in seen.values())
