@@ -299,3 +299,22 @@ def test_determinism_is_left_as_it_was(llama: FrozenModel, reviews: Path) -> Non
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_of_many_labels_only_the_right_one_is_run_until_the_best_prompt_is_found(
+    llama: FrozenModel, tmp_path: Path
+) -> None:
+    """The tokens of all labels behind every validation row would cost more than the steps."""
+    labels = [f"team_{name}" for name in "abcdefghijkl"]
+    rows = load_data([{"text": f"a parcel for {n}", "label": labels[n % 12]} for n in range(120)])
+    result = tune(llama, rows, short(), out=tmp_path / "run")
+    logged = [set(r["validation"]) for r in log_without_times(tmp_path / "run") if "validation" in r]  # type: ignore[arg-type]
+    assert logged == [{"loss", "perplexity"}] * 4
+    assert set(result.metrics) == {"accuracy", "macro_f1", "loss"}
+    predicted = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert all(len(record["probabilities"]) == 12 for record in predicted)
+    right = sum(record["prediction"] == record["label"] for record in predicted) / len(predicted)
+    assert result.metrics["accuracy"] == pytest.approx(right)
+    losses = [r["validation"]["loss"] for r in log_without_times(tmp_path / "run") if "validation" in r]  # type: ignore[index]
+    assert result.metrics["loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert result.prompt.record.verbalizers["team_a"] == "team a"

@@ -276,19 +276,18 @@ class Trained(Method):
         with measured(protocol.model.device) as effort, reproducible(protocol.config.threads):
             plan = protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
             assert plan.config.max_steps
-            steps = plan.config.max_steps
+            length = {"max_steps": plan.config.max_steps}
             if protocol.equal == "time":
                 pace = measure_pace(self.loop(plan, Watcher()))
-                steps = pace.steps(protocol.seconds - (time.monotonic() - began))
+                length = pace.fitting(protocol.seconds - (time.monotonic() - began))
             if protocol.search and protocol.config.learning_rate is None:
-                tried = max(1, round(_SHARE * steps))
-                rate = self._best_rate(plan, steps, tried)
+                rate, tried = self._searched(plan, length["max_steps"])
                 tokens += len(_SEARCHED) * _tokens(plan, tried)
                 if protocol.equal == "time":
-                    steps = pace.steps(protocol.seconds - (time.monotonic() - began))
+                    length = pace.fitting(protocol.seconds - (time.monotonic() - began))
                 else:
-                    steps = max(1, steps - len(_SEARCHED) * tried)
-            self._plan = protocol.plan(seed=self.seed, learning_rate=rate, max_steps=steps, **self.settings)
+                    length = {"max_steps": max(1, length["max_steps"] - len(_SEARCHED) * tried)}
+            self._plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)
             loop = self.loop(self._plan, curve)
             curve.begin(self._plan, 0)
             try:
@@ -301,16 +300,15 @@ class Trained(Method):
         settings = {**self._plan.config.model_dump(), "best_step": progress.best_step}
         return Learned(self._answers, parameters, effort, tokens, settings, curve.points)
 
-    def _best_rate(self, plan: Plan, steps: int, tried: int) -> float:
-        """Return the learning rate with the lowest validation loss after the first steps of a run."""
-        found = []
+    def _searched(self, plan: Plan, steps: int) -> tuple[float, int]:
+        """Return the learning rate with the lowest validation loss after the first steps, and their number."""
+        until, found = max(1, round(_SHARE * steps)), []
         for factor in _SEARCHED:
             rate = self.rate * factor
-            config = plan.config.model_copy(update={"learning_rate": rate, "max_steps": steps, "eval_every": tried})
-            _, _, scores = self.loop(replace(plan, config=config), Watcher()).run(until=tried)
-            assert scores is not None
-            found.append((scores.loss(), rate))
-        return min(found)[1]
+            config = plan.config.model_copy(update={"learning_rate": rate, "max_steps": steps, "eval_every": until})
+            _, progress, _ = self.loop(replace(plan, config=config), Watcher()).run(until=until)
+            found.append((progress.best["loss"], rate))
+        return min(found)[1], until
 
 
 def _tokens(plan: Plan, steps: int) -> int:

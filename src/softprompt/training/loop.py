@@ -27,6 +27,7 @@ from softprompt.training.watcher import Watcher
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _TIMED = 4  # steps
+_EVALUATED = 0.25  # of the time
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
 
@@ -210,9 +211,15 @@ class Pace:
     step: float
     evaluation: float
 
-    def steps(self, seconds: float) -> int:
-        """Return how many steps fit in so much time, a run's evaluations included; one at least."""
-        return max(1, int((seconds - (EVALUATIONS + 1) * self.evaluation) / self.step))
+    def fitting(self, seconds: float) -> dict[str, int]:
+        """Return `max_steps` and `eval_every` of a run that takes about so much time, one step at least.
+
+        Evaluations take a quarter of it at most: where they are slow there are fewer, though not less than two.
+        """
+        affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
+        evaluations = round(min(max(affordable, 2), EVALUATIONS))
+        steps = max(1, int((seconds - (evaluations + 1) * self.evaluation) / self.step))
+        return {"max_steps": steps, "eval_every": math.ceil(steps / evaluations)}
 
 
 def measure_pace(loop: Loop) -> Pace:

@@ -21,7 +21,7 @@ from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
-from softprompt.evaluation.scoring import Scorer, make_scorer
+from softprompt.evaluation.scoring import Scorer, TextScorer, make_scorer
 from softprompt.launch import count
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
@@ -60,7 +60,7 @@ class Plan:
         taken: the training rows that the run's steps take, in ascending order.
         extent: of the examples that are taken.
         start: the prompt before the first step: `[P, H]`, or of a deep prefix `[L, 2, K, P, D]`.
-        scorer: of the validation rows.
+        scorer: of the validation rows, as the best prompt is chosen by them.
         footprint: what a step takes in memory.
     """
 
@@ -150,9 +150,18 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     device = str(model.device) if count() == 1 else model.device.type  # each process has its own
     decide("device", device, "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
-    scorer = make_scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
+    scorer = _scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
     final = make_config(TuneConfig, chosen)
     return Plan(final, reasons, encoder, train, validation, examples, rows, extent, start, scorer, footprint)
+
+
+def _scorer(encoder: Encoder, validation: Rows, at_once: int) -> Scorer:
+    """Return the scorer that the best prompt is chosen by.
+
+    The tokens of many labels would cost more than all steps: there the loss of the right one alone is found.
+    """
+    kind = TextScorer if len(encoder.format.verbalizers) > MANY_LABELS else make_scorer
+    return kind(encoder, validation, at_once)
 
 
 def _require_place(model: FrozenModel, config: TuneConfig) -> None:

@@ -8,13 +8,16 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows
+from softprompt.evaluation.scoring import Scores, TextScores, make_scorer
 from softprompt.launch import fewer_than_asked_for, stops_together
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
@@ -108,6 +111,9 @@ def tune(
         try:
             with reproducible(plan.config.threads), stops_together():
                 best, progress, scores = PromptLoop(model, plan, run, watcher, state, processes).run()
+                if isinstance(scores, TextScores) and plan.encoder.format.verbalizers:
+                    scores = _label_scores(model, plan, best["prompt"])
+                    progress.best = scores.values()
         finally:
             watcher.end()
             run.close_board()
@@ -140,11 +146,22 @@ def _plan(
         if config.max_minutes is not None and not (config.max_steps or config.epochs):
             pilot = PromptLoop(model, make_plan(model, data, config, eval_data), SilentRunFolder(Path()), Watcher())
             pace = measure_pace(pilot)
-            fitting = pace.steps(60 * config.max_minutes - (time.monotonic() - began))
-            config = config.model_copy(update={"max_steps": int(processes.share(str(fitting).encode()))})
-            reasons["max_steps"] = f"{config.max_minutes:g} minutes"
+            fitting = pace.fitting(60 * config.max_minutes - (time.monotonic() - began))
+            if config.eval_every is not None:
+                del fitting["eval_every"]
+            config = config.model_copy(update=json.loads(processes.share(json.dumps(fitting).encode())))
+            reasons |= dict.fromkeys(fitting, f"{config.max_minutes:g} minutes")
     plan = make_plan(model, data, config, eval_data)
     return replace(plan, reasons={**plan.reasons, **reasons})
+
+
+def _label_scores(model: FrozenModel, plan: Plan, prompt: Tensor) -> Scores:
+    """Score every label of the validation rows, which was left out while the best prompt was chosen."""
+    assert plan.scorer is not None
+    assert plan.validation is not None
+    scorer = make_scorer(copy(plan.encoder), plan.validation, plan.scorer.at_once)
+    scorer.processes = plan.scorer.processes
+    return scorer.score(model, prompt)
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""A thorough run's search, and runs whose steps are counted by time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softprompt.data.rows import load_data
+from softprompt.model.frozen import FrozenModel
+from softprompt.training import search as searching
+from softprompt.training import tune as tuning
+from softprompt.training.loop import Pace
+from softprompt.training.search import candidates, search
+from softprompt.training.tune import tune
+from softprompt.training.watcher import Watcher
+from test_training import prompt_bytes, short
+
+OPEN = {"max_steps": 40, "eval_every": None, "num_virtual_tokens": 5}
+
+
+class Notes(Watcher):
+    def __init__(self) -> None:
+        self.tried: list[tuple[dict[str, Any], int, float]] = []
+
+    def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
+        self.tried.append((settings, step, loss))
+
+
+def test_only_what_was_left_open_is_searched() -> None:
+    assert len(candidates(short())) == 6
+    assert {c["init"] for c in candidates(short(learning_rate=0.5))} == {"auto", "vocabulary"}
+    assert {c["learning_rate"] for c in candidates(short(learning_rate=0.5))} == {0.5}
+    assert {c["init"] for c in candidates(short(init_text="a text"))} == {"auto"}
+    assert candidates(short(learning_rate=0.5, init="random")) == [{"learning_rate": 0.5, "init": "random"}]
+
+
+def test_the_better_half_goes_on_and_the_best_of_it_is_chosen(llama: FrozenModel, reviews: Path) -> None:
+    notes = Notes()
+    chosen = search(llama, load_data(reviews), short(**OPEN), None, notes)
+    first, second = notes.tried[:6], notes.tried[6:]
+    assert [step for _, step, _ in first] == [1] * 6
+    assert [step for _, step, _ in second] == [3] * 3
+    best = sorted(loss for _, _, loss in first)[:3]
+    assert sorted(loss for settings, _, loss in first if settings in [s for s, _, _ in second]) == best
+    assert chosen == min(second, key=lambda found: found[2])[0]
+
+
+def test_a_thorough_run_is_the_run_with_the_chosen_settings(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows, notes = load_data(reviews), Notes()
+    thorough = tune(llama, rows, short(**OPEN, budget="thorough"), out=tmp_path / "searched", watcher=notes)
+    assert len(notes.tried) == 9
+    chosen = min(notes.tried[6:], key=lambda found: found[2])[0]
+    tune(
+        llama,
+        rows,
+        short(**OPEN, budget="thorough", **{**chosen, "init": thorough.settings.init}),
+        out=tmp_path / "given",
+    )
+    assert thorough.settings.learning_rate == chosen["learning_rate"]
+    assert prompt_bytes(tmp_path / "searched") == prompt_bytes(tmp_path / "given")
+
+
+def test_a_thorough_run_that_goes_on_does_not_search_again(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, settings = load_data(reviews), short(max_steps=6, learning_rate=None, budget="thorough")
+    whole = tune(llama, rows, settings, out=tmp_path / "run")
+    monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("searched again"))
+    again = tune(llama, rows, settings, out=tmp_path / "run", resume=True)
+    assert again.settings == whole.settings
+
+
+@pytest.mark.parametrize("settings", [{"learning_rate": 0.1, "init": "text"}, {"eval_rows": 0}])
+def test_where_there_is_nothing_to_choose_nothing_is_run(
+    settings: dict[str, Any], llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "PromptLoop", lambda *_: pytest.fail("a candidate was run"))
+    assert search(llama, load_data(reviews), short(**settings), None, Watcher()) == {}
+
+
+def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
+    assert Pace(step=0.5, evaluation=0).fitting(60) == {"max_steps": 120, "eval_every": 15}
+    assert Pace(step=0.5, evaluation=1).fitting(60) == {"max_steps": 102, "eval_every": 13}
+    # Nine evaluations would take 90 of 60 seconds: there are as few as are needed to choose by.
+    assert Pace(step=0.5, evaluation=10).fitting(60) == {"max_steps": 60, "eval_every": 30}
+    assert Pace(step=100, evaluation=10).fitting(60) == {"max_steps": 1, "eval_every": 1}
+
+
+def test_a_run_of_some_minutes_says_how_many_steps_it_took(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "measure_pace", lambda _loop: Pace(step=0.75, evaluation=0))
+    rows, settings = load_data(reviews), short(max_steps=None, eval_every=None, max_minutes=0.1)
+    result = tune(llama, rows, settings, out=tmp_path / "run")
+    assert 1 <= result.steps <= 8
+    assert result.settings.max_steps == result.steps
+    monkeypatch.setattr(tuning, "measure_pace", lambda _loop: pytest.fail("measured again"))
+    assert tune(llama, rows, settings, out=tmp_path / "run", resume=True).steps == result.steps
+    assert tune(llama, rows, short(max_steps=2, max_minutes=0.1)).steps == 2  # steps are steps
