@@ -8,7 +8,7 @@ import click
 from pydantic import BaseModel
 
 from softprompt.cli.main import softprompt
-from softprompt.config import GenerateConfig, TuneConfig
+from softprompt.config import EvaluateConfig, FormatConfig, GenerateConfig, TuneConfig
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py (make docs). Do not edit. -->\n"
@@ -51,6 +51,10 @@ WHY = {
         "budget": "minutes on a CPU with a small model",
         "seed": "the same run twice gives the same prompt to the byte",
         "tensorboard": "`metrics.jsonl` holds the same figures",
+    },
+    EvaluateConfig: {
+        "calibration": "a prompt is trained on plain likelihoods; handwritten templates gain where the model prefers a "
+        "label whatever the text says (Zhao et al. 2021)",
     },
     GenerateConfig: {
         "max_new_tokens": "a few sentences; a label needs no more than the longest of them",
@@ -97,17 +101,22 @@ def settings() -> str:
         "is open, it is chosen from the data and the model; `softprompt check` shows every value and its origin.\n",
         "## Tuning: `TuneConfig`\n",
         _table(TuneConfig),
+        "## Evaluation: `EvaluateConfig`\n",
+        "Those of the model above, `dtype` to `threads`; without a prompt, which brings its own, those of the text,\n"
+        "`template` to `max_length`; and\n",
+        _table(EvaluateConfig, FormatConfig),
         "## Generation: `GenerateConfig`\n",
         _table(GenerateConfig),
     ]
     return "\n".join(parts)
 
 
-def _table(kind: type[BaseModel]) -> str:
+def _table(kind: type[BaseModel], told: type[BaseModel] = BaseModel) -> str:
     lines = ["| setting | default | what it is | why so |", "|---|---|---|---|"]
     why = WHY[kind]
-    assert set(why) == set(kind.model_fields), set(why) ^ set(kind.model_fields)
-    for name, field in kind.model_fields.items():
+    fields = {name: field for name, field in kind.model_fields.items() if name not in told.model_fields}
+    assert set(why) == set(fields), set(why) ^ set(fields)
+    for name, field in fields.items():
         default = "open" if field.default in (None, "auto") else f"`{field.default}`"
         lines.append(f"| `{name}` | {default} | {field.description} | {why[name]} |")
     return "\n".join(lines) + "\n"

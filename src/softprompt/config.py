@@ -17,6 +17,7 @@ Method = Literal["soft-prompt", "deep-prefix"]
 Parameterization = Literal["direct", "residual"]
 PROMPT = "prompt:"  # what an `init` that names another prompt begins with
 Budget = Literal["quick", "normal", "thorough"]
+Calibration = Literal["none", "contextual"]
 
 
 def _known_init(init: str) -> str:
@@ -49,6 +50,16 @@ class FormatConfig(ModelConfig):
     chat_template: bool | None = Field(None, description="put the input through the model's chat template; not done")
     verbalizers: dict[str, str] | None = Field(None, description="label to the text that stands for it")
     max_length: int = Field(512, ge=2, description="the most real tokens of an example; longer inputs are cut")
+
+
+class EvaluateConfig(FormatConfig):
+    """How rows become text and are scored."""
+
+    calibration: Calibration = Field(
+        "none",
+        description="contextual: of each label's log-likelihood, subtract the mean of those behind inputs without "
+        "content, such as N/A",
+    )
 
 
 class TuneConfig(FormatConfig):

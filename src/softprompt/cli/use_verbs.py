@@ -49,18 +49,19 @@ def evaluate(
     """Score rows with a prompt and without.
 
     PROMPT is a prompt's folder or kept name, or `none` for the untouched model; DATA as in tune. With `none`,
-    --set template=… , chat_template=… , verbalizers=… and max_length=… say how rows become text.
+    --set template=… , chat_template=… , verbalizers=… and max_length=… say how rows become text; calibration=contextual
+    works with a prompt too.
     """
     from softprompt.cli.show import evaluation_record, print_json, show_evaluation
-    from softprompt.config import FormatConfig, ModelConfig, read_settings
+    from softprompt.config import EvaluateConfig, FormatConfig, ModelConfig, read_settings
     from softprompt.data.rows import load_data
     from softprompt.evaluation.evaluate import evaluate as run
     from softprompt.prompt.store import find
     from softprompt.training.run_folder import write_predictions
 
     soft = _prompt(prompt)
-    config, given = read_settings(FormatConfig, assignments=assignments)
-    own = set(given) - set(ModelConfig.model_fields)
+    config, given = read_settings(EvaluateConfig, assignments=assignments)
+    own = set(given) & set(FormatConfig.model_fields) - set(ModelConfig.model_fields)
     if soft is not None and own:
         raise InputError(f"the prompt brings its own {', '.join(sorted(own))}; leave --set {min(own)} out")
     rows = load_data(data, parse_map(mapping), soft.record.task if soft else None)
@@ -78,6 +79,7 @@ def evaluate(
         chat_template=bool(config.chat_template),
         verbalizers=config.verbalizers,
         max_length=config.max_length,
+        calibration=config.calibration,
     )
     write_predictions(predictions, done.predictions)
     if as_json:

@@ -66,7 +66,7 @@ class Encoder:
             raise SettingsError("this model's tokenizer has no chat template; leave chat_template out")
         self.leading = () if self.format.chat_template else leading_tokens(self.tokenizer)
         self.ends = self.format.task == "completion" or self._one_begins_another()
-        if self.ends and self.tokenizer.eos_token_id is None:
+        if self.ends and not self.format.end and self.tokenizer.eos_token_id is None:
             raise ModelError(
                 "this model's tokenizer has no end-of-text token, which this task's targets have to end with"
             )
@@ -103,7 +103,7 @@ class Encoder:
     def example(self, row: Row, where: str) -> Example:
         """Return the example of one row, whose label has a verbalizer; errors name it by `where`."""
         if self.format.task == "text":
-            return self._text(row)
+            return self._text(row, where)
         target = self.format.target(row)
         return self._fitted(row, lambda text: [self._joined(text, target)], where)[0]
 
@@ -142,10 +142,19 @@ class Encoder:
                     f"{', '.join(known)}{nearest(row['label'], known)}"
                 )
 
-    def _text(self, row: Row) -> Example:
-        ids = [*self.leading, *self._ids(self._input(row))]
+    def _text(self, row: Row, where: str) -> Example:
+        ids, behind = self._split(self._input(row), len(self.format.demonstrated))
+        start = len(self.leading)
+        if self.format.demonstrations:
+            # Without them, nothing predicts a text's first token if no other leads; with them, the same tokens count.
+            start = behind if self.leading else behind + 1
+            if False:
+                raise DataError(
+                    f"{where}: the demonstrations alone have {start} tokens, but max_length is {self.max_length}; "
+                    "raise max_length, or show fewer"
+                )
         self.truncated += len(ids) > self.max_length
-        return Example(tuple(ids[: self.max_length]), len(self.leading))
+        return Example(ids[: self.max_length], start)
 
     def _variants(self, row: Row, where: str) -> list[Example]:
         """Return an example for every label, all behind the same input: the longest label says where it is cut."""
@@ -155,7 +164,7 @@ class Encoder:
     def _fitted(self, row: Row, encode: Callable[[str], list[Example]], where: str) -> list[Example]:
         """Encode a row's input in one way or several, and shorten its longest column until the longest of them fits.
 
-        The template's own words and the target stay whole.
+        The demonstrations, the template's own words and the target stay whole.
         """
         examples = encode(self._input(row))
         for example in examples:
@@ -171,7 +180,8 @@ class Encoder:
             offsets = self.tokenizer(short[longest], add_special_tokens=False, return_offsets_mapping=True)
             starts = [start for start, _ in offsets["offset_mapping"]]
             if not starts:
-                raise DataError(f"{where}: the template's own text does not fit in max_length {self.max_length}")
+                ahead = ", behind the demonstrations," if self.format.demonstrations else ""
+                raise DataError(f"{where}: the template's own text{ahead} does not fit in max_length {self.max_length}")
             cut = starts[max(len(starts) - excess, 0)]
             # At least one letter: some offsets leave out the space that a token begins with.
             short[longest] = short[longest][: min(cut, len(short[longest]) - 1)]
@@ -179,13 +189,16 @@ class Encoder:
         return examples
 
     def _joined(self, text: str, target: str) -> Example:
-        whole = text + self.format.joined(text, target)
+        end = self.format.end if self.ends else ""
+        ids, start = self._split(text + self.format.joined(text, target) + end, len(text))
+        ending = [self.tokenizer.eos_token_id] if self.ends and not end else []
+        return Example((*ids, *ending), start)
+
+    def _split(self, whole: str, border: int) -> tuple[tuple[int, ...], int]:
+        """Return a text's ids, and which is the first that reaches beyond a character."""
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = encoded["input_ids"]
-        border = len(text)
         inside = sum(1 for _, end in encoded["offset_mapping"] if end <= border)
-        ending = [self.tokenizer.eos_token_id] if self.ends else []
-        return Example((*self.leading, *ids, *ending), len(self.leading) + inside)
+        return (*self.leading, *encoded["input_ids"]), len(self.leading) + inside
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

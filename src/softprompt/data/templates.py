@@ -17,6 +17,7 @@ DEFAULT_TEMPLATE: dict[Task, str] = {
     "completion": "{{ input }}\n",
     "text": "{{ text }}",
 }
+_BLANK_LINE = "\n\n"  # behind each demonstration
 # Sandboxed, because a template also arrives inside prompt folders that other people made.
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
@@ -30,12 +31,15 @@ class Format:
         template: a Jinja template of the input; it names columns, `{{ text }}`.
         verbalizers: label to the text that stands for it; empty unless this is classification.
         chat_template: whether the model's chat template is put around the input, as a user's message.
+        demonstrations: rows that stand with their targets before every row's own input (few-shot), in a chat inside
+            the same message.
     """
 
     task: Task
     template: str
     verbalizers: Mapping[str, str]
     chat_template: bool = False
+    demonstrations: tuple[Row, ...] = ()
 
     @cached_property
     def _compiled(self) -> Template:
@@ -50,8 +54,29 @@ class Format:
         _ = self._compiled
         return sorted(meta.find_undeclared_variables(_ENVIRONMENT.parse(self.template)))
 
+    @cached_property
+    def demonstrated(self) -> str:
+        """The text of all demonstrations, which every input begins with."""
+        return "".join(self.demonstration(row) for row in self.demonstrations)
+
+    def demonstration(self, row: Row) -> str:
+        """Return a row's input and target, and the blank line behind them."""
+        text = self._own(row)
+        return (text if self.task == "text" else text + _behind(text, self.target(row))).rstrip() + _BLANK_LINE
+
+    @property
+    def end(self) -> str:
+        """What ends a target as demonstrations show it; "" where the end-of-text token does, as in a chat's answer."""
+        return _BLANK_LINE if self.demonstrations and not self.chat_template else ""
+
     def input(self, row: Row) -> str:
-        """Return a row's input text; spaces at its end are dropped, since they belong to the target's first token."""
+        """Return the demonstrations and a row's input.
+
+        Spaces at its end are dropped, since they belong to the target's first token.
+        """
+        return self.demonstrated + self._own(row)
+
+    def _own(self, row: Row) -> str:
         missing = [column for column in self.columns if column not in row]
         if missing:
             raise SettingsError(
@@ -72,7 +97,11 @@ class Format:
 
     def joined(self, text: str, target: str) -> str:
         """Return the target with what separates it from its input: a space, or nothing after a line break or a chat."""
-        return target if self.chat_template or not text or text[-1].isspace() else f" {target}"
+        return target if self.chat_template else _behind(text, target)
+
+
+def _behind(text: str, target: str) -> str:
+    return target if not text or text[-1].isspace() else f" {target}"
 
 
 def make_format(

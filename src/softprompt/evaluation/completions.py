@@ -88,11 +88,12 @@ def complete(model: FrozenModel, prompt: Tensor | None, encoder: Encoder, rows: 
         rows: of a completion task.
     """
     targets = [encoder.format.target(row) for row in rows]
+    stop = (encoder.format.end,) if encoder.format.end else ()
     longest = 1 + max(len(ids) for ids in encoder.tokenizer(targets, add_special_tokens=False)["input_ids"])
     made = Encoder(encoder.tokenizer, encoder.format, max(encoder.max_length - longest, 2)).inputs(rows)
     order = {ids: n for n, ids in enumerate(dict.fromkeys(made))}
     references: list[list[str]] = [[] for _ in order]
     for ids, target in zip(made, targets, strict=True):
         references[order[ids]].append(target)
-    outputs = continue_ids(model, prompt, list(order), [longest] * len(order), GenerateConfig())
+    outputs = continue_ids(model, prompt, list(order), [longest] * len(order), GenerateConfig(stop=stop))
     return Completions([output.strip() for output in outputs], references, [order[ids] for ids in made])

@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from softprompt.config import Calibration
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError
+from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer, make_scorer
+from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.prompt.soft_prompt import SoftPrompt, require_fit
@@ -55,6 +57,7 @@ def evaluate(
     verbalizers: Mapping[str, str] | None = None,
     chat_template: bool = False,
     max_length: int = 512,
+    calibration: Calibration = "none",
 ) -> Evaluation:
     """Score rows with a prompt and without.
 
@@ -63,9 +66,12 @@ def evaluate(
         data: rows with their labels or targets; completions that share an input are several right answers to it.
         prompt: None for the untouched model.
         template, verbalizers, chat_template, max_length: for the untouched model; a prompt brings its own.
+        calibration: `contextual` to make labels less likely that are likely whatever the text says, with the prompt and
+            without.
 
     Raises:
         PromptError: the prompt was trained on another model.
+        SettingsError: the template or the verbalizers do not fit the rows, or there is no label to calibrate.
         DataError: the rows are for another task, or have a label that was not learned.
     """
     began = time.monotonic()
@@ -83,7 +89,7 @@ def evaluate(
     encoder = Encoder(model.tokenizer, form, most)
     share = 0.0 if data.task == "classification" else 1.0
     at_once = micro_batch_tokens(model.device, measure(model, virtual), 1, most, share, scoring=True)
-    scorer = make_scorer(encoder, data, at_once)
+    scorer = calibrated_or_plain(encoder, data, at_once, calibration)
     untouched = _Side(model, encoder, scorer, None)
     side = untouched if prompt is None else _Side(model, encoder, scorer, prompt.weights)
     return Evaluation(
