@@ -266,7 +266,7 @@ def falling_until(step: int, rows: Rows) -> Callable[..., Any]:
 
     def score(self: LabelScorer, model: FrozenModel, prompt: object) -> Any:
         number = next(calls)
-        made = LabelScorer._score(self, model, prompt)  # type: ignore[arg-type]
+        (made,) = LabelScorer._score(self, model, [prompt])  # type: ignore[list-item]
         made.losses[:] = abs(step - number) + 1.0
         return made
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,27 @@ def test_texts_of_unlike_length_keep_no_more_than_is_predicted(architecture: str
     assert counted <= 1.001 * measure(model, 20).kept(lengths) < 1.3 * counted
 
 
+@pytest.mark.parametrize("aheads", [(20, 20, 20), (3, 20, 12)], ids=["alike", "unlike"])
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "falcon-alibi", "mpt", "gptj"])
+def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
+    architecture: str, aheads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_ALLOCATOR", 1)
+    model = frozen(architecture)
+    footprint = replace(measure(model, max(aheads)), prefixes=3)
+    for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90]):
+        examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
+        with Live() as live:
+            leaves = []
+            for ahead in aheads:
+                prefix = model.prefix(torch.randn(ahead, model.embedding_width).requires_grad_())
+                leaves.append((prefix, prefix.leaves()))
+            model.loss([leaves[i % 3][1] for i in range(9)], examples).sum().backward()
+            for prefix, leaf in leaves:
+                prefix.backward(leaf)
+        assert live.most < footprint.step(lengths, 9) < 3 * live.most
+
+
 @pytest.mark.parametrize("loss", ["target", "all"])
 @pytest.mark.parametrize("ahead", [3, 100])
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "gpt2", "falcon-alibi", "gptj"])
@@ -118,6 +140,23 @@ def test_scoring_takes_far_less_than_training(llama: FrozenModel) -> None:
         llama.loss(llama.prefix(prompt), examples)
     predicted = footprint.scoring([100] * 9, 9)
     assert live.most < predicted < 0.7 * footprint.step([100] * 9, 9)
+
+
+@pytest.mark.parametrize("aheads", [(20,), (100,), (20, 20, 20), (3, 100, 12)], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "falcon-alibi", "mpt", "gptj"])
+def test_scoring_takes_no_more_than_is_predicted(
+    architecture: str, aheads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind one prefix or several; on the cached way, the keys and values of all layers are there at once."""
+    monkeypatch.setattr(memory, "_ALLOCATOR", 1)
+    model, count = frozen(architecture), len(aheads)
+    footprint = replace(measure(model, max(aheads)), prefixes=count)
+    prefixes = [model.prefix(torch.randn(ahead, model.embedding_width)).leaves() for ahead in aheads]
+    for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [1] * 200):
+        examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
+        with torch.no_grad(), Live() as live:
+            model.loss([prefixes[i % count] for i in range(len(lengths))], examples)
+        assert 0.95 * live.most < footprint.scoring(lengths, len(lengths))
 
 
 @pytest.mark.parametrize("scoring", [False, True])

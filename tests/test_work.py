@@ -180,6 +180,28 @@ def test_of_plain_texts_what_all_begin_with_is_run_once_an_evaluation(model: Fro
     assert work.logits == sum(scored.tokens)
 
 
+@pytest.mark.parametrize("task", ["classification", "text"])
+def test_several_prompts_at_once_run_the_sum_of_what_each_runs(model: FrozenModel, task: str) -> None:
+    scorer = scorer_of(model, task)
+    prompts = [model.embed(range(length)) for length in (VIRTUAL, VIRTUAL, 2 * VIRTUAL)]
+    alone = []
+    for prompt in prompts:
+        with counted(model) as work:
+            scorer.score(model, prompt)
+        alone.append(work)
+    with counted(model) as together:
+        scorer.score_all(model, prompts)
+    assert together.logits == sum(work.logits for work in alone)
+    assert together.passes[:3] == [work.passes[0] for work in alone]  # each prompt once
+    texts, each = together.passes[3:], [work.passes[1:] for work in alone]
+    if model.way.pads:  # micro-batches of another cut have other padding
+        assert sum(texts) == pytest.approx(sum(map(sum, each)), rel=0.1)
+    else:
+        assert sum(texts) == sum(map(sum, each))
+        assert max(texts) <= scorer.at_once
+        assert len(texts) < sum(map(len, each))  # fuller: texts of all prompts are in them
+
+
 class Made(TorchDispatchMode):
     """Notes the most numbers that a tensor made while it is on holds; the model's own tensors are not made."""
 

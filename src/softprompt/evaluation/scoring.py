@@ -166,9 +166,20 @@ class Scorer(ABC):
         Raises:
             RunError: not even one row fits in memory.
         """
+        return self.score_all(model, [prompt])[0]
+
+    def score_all(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> list[Scores]:
+        """Score the rows with several prompts; texts behind different ones are run together.
+
+        Returns:
+            For each prompt, what `score` returns.
+
+        Raises:
+            RunError: not even one row fits in memory.
+        """
         while True:
             try:
-                return self._score(model, prompt)
+                return self._score(model, prompts)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -177,23 +188,31 @@ class Scorer(ABC):
             self.at_once //= 2
 
     @torch.no_grad()
-    def _score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
-        found = self.processes.total(lambda: torch.from_numpy(self._found(model, prompt)), self.shape)
-        return self._scores(found.numpy())
+    def _score(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> list[Scores]:
+        shape = (len(prompts), *self.shape)
+        found = self.processes.total(lambda: torch.from_numpy(self._found(model, prompts)), shape)
+        return [self._scores(each) for each in found.numpy()]
 
     @abstractmethod
-    def _found(self, model: FrozenModel, prompt: Tensor | None) -> NDArray[np.float64]:
-        """Return what this process finds for its share of the rows, of shape `shape`, and 0 for the others."""
+    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
+        """Return what this process finds for its share of the rows, of shape `shape` a prompt, and 0 for the others."""
 
     @abstractmethod
     def _scores(self, found: NDArray[np.float64]) -> Scores:
-        """Return the scores that follow from what was found for all rows."""
+        """Return the scores that follow from what was found for all rows with one prompt."""
 
-    def _parts(self, examples: Sequence[Example], held: int, padded: bool) -> list[list[int]]:
-        """Cut this process's share of the rows into micro-batches."""
-        mine = deal(examples, self.processes.count)[self.processes.rank]
-        cut = micro_batches([examples[i] for i in mine], self.at_once, held, padded)
-        return [[mine[i] for i in part] for part in cut]
+    def _parts(
+        self, examples: Sequence[Example], prompts: int, held: int, padded: bool
+    ) -> list[tuple[list[int], list[int]]]:
+        """Cut this process's share of the rows, each behind every prompt, into micro-batches.
+
+        Returns:
+            For each micro-batch, which prompts and which examples behind them.
+        """
+        dealt = deal(examples, self.processes.count)[self.processes.rank]
+        mine = [(k, i) for i in dealt for k in range(prompts)]
+        cut = micro_batches([examples[i] for _, i in mine], self.at_once, held, padded)
+        return [([mine[place][0] for place in part], [mine[place][1] for place in part]) for part in cut]
 
 
 class TextScorer(Scorer):
@@ -211,15 +230,16 @@ class TextScorer(Scorer):
             raise DataError(f"{rows.name}: no text has a second token, so there is nothing to predict")
         self.shape = (len(self.examples),)
 
-    def _found(self, model: FrozenModel, prompt: Tensor | None) -> NDArray[np.float64]:
+    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
         scored = [self.examples[i] for i in self.scored]
-        prefix = model.prefix(prompt, shared_text(scored))
-        losses = np.zeros(self.shape)
-        for part in self._parts(scored, len(prefix.text), model.way.pads):
+        text = shared_text(scored)
+        prefixes = [model.prefix(prompt, text) for prompt in prompts]
+        losses = np.zeros((len(prompts), *self.shape))
+        for which, part in self._parts(scored, len(prompts), len(text), model.way.pads):
             examples = [scored[i] for i in part]
-            each = model.loss(prefix, examples).cpu().double()
-            for i, values in zip(part, each.split([e.targets for e in examples]), strict=True):
-                losses[self.scored[i]] = float(values.sum())
+            each = model.loss([prefixes[k] for k in which], examples).cpu().double()
+            for k, i, values in zip(which, part, each.split([e.targets for e in examples]), strict=True):
+                losses[k, self.scored[i]] = float(values.sum())
         return losses
 
     def _scores(self, found: NDArray[np.float64]) -> TextScores:
@@ -237,13 +257,15 @@ class LabelScorer(Scorer):
         self.gold = np.array([self.labels.index(row["label"]) for row in rows])
         self.shape = (len(self.choices), len(self.labels))
 
-    def _found(self, model: FrozenModel, prompt: Tensor | None) -> NDArray[np.float64]:
+    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
         stems = [choice.stem for choice in self.choices]
-        prefix = model.prefix(prompt, common_start(stems)[: min(len(stem) for stem in stems) - 1])
-        likelihoods = np.zeros(self.shape)
-        for part in self._parts([Example(tree.ids, 0) for tree in self.trees], len(prefix.text), model.way.pads):
-            for i, found in zip(part, _likelihoods(model, prefix, [self.trees[i] for i in part]), strict=True):
-                likelihoods[i] = found
+        text = common_start(stems)[: min(len(stem) for stem in stems) - 1]
+        prefixes = [model.prefix(prompt, text) for prompt in prompts]
+        likelihoods = np.zeros((len(prompts), *self.shape))
+        examples = [Example(tree.ids, 0) for tree in self.trees]
+        for which, part in self._parts(examples, len(prompts), len(text), model.way.pads):
+            found = _likelihoods(model, [prefixes[k] for k in which], [self.trees[i] for i in part])
+            likelihoods[which, part] = found
         return likelihoods
 
     def _scores(self, found: NDArray[np.float64]) -> LabelScores:
@@ -282,13 +304,19 @@ class _Tree:
         self.paths = [[predictions[tail[:end]] for end in range(1, len(tail) + 1)] for tail in choices.tails]
 
 
-def _likelihoods(model: FrozenModel, prefix: Prefix, trees: Sequence[_Tree]) -> list[list[float]]:
-    """Return the summed log-probabilities of each label's tokens, for several rows at once."""
-    held = len(prefix.text)
+def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence[_Tree]) -> list[list[float]]:
+    """Return the summed log-probabilities of each label's tokens, for several rows at once.
+
+    Args:
+        model: the frozen model.
+        prefixes: one for each row; all hold the same text.
+        trees: the rows.
+    """
+    held = len(prefixes[0].text)
     texts = [torch.tensor(tree.ids[held:]) for tree in trees]
     wanted = [torch.tensor(tree.ends) - held for tree in trees]
     parents = [torch.tensor(tree.parents[held:]) - held for tree in trees] if any(len(w) > 1 for w in wanted) else None
-    hidden = model.way.text_pass(prefix, texts, wanted, parents).hidden
+    hidden = model.way.text_pass(prefixes, texts, wanted, parents).hidden
     before = np.cumsum([0, *(len(tree.ends) for tree in trees)])
     at = torch.cat([torch.tensor(tree.at) + int(b) for tree, b in zip(trees, before, strict=False)])
     tokens = torch.tensor([token for tree in trees for token in tree.tokens])

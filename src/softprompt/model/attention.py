@@ -1,6 +1,6 @@
-"""Attention of texts that lie in one row, without padding, behind a prefix that is the same for all of them.
+"""Attention of texts that lie in one row, without padding, behind one prefix or each behind its own.
 
-It notes keys and values on the prompt's own pass; on the text's pass it puts the prefix before every text and keeps
+It notes keys and values on the prompt's own pass; on the text's pass it puts a prefix before every text and keeps
 the texts apart. There is no cache object and no mask tensor of the size of the whole row.
 """
 
@@ -16,30 +16,35 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from softprompt.errors import ModelError
+from softprompt.model.ahead import Ahead
 from softprompt.model.prefix import Prefix
 
 # A text longer than this many times the shortest of its group begins another one.
-_LIKE = 1.5
+LIKE = 1.5
 
 
 class Row:
-    """One row of texts behind a prefix, as the attention function needs it.
+    """One row of texts behind their prefixes, as the attention function needs it.
 
     Args:
-        prefix: the prefix.
+        prefixes: one for each text.
         lengths: tokens of each text.
         parents: per text, for each token the position of the token before it; None where all texts are chains.
         note: keep the keys and values of every layer in `noted`.
     """
 
     def __init__(
-        self, prefix: Prefix, lengths: Sequence[int], parents: Sequence[Tensor] | None = None, note: bool = False
+        self,
+        prefixes: Sequence[Prefix],
+        lengths: Sequence[int],
+        parents: Sequence[Tensor] | None = None,
+        note: bool = False,
     ) -> None:
-        self.prefix, self.note = prefix, note
+        self.note = note
         self.noted: dict[int, tuple[Tensor, Tensor]] = {}
         self.groups = [
-            Group(prefix.length, lengths[begin:end], None if parents is None else parents[begin:end])
-            for begin, end in like_lengths(lengths)
+            Group(prefixes[begin:end], lengths[begin:end], None if parents is None else parents[begin:end])
+            for begin, end in like_lengths(lengths, [prefix.length for prefix in prefixes])
         ]
         self.sizes = [sum(group.lengths) for group in self.groups]
 
@@ -48,27 +53,40 @@ class Row:
         return torch.cat([group.positions() for group in self.groups]).unsqueeze(0)
 
 
-def like_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut texts into runs of like length, so that little of a run's attention is padding."""
+def like_lengths(lengths: Sequence[int], aheads: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut texts into runs of like length, alone and with their prefixes, so that little of their attention is padding.
+
+    Args:
+        lengths: tokens of each text.
+        aheads: positions of each text's prefix.
+    """
     cuts = [0]
+    shortest = longest = lengths[0]
+    ahead, whole = aheads[0], aheads[0] + lengths[0]
     for i in range(1, len(lengths)):
-        run = lengths[cuts[-1] : i + 1]
-        if max(run) > _LIKE * min(run):
+        shortest, longest = min(shortest, lengths[i]), max(longest, lengths[i])
+        ahead, whole = max(ahead, aheads[i]), min(whole, aheads[i] + lengths[i])
+        if longest > LIKE * shortest or ahead + longest > LIKE * whole:
             cuts.append(i)
+            shortest = longest = lengths[i]
+            ahead, whole = aheads[i], aheads[i] + lengths[i]
     return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
 
 
 class Group:
     """Neighbouring texts of a row whose attention is computed together, as if all had the length of the longest.
 
+    In the shapes, P is the length of the longest prefix, t that of the longest text.
+
     Args:
-        ahead: P, the prefix's length.
-        lengths, parents: as for a row.
+        prefixes, lengths, parents: as for a row.
     """
 
-    def __init__(self, ahead: int, lengths: Sequence[int], parents: Sequence[Tensor] | None) -> None:
-        self.ahead, self.lengths = ahead, list(lengths)
+    def __init__(self, prefixes: Sequence[Prefix], lengths: Sequence[int], parents: Sequence[Tensor] | None) -> None:
+        self.ahead, self.lengths = Ahead(prefixes), list(lengths)
         self.longest = max(lengths)
+        like = len(set(self.ahead.lengths)) == 1
+        self._starts = torch.tensor(self.ahead.lengths[:1] if like else self.ahead.lengths)[:, None]
         self._even = min(lengths) == self.longest
         if not self._even:
             starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
@@ -89,22 +107,24 @@ class Group:
 
     def positions(self) -> Tensor:
         """Return the position of each token, text by text."""
-        depths = self._depths.expand(len(self.lengths), -1)
-        return self.ahead + torch.cat([row[:length] for row, length in zip(depths, self.lengths, strict=True)])
+        positions = (self._starts + self._depths).expand(len(self.lengths), -1)
+        return torch.cat([row[:length] for row, length in zip(positions, self.lengths, strict=True)])
 
     def key_positions(self) -> Tensor:
-        """Return the position of everything that can be seen, `[n or 1, P + t]`."""
-        ahead = torch.arange(self.ahead).expand(len(self._depths), -1)
-        return torch.cat([ahead, self.ahead + self._depths], dim=1)
+        """Return the position of everything that can be seen, `[n or 1, P + t]`; padding has negative ones."""
+        own = self._starts + self._depths
+        ahead = self._starts - self.ahead.longest + torch.arange(self.ahead.longest)
+        return torch.cat([ahead.expand(len(own), -1), own], dim=1)
 
     def mask(self, window: int | None, like: Tensor) -> Tensor:
         """Return what is added to the scores, `[n or 1, 1, t, P + t]`: zero where a token may look."""
         key = (window, like.dtype, like.device)
         if key not in self._masks:
-            seen = pad(self._behind, (self.ahead, 0), value=True)
+            keys = self.key_positions()
+            seen = pad(self._behind, (self.ahead.longest, 0), value=True) & (keys >= 0)[:, None, :]
             if window is not None:
-                queries = self.ahead + self._depths
-                seen = seen & (queries[:, :, None] - self.key_positions()[:, None, :] < window)
+                queries = keys[:, self.ahead.longest :]
+                seen = seen & (queries[:, :, None] - keys[:, None, :] < window)
             added = torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)
             self._masks[key] = added.unsqueeze(1).to(like.device)
         return self._masks[key]
@@ -163,7 +183,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from every text to the prefix and, causally, to itself.
+    """Attend from every text to its prefix and, causally, to itself.
 
     Args:
         query: `[1, A, N, D]` with A query heads, N tokens of all texts.
@@ -190,9 +210,9 @@ def attention(
     made = []
     for group, *parts in zip(row.groups, *split, strict=True):
         queries, keys, values = (group.to_block(part) for part in parts)
-        if row.prefix.length:
-            keys = torch.cat([row.prefix.keys[layer].to(keys.dtype).expand(len(keys), -1, -1, -1), keys], dim=2)
-            values = torch.cat([row.prefix.values[layer].to(values.dtype).expand(len(keys), -1, -1, -1), values], dim=2)
+        if group.ahead.longest:
+            keys = torch.cat([group.ahead.keys(layer, keys.dtype), keys], dim=2)
+            values = torch.cat([group.ahead.values(layer, values.dtype), values], dim=2)
         mask = group.mask(sliding_window, queries)
         if alibi_slopes is not None:
             places = group.key_positions().to(mask)[:, None, None, :]

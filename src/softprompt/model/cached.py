@@ -1,7 +1,7 @@
-"""The cached way: the prefix as a key-value cache that is expanded over padded rows.
+"""The cached way: the prefix of every row as its key-value cache, over padded rows.
 
-For causal models with an attention of their own (Bloom, Falcon, MPT, GPT-J). Padding stands only behind the
-text, so that prefix and text lie next to each other in every row: sliding windows and ALiBi count cache slots.
+For causal models with an attention of their own (Bloom, Falcon, MPT, GPT-J). Padding stands only before the prefix or
+behind the text, so that the two lie next to each other in every row: sliding windows and ALiBi count cache slots.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from softprompt.model.ahead import Ahead, one_each
 from softprompt.model.prefix import Prefix
 from softprompt.model.way import TextPass, Way, input_device, rows_of
 
@@ -42,7 +43,7 @@ class Cached(Way):
 
     def text_pass(
         self,
-        prefix: Prefix,
+        prefix: Prefix | Sequence[Prefix],
         texts: Sequence[Tensor],
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
@@ -50,39 +51,42 @@ class Cached(Way):
         recompute: bool = False,
     ) -> TextPass:
         assert not recompute  # a layer that runs again would find its keys and values in the cache already
+        prefixes = one_each(prefix, len(texts))
         if parents is not None:
-            trees = zip(texts, wanted, parents, strict=True)
-            return TextPass(torch.cat([self._tree(prefix, *tree) for tree in trees]))
-        device, length = input_device(self.hf_model), prefix.length
+            trees = zip(prefixes, texts, wanted, parents, strict=True)
+            return TextPass(torch.cat([self._tree(*tree) for tree in trees]))
+        device, ahead = input_device(self.hf_model), Ahead(prefixes)
+        starts = torch.tensor(ahead.lengths)[:, None]
         lengths = torch.tensor([len(text) for text in texts])
         ids = pad_sequence(list(texts), batch_first=True).to(device)
         count, longest = ids.shape
         real = torch.arange(longest)[None, :] < lengths[:, None]
-        mask = torch.cat([torch.ones(count, length), real], dim=1).long().to(device)
+        held = torch.arange(ahead.longest)[None, :] >= ahead.longest - starts
+        mask = torch.cat([held, real], dim=1).long().to(device)
         taken: list[Tensor] = []
-        cache = expanded_cache(prefix, count, self.hf_model.dtype)
+        cache = filled_cache(ahead, max(len(each.keys) for each in prefixes), self.hf_model.dtype)
         with self.running(), self.head.skipped(taken.append):
             self.hf_model(
                 input_ids=ids,
                 past_key_values=cache,
                 use_cache=True,
                 attention_mask=mask,
-                **positions(self.hf_model, torch.arange(length, length + longest, device=device).repeat(count, 1)),
+                **positions(self.hf_model, (starts + torch.arange(longest)).to(device)),
             )
-        hidden = rows_of(taken[0], [i * longest for i in range(count)], wanted, prefix)
+        hidden = rows_of(taken[0], [i * longest for i in range(count)], wanted, prefixes)
         if not extend:
             return TextPass(hidden)
         keys, values = cached_tensors(cache)
         extended = []
-        for i, text in enumerate(texts):
-            end = length + len(text)
+        for i, (own, text) in enumerate(zip(prefixes, texts, strict=True)):
+            begin, end = ahead.longest - own.length, ahead.longest + len(text)
             extended.append(
                 Prefix(
-                    keys=[k[i : i + 1, :, :end] for k in keys],
-                    values=[v[i : i + 1, :, :end] for v in values],
+                    keys=[k[i : i + 1, :, begin:end] for k in keys],
+                    values=[v[i : i + 1, :, begin:end] for v in values],
                     last=taken[0][i, len(text) - 1].unsqueeze(0),
-                    length=end,
-                    text=prefix.text + tuple(text.tolist()),
+                    length=end - begin,
+                    text=own.text + tuple(text.tolist()),
                 )
             )
         return TextPass(hidden, extended)
@@ -107,11 +111,11 @@ class Cached(Way):
         return torch.cat(hidden)[[place[token] for token in wanted.tolist()]]
 
 
-def expanded_cache(prefix: Prefix, count: int, dtype: torch.dtype) -> DynamicCache:
-    """Return a cache in which `count` rows start with the prefix."""
+def filled_cache(ahead: Ahead, layers: int, dtype: torch.dtype) -> DynamicCache:
+    """Return a cache whose rows hold what stands ahead of them."""
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        cache.update(keys.to(dtype).expand(count, -1, -1, -1), values.to(dtype).expand(count, -1, -1, -1), layer)
+    for layer in range(layers):
+        cache.update(ahead.keys(layer, dtype), ahead.values(layer, dtype), layer)
     return cache
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.examples import Example
+from softprompt.model.ahead import one_each
 from softprompt.model.prefix import Prefix, is_deep
 from softprompt.model.way import Way, input_device
 
@@ -131,18 +132,19 @@ class FrozenModel:
                 self._kept.popitem(last=False)
             return self._kept[key]
 
-    def loss(self, prefix: Prefix, examples: Sequence[Example], recompute: bool = False) -> Tensor:
+    def loss(self, prefix: Prefix | Sequence[Prefix], examples: Sequence[Example], recompute: bool = False) -> Tensor:
         """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
 
         Args:
-            prefix: its `text` must be how each example begins, up to its first target at most.
+            prefix: of all examples, or one for each; its `text` must be how an example begins, up to its first target
+                at most.
             examples: they are run at once: a micro-batch.
             recompute: run each layer again in the backward pass, in less memory.
         """
-        held = len(prefix.text)
+        held = [len(each.text) for each in one_each(prefix, len(examples))]
         # What a text's last token is followed by is nobody's question, so it is not run; but one token always is.
-        texts = [torch.tensor(e.ids[held : max(len(e.ids) - 1, held + 1)]) for e in examples]
-        wanted = [torch.arange(e.start - held - 1, len(e.ids) - held - 1) for e in examples]
+        texts = [torch.tensor(e.ids[h : max(len(e.ids) - 1, h + 1)]) for e, h in zip(examples, held, strict=True)]
+        wanted = [torch.arange(e.start - h - 1, len(e.ids) - h - 1) for e, h in zip(examples, held, strict=True)]
         targets = torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
         return self.way.head.losses(self.way.text_pass(prefix, texts, wanted, recompute=recompute).hidden, targets)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.launch import local_count
-from softprompt.model.attention import like_lengths
+from softprompt.model.attention import LIKE, like_lengths
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.head import LOGITS_AT_ONCE
 
@@ -37,7 +37,7 @@ _M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a micro-batch takes in memory, behind one prefix.
+    """What a micro-batch takes in memory, behind one prefix or several.
 
     While a layer is run, or its gradients are found, it takes about twice what it keeps.
 
@@ -45,7 +45,7 @@ class Footprint:
     in t·(P + t), t and 1, and n times as much of others; their factors are measured.
 
     Attributes:
-        ahead: P, the prefix's length.
+        ahead: P, the length of the prefix, the longest where there are several.
         factors: bytes, in the order of the terms.
         prompt: bytes of the prompt's own pass, its prefix and the prefix's gradients: they stay until the step's end.
         layers: how many layers the model has.
@@ -53,7 +53,9 @@ class Footprint:
         logit: bytes that one logit takes while its gradient is found.
         vocabulary: V.
         pads: whether the way pads a micro-batch's texts to its longest.
+        cached: bytes that a position takes in the cache of all layers, 0 where the way has none.
         recompute: whether the layers run again in the backward pass.
+        prefixes: how many different ones stand before a micro-batch's texts; measured is one.
     """
 
     ahead: int
@@ -64,7 +66,9 @@ class Footprint:
     logit: float
     vocabulary: int
     pads: bool
+    cached: float = 0.0
     recompute: bool = False
+    prefixes: int = 1
 
     def step(self, lengths: Sequence[int], targets: float) -> float:
         """Predict the bytes of a step's micro-batch.
@@ -73,7 +77,7 @@ class Footprint:
             lengths: tokens of each text behind the prefix, in their order.
             targets: target tokens of all of them.
         """
-        stays, layer = self.prompt + targets * self.width, self.kept(lengths) / self.layers
+        stays, layer = self.prefixes * self.prompt + targets * self.width, self.kept(lengths) / self.layers
         if self.recompute:  # a layer is there as a whole when its gradients are found; nothing is lost (`give_back`)
             return stays + self._inputs(lengths) + max(3 * layer, self._logits(targets))
         return _ALLOCATOR * stays + self._held(lengths) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
@@ -81,7 +85,8 @@ class Footprint:
     def scoring(self, lengths: Sequence[int], targets: float) -> float:
         """Predict the bytes that some texts take where nothing is kept for a backward pass."""
         layer = 2 * self.kept(lengths) / self.layers
-        return _ALLOCATOR * self.prompt + max(_ALLOCATOR * layer, self._logits(targets))
+        stays = self.prefixes * self.prompt + self.cached * len(lengths) * (self.ahead + max(lengths))
+        return _ALLOCATOR * stays + max(_ALLOCATOR * layer, self._logits(targets))
 
     def kept(self, lengths: Sequence[int]) -> float:
         """Return the bytes that are kept for the backward pass."""
@@ -94,8 +99,14 @@ class Footprint:
         return masks + _ALLOCATOR * (self.kept(lengths) - masks)
 
     def _groups(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
-        """Return how many texts have their attention computed together, and the length of the longest of them."""
-        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths)
+        """Return how many texts have their attention computed together, and the length of the longest of them.
+
+        Behind several prefixes a text may have a mask of its own, and stand beside any other that is like it.
+        """
+        if self.prefixes > 1:
+            longest = max(lengths)
+            return [(1, longest if self.pads else min(longest, int(LIKE * length))) for length in lengths]
+        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths, [self.ahead] * len(lengths))
         return [(end - begin, max(lengths[begin:end])) for begin, end in groups]
 
     def _inputs(self, lengths: Sequence[int]) -> float:
@@ -158,6 +169,7 @@ def measure(model: FrozenModel, ahead: int) -> Footprint:
         logit=3 * 4 + 2 * kept.total / logits.numel(),
         vocabulary=logits.shape[-1],
         pads=model.way.pads,
+        cached=sum(t.numel() for t in prefix) / leaves.length * hidden.element_size() if model.way.pads else 0.0,
     )
 
 

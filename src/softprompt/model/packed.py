@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from softprompt.model.ahead import one_each
 from softprompt.model.attention import Row, attention, current
 from softprompt.model.bloom import bloom_attention
 from softprompt.model.head import replaced
@@ -94,7 +95,7 @@ class Packed(Way):
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]
-        row = Row(Prefix(), [length], note=True)
+        row = Row([Prefix()], [length], note=True)
         taken: list[Tensor] = []
         with self._running(row), self.head.skipped(taken.append):
             positions = row.positions().to(embeddings.device)
@@ -108,7 +109,7 @@ class Packed(Way):
 
     def text_pass(
         self,
-        prefix: Prefix,
+        prefix: Prefix | Sequence[Prefix],
         texts: Sequence[Tensor],
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
@@ -118,18 +119,19 @@ class Packed(Way):
         lengths = [len(text) for text in texts]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         device = input_device(self.hf_model)
-        row = Row(prefix, lengths, parents, note=extend)
+        prefixes = one_each(prefix, len(texts))
+        row = Row(prefixes, lengths, parents, note=extend)
         taken: list[Tensor] = []
         ids = torch.cat(list(texts)).unsqueeze(0).to(device)
         recomputing = self._recomputing(row) if recompute else nullcontext()
         with self._running(row), self.head.skipped(taken.append), recomputing:
             self.hf_model(input_ids=ids, position_ids=row.positions().to(device), use_cache=False)
-        hidden = rows_of(taken[0], starts, wanted, prefix)
+        hidden = rows_of(taken[0], starts, wanted, prefixes)
         if not extend:
             return TextPass(hidden)
         extended = [
-            _extended(prefix, row.noted, slice(s, s + t), taken[0][0, s + t - 1 : s + t], text)
-            for s, t, text in zip(starts, lengths, texts, strict=True)
+            _extended(own, row.noted, slice(s, s + t), taken[0][0, s + t - 1 : s + t], text)
+            for own, s, t, text in zip(prefixes, starts, lengths, texts, strict=True)
         ]
         return TextPass(hidden, extended)
 

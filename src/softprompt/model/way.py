@@ -59,17 +59,17 @@ class Way(ABC):
     @abstractmethod
     def text_pass(
         self,
-        prefix: Prefix,
+        prefix: Prefix | Sequence[Prefix],
         texts: Sequence[Tensor],
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
         recompute: bool = False,
     ) -> TextPass:
-        """Run texts (ids `[t]` each, t at least 1) behind one prefix.
+        """Run texts (ids `[t]` each, t at least 1) behind a prefix.
 
         Args:
-            prefix: the prefix, the same for all texts.
+            prefix: the prefix, the same for all texts, or one for each; their lengths and texts may differ.
             texts: token ids of each text.
             wanted: per text, the positions at which the output head's input is returned.
             parents: per text, for each token the position of the token before it: a text that branches is a tree.
@@ -88,23 +88,30 @@ def input_device(hf_model: PreTrainedModel) -> torch.device:
     return torch.device(next(embedding.parameters()).device if place is None else place)
 
 
-def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefix: Prefix) -> Tensor:
+def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefixes: Sequence[Prefix]) -> Tensor:
     """Gather the head's input at the wanted positions.
 
     Args:
         hidden: `[B, T, H]`.
         starts: per text, where its first token lies in the flattened `[B·T]` axis.
-        wanted: per text, positions; -1 is the prefix's last.
-        prefix: gives that last position.
+        wanted: per text, positions; -1 is the last of the text's prefix.
+        prefixes: per text, what gives that last position.
 
     Returns:
         `[R, H]`.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    ahead = flat.shape[0]
-    index = torch.cat([torch.where(p < 0, ahead, p + s) for p, s in zip(wanted, starts, strict=True)])
-    if bool((index == ahead).any()):
-        if prefix.last is None:
-            raise ValueError("nothing stands before the first token, so nothing predicts it")
-        flat = torch.cat([flat, prefix.last.to(flat.dtype)])
-    return flat.index_select(0, index.to(flat.device))
+    lasts: dict[int, Tensor] = {}
+    places = []
+    for own, start, prefix in zip(wanted, starts, prefixes, strict=True):
+        place = own + start
+        first = own < 0
+        if bool(first.any()):
+            if prefix.last is None:
+                raise ValueError("nothing stands before the first token, so nothing predicts it")
+            lasts.setdefault(id(prefix), prefix.last.to(flat.dtype))
+            place[first] = flat.shape[0] + list(lasts).index(id(prefix))
+        places.append(place)
+    if lasts:
+        flat = torch.cat([flat, *lasts.values()])
+    return flat.index_select(0, torch.cat(places).to(flat.device))

@@ -1,0 +1,62 @@
+"""Ensembles: what several prompts found for the same rows, made one (Lester et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softprompt.evaluation.scoring import LabelScores, Scores
+
+_Scored = TypeVar("_Scored", bound=Scores)
+
+
+def averaged(members: Sequence[_Scored]) -> _Scored:
+    """Return the scores of an ensemble whose members' probabilities are averaged.
+
+    A label's probability, its share among the labels, is the mean of the members'; `log_likelihoods` are its logarithm.
+    The losses are those of a mixture that takes one member for a whole row: minus the logarithm of the mean probability
+    that the members give to all of the target's tokens. Averaging token by token would be another mixture, with other
+    losses; rows' likelihoods do not tell them.
+
+    Args:
+        members: for each prompt, what scoring the same rows with it gave.
+    """
+    first = members[0]
+    losses = -_log_mean([-member.losses for member in members])
+    if isinstance(first, LabelScores):
+        shares = [_log_shares(member) for member in members if isinstance(member, LabelScores)]
+        return replace(first, losses=losses, log_likelihoods=_log_mean(shares))
+    return replace(first, losses=losses)
+
+
+def voted(members: Sequence[LabelScores]) -> LabelScores:
+    """Return the scores of an ensemble whose members vote for labels; between equal votes the mean probability decides.
+
+    A label's probability is its share of the votes, the mean probability counting as one vote more. The losses are
+    those of `averaged`: a vote has none.
+
+    Args:
+        members: for each prompt, what scoring the same rows with it gave.
+    """
+    mean = averaged(members)
+    votes = np.stack([np.arange(len(mean.labels)) == member.predicted[:, None] for member in members]).sum(axis=0)
+    total = np.where(votes, np.log(np.maximum(votes, 1) + np.exp(mean.log_likelihoods)), mean.log_likelihoods)
+    return replace(mean, log_likelihoods=total - np.log(len(members) + 1))
+
+
+def _log_shares(scores: LabelScores) -> NDArray[np.float64]:
+    """Return the logarithm of each label's share, `[N, labels]`; small ones do not become 0."""
+    shares: NDArray[np.float64] = scores.log_likelihoods - np.logaddexp.reduce(
+        scores.log_likelihoods, axis=1, keepdims=True
+    )
+    return shares
+
+
+def _log_mean(logs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the logarithm of the mean of what the given numbers are the logarithms of."""
+    mean: NDArray[np.float64] = np.logaddexp.reduce(np.stack(logs), axis=0) - np.log(len(logs))
+    return mean

@@ -1,0 +1,163 @@
+"""Ensembles: several prompts scored in one mixed batch, and what they found made one."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from conftest import frozen
+from softprompt.data.examples import Encoder
+from softprompt.data.rows import load_data
+from softprompt.data.templates import make_format
+from softprompt.evaluation.ensemble import averaged, voted
+from softprompt.evaluation.scoring import LabelScorer, LabelScores, Scorer, TextScores, make_scorer
+from softprompt.model.frozen import FrozenModel
+from softprompt.processes import Processes
+from test_evaluation import TEXTS, prompt_for
+
+LABELS = {"one token": ["good", "bad", "dull"], "several tokens": ["a good film", "a good waste", "a dull film", "12"]}
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "bloom", "gptj"])
+def model(request: pytest.FixtureRequest) -> FrozenModel:
+    return frozen(request.param)
+
+
+def prompts_for(model: FrozenModel) -> list[Tensor | None]:
+    """Two of one length, as an ensemble has them; a longer one; and the untouched model."""
+    return [prompt_for(model), -prompt_for(model), prompt_for(model, 19), None]
+
+
+def scorer_for(model: FrozenModel, kind: str, at_once: int) -> Scorer:
+    if kind == "text":
+        rows = load_data([{"text": f"{text} {i}"} for i, text in enumerate(TEXTS)])
+        return make_scorer(Encoder(model.tokenizer, make_format("text", []), 512), rows, at_once)
+    labels = LABELS[kind]
+    rows = load_data([{"text": f"{text} {i}", "label": labels[i % 3]} for i, text in enumerate(TEXTS)])
+    template = "please classify: {{ text }} label"
+    return make_scorer(Encoder(model.tokenizer, make_format("classification", labels, template), 512), rows, at_once)
+
+
+@pytest.mark.parametrize("at_once", [10_000, 50, 1])
+@pytest.mark.parametrize("kind", [*LABELS, "text"])
+def test_prompts_scored_at_once_find_what_each_finds_alone(model: FrozenModel, kind: str, at_once: int) -> None:
+    scorer, prompts = scorer_for(model, kind, at_once), prompts_for(model)
+    together = scorer.score_all(model, prompts)
+    assert scorer.at_once == at_once
+    for scores, prompt in zip(together, prompts, strict=True):
+        alone = scorer.score(model, prompt)
+        assert scores.losses == pytest.approx(alone.losses, abs=2e-4)
+        assert list(scores.tokens) == list(alone.tokens)
+        if isinstance(alone, LabelScores):
+            assert isinstance(scores, LabelScores)
+            assert scores.log_likelihoods == pytest.approx(alone.log_likelihoods, abs=2e-4)
+    assert len({scores.loss() for scores in together}) == len(prompts)
+
+
+@pytest.mark.parametrize("kind", ["several tokens", "text"])
+def test_what_processes_find_of_several_prompts_adds_up(model: FrozenModel, kind: str) -> None:
+    scorer, prompts = scorer_for(model, kind, 50), prompts_for(model)
+    with torch.no_grad():
+        whole, total = scorer._found(model, prompts), np.zeros((len(prompts), *scorer.shape))
+        for rank in range(3):
+            scorer.processes = Processes(rank, 3)
+            mine = scorer._found(model, prompts)
+            assert not (mine * total).any()
+            total += mine
+    assert total == pytest.approx(whole, abs=2e-4)
+
+
+def scores_of(likelihoods: NDArray[np.float64], gold: list[int]) -> LabelScores:
+    count, labels = likelihoods.shape
+    rows = load_data([{"text": "x", "label": str(g)} for g in gold])
+    losses = -likelihoods[np.arange(count), gold]
+    names = [str(i) for i in range(labels)]
+    return LabelScores(rows, losses, np.full(count, 2), likelihoods, names, np.array(gold))
+
+
+def members_of(draw: np.random.Generator, members: int, rows: int, labels: int) -> list[LabelScores]:
+    gold = draw.integers(labels, size=rows).tolist()
+    return [scores_of(-draw.exponential(4, size=(rows, labels)), gold) for _ in range(members)]
+
+
+def test_the_average_is_of_each_labels_share() -> None:
+    draw = np.random.default_rng(0)
+    for members in (1, 2, 5):
+        each = members_of(draw, members, 30, 4)
+        made = averaged(each)
+        shares = [np.exp(m.log_likelihoods) / np.exp(m.log_likelihoods).sum(axis=1, keepdims=True) for m in each]
+        assert made.probabilities() == pytest.approx(np.mean(shares, axis=0))
+        assert np.exp(made.log_likelihoods) == pytest.approx(np.mean(shares, axis=0))
+        # The loss is in the members' unit, nats of the target's text: that of a mixture of whole texts.
+        gold = np.mean([np.exp(-m.losses) for m in each], axis=0)
+        assert made.losses == pytest.approx(-np.log(gold))
+        assert made.loss() <= np.mean([m.loss() for m in each]) + 1e-12
+        assert list(made.tokens) == list(each[0].tokens)
+
+
+def test_the_average_of_texts_is_a_mixture_of_whole_texts() -> None:
+    draw = np.random.default_rng(1)
+    rows = load_data([{"text": "x"}] * 20)
+    each = [TextScores(rows, draw.exponential(9, size=20), np.arange(20)) for _ in range(3)]
+    made = averaged(each)
+    assert isinstance(made, TextScores)
+    assert np.exp(-made.losses) == pytest.approx(np.mean([np.exp(-m.losses) for m in each], axis=0))
+    assert made.predictions()[3]["loss"] == pytest.approx(made.losses[3] / 3)
+
+
+def test_most_votes_win_and_between_equal_votes_the_mean_probability() -> None:
+    draw = np.random.default_rng(2)
+    tied = 0
+    for members, _ in itertools.product((1, 2, 3, 4, 5), range(10)):
+        each = members_of(draw, members, 20, 4)
+        made = voted(each)
+        mean = np.mean([m.probabilities() for m in each], axis=0)
+        for row in range(20):
+            votes = [int(m.predicted[row]) for m in each]
+            most = max(votes.count(label) for label in range(4))
+            best = [label for label in range(4) if votes.count(label) == most]
+            tied += len(best) > 1
+            assert made.predicted[row] == max(best, key=lambda label: mean[row, label])
+            counted = np.bincount(votes, minlength=4) + mean[row]
+            assert made.probabilities()[row] == pytest.approx(counted / (members + 1))
+        assert made.loss() == averaged(each).loss()
+    assert tied > 100
+
+
+def test_a_vote_and_an_average_can_differ() -> None:
+    """One member that is very sure outweighs two that are hardly so, but has one vote."""
+    each = [scores_of(np.log([[share, 1 - share]]), [0]) for share in (0.99, 0.45, 0.45)]
+    assert averaged(each).predicted[0] == 0
+    assert voted(each).predicted[0] == 1
+
+
+def test_labels_that_are_very_unlikely_do_no_harm() -> None:
+    each = [scores_of(np.array([[-3000.0, -10.0, -2900.0]]), [0]), scores_of(np.array([[-4000.0, -9.0, -2000.0]]), [0])]
+    for made in (averaged(each), voted(each)):  # a warning would fail this test
+        assert np.isfinite(made.log_likelihoods).all()
+        assert made.predicted[0] == 1
+        assert made.loss() == pytest.approx((3000 + np.log(2)) / 2)
+
+
+def test_an_ensemble_of_one_is_its_member() -> None:
+    (member,) = members_of(np.random.default_rng(3), 1, 40, 5)
+    for made in (averaged([member]), voted([member])):
+        assert list(made.predicted) == list(member.predicted)
+        assert made.losses == pytest.approx(member.losses)
+        assert made.values()["accuracy"] == member.values()["accuracy"]
+
+
+def test_an_ensemble_of_prompts_is_scored_like_a_prompt(model: FrozenModel) -> None:
+    scorer = scorer_for(model, "several tokens", 1000)
+    assert isinstance(scorer, LabelScorer)
+    each = [scores for scores in scorer.score_all(model, prompts_for(model)) if isinstance(scores, LabelScores)]
+    for made in (averaged(each), voted(each)):
+        assert set(made.metrics()) == {"accuracy", "macro_f1", "loss"}
+        assert len(made.predictions()) == len(TEXTS)
+        assert made.better_than(replace(made, losses=made.losses + 1))
