@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt.comparison.compare import Comparison as Comparison
+    from softprompt.comparison.compare import ComparisonWatcher as ComparisonWatcher
+    from softprompt.comparison.compare import compare as compare
     from softprompt.config import GenerateConfig as GenerateConfig
     from softprompt.config import TuneConfig as TuneConfig
     from softprompt.data.rows import Rows as Rows
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
     from softprompt.model.choice import freeze as freeze
     from softprompt.model.frozen import FrozenModel as FrozenModel
     from softprompt.model.loading import load_model as load_model
+    from softprompt.prompt.ensemble import Ensemble as Ensemble
+    from softprompt.prompt.ensemble import load_prompt as load_prompt
     from softprompt.prompt.soft_prompt import SoftPrompt as SoftPrompt
-    from softprompt.prompt.soft_prompt import load_prompt as load_prompt
+    from softprompt.training.ensemble import EnsembleResult as EnsembleResult
+    from softprompt.training.ensemble import tune_ensemble as tune_ensemble
     from softprompt.training.trainable import TrainablePrompt as TrainablePrompt
     from softprompt.training.tune import TuneResult as TuneResult
     from softprompt.training.tune import tune as tune
@@ -36,6 +42,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives: imported on first use, so that `softprompt --help` does not wait for torch.
 _HOMES = {
+    "softprompt.comparison.compare": ("Comparison", "ComparisonWatcher", "compare"),
     "softprompt.config": ("GenerateConfig", "TuneConfig"),
     "softprompt.data.rows": ("Rows", "load_data"),
     "softprompt.errors": (
@@ -54,7 +61,9 @@ _HOMES = {
     "softprompt.model.choice": ("freeze",),
     "softprompt.model.frozen": ("FrozenModel",),
     "softprompt.model.loading": ("load_model",),
-    "softprompt.prompt.soft_prompt": ("SoftPrompt", "load_prompt"),
+    "softprompt.prompt.ensemble": ("Ensemble", "load_prompt"),
+    "softprompt.prompt.soft_prompt": ("SoftPrompt",),
+    "softprompt.training.ensemble": ("EnsembleResult", "tune_ensemble"),
     "softprompt.training.tune": ("TuneResult", "tune"),
     "softprompt.training.trainable": ("TrainablePrompt",),
     "softprompt.training.watcher": ("Watcher",),

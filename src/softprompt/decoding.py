@@ -41,7 +41,7 @@ class _Line:
 @torch.no_grad()
 def continue_ids(
     model: FrozenModel,
-    prompt: Tensor | None,
+    prompts: Sequence[Tensor | None],
     inputs: Sequence[Sequence[int]],
     room: Sequence[int],
     config: GenerateConfig,
@@ -50,21 +50,20 @@ def continue_ids(
 
     Args:
         model: the frozen model.
-        prompt: virtual tokens.
+        prompts: one, None for no virtual tokens; or several, whose probabilities of the next token are averaged.
         inputs: ids of each text; empty only where there is a prompt.
         room: per text, the most new tokens.
         config: decoding rules.
     """
-    prefix = model.kept_prefix(prompt)
-    if prefix.last is None and not all(inputs):
-        behind = "without a prompt" if prompt is None else "behind a deep prefix"
+    prefixes = [model.kept_prefix(prompt) for prompt in prompts]
+    if not all(inputs) and any(prefix.last is None for prefix in prefixes):
+        behind = "without a prompt" if None in prompts else "behind a deep prefix"
         raise SettingsError(f"the text is empty: {behind} there is nothing to continue; give some text")
     shortest = min((len(ids) for ids in inputs), default=0)
     common = common_start(inputs)[: max(shortest - 1, 0)]
     if (len(inputs) - 1) * len(common) >= _WORTH_A_PASS:
-        (prefix,) = model.way.text_pass(
-            prefix, [torch.tensor(common)], [torch.tensor([], dtype=torch.long)], extend=True
-        ).extended
+        texts, nothing = [torch.tensor(common)] * len(prefixes), [torch.tensor([], dtype=torch.long)] * len(prefixes)
+        prefixes = model.way.text_pass(prefixes, texts, nothing, extend=True).extended
     decoder = _Decoder(model, config)
     lines = []
     for i, ids in enumerate(inputs):
@@ -74,10 +73,10 @@ def continue_ids(
     for begin in range(0, len(lines), config.batch_size):
         batch = lines[begin : begin + config.batch_size]
         if config.num_beams == 1:
-            decoder.decode(prefix, batch)
+            decoder.decode(prefixes, batch)
         else:  # a text's beams are the batch
             for line in batch:
-                decoder.search(prefix, line)
+                decoder.search(prefixes, line)
     lines.sort(key=lambda line: line.index)
     return [decoder.finished_text(line) for line in lines]
 
@@ -89,9 +88,9 @@ class _Decoder:
         self.model, self.config = model, config
         self.rules, self.ends = _rules(config), _end_ids(model)
 
-    def decode(self, prefix: Prefix, lines: list[_Line]) -> None:
+    def decode(self, prefixes: Sequence[Prefix], lines: list[_Line]) -> None:
         """Add tokens to each line, the most probable or drawn ones, until it ends or its room is used up."""
-        logits, prefixes = _read(self.model, prefix, lines)
+        logits, ends = _read(self.model, prefixes, lines)
         rows, going = None, list(lines)
         while True:
             alive = []
@@ -104,13 +103,13 @@ class _Decoder:
             if not alive:
                 return
             if rows is None:  # only now: no row is built for texts that end with their first token
-                rows = _CachedRows(self.model, [prefixes[i] for i in alive])
+                rows = _CachedRows(self.model, [ends[i] for i in alive])
             elif len(alive) < len(going):
                 rows.select(alive)
             going = [going[i] for i in alive]
             logits = rows.read([line.ids[-1] for line in going])
 
-    def search(self, prefix: Prefix, line: _Line) -> None:
+    def search(self, prefixes: Sequence[Prefix], line: _Line) -> None:
         """Find a likely continuation by beam search, scored as transformers scores it.
 
         A continuation's score is its summed log-probability over its length (its end counted) to the power of
@@ -118,8 +117,8 @@ class _Decoder:
         finished ones.
         """
         beams, penalty = self.config.num_beams, self.config.length_penalty
-        logits, prefixes = _read(self.model, prefix, [line])
-        rows = _CachedRows(self.model, prefixes)
+        logits, ends = _read(self.model, prefixes, [line])
+        rows = _CachedRows(self.model, ends)
         running = [(0.0, line.ids)]
         finished: list[tuple[float, list[int]]] = []
         for length in range(1, line.room + 1):
@@ -179,10 +178,16 @@ class _Decoder:
 
 
 class _CachedRows:
-    """Rows that are continued a token at a time: `padding · prefix · text`, so that what is real is contiguous."""
+    """Lines that are continued a token at a time: `padding · prefix · text`, so that what is real is contiguous.
 
-    def __init__(self, model: FrozenModel, prefixes: Sequence[Prefix]) -> None:
-        self.model = model
+    Args:
+        model: the frozen model.
+        ends: for each line, the prefixes that end with its text; a row each.
+    """
+
+    def __init__(self, model: FrozenModel, ends: Sequence[Sequence[Prefix]]) -> None:
+        self.model, self.members = model, len(ends[0])
+        prefixes = [prefix for each in ends for prefix in each]
         longest = max(prefix.length for prefix in prefixes)
 
         def stacked(which: str, layer: int) -> Tensor:
@@ -195,14 +200,16 @@ class _CachedRows:
         self.at = torch.tensor([prefix.length for prefix in prefixes], device=model.device)
         self.mask = (torch.arange(longest, device=model.device)[None, :] >= longest - self.at[:, None]).long()
 
-    def select(self, rows: list[int]) -> None:
-        """Keep some rows, in this order; one may be taken several times."""
+    def select(self, lines: list[int]) -> None:
+        """Keep some lines, in this order; one may be taken several times."""
+        rows = [line * self.members + member for line in lines for member in range(self.members)]
         kept = torch.tensor(rows, device=self.model.device)
         self.cache.batch_select_indices(kept)
         self.mask, self.at = self.mask[kept], self.at[kept]
 
     def read(self, tokens: list[int]) -> Tensor:
-        """Add a token to every row and return the logits after it, `[rows, V]`."""
+        """Add a token to every line and return the logits after it, `[lines, V]`."""
+        tokens = [token for token in tokens for _ in range(self.members)]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         with self.model.way.running():
             logits: Tensor = self.model.hf_model(
@@ -213,11 +220,25 @@ class _CachedRows:
                 **positions(self.model.hf_model, self.at.unsqueeze(1)),
             ).logits[:, -1]
         self.at = self.at + 1
-        return logits
+        return _mixed(logits.unflatten(0, (-1, self.members)))
 
 
-def _read(model: FrozenModel, prefix: Prefix, lines: list[_Line]) -> tuple[Tensor, list[Prefix]]:
-    """Run the given texts; return the logits after each, `[lines, V]`, and the prefixes that end with them."""
+def _mixed(logits: Tensor) -> Tensor:
+    """Return logits `[lines, V]` for those of an ensemble's members, `[lines, members, V]`: the mean probabilities'."""
+    if logits.shape[1] == 1:
+        return logits.squeeze(1)
+    return logits.float().log_softmax(dim=-1).logsumexp(dim=1)
+
+
+def _read(model: FrozenModel, prefixes: Sequence[Prefix], lines: list[_Line]) -> tuple[Tensor, list[list[Prefix]]]:
+    """Run the given texts; return the logits after each, `[lines, V]`, and for each the prefixes that end with it."""
+    read = [_read_behind(model, prefix, lines) for prefix in prefixes]
+    ends = [list(each) for each in zip(*(ended for _, ended in read), strict=True)]
+    return _mixed(torch.stack([logits for logits, _ in read], dim=1)), ends
+
+
+def _read_behind(model: FrozenModel, prefix: Prefix, lines: list[_Line]) -> tuple[Tensor, list[Prefix]]:
+    """Run the given texts behind one prefix."""
     held = len(prefix.text)
     if all(len(line.ids) > held for line in lines):
         return model.read(prefix, [line.ids[held:] for line in lines])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from torch import Tensor
+
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder, leading_tokens
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.decoding import continue_ids
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import SoftPrompt, require_fit
+from softprompt.prompt.ensemble import Prompt, require_all_fit
 
 
 def generate(
     model: FrozenModel,
     texts: Sequence[str | Mapping[str, str]],
-    prompt: SoftPrompt | None = None,
+    prompt: Prompt | None = None,
     config: GenerateConfig | None = None,
     *,
     raw: bool = False,
@@ -42,9 +44,9 @@ def generate(
     """
     config = config or GenerateConfig()
     if prompt is not None:
-        require_fit(prompt, model)
-    weights = prompt.weights if prompt is not None and virtual_tokens else None
-    virtual = 0 if prompt is None or weights is None else prompt.num_virtual_tokens
+        require_all_fit(prompt, model)
+    prompts: Sequence[Tensor | None] = prompt.members if prompt is not None and virtual_tokens else (None,)
+    virtual = prompt.num_virtual_tokens if prompt is not None and virtual_tokens else 0
     room_for = None if model.context_length is None else model.context_length - virtual
     most = config.max_new_tokens or (None if config.max_length else _usual_length(model, prompt))
     labels = prompt.record.verbalizers.values() if prompt is not None and not raw else ()
@@ -57,7 +59,7 @@ def generate(
         )
         inputs = [list(ids) for ids in Encoder(model.tokenizer, prompt.format, longest).inputs(rows)]
     room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
-    return [_label(text, labels) for text in continue_ids(model, weights, inputs, room, config)]
+    return [_label(text, labels) for text in continue_ids(model, prompts, inputs, room, config)]
 
 
 def _label(text: str, labels: Collection[str]) -> str:
@@ -73,7 +75,7 @@ def _plain(model: FrozenModel, text: str | Mapping[str, str]) -> list[int]:
     return [*leading_tokens(model.tokenizer), *ids]
 
 
-def _row(prompt: SoftPrompt, text: str | Mapping[str, str]) -> dict[str, str]:
+def _row(prompt: Prompt, text: str | Mapping[str, str]) -> dict[str, str]:
     if not isinstance(text, str):
         return dict(text)
     columns = prompt.format.columns
@@ -85,7 +87,7 @@ def _row(prompt: SoftPrompt, text: str | Mapping[str, str]) -> dict[str, str]:
     return {columns[0]: text}
 
 
-def _usual_length(model: FrozenModel, prompt: SoftPrompt | None) -> int:
+def _usual_length(model: FrozenModel, prompt: Prompt | None) -> int:
     """Return how many new tokens to make where nothing says it: a label needs no more than the longest of them."""
     if prompt is None or prompt.record.task != "classification":
         return 64

@@ -13,7 +13,7 @@ from softprompt.errors import InputError
 if TYPE_CHECKING:
     from softprompt.config import ModelConfig
     from softprompt.model.frozen import FrozenModel
-    from softprompt.prompt.soft_prompt import SoftPrompt
+    from softprompt.prompt.ensemble import Prompt
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -107,7 +107,7 @@ def load(
 
 
 def load_for(
-    prompt: SoftPrompt | None,
+    prompt: Prompt | None,
     name: str | None,
     config: ModelConfig,
     revision: str | None = None,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from softprompt.cli.options import json_option, load_for, model_option, say, set_option
 from softprompt.errors import PromptError
+
+if TYPE_CHECKING:
+    from softprompt.prompt.ensemble import Prompt
 
 _NEAREST = 5
 
@@ -27,7 +30,7 @@ def prompts() -> None:
 def list_prompts(as_json: bool) -> None:
     """List the prompts that are kept."""
     from softprompt.cli.show import figures, out, plain_table, print_json
-    from softprompt.prompt.soft_prompt import load_prompt
+    from softprompt.prompt.ensemble import load_prompt
     from softprompt.prompt.store import names, store_folder, versions
 
     found = [f"{name}@{version}" for name in names() for version in versions(name)]
@@ -59,13 +62,14 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
     """Show a prompt: what it is for, how it was trained, which words lie nearest to its virtual tokens."""
     from softprompt.cli.show import figures, out, plain_table, print_json
     from softprompt.config import ModelConfig, read_settings
+    from softprompt.prompt.ensemble import load_prompt
     from softprompt.prompt.reading import nearest_tokens
-    from softprompt.prompt.soft_prompt import load_prompt
+    from softprompt.prompt.soft_prompt import SoftPrompt
 
     place, _ = read_settings(ModelConfig, assignments=assignments)
     soft = load_prompt(prompt)
-    deep = soft.method == "deep-prefix"  # it has no embeddings that lie next to words
-    near = [] if deep else nearest_tokens(load_for(soft, model, place), soft, _NEAREST)
+    readable = isinstance(soft, SoftPrompt) and soft.method == "soft-prompt"  # others have no words near them
+    near = nearest_tokens(load_for(soft, model, place), soft, _NEAREST) if readable else []
     if as_json:
         tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
         print_json({**_summary(soft), "training": soft.record.training, "nearest_tokens": tokens})
@@ -75,7 +79,7 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
         facts["metrics"] = figures(soft.record.metrics)
     texts = [(name.replace("_", " "), value if name == "metrics" else repr(value)) for name, value in facts.items()]
     out.print(plain_table(("", ""), texts))
-    if deep:
+    if not isinstance(soft, SoftPrompt) or not readable:
         return
     lines = [
         (str(n), f"{norm:.2f}", "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row))
@@ -89,7 +93,7 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
 @click.argument("folder", type=click.Path(path_type=Path))
 def add_prompt(name: str, folder: Path) -> None:
     """Keep the prompt in FOLDER under NAME, as its next version."""
-    from softprompt.prompt.soft_prompt import load_prompt
+    from softprompt.prompt.ensemble import load_prompt
     from softprompt.prompt.store import keep, new_version
 
     new_version(name)
@@ -109,14 +113,14 @@ def import_prompt(name: str, folder: Path, model: str | None, task: str, assignm
     taken here, so that the prompt is never run on another model.
     """
     from softprompt.config import FormatConfig, read_settings
-    from softprompt.prompt.soft_prompt import described, load_prompt
+    from softprompt.prompt.soft_prompt import described, load_soft_prompt
     from softprompt.prompt.store import keep, new_version
 
     new_version(name)
     config, _ = read_settings(FormatConfig, assignments=assignments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the folder does not say: that is added here
-        soft = load_prompt(folder)
+        soft = load_soft_prompt(folder)
     made = described(soft, load_for(soft, model, config), task, config)  # type: ignore[arg-type]
     click.echo(keep(made, name))
 
@@ -126,7 +130,7 @@ def import_prompt(name: str, folder: Path, model: str | None, task: str, assignm
 @click.argument("folder", type=click.Path(path_type=Path))
 def export_prompt(prompt: str, folder: Path) -> None:
     """Write a kept prompt to FOLDER, which PEFT and vLLM's users can read."""
-    from softprompt.prompt.soft_prompt import load_prompt
+    from softprompt.prompt.ensemble import load_prompt
 
     soft = load_prompt(prompt)
     click.echo(soft.save(folder))
@@ -152,15 +156,18 @@ def remove_prompt(prompt: str, yes: bool) -> None:
     click.echo(f"removed {', '.join(found)}")
 
 
-def _summary(prompt: Any) -> dict[str, Any]:
+def _summary(prompt: Prompt) -> dict[str, Any]:
+    from softprompt.prompt.ensemble import Ensemble
+
     record = prompt.record
     return {
-        "method": prompt.method,
+        "method": "ensemble" if isinstance(prompt, Ensemble) else prompt.method,
+        "members": len(prompt.members),
         "task": record.task,
         "base_model": record.base_model.id,
         "revision": record.base_model.revision,
         "virtual_tokens": prompt.num_virtual_tokens,
-        "parameters": prompt.weights.numel(),
+        "parameters": sum(member.numel() for member in prompt.members),
         "template": record.template,
         "chat_template": record.chat_template,
         "verbalizers": record.verbalizers,

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from softprompt.config import TuneConfig
     from softprompt.data.rows import Rows, Task
     from softprompt.model.frozen import FrozenModel
+    from softprompt.prompt.ensemble import Ensemble
+    from softprompt.prompt.soft_prompt import SoftPrompt
+    from softprompt.training.ensemble import EnsembleResult
+    from softprompt.training.tune import TuneResult
 
 
 @click.command()
@@ -20,52 +24,83 @@ if TYPE_CHECKING:
 @click.option("--out", metavar="RUN", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--name", metavar="N", help="Also keep the prompt under a name: softprompt prompts list.")
-def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--ensemble", metavar="K", type=click.IntRange(min=2), help="Learn K prompts and average what they say; K times the time."
+)
+def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_json: bool, **options: Any) -> None:
     """Learn a prompt from the rows of DATA.
 
     DATA is a .csv, .jsonl or .parquet file, or hub:ID[:SPLIT], and may end in a row range as in prompts.csv[:50].
     """
-    from softprompt.cli.show import TerminalWatcher, figures, print_json
-    from softprompt.cli.show import out as console
+    from softprompt.cli.show import TerminalWatcher, print_json
     from softprompt.launch import rank
     from softprompt.prompt.store import keep, new_version
     from softprompt.training.run_folder import RunFolder
-    from softprompt.training.tune import tune as run
 
-    folder, first = RunFolder(out), rank() == 0
+    first, begun = rank() == 0, out / "member-1" if ensemble else out
     if name is not None:
         new_version(name)  # a name that cannot be kept is said now, not after the night
     if first and resume:
-        folder.require_begun()
+        RunFolder(begun).require_begun()
     elif first:
-        folder.require_new()
-    model, rows, held, config, origins = prepare(**options, begun=out / "config.yaml" if resume else None)
+        RunFolder(out).require_new()
+    model, rows, held, config, origins = prepare(**options, begun=begun / "config.yaml" if resume else None)
     if resume:
         origins = dict.fromkeys(type(config).model_fields, "as the run was begun")
+    common: dict[str, Any] = {"eval_data": held, "out": out, "resume": resume, "watcher": TerminalWatcher(origins)}
     try:
-        result = run(model, rows, config, eval_data=held, out=out, resume=resume, watcher=TerminalWatcher(origins))
+        if ensemble is None:
+            from softprompt.training.tune import tune as run
+
+            result = run(model, rows, config, **common)
+            made: SoftPrompt | Ensemble = result.prompt
+            record = _run_record(result)
+        else:
+            from softprompt.training.ensemble import tune_ensemble
+
+            several = tune_ensemble(model, rows, config, members=ensemble, **common)
+            made, record = several.prompt, _ensemble_record(several)
     except KeyboardInterrupt:
-        saved = any((out / "state").glob("step-*"))
+        saved = any(begun.glob("state/step-*"))
         say("\nstopped; " + ("the same command with --resume goes on from here" if saved else "no step was done yet"))
         raise
-    kept = keep(result.prompt, name) if first and name is not None else None
+    kept = keep(made, name) if first and name is not None else None
     if as_json:
-        print_json(
-            {
-                "run": str(out),
-                "prompt": str(out / "prompt"),
-                **({"kept": kept} if kept else {}),
-                "steps": result.steps,
-                "seconds": round(result.seconds, 1),
-                "best_step": result.best_step,
-                "metrics": result.metrics,
-                "settings": result.settings.model_dump(),
-            }
-        )
-        return
-    best = f"; best after step {result.best_step}: validation {figures(result.metrics)}" if result.metrics else ""
+        print_json({"run": str(out), "prompt": str(out / "prompt"), **({"kept": kept} if kept else {}), **record})
+    else:
+        _say_done(out, kept, record)
+
+
+def _run_record(result: TuneResult) -> dict[str, Any]:
+    """Return what `tune --json` prints of a run."""
+    return {
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "best_step": result.best_step,
+        "metrics": result.metrics,
+        "settings": result.settings.model_dump(),
+    }
+
+
+def _ensemble_record(result: EnsembleResult) -> dict[str, Any]:
+    """Return what `tune --json` prints of an ensemble: the steps of all runs, the ensemble's metrics, and the runs."""
+    return {
+        "steps": sum(run.steps for run in result.runs),
+        "seconds": round(result.seconds, 1),
+        "metrics": result.metrics,
+        "members": [_run_record(run) for run in result.runs],
+    }
+
+
+def _say_done(out: Path, kept: str | None, record: dict[str, Any]) -> None:
+    """Say what was learned, and what can be done with it."""
+    from softprompt.cli.show import figures
+    from softprompt.cli.show import out as console
+
+    of = f"; {len(record['members'])} prompts" if "members" in record else f"; best after step {record.get('best_step')}"
+    best = f"{of}: validation {figures(record['metrics'])}" if record["metrics"] else ""
     for line in (
-        f"{result.steps} steps in {result.seconds:.0f} s{best}",
+        f"{record['steps']} steps in {record['seconds']:.0f} s{best}",
         f"prompt: {out / 'prompt'}" + (f", kept as {kept}" if kept else ""),
         f"next:   softprompt evaluate {kept or out / 'prompt'} TEST_DATA",
         f'        softprompt generate {kept or out / "prompt"} "some text" --versus-base',
@@ -78,7 +113,9 @@ def tune(out: Path, resume: bool, name: str | None, as_json: bool, **options: An
 @click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="Accepted, so that a tune command fits.")
 @click.option("--resume", is_flag=True, hidden=True)
 @click.option("--name", hidden=True)
-def check(out: Path | None, resume: bool, name: str | None, as_json: bool, **options: Any) -> None:
+@click.option("--ensemble", hidden=True)
+def check(
+    out: Path | None, resume: bool, name: str | None, ensemble: str | None, as_json: bool, **options: Any) -> None:
     """Dry run of tune: rows, tokens, memory, time.
 
     Nothing is written. One step is run, to measure its time.
@@ -130,7 +167,7 @@ def prepare(
     """
     from softprompt.config import PROMPT, TuneConfig, read_settings
     from softprompt.data.rows import load_data
-    from softprompt.prompt.soft_prompt import load_prompt
+    from softprompt.prompt.soft_prompt import load_soft_prompt
 
     config, origins = read_settings(TuneConfig, file, assignments, budget=budget, init=init)
     rows = load_data(data, parse_map(mapping), cast("Task | None", task))
@@ -143,6 +180,6 @@ def prepare(
         processes = launched()  # the first one reads: the others may be on other machines
         place = share_config(processes, read_settings(TuneConfig, begun)[0] if processes.first else None)
     if model is None and place.init.startswith(PROMPT):
-        base = load_prompt(place.init.removeprefix(PROMPT)).record.base_model
+        base = load_soft_prompt(place.init.removeprefix(PROMPT)).record.base_model
         model, revision = base.id, revision or base.revision
     return load(model, place, revision, trust_remote_code), rows, held, config, origins

@@ -22,7 +22,7 @@ from softprompt.cli.options import (
 from softprompt.errors import InputError
 
 if TYPE_CHECKING:
-    from softprompt.prompt.soft_prompt import SoftPrompt
+    from softprompt.prompt.ensemble import Prompt
 
 
 @click.command()
@@ -144,7 +144,7 @@ def generate(
         console.print(side_by_side(given, base, made))
 
 
-def _prompt(name: str) -> SoftPrompt | None:
-    from softprompt.prompt.soft_prompt import load_prompt
+def _prompt(name: str) -> Prompt | None:
+    from softprompt.prompt.ensemble import load_prompt
 
     return None if name == "none" else load_prompt(name)

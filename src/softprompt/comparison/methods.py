@@ -28,7 +28,8 @@ from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.evaluate import Side
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import measure, micro_batch_tokens
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record, load_prompt
+from softprompt.prompt.ensemble import Ensemble, load_prompt
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.loop import Loop, Weights, measure_pace
 from softprompt.training.plan import LEARNING_RATE as PROMPT_RATE
 from softprompt.training.plan import Plan, make_plan
@@ -39,6 +40,7 @@ from softprompt.training.watcher import Watcher
 
 Equal = Literal["time", "examples"]
 _SEARCHED = (1 / 3, 1.0, 3.0)  # times a method's usual learning rate
+MEMBERS = 3  # of an ensemble
 _SHARE = 0.1  # of the budget, for each learning rate that is tried
 
 
@@ -80,7 +82,7 @@ class Answers:
 
     Attributes:
         model: what they are run through.
-        prompt: what stands before them, `[P, H]` or `[L, 2, K, P, D]`; None for nothing.
+        prompts: what stands before them, `[P, H]` or `[L, 2, K, P, D]` each: nothing, one, or an ensemble's.
         format, max_length: how they become tokens.
         calibration: of labels.
     """
@@ -88,18 +90,18 @@ class Answers:
     model: FrozenModel
     format: Format
     max_length: int
-    prompt: Tensor | None = None
+    prompts: tuple[Tensor, ...] = ()
     calibration: Calibration = "none"
 
     def side(self, rows: Rows) -> Side:
         """Answer rows."""
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
-        virtual = 0 if self.prompt is None else self.prompt.shape[-2]
+        virtual = max((prompt.shape[-2] for prompt in self.prompts), default=0)
         share = 0.0 if rows.task == "classification" else 1.0
         footprint = measure(self.model, virtual)
         at_once = micro_batch_tokens(self.model.device, footprint, 1, self.max_length, share, scoring=True)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
-        return Side(self.model, encoder, scorer, self.prompt)
+        return Side(self.model, encoder, scorer, self.prompts or (None,))
 
 
 @dataclass
@@ -333,11 +335,14 @@ class Prompts(Trained):
 
     def answers(self, weights: Weights) -> Answers:
         encoder = self._plan.encoder
-        return Answers(self.protocol.model, encoder.format, encoder.max_length, weights["prompt"])
+        return Answers(self.protocol.model, encoder.format, encoder.max_length, (weights["prompt"],))
 
     def store(self, folder: Path) -> None:
-        form, weights = self._answers.format, self._answers.prompt
-        assert weights is not None
+        self.prompt().save(folder)
+
+    def prompt(self) -> SoftPrompt:
+        """Return what was learned, as it is saved."""
+        form, (weights,) = self._answers.format, self._answers.prompts
         record = Record(
             base_model=base_model_record(self.protocol.model),
             task=form.task,
@@ -347,11 +352,11 @@ class Prompts(Trained):
             max_length=self._answers.max_length,
             training={"settings": self._plan.config.model_dump()},
         )
-        SoftPrompt(weights, record).save(folder)
+        return SoftPrompt(weights, record)
 
     def load(self, folder: Path) -> Answers:
         prompt = load_prompt(folder)
-        return Answers(self.protocol.model, prompt.format, prompt.record.max_length, prompt.weights)
+        return Answers(self.protocol.model, prompt.format, prompt.record.max_length, prompt.members)
 
 
 class SoftPrompts(Prompts):
@@ -364,6 +369,52 @@ class DeepPrefixes(Prompts):
     """Keys and values at every layer."""
 
     kind = "deep-prefix"
+
+
+class Ensembles(Method):
+    """Several prompts from several seeds, which share the budget of one."""
+
+    kind: type[Prompts]
+
+    def learn(self) -> Learned:
+        protocol = self.protocol
+        config = protocol.config.model_copy(update={"max_minutes": protocol.seconds / 60 / MEMBERS})
+        if protocol.equal == "examples":
+            steps = protocol.plan().config.max_steps or MEMBERS
+            config = config.model_copy(update={"max_steps": max(1, steps // MEMBERS), "epochs": None})
+        shared = replace(protocol, config=config)
+        self._members = [self.kind(shared, self.seed * MEMBERS + i, self.watcher) for i in range(MEMBERS)]
+        parts = [member.learn() for member in self._members]
+        first = parts[0]
+        self._answers = replace(first.answers, prompts=tuple(p for part in parts for p in part.answers.prompts))
+        effort = Effort(
+            sum(part.effort.seconds for part in parts),
+            sum(part.effort.cpu_seconds for part in parts),
+            max(part.effort.peak_bytes for part in parts),
+        )
+        tokens = sum(part.tokens for part in parts)
+        settings = {**first.settings, "members": MEMBERS}
+        return Learned(self._answers, MEMBERS * first.parameters, effort, tokens, settings, first.curve)
+
+    def store(self, folder: Path) -> None:
+        prompts = tuple(member.prompt() for member in self._members)
+        Ensemble(prompts, prompts[0].record).save(folder)
+
+    def load(self, folder: Path) -> Answers:
+        prompt = load_prompt(folder)
+        return Answers(self.protocol.model, prompt.format, prompt.record.max_length, prompt.members)
+
+
+class SoftEnsembles(Ensembles):
+    """Soft prompts whose probabilities are averaged."""
+
+    kind = SoftPrompts
+
+
+class DeepEnsembles(Ensembles):
+    """Deep prefixes whose probabilities are averaged."""
+
+    kind = DeepPrefixes
 
 
 class OwnWeights(Trained):
@@ -432,6 +483,8 @@ METHODS: dict[str, type[Method]] = {
     "few-shot": FewShots,
     "soft-prompt": SoftPrompts,
     "deep-prefix": DeepPrefixes,
+    "soft-prompt-ensemble": SoftEnsembles,
+    "deep-prefix-ensemble": DeepEnsembles,
     "lora": Lora,
     "full": Full,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,14 +50,21 @@ class Completions:
             "rouge_l": bootstrap(lambda chosen: float(overlap[chosen].mean()), count),
         }
 
+    def bleu_statistics(self) -> list[list[float]]:
+        """Return what BLEU is made from, per distinct input: lengths, then right n-grams and all, of 1 to 4 words."""
+        return self._statistics(BLEU()).tolist()
+
+    def _statistics(self, metric: BLEU | CHRF) -> NDArray[np.float64]:
+        most = max(map(len, self.references))
+        by_rank = [[right[k] if k < len(right) else None for right in self.references] for k in range(most)]
+        return np.array(metric._extract_corpus_statistics(self.outputs, by_rank))  # type: ignore[arg-type]
+
     def _corpus(self, metric: BLEU | CHRF) -> Metric:
         """Return a corpus metric with its interval.
 
         sacrebleu's own bootstrap gives a symmetric half-width only, so its statistics are summed here.
         """
-        most = max(map(len, self.references))
-        by_rank = [[right[k] if k < len(right) else None for right in self.references] for k in range(most)]
-        statistics = np.array(metric._extract_corpus_statistics(self.outputs, by_rank))  # type: ignore[arg-type]
+        statistics = self._statistics(metric)
 
         def score(chosen: NDArray[np.int64]) -> float:
             return float(metric._compute_score_from_stats(statistics[chosen].sum(axis=0).tolist()).score)
@@ -78,12 +86,12 @@ def _words(text: str) -> list[str]:
     return text.lower().split()
 
 
-def complete(model: FrozenModel, prompt: Tensor | None, encoder: Encoder, rows: Rows) -> Completions:
+def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Encoder, rows: Rows) -> Completions:
     """Write a completion for every distinct input, greedily, and at most as long as the longest right answer.
 
     Args:
         model: the frozen model.
-        prompt: `[P, H]`, or None for the untouched model.
+        prompts: one, None for the untouched model; or an ensemble's.
         encoder: how rows become token ids; its `max_length` is what fits together with the answer.
         rows: of a completion task.
     """
@@ -95,5 +103,5 @@ def complete(model: FrozenModel, prompt: Tensor | None, encoder: Encoder, rows: 
     references: list[list[str]] = [[] for _ in order]
     for ids, target in zip(made, targets, strict=True):
         references[order[ids]].append(target)
-    outputs = continue_ids(model, prompt, list(order), [longest] * len(order), GenerateConfig(stop=stop))
+    outputs = continue_ids(model, prompts, list(order), [longest] * len(order), GenerateConfig(stop=stop))
     return Completions([output.strip() for output in outputs], references, [order[ids] for ids in made])

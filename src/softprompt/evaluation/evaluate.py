@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,12 @@ from softprompt.data.templates import make_format
 from softprompt.errors import DataError
 from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.completions import complete
+from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import measure, micro_batch_tokens
-from softprompt.prompt.soft_prompt import SoftPrompt, require_fit
+from softprompt.prompt.ensemble import Prompt, require_all_fit
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Evaluation:
 def evaluate(
     model: FrozenModel,
     data: Rows,
-    prompt: SoftPrompt | None = None,
+    prompt: Prompt | None = None,
     *,
     template: str | None = None,
     verbalizers: Mapping[str, str] | None = None,
@@ -80,7 +81,7 @@ def evaluate(
             raise DataError(f"{data.name}: all rows have the label {data.labels[0]}; there is nothing to choose from")
         form, virtual = make_format(data.task, data.labels, template, verbalizers, chat_template), 0
     else:
-        require_fit(prompt, model)
+        require_all_fit(prompt, model)
         if prompt.record.task != data.task:
             raise DataError(f"{data.name} is for {data.task}, the prompt was trained for {prompt.record.task}")
         form, virtual, max_length = prompt.format, prompt.num_virtual_tokens, prompt.record.max_length
@@ -90,8 +91,8 @@ def evaluate(
     share = 0.0 if data.task == "classification" else 1.0
     at_once = micro_batch_tokens(model.device, measure(model, virtual), 1, most, share, scoring=True)
     scorer = calibrated_or_plain(encoder, data, at_once, calibration)
-    untouched = _Side(model, encoder, scorer, None)
-    side = untouched if prompt is None else _Side(model, encoder, scorer, prompt.weights)
+    untouched = Side(model, encoder, scorer)
+    side = untouched if prompt is None else Side(model, encoder, scorer, prompt.members)
     return Evaluation(
         task=data.task,
         rows=len(data),
@@ -104,21 +105,40 @@ def evaluate(
     )
 
 
-class _Side:
-    """One side of the comparison: the rows scored, and for completions also written, with a prompt or without."""
+class Side:
+    """Rows answered: scored, and for completions also written.
 
-    def __init__(self, model: FrozenModel, encoder: Encoder, scorer: Scorer, prompt: Tensor | None) -> None:
-        self.scores = scorer.score(model, prompt)
+    Args:
+        model: the frozen model.
+        encoder: how rows become tokens.
+        scorer: of the rows.
+        prompts: one, None for the untouched model; or several, an ensemble whose probabilities are averaged.
+    """
+
+    def __init__(
+        self, model: FrozenModel, encoder: Encoder, scorer: Scorer, prompts: Sequence[Tensor | None] = (None,)
+    ) -> None:
+        self.scores = averaged(scorer.score_all(model, prompts)) if len(prompts) > 1 else scorer.score(model, prompts[0])
         completion = encoder.format.task == "completion"
-        self.completions = complete(model, prompt, encoder, scorer.rows) if completion else None
+        self.completions = complete(model, prompts, encoder, scorer.rows) if completion else None
 
     def metrics(self) -> dict[str, Metric]:
+        """Return all metrics, with intervals."""
         written = self.completions.metrics() if self.completions else {}
         return {**written, **self.scores.metrics()}
 
     def predictions(self) -> list[dict[str, Any]]:
+        """Return a record a row."""
         records = self.scores.predictions()
         if self.completions:
             for record, place in zip(records, self.completions.place, strict=True):
                 record["prediction"] = self.completions.outputs[place]
         return records
+
+    def statistics(self) -> list[list[float]]:
+        """Return what the task's first metric is made from, for each row or distinct input (`comparison.results`)."""
+        if self.completions:
+            return self.completions.bleu_statistics()
+        if isinstance(self.scores, LabelScores):
+            return [[float(right), 1.0] for right in self.scores.predicted == self.scores.gold]
+        return [[float(loss), float(tokens)] for loss, tokens in zip(self.scores.losses, self.scores.tokens, strict=True)]

@@ -26,6 +26,7 @@ from softprompt.prompt.store import ADAPTER, find
 from softprompt.storage import write_folder
 
 WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "softprompt.json", "README.md"
+ENSEMBLE = "ensemble.json"
 FORMAT_VERSION = 1
 _KEY = "prompt_embeddings"
 _MOST_TOKENS = 10_000
@@ -95,6 +96,11 @@ class SoftPrompt:
     def num_virtual_tokens(self) -> int:
         """P."""
         return int(self.weights.shape[-2])
+
+    @property
+    def members(self) -> tuple[Tensor, ...]:
+        """What texts are run behind: one prompt. An ensemble has several."""
+        return (self.weights,)
 
     @property
     def method(self) -> Method:
@@ -200,7 +206,7 @@ def described(prompt: SoftPrompt, model: FrozenModel, task: Task, config: Format
     return SoftPrompt(prompt.weights, record)
 
 
-def load_prompt(prompt: str | Path) -> SoftPrompt:
+def load_soft_prompt(prompt: str | Path) -> SoftPrompt:
     """Read a prompt's folder; one that PEFT wrote for prompt tuning, P-tuning, prefix tuning or a cartridge will do.
 
     Args:
@@ -213,6 +219,8 @@ def load_prompt(prompt: str | Path) -> SoftPrompt:
     for name in (ADAPTER, WEIGHTS):
         if not (path / name).is_file():
             pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+            if (path / ENSEMBLE).is_file():
+                raise PromptError(f"{path} is an ensemble; give one of its members, such as {path / 'member-1'}")
             hint = f"; {pickles[0]} is a pickle, which can run code and is never read" if pickles else ""
             if (path / "prompt").is_dir():
                 hint = f"; did you mean {path / 'prompt'}?"

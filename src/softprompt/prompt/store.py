@@ -12,7 +12,7 @@ from softprompt.errors import PromptError, nearest
 from softprompt.storage import home, storage_errors
 
 if TYPE_CHECKING:
-    from softprompt.prompt.soft_prompt import SoftPrompt
+    from softprompt.prompt.ensemble import Prompt
 
 ADAPTER = "adapter_config.json"  # what every prompt's folder holds, PEFT's included
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -75,7 +75,7 @@ def find(prompt: str | Path) -> Path:
     return store_folder() / name / (version if at else str(kept[-1]))
 
 
-def keep(prompt: SoftPrompt, name: str) -> str:
+def keep(prompt: Prompt, name: str) -> str:
     """Keep a prompt under a name, as its next version; return `NAME@VERSION`.
 
     Raises:

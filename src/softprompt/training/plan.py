@@ -37,7 +37,7 @@ from softprompt.prompt.initialization import (
     text_prompt,
     vocabulary_prompt,
 )
-from softprompt.prompt.soft_prompt import SoftPrompt, load_prompt, require_fit
+from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_fit
 
 # A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
@@ -189,7 +189,7 @@ def _source(model: FrozenModel, config: TuneConfig) -> SoftPrompt | None:
     """Return the prompt that another goes on from (SPoT, Vu et al. 2022), where the settings name one."""
     if not config.init.startswith(PROMPT):
         return None
-    source = load_prompt(config.init.removeprefix(PROMPT))
+    source = load_soft_prompt(config.init.removeprefix(PROMPT))
     require_fit(source, model)
     return source
 

@@ -1,0 +1,106 @@
+"""Ensembles: several prompts for one task, run as one (Lester et al. 2021, section 6)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
+
+from softprompt.data.templates import Format
+from softprompt.errors import PromptError
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import ENSEMBLE, FORMAT_VERSION, Record, SoftPrompt, load_soft_prompt, require_fit
+from softprompt.prompt.store import find
+from softprompt.storage import write_folder, write_text
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Prompts for the same task and model; the probabilities that they give are averaged.
+
+    A text is run behind each of them, in one batch.
+
+    Attributes:
+        prompts: two or more.
+        record: what they are for; its metrics are the ensemble's.
+    """
+
+    prompts: tuple[SoftPrompt, ...]
+    record: Record
+
+    @property
+    def members(self) -> tuple[Tensor, ...]:
+        """The prompts themselves, `[P, H]` or `[L, 2, K, P, D]` each."""
+        return tuple(prompt.weights for prompt in self.prompts)
+
+    @property
+    def format(self) -> Format:
+        """How rows become text."""
+        return self.prompts[0].format
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P of the longest member: so many positions are taken before a text."""
+        return max(prompt.num_virtual_tokens for prompt in self.prompts)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder: `member-1`, `member-2`, …, which PEFT reads one by one, and `ensemble.json`.
+
+        Raises:
+            PromptError: the folder exists and holds something else than an ensemble.
+            StorageError: it cannot be written.
+        """
+        path = Path(folder)
+        if path.exists() and not (path / ENSEMBLE).is_file():
+            raise PromptError(f"{path} exists and is not an ensemble; give a new folder")
+        names = [f"member-{number}" for number, _ in enumerate(self.prompts, start=1)]
+        with write_folder(path) as aside:
+            for name, prompt in zip(names, self.prompts, strict=True):
+                prompt.save(aside / name)
+            record = {"format_version": FORMAT_VERSION, "members": names, "metrics": self.record.metrics}
+            write_text(aside / ENSEMBLE, json.dumps(record, indent=2) + "\n")
+        return path
+
+
+Prompt: TypeAlias = SoftPrompt | Ensemble
+
+
+def load_prompt(prompt: str | Path) -> Prompt:
+    """Read a prompt's folder, or an ensemble's; one that PEFT wrote for a prompt or a prefix will do.
+
+    Args:
+        prompt: a folder, or `NAME` or `NAME@VERSION` of a prompt that `softprompt prompts add` keeps.
+
+    Raises:
+        PromptError: no such prompt, a missing file, a pickle, a wrong shape, or values that are not finite.
+    """
+    path = find(prompt)
+    file = path / ENSEMBLE
+    if not file.is_file():
+        return load_soft_prompt(path)
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+        names, metrics = [str(name) for name in loaded["members"]], dict(loaded["metrics"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PromptError(f"{file} is damaged: {error}") from error
+    if len(names) < 2 or any(Path(name).name != name for name in names):
+        raise PromptError(f"{file} is damaged: it must name two or more folders beside it")
+    prompts = tuple(load_soft_prompt(path / name) for name in names)
+    first = prompts[0].record
+    for name, one in zip(names, prompts, strict=True):
+        if one.format != prompts[0].format or one.record.base_model != first.base_model:
+            raise PromptError(f"{path / name} is for another task or model than {names[0]}")
+    return Ensemble(prompts, first.model_copy(update={"metrics": metrics}))
+
+
+def require_all_fit(prompt: Prompt, model: FrozenModel) -> None:
+    """Make sure that a prompt, or every member of an ensemble, belongs to a model.
+
+    Raises:
+        PromptError: it was trained on another.
+    """
+    for one in prompt.prompts if isinstance(prompt, Ensemble) else (prompt,):
+        require_fit(one, model)

@@ -1,0 +1,101 @@
+"""Tuning an ensemble: the same task learned several times, from other seeds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from softprompt.config import TuneConfig
+from softprompt.data.rows import Rows
+from softprompt.data.split import split_rows
+from softprompt.errors import SettingsError
+from softprompt.evaluation.ensemble import averaged
+from softprompt.evaluation.scoring import make_scorer
+from softprompt.data.examples import Encoder
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import Ensemble
+from softprompt.training.run_folder import write_predictions
+from softprompt.training.tune import TuneResult, tune
+from softprompt.training.watcher import Watcher
+
+PROMPT, PREDICTIONS = "prompt", "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class EnsembleResult:
+    """What the runs of an ensemble gave.
+
+    Attributes:
+        prompt: the ensemble.
+        runs: what each member's run gave.
+        seconds: time that this call took.
+        metrics: the ensemble's, on the validation rows; empty without those.
+    """
+
+    prompt: Ensemble
+    runs: list[TuneResult]
+    seconds: float
+    metrics: dict[str, float]
+
+
+def member_folder(out: Path, number: int) -> Path:
+    """Return the run folder of a member, counted from 1."""
+    return out / f"member-{number}"
+
+
+def tune_ensemble(
+    model: FrozenModel,
+    data: Rows,
+    config: TuneConfig | None = None,
+    *,
+    members: int,
+    eval_data: Rows | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> EnsembleResult:
+    """Learn several prompts for a task, each from a seed of its own (Lester et al. 2021, section 6).
+
+    All learn from the same rows, in other orders, and are chosen by the same validation rows. A random start differs
+    too; one from a text is the same. `max_minutes` is shared among the members.
+
+    Args:
+        model: the frozen model.
+        data, config, eval_data: as for `tune`; the members' seeds count from `config.seed` on.
+        members: how many, two at least.
+        out: the folder: a run a member in `member-1`, `member-2`, …, and the ensemble in `prompt`.
+        resume: go on with what is in `out`.
+        watcher: told of every step of every member.
+
+    Raises:
+        As `tune`.
+    """
+    if members < 2:
+        raise SettingsError(f"an ensemble of {members} is none; give two members or more")
+    began, given = time.monotonic(), config or TuneConfig()
+    folder = None if out is None else Path(out)
+    train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
+    minutes = None if given.max_minutes is None else given.max_minutes / members
+    runs: list[TuneResult] = []
+    for number in range(1, members + 1):
+        settings = given.model_copy(update={"seed": given.seed + number - 1, "max_minutes": minutes})
+        if validation is not None:
+            settings = settings.model_copy(update={"eval_rows": len(validation)})
+        place = None if folder is None else member_folder(folder, number)
+        begun = resume and place is not None and (place / "config.yaml").exists()
+        runs.append(tune(model, train, settings, eval_data=validation, out=place, resume=begun, watcher=watcher))
+    prompts = tuple(run.prompt for run in runs)
+    metrics: dict[str, float] = {}
+    if validation is not None:
+        record = prompts[0].record
+        encoder = Encoder(model.tokenizer, prompts[0].format, record.max_length)
+        at_once = min(run.settings.micro_batch_tokens or 1 for run in runs)
+        scores = averaged(make_scorer(encoder, validation, at_once).score_all(model, [p.weights for p in prompts]))
+        metrics = scores.values()
+        if folder is not None:
+            write_predictions(folder / PREDICTIONS, scores.predictions())
+    made = Ensemble(prompts, prompts[0].record.model_copy(update={"metrics": metrics}))
+    if folder is not None:
+        made.save(folder / PROMPT)
+    return EnsembleResult(made, runs, time.monotonic() - began, metrics)
