@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from softprompt.data.rows import Task
 from softprompt.errors import InputError
-from softprompt.evaluation.intervals import Metric
+from softprompt.evaluation.intervals import Metric, bootstrap
 from softprompt.evaluation.scoring import Confusion
 from softprompt.storage import write_text
 
@@ -172,17 +172,31 @@ def difference(first: Sequence[Result], second: Sequence[Result]) -> Difference:
         first, second: a method's results, one a seed; a method's figure is the mean over its seeds, and the same rows
             are drawn for all of them.
     """
-    task = first[0].task
-    sign = -1.0 if task == "text" else 1.0
-
-    def mean(results: Sequence[Result], drawn: NDArray[np.int64]) -> float:
-        return float(np.mean([statistic(task, np.array(r.statistics)[drawn].sum(axis=0)) for r in results]))
-
+    sign = -1.0 if first[0].task == "text" else 1.0
+    of_first, of_second = _mean_over_seeds(first), _mean_over_seeds(second)
     rows = len(first[0].statistics)
     generator = np.random.default_rng(0)
     found = []
     for draw in range(_RESAMPLES + 1):
         drawn = generator.integers(rows, size=rows) if draw else np.arange(rows)
-        found.append(sign * (mean(first, drawn) - mean(second, drawn)))
+        found.append(sign * (of_first(drawn) - of_second(drawn)))
     low, high = np.percentile(found[1:], [2.5, 97.5])
     return Difference(value=found[0], low=float(low), high=float(high))
+
+
+def mean_primary(results: Sequence[Result]) -> Metric:
+    """Return a method's primary metric: the mean over its seeds, with its interval over the test rows.
+
+    Args:
+        results: a method's results, one a seed.
+    """
+    if len(results) == 1:
+        return results[0].primary
+    return bootstrap(_mean_over_seeds(results), len(results[0].statistics))
+
+
+def _mean_over_seeds(results: Sequence[Result]) -> Callable[[NDArray[np.int64]], float]:
+    """Return what computes a method's primary metric from row indices."""
+    statistics = [np.array(result.statistics) for result in results]
+    task = results[0].task
+    return lambda drawn: float(np.mean([statistic(task, rows[drawn].sum(axis=0)) for rows in statistics]))

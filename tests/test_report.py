@@ -1,0 +1,559 @@
+"""The report of a comparison says what the results say, in every case that a comparison can end with."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+from sacrebleu.metrics.bleu import BLEU
+
+from softprompt.comparison import figures
+from softprompt.comparison.recommendation import Recommendation, recommend
+from softprompt.comparison.report import write_report
+from softprompt.comparison.results import Costs, Point, Result, difference, mean_primary
+from softprompt.comparison.samples import choose_samples
+from softprompt.comparison.standings import make_standings
+from softprompt.data.rows import Row, Task
+from softprompt.errors import InputError
+from softprompt.evaluation.intervals import Metric, bootstrap, proportion
+from softprompt.evaluation.scoring import Confusion
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LABELS = ("negative", "positive")
+# Trainable parameters, bytes to keep, seconds, peak memory, seconds a prediction.
+COSTS: dict[str, tuple[int, int, float, int, float]] = {
+    "full": (134_515_008, 538_090_408, 480.0, 2_410_000_000, 0.031),
+    "lora": (2_442_240, 9_793_104, 462.0, 1_480_000_000, 0.033),
+    "soft-prompt": (11_520, 46_480, 235.0, 640_000_000, 0.027),
+    "soft-prompt-ensemble": (34_560, 139_440, 478.0, 640_000_000, 0.064),
+    "deep-prefix": (230_400, 921_900, 195.0, 590_000_000, 0.026),
+    "few-shot": (0, 1_890, 310.0, 210_000_000, 0.048),
+    "zero-shot": (0, 212, 0.0, 0, 0.025),
+}
+
+
+def costs(method: str) -> Costs:
+    parameters, kept, seconds, peak, prediction = COSTS.get(method, (1000, 4000, 60.0, 10**8, 0.03))
+    return Costs(
+        trainable_parameters=parameters,
+        stored_bytes=kept,
+        train_seconds=seconds,
+        train_cpu_seconds=1.9 * seconds,
+        train_tokens=int(1000 * seconds),
+        peak_bytes=peak,
+        prediction_seconds=prediction,
+        switch_seconds=0.61 if method == "full" else 0.004,
+        base_unchanged=method != "full",
+        perplexity_before=18.234,
+        perplexity_after=31.02 if method == "full" else 18.234,
+    )
+
+
+def curve(method: str, end: dict[str, float], seed: int) -> list[Point]:
+    seconds = costs(method).train_seconds
+    if not costs(method).trainable_parameters:
+        return []
+    drift = np.random.default_rng(seed).normal(0, 0.01, 9)
+    return [
+        Point(
+            step=25 * n,
+            seconds=seconds * n / 8,
+            loss=None if n == 0 else 1.2 - 0.1 * n,
+            validation={name: value * (0.7 + 0.3 * n / 8 + float(drift[n])) for name, value in end.items()},
+        )
+        for n in range(9)
+    ]
+
+
+def result(method: str, task: Task, seed: int = 0, **given: Any) -> Result:
+    fields: dict[str, Any] = {
+        "data": "reviews.csv",
+        "base_model": "smollm2-135m",
+        "rows": {"train": 1000, "validation": 200, "test": len(given["statistics"])},
+        "settings": {"equal": "time", "seconds": 480, "template": "{{ text }}\nSentiment:", "method": method},
+        "costs": costs(method),
+        "environment": {"softprompt": "0.1.0", "torch": "2.13.0", "processor": "AMD EPYC, 2 cores"},
+        "date": "2026-03-01T10:00:00+00:00",
+    }
+    return Result(method=method, seed=seed, task=task, **{**fields, **given})
+
+
+def labelled(count: int = 400, labels: Sequence[str] = LABELS) -> list[Row]:
+    return [{"text": f"review number {n}", "label": labels[n % len(labels)]} for n in range(count)]
+
+
+def classified(rows: Sequence[Row], shares: dict[str, float], seeds: int = 1, **given: Any) -> list[Result]:
+    """Results whose rows are the harder to get right the further a fixed shuffle puts them behind."""
+    labels = sorted({row["label"] for row in rows})
+    hardness = np.random.default_rng(0).permutation(len(rows)) / len(rows)
+    found = []
+    for method, share in shares.items():
+        for seed in range(seeds):
+            noise = np.random.default_rng([seed, *method.encode()]).normal(0, 0.02, len(rows))
+            right = hardness + noise < share
+            predictions = [
+                row["label"] if ok else labels[(labels.index(row["label"]) + 1) % len(labels)]
+                for row, ok in zip(rows, right, strict=True)
+            ]
+            counts = np.zeros((len(labels), len(labels)), int)
+            for row, predicted in zip(rows, predictions, strict=True):
+                counts[labels.index(row["label"]), labels.index(predicted)] += 1
+            accuracy = proportion(right)
+            fields = {
+                "metrics": {"accuracy": accuracy, "macro_f1": accuracy, "loss": Metric(value=0.4, low=0.3, high=0.5)},
+                "confusion": Confusion(labels=labels, counts=counts.tolist()),
+                "predictions": predictions,
+                "statistics": [[float(ok), 1.0] for ok in right],
+                "curve": curve(method, {"accuracy": accuracy.value, "loss": 0.4}, seed),
+            }
+            found.append(result(method, "classification", seed, **{**fields, **given}))
+    return found
+
+
+def advice(results: Sequence[Result], rows: Sequence[Row]) -> Recommendation:
+    return recommend(make_standings(results, rows))
+
+
+def visible(page: str) -> str:
+    """What a reader sees of a page or of Markdown, with plain spaces."""
+    text = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).replace("\u00a0", " ").split())
+
+
+ALL = {
+    "zero-shot": 0.70,
+    "few-shot": 0.74,
+    "soft-prompt": 0.875,
+    "soft-prompt-ensemble": 0.89,
+    "deep-prefix": 0.885,
+    "lora": 0.88,
+    "full": 0.86,
+}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], list[Row], Path]:
+    """Results of seven methods with two seeds each, and their report."""
+    rows = labelled()
+    results = classified(rows, ALL, seeds=2)
+    folder = tmp_path_factory.mktemp("report")
+    write_report(results, rows, folder)
+    return results, rows, folder
+
+
+# The figures are those of the results.
+
+
+def test_a_method_s_figure_is_the_mean_over_its_seeds(everything: tuple[list[Result], list[Row], Path]) -> None:
+    of_lora = [r for r in everything[0] if r.method == "lora"]
+    figure = mean_primary(of_lora)
+    assert figure.value == pytest.approx(np.mean([r.primary.value for r in of_lora]))
+    assert figure.low < figure.value < figure.high
+    assert mean_primary(of_lora[:1]) == of_lora[0].primary
+
+
+def test_the_difference_of_two_accuracies_is_the_paired_one() -> None:
+    rows = labelled()
+    better, worse = classified(rows, {"lora": 0.9, "full": 0.8})
+    found = difference([better], [worse])
+    per_row = np.array([a[0] - b[0] for a, b in zip(better.statistics, worse.statistics, strict=True)])
+    expected = bootstrap(lambda drawn: float(per_row[drawn].mean()), len(rows))
+    assert found.value == pytest.approx(better.primary.value - worse.primary.value)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_the_report_shows_the_figures_of_the_results(
+    everything: tuple[list[Result], list[Row], Path], name: str
+) -> None:
+    results, rows, folder = everything
+    text = visible((folder / name).read_text(encoding="utf-8"))
+    for method in ALL:
+        mine = [r.primary.value for r in results if r.method == method]
+        assert f"{100 * np.mean(mine):.1f} %" in text, method
+        assert f"{costs(method).trainable_parameters:,}" in text, method
+    for words in (
+        "538 MB", "9.8 MB", "46.5 kB", "1.9 kB", "212 bytes",  # to keep for each task
+        "8 min", "7 min 42 s", "3 min 55 s", "14 min 38 s",  # wall and processor time
+        "2.4 GB", "640 MB",  # memory
+        "27 ms", "610 ms", "4.0 ms",  # prediction, switching
+        "18.23 → 31.02", "exactly as before",
+        "1,000 training rows", "400 test rows", "2 seeds", "2026-03-01", "AMD EPYC, 2 cores",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "nan" not in text.lower().replace("finance", "")
+    assert recommend(make_standings(results, rows)).headline in text
+
+
+def test_figures_are_written_as_people_write_them() -> None:
+    plain = {
+        "11,520": figures.count(11520),
+        "1.2 MB": figures.size(1_200_000),
+        "999 bytes": figures.size(999),
+        "1.0 MB": figures.size(999_900),
+        "0 bytes": figures.size(0),
+        "2.0 TB": figures.size(2e12),
+        "87.3 %": figures.metric("accuracy", 0.8734),
+        "32.5": figures.metric("bleu", 32.46),
+        "2.964": figures.metric("loss", 2.9641),
+        "4 min 10 s": figures.duration(250),
+        "1 min": figures.duration(59.9),
+        "2 h": figures.duration(7199),
+        "1 h 2 min": figures.duration(3725),
+        "4.2 ms": figures.duration(0.0042),
+        "1.0 s": figures.duration(0.9999),
+        "0.0 ms": figures.duration(1e-6),
+        "0 s": figures.duration(0),
+        "–": figures.metric("loss", float("nan")),
+        "−1.2 points": figures.signed_gap("classification", -0.012),
+        "0.0 points": figures.signed_gap("classification", -0.0001),
+        "+0.250 nats": figures.signed_gap("text", 0.25),
+    }
+    assert {text: text for text in plain} == {text: made.replace("\u00a0", " ") for text, made in plain.items()}
+
+
+# The recommendation follows from the numbers.
+
+
+def test_lora_is_recommended_where_it_wins_and_the_prompt_s_price_is_told() -> None:
+    rows = labelled()
+    found = advice(classified(rows, {"zero-shot": 0.6, "soft-prompt": 0.8, "lora": 0.92}), rows)
+    assert found.headline == "Use LoRA."
+    text = visible(" ".join(found.reasons))
+    assert "LoRA has the best accuracy" in text
+    assert "the soft prompt, is " in text
+    assert "46.5 kB to keep for each task instead of 9.8 MB" in text
+    assert "the handwritten prompt, it gains" in text
+
+
+def test_the_handwritten_prompt_is_recommended_where_training_gains_nothing() -> None:
+    rows = labelled()
+    found = advice(classified(rows, {"zero-shot": 0.85, "few-shot": 0.85, "soft-prompt": 0.855, "lora": 0.85}), rows)
+    assert found.standing.method == "zero-shot"
+    assert found.headline == "Write the prompt by hand; do not train."
+    assert "No method can be told apart from it on these 400 rows" in found.reasons[0]
+    assert "Training gained nothing that these rows can show." in found.reasons
+
+
+def test_a_soft_prompt_that_ties_with_lora_is_recommended_as_the_cheaper() -> None:
+    rows = labelled()
+    results = classified(rows, {"zero-shot": 0.6, "soft-prompt": 0.88, "lora": 0.884, "full": 0.75})
+    found = advice(results, rows)
+    assert found.standing.method == "soft-prompt"
+    text = visible(" ".join(found.reasons))
+    assert "cannot be told apart" in text
+    assert "the soft prompt is the cheapest" in text
+    assert "learns 11,520 numbers instead of 2,442,240" in text
+
+
+def test_full_fine_tuning_is_recommended_where_nothing_else_comes_near() -> None:
+    rows = labelled()
+    found = advice(classified(rows, {"zero-shot": 0.6, "lora": 0.8, "full": 0.93}), rows)
+    assert found.headline == "Fine-tune the whole model."
+    assert any("18.23 to 31.02" in caution for caution in found.cautions)
+
+
+def test_the_lower_loss_wins_on_plain_text(tmp_path: Path) -> None:
+    rows = [{"text": f"some text {n}"} for n in range(300)]
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(5, 30, len(rows)).astype(float)
+    nats = tokens * rng.normal(3.0, 0.3, len(rows))
+    results = []
+    for method, factor in {"zero-shot": 1.0, "soft-prompt": 0.85, "lora": 0.99}.items():
+        statistics = np.stack([factor * nats, tokens], axis=1)
+        loss = bootstrap(lambda drawn, s=statistics: float(s[drawn, 0].sum() / s[drawn, 1].sum()), len(rows))  # type: ignore[misc]
+        results.append(
+            result(
+                method,
+                "text",
+                statistics=statistics.tolist(),
+                metrics={"loss": loss, "perplexity": Metric(value=20.0, low=18.0, high=23.0)},
+                curve=curve(method, {"loss": loss.value}, 0),
+            )
+        )
+    found = advice(results, rows)
+    assert found.standing.method == "soft-prompt"
+    assert "best loss" in found.reasons[0]
+    behind = {s.method: s.to_best for s in make_standings(results, rows)}
+    assert behind.pop("soft-prompt") is None
+    assert all(by is not None and by.high < 0 for by in behind.values())  # a higher loss is worse
+    text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
+    assert f"{found.standing.figure.value:.3f}" in text
+    assert "Where the methods disagree" not in text
+    assert "nats" in text
+
+
+def test_a_method_that_is_no_better_than_the_most_frequent_label_is_called_that() -> None:
+    rows = [{"text": f"text {n}", "label": "insult" if n % 3 == 0 else "harmless"} for n in range(300)]
+    found = advice(classified(rows, {"zero-shot": 0.5, "soft-prompt": 0.66}), rows)
+    assert any("always answering “\u2068harmless\u2069”" in caution for caution in found.cautions)
+    assert not any("always answering" in c for c in advice(classified(rows, {"lora": 0.9}), rows).cautions)
+
+
+def test_one_seed_and_few_rows_are_told() -> None:
+    rows = labelled(60)
+    text = " ".join(advice(classified(rows, {"zero-shot": 0.5, "lora": 0.9}), rows).cautions)
+    assert "Only 60 rows were scored" in text
+    assert "LoRA ran with one seed" in text
+    many = labelled(400)
+    assert "seed" not in " ".join(advice(classified(many, {"zero-shot": 0.5, "lora": 0.9}, seeds=2), many).cautions)
+
+
+# Robust.
+
+
+def completed(rows: Sequence[Row]) -> list[Result]:
+    inputs = list(dict.fromkeys(row["input"] for row in rows))
+    references = {text: [r["target"] for r in rows if r["input"] == text] for text in inputs}
+    results = []
+    for method in ("zero-shot", "soft-prompt"):
+        written = {text: references[text][0] if method == "soft-prompt" else text for text in inputs}
+        most = max(map(len, references.values()))
+        ranks = [[references[t][k] if k < len(references[t]) else None for t in inputs] for k in range(most)]
+        statistics = BLEU()._extract_corpus_statistics([written[t] for t in inputs], ranks)
+        score = BLEU().corpus_score([written[t] for t in inputs], ranks).score  # type: ignore[arg-type]
+        results.append(
+            result(
+                method,
+                "completion",
+                predictions=[written[row["input"]] for row in rows],
+                statistics=[list(map(float, s)) for s in statistics],
+                metrics={
+                    "bleu": Metric(value=score, low=score - 1, high=score),
+                    "chrf": Metric(value=9, low=8, high=9),
+                },
+                curve=curve(method, {"loss": 1.0}, 0),
+            )
+        )
+    return results
+
+
+def test_completions_that_share_an_input_are_one_sample_with_all_right_answers(tmp_path: Path) -> None:
+    rows = [
+        {"input": f"name[The Mill {n // 2}]", "target": f"The Mill number {n // 2} is a {kind} place to eat"}
+        for n, kind in enumerate(["fine", "good"] * 20)
+    ]
+    results = completed(rows)
+    samples = choose_samples(make_standings(results, rows), rows)
+    assert (samples.inputs, samples.disagree) == (20, 20)
+    assert samples.shown[0].right == [rows[0]["target"], rows[1]["target"]]
+    text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
+    assert "100.0" in text
+    assert "40 test rows with 20 inputs" in text
+    assert "validation loss" in text  # BLEU was not found while learning
+
+
+@pytest.mark.parametrize("shares", [{"zero-shot": 0.7}, {"soft-prompt": 0.8}], ids=["untrained", "trained"])
+def test_one_method_alone_is_reported_without_a_comparison(shares: dict[str, float], tmp_path: Path) -> None:
+    rows = labelled(300)
+    results = classified(rows, shares)
+    text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
+    assert "there is nothing to compare it with" in text
+    assert "Some answers" in text
+    assert ("Learning curves" in text) == ("soft-prompt" in shares)
+
+
+def test_many_labels_are_shown_as_their_most_frequent_mistakes(tmp_path: Path) -> None:
+    labels = [f"intent {n}" for n in range(77)]
+    rows = labelled(770, labels)
+    results = classified(rows, {"soft-prompt": 0.5})
+    page = write_report(results, rows, tmp_path).read_text(encoding="utf-8")
+    assert "The most frequent mistakes" in visible(page)
+    shown = re.findall(r"<tr><td>(\d+)</td><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi></td></tr>", page)
+    wrong = Counter(
+        (row["label"], told) for row, told in zip(rows, results[0].predictions, strict=True) if row["label"] != told
+    )
+    assert [int(number) for number, *_ in shown] == [number for _, number in wrong.most_common(12)]
+    assert all(wrong[right, told] == int(number) for number, right, told in shown)
+    assert 'class="matrix"' not in page
+
+
+def test_figures_that_are_not_finite_leave_no_hole(tmp_path: Path) -> None:
+    rows = labelled(300)
+    results = classified(rows, {"zero-shot": 0.7, "lora": 0.9})
+    nan = float("nan")
+    broken = results[1].model_copy(
+        update={
+            "metrics": {"accuracy": Metric(value=nan, low=nan, high=nan)},
+            "costs": costs("lora").model_copy(update={"prediction_seconds": nan, "perplexity_after": float("inf")}),
+            "statistics": [[nan, 1.0]] * 300,
+        }
+    )
+    page = write_report([results[0], broken], rows, tmp_path).read_text(encoding="utf-8")
+    assert not re.search(r"\b(nan|inf)\b", page, re.IGNORECASE)
+    assert advice([results[0], broken], rows).standing.method == "zero-shot"
+
+
+HOSTILE = '<script>alert("x")</script> & $a_b$ `*| \u202eabc'
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report whose every text wants to be more than text, is very long, or runs from right to left."""
+    folder = tmp_path_factory.mktemp("hostile")
+    labels = [HOSTILE, "אבגד הוזח", "x" * 300]
+    rows = [{"text": f"{HOSTILE} {'longword' * 200} {n}\nשלום עולם", "label": labels[n % 3]} for n in range(90)]
+    results = classified(
+        rows,
+        {"zero-shot": 0.5, f"soft-prompt-{HOSTILE}": 0.8, "lora": 0.7},
+        data=f"/very/{'long' * 60}/{HOSTILE}.csv",
+        settings={HOSTILE: HOSTILE, "verbalizers": dict.fromkeys(labels, HOSTILE)},
+        environment={HOSTILE: HOSTILE},
+    )
+    write_report(results, rows, folder)
+    return folder
+
+
+class _Tags(HTMLParser):
+    """Every tag, and every attribute that could fetch something."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.headings: list[int] = []
+        self.references: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        self.references += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data", "srcset")]
+
+
+def test_markup_in_texts_is_shown_and_not_obeyed(hostile: Path) -> None:
+    page = (hostile / "report.html").read_text(encoding="utf-8")
+    assert "script" not in _Tags(page).tags
+    assert page.count("&lt;script&gt;") > 10
+    written = (hostile / "report.md").read_text(encoding="utf-8")
+    shown = MarkdownIt("commonmark").enable("table").render(written)
+    assert not {"script", "em"} & set(_Tags(shown).tags)
+    assert shown.count("&lt;script&gt;") > 10
+    rows = re.findall("<tr>.*?</tr>", shown, re.DOTALL)
+    assert {len(re.findall("<t[hd]", row)) for row in rows[:4]} == {6}  # no cell is cut in two
+    assert {len(re.findall("<t[hd]", row)) for row in rows[4:]} == {4}
+
+
+def test_the_page_needs_nothing_from_elsewhere(everything: tuple[list[Result], list[Row], Path]) -> None:
+    page = (everything[2] / "report.html").read_text(encoding="utf-8")
+    seen = _Tags(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(seen.tags)
+    assert all(reference.startswith("#") for reference in seen.references)
+    assert "://" not in page.replace("http-equiv", "")
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", page)
+    assert "@import" not in page
+
+
+def test_headings_are_in_order_and_every_plot_has_words(everything: tuple[list[Result], list[Row], Path]) -> None:
+    page = (everything[2] / "report.html").read_text(encoding="utf-8")
+    headings = _Tags(page).headings
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(headings))
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == 6
+    for drawing in drawings:
+        root = ET.fromstring(drawing)
+        assert root.get("role") == "img"
+        assert len(root.get("aria-label") or "") > 40
+        assert not re.search(r"#[0-9a-f]{6}\b", drawing), "a color that the dark page cannot change"
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_plots_use_the_colors_that_the_style_sheet_has(everything: tuple[list[Result], list[Row], Path]) -> None:
+    page = (everything[2] / "report.html").read_text(encoding="utf-8")
+    style = page.partition("</style>")[0]
+    light, _, dark = style.partition("prefers-color-scheme: dark")
+    for name in set(re.findall(r"var\((--[\w-]+)\)", page)) - {"--share"}:
+        assert f"{name}:" in light, name
+        assert f"{name}:" in dark.partition("}\n}")[0], name
+
+
+def test_the_markdown_table_has_a_line_for_each_method(everything: tuple[list[Result], list[Row], Path]) -> None:
+    written = (everything[2] / "report.md").read_text(encoding="utf-8")
+    first = written.partition("## All measurements")[0]
+    lines = [line for line in first.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(ALL)
+    assert {line.count("|") for line in lines} == {7}
+    assert sum(line.startswith("| **") for line in lines) == 1
+    assert "](report.png)" in written
+    assert "\n\n\n" not in written
+
+
+def test_the_picture_is_as_wide_as_a_readme_needs(everything: tuple[list[Result], list[Row], Path]) -> None:
+    with Image.open(everything[2] / "report.png") as picture:
+        assert picture.width >= 1600
+        assert picture.convert("L").getextrema() != (255, 255)
+
+
+def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    rows = labelled(300)
+    results = classified(rows, {"zero-shot": 0.7, "lora": 0.9})
+    with pytest.raises(InputError, match="no results"):
+        write_report([], rows, tmp_path)
+    with pytest.raises(InputError, match="scored on 300 rows, and 299 are given"):
+        write_report(results, rows[1:], tmp_path)
+    other = classified(rows, {"full": 0.7}, base_model="another")
+    with pytest.raises(InputError, match="same base model: another, smollm2-135m"):
+        write_report([*results, *other], rows, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rows = labelled(300)
+    with pytest.raises(InputError, match=r"pip install 'softprompt\[compare\]'"):
+        write_report(classified(rows, {"lora": 0.9}), rows, tmp_path)
+
+
+# In a real browser.
+
+_MEASURE = """<!doctype html><body><iframe src="{page}" style="border:0;width:{width}px;height:900px"></iframe><script>
+addEventListener("load", () => {{
+  const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
+  const boxes = [...inside.querySelectorAll("svg")].map(s => s.getBoundingClientRect());
+  const sizes = boxes.map(box => Math.round(Math.min(box.width, box.height)));
+  document.title = [root.clientWidth, root.scrollWidth, ...sizes].join(" ");
+}});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: none of chromium, chromium-browser, google-chrome")
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("which", ["everything", "hostile"])
+def test_in_a_browser_the_page_does_not_scroll_sideways(
+    which: str, width: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue(which)
+    page = (found if isinstance(found, Path) else found[2]) / "report.html"
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(_MEASURE.format(page=page.as_uri(), width=width), encoding="utf-8")
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'browser'}", "--window-size=1400,1000", "--virtual-time-budget=10000",
+        "--dump-dom", wrapper.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    title = re.search(r"<title>([\d ]+)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    seen, needed, *plots = map(int, title[1].split())
+    assert width - 20 <= seen <= width  # a scroll bar may take a little
+    assert needed <= seen
+    assert len(plots) == 6
+    assert min(plots) >= 80
