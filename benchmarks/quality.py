@@ -14,18 +14,27 @@ rte, cb and boolq (of SuperGLUE, Wang et al. 2019), banking77 (Casanueva et al. 
 
 from __future__ import annotations
 
+import argparse
+import json
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import softprompt as sp
 from sides import collate, virtual_tokens
+from softprompt.comparison.compare import Base, run_method
 from softprompt.comparison.costs import measured
-from softprompt.comparison.methods import METHODS, Answers, Learned, Method
-from softprompt.comparison.results import Point
+from softprompt.comparison.methods import METHODS, Answers, Learned, Method, Protocol
+from softprompt.comparison.results import Point, Result
 from softprompt.data.batching import draw
+from softprompt.data.split import sample
+from softprompt.training.watcher import Watcher
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
 MORE_SEEDS = {"sst2": 3, "cb": 3}
@@ -33,6 +42,7 @@ MINUTES = 4.0
 FOLDER = Path(__file__).parent / "results" / "quality"
 _TRAIN, _VALIDATION, _TEST = 1000, 500, {"e2e": 300}
 _EVALUATIONS = 10
+_CHOOSE = 200  # of the validation rows: more would take time from learning
 
 
 def rows_of(name: str, data: Path) -> tuple[sp.Rows, sp.Rows, sp.Rows]:
@@ -79,21 +89,101 @@ class PeftAsShipped(Method):
                     due += 1
                     scores = plan.scorer.score(protocol.model, prompt.detach().clone())
                     curve.append(Point(step=step, seconds=spent, loss=float(loss.detach()), validation=scores.values()))
-        learned = prompt.detach().clone()
-        self._answers = Answers(protocol.model, plan.encoder.format, plan.encoder.max_length, (learned,))
+        self._learned = prompt.detach().clone()
+        answers = Answers(protocol.model, plan.encoder.format, plan.encoder.max_length, (self._learned,))
         effort.seconds = spent
-        settings = {"max_steps": step, "num_virtual_tokens": 8, "batch_size": 8, "learning_rate": 0.03}
-        return Learned(self._answers, prompt.numel(), effort, tokens, settings, curve)
+        settings: dict[str, object] = {
+            "max_steps": step,
+            "num_virtual_tokens": 8,
+            "batch_size": 8,
+            "learning_rate": 0.03,
+        }
+        self._answers = answers
+        return Learned(answers, prompt.numel(), effort, tokens, settings, curve)
 
     def store(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        torch.save({}, folder / "nothing") if False else (folder / "prompt").write_bytes(
-            self._answers.prompts[0].numpy().tobytes()
-        )
+        save_file({"prompt_embeddings": self._learned}, folder / "adapter_model.safetensors")
 
     def load(self, folder: Path) -> Answers:
-        return self._answers
+        return replace(self._answers, prompts=(load_file(folder / "adapter_model.safetensors")["prompt_embeddings"],))
 
 
 SHIPPED = "peft-prompt-tuning"
-ALL = {**METHODS, SHIPPED: PeftAsShipped}
+ALL: dict[str, type[Method]] = {**METHODS, SHIPPED: PeftAsShipped}
+# In the order in which they tell most, should there be no time for all.
+ORDER = (
+    "zero-shot",
+    "lora",
+    "soft-prompt",
+    "deep-prefix",
+    SHIPPED,
+    "few-shot",
+    "deep-prefix-ensemble",
+    "soft-prompt-ensemble",
+    "full",
+)
+
+
+class Steps(Watcher):
+    """Prints the validation figures as they come."""
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        print(f"  step {step}:", ", ".join(f"{name} {value:.3f}" for name, value in values.items()), flush=True)
+
+
+def path_of(name: str, method: str, seed: int) -> Path:
+    """Return where a result is kept."""
+    return FOLDER / name / f"{method}-{seed}.json"
+
+
+def kept(result: Result) -> dict[str, Any]:
+    """Return a result without what was written from the data sets, and with its statistics in short."""
+    record = result.model_dump(exclude={"predictions", "confusion", "statistics"})
+    if result.task == "classification":
+        record["right"] = "".join(str(int(right)) for right, _ in result.statistics)
+    else:
+        record["statistics"] = [[int(number) for number in row] for row in result.statistics]
+    return record
+
+
+def read(path: Path) -> Result:
+    """Read what `kept` wrote."""
+    record = json.loads(path.read_text())
+    right = record.pop("right", None)
+    if right is not None:
+        record["statistics"] = [[float(bit), 1.0] for bit in right]
+    return Result.model_validate(record)
+
+
+def main() -> None:
+    """Run what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", choices=[*SETS, []], help="default: all")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
+    parser.add_argument("--methods", nargs="*", choices=list(ALL), default=ORDER)
+    parser.add_argument("--seeds", type=int, help=f"default: 1, but {MORE_SEEDS}")
+    options = parser.parse_args()
+    model = sp.load_model()
+    base = Base(model)
+    for method in options.methods:
+        for name in options.sets or SETS:
+            for seed in range(1 if method == "zero-shot" else options.seeds or MORE_SEEDS.get(name, 1)):
+                path = path_of(name, method, seed)
+                if path.exists():
+                    continue
+                began = time.monotonic()
+                config = sp.TuneConfig(max_minutes=MINUTES, eval_rows=_CHOOSE)
+                train, validation, test = rows_of(name, options.data)
+                protocol = Protocol(model, train, sample(validation, _CHOOSE, 0), test, config, search=False)
+                print(f"{name} {method} {seed}", flush=True)
+                with tempfile.TemporaryDirectory() as scratch:
+                    result = run_method(method, seed, protocol, base, Path(scratch), Steps(), ALL)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(kept(result)) + "\n")
+                figures = ", ".join(f"{n} {m.value:.3f}" for n, m in result.metrics.items())
+                print(f"{name} {method} {seed}: {figures}; {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,9 @@ def write_folder(path: Path) -> Iterator[Path]:
         try:
             aside.chmod(0o755)  # mkdtemp's folders are for their owner alone
             yield aside
-            for file in filter(Path.is_file, aside.iterdir()):  # on the disk before the name is: a power cut leaves no half
+            for file in filter(
+                Path.is_file, aside.iterdir()
+            ):  # on the disk before the name is: a power cut leaves no half
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
             if path.exists():

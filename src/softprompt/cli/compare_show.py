@@ -76,7 +76,7 @@ def comparison_table(results: Sequence[Result]) -> Table:
             )
         )
     headers = ("method", name.replace("_", " "), "learned numbers", "stored", "learning", "memory", "a row")
-    return plain_table(headers, rows)
+    return plain_table(headers, rows, whole=1)
 
 
 def _size(count: int) -> str:

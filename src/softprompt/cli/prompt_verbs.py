@@ -68,8 +68,8 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
 
     place, _ = read_settings(ModelConfig, assignments=assignments)
     soft = load_prompt(prompt)
-    readable = isinstance(soft, SoftPrompt) and soft.method == "soft-prompt"  # others have no words near them
-    near = nearest_tokens(load_for(soft, model, place), soft, _NEAREST) if readable else []
+    plain = soft if isinstance(soft, SoftPrompt) and soft.method == "soft-prompt" else None  # others are near no words
+    near = nearest_tokens(load_for(soft, model, place), plain, _NEAREST) if plain else []
     if as_json:
         tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
         print_json({**_summary(soft), "training": soft.record.training, "nearest_tokens": tokens})
@@ -79,11 +79,11 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
         facts["metrics"] = figures(soft.record.metrics)
     texts = [(name.replace("_", " "), value if name == "metrics" else repr(value)) for name, value in facts.items()]
     out.print(plain_table(("", ""), texts))
-    if not isinstance(soft, SoftPrompt) or not readable:
+    if plain is None:
         return
     lines = [
         (str(n), f"{norm:.2f}", "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row))
-        for n, (norm, row) in enumerate(zip(soft.weights.norm(dim=1).tolist(), near, strict=True), start=1)
+        for n, (norm, row) in enumerate(zip(plain.weights.norm(dim=1).tolist(), near, strict=True), start=1)
     ]
     out.print(plain_table(("token", "norm", "nearest in the vocabulary, with cosine similarity"), lines))
 

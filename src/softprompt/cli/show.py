@@ -40,11 +40,13 @@ def figures(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {figure(name, value)}" for name, value in values.items())
 
 
-def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
-    """Return a table of texts, shown as they are."""
+def plain_table(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, whole: int = 0
+) -> Table:
+    """Return a table of texts, shown as they are; the first `whole` columns are as wide as they need to be."""
     table = Table(title=title, title_justify="left", show_header=any(headers))
-    for header in headers:
-        table.add_column(header, overflow="fold")
+    for place, header in enumerate(headers):
+        table.add_column(header, overflow="fold", no_wrap=place < whole)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

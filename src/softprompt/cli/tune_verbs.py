@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--name", metavar="N", help="Also keep the prompt under a name: softprompt prompts list.")
 @click.option(
-    "--ensemble", metavar="K", type=click.IntRange(min=2), help="Learn K prompts and average what they say; K times the time."
+    "--ensemble",
+    metavar="K",
+    type=click.IntRange(min=2),
+    help="Learn K prompts and average what they say; K times the time.",
 )
 def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_json: bool, **options: Any) -> None:
     """Learn a prompt from the rows of DATA.
@@ -97,7 +100,9 @@ def _say_done(out: Path, kept: str | None, record: dict[str, Any]) -> None:
     from softprompt.cli.show import figures
     from softprompt.cli.show import out as console
 
-    of = f"; {len(record['members'])} prompts" if "members" in record else f"; best after step {record.get('best_step')}"
+    of = (
+        f"; {len(record['members'])} prompts" if "members" in record else f"; best after step {record.get('best_step')}"
+    )
     best = f"{of}: validation {figures(record['metrics'])}" if record["metrics"] else ""
     for line in (
         f"{record['steps']} steps in {record['seconds']:.0f} s{best}",
@@ -115,7 +120,8 @@ def _say_done(out: Path, kept: str | None, record: dict[str, Any]) -> None:
 @click.option("--name", hidden=True)
 @click.option("--ensemble", hidden=True)
 def check(
-    out: Path | None, resume: bool, name: str | None, ensemble: str | None, as_json: bool, **options: Any) -> None:
+    out: Path | None, resume: bool, name: str | None, ensemble: str | None, as_json: bool, **options: Any
+) -> None:
     """Dry run of tune: rows, tokens, memory, time.
 
     Nothing is written. One step is run, to measure its time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -113,10 +113,10 @@ def compare(
         results = {key: read_result(file) for key, file in files.items() if file.exists()}
         todo = [key for key in asked if key not in results]
         watcher.begin(protocol, list(results.values()), todo)
-        base = _Base(model) if todo else None
+        base = Base(model) if todo else None
         for name, seed in todo:
             assert base is not None
-            results[name, seed] = _run(name, seed, protocol, base, folder, watcher.method(name, seed))
+            results[name, seed] = run_method(name, seed, protocol, base, folder, watcher.method(name, seed))
             results[name, seed].save(folder / RESULTS)
             watcher.result(results[name, seed])
         found, rows = [results[key] for key in asked], list(protocol.test)
@@ -181,7 +181,7 @@ def _begin(folder: Path, protocol: Protocol) -> None:
             )
 
 
-class _Base:
+class Base:
     """The base model before anything was learned."""
 
     def __init__(self, model: FrozenModel) -> None:
@@ -189,9 +189,17 @@ class _Base:
         self.perplexity = general_perplexity(model)
 
 
-def _run(name: str, seed: int, protocol: Protocol, base: _Base, folder: Path, watcher: Watcher) -> Result:
+def run_method(
+    name: str,
+    seed: int,
+    protocol: Protocol,
+    base: Base,
+    folder: Path,
+    watcher: Watcher,
+    methods: Mapping[str, type[Method]] = METHODS,
+) -> Result:
     """Let a method learn, and measure what it gives and takes."""
-    method = METHODS[name](protocol, seed, watcher)
+    method = methods[name](protocol, seed, watcher)
     try:
         learned = method.learn()
         answering = learned.answers.model

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softprompt.comparison.costs import Effort, measured
 from softprompt.comparison.few_shot import FewShot, search, zero_shot
@@ -473,8 +473,9 @@ class Full(OwnWeights):
         self.model.hf_model.save_pretrained(folder)
 
     def load(self, folder: Path) -> Answers:
-        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.hf_model.dtype)
-        model = around(hf_model.to(self.model.device).eval().requires_grad_(False), self.model)
+        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.hf_model.dtype)
+        hf_model = hf_model.eval().requires_grad_(False)
+        model = around(hf_model.to(self.model.device), self.model)  # type: ignore[arg-type]
         return Answers(model, self._answers.format, self._answers.max_length)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
     Raises:
         SettingsError: PEFT is missing.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is there, PEFT loads it, and it talks
     try:
         from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError as error:
@@ -55,7 +57,7 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
         warnings.simplefilter("ignore")  # of what PEFT corrects by itself, such as the layout of GPT-2's weights
         if folder is None:
             config = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-            wrapped = get_peft_model(model.hf_model, config)
+            wrapped: PeftModel = get_peft_model(model.hf_model, config)
         else:
             wrapped = PeftModel.from_pretrained(model.hf_model, folder)
     try:

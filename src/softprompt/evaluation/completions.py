@@ -52,7 +52,8 @@ class Completions:
 
     def bleu_statistics(self) -> list[list[float]]:
         """Return what BLEU is made from, per distinct input: lengths, then right n-grams and all, of 1 to 4 words."""
-        return self._statistics(BLEU()).tolist()
+        statistics: list[list[float]] = self._statistics(BLEU()).tolist()
+        return statistics
 
     def _statistics(self, metric: BLEU | CHRF) -> NDArray[np.float64]:
         most = max(map(len, self.references))

@@ -118,7 +118,9 @@ class Side:
     def __init__(
         self, model: FrozenModel, encoder: Encoder, scorer: Scorer, prompts: Sequence[Tensor | None] = (None,)
     ) -> None:
-        self.scores = averaged(scorer.score_all(model, prompts)) if len(prompts) > 1 else scorer.score(model, prompts[0])
+        self.scores = (
+            averaged(scorer.score_all(model, prompts)) if len(prompts) > 1 else scorer.score(model, prompts[0])
+        )
         completion = encoder.format.task == "completion"
         self.completions = complete(model, prompts, encoder, scorer.rows) if completion else None
 
@@ -141,4 +143,6 @@ class Side:
             return self.completions.bleu_statistics()
         if isinstance(self.scores, LabelScores):
             return [[float(right), 1.0] for right in self.scores.predicted == self.scores.gold]
-        return [[float(loss), float(tokens)] for loss, tokens in zip(self.scores.losses, self.scores.tokens, strict=True)]
+        return [
+            [float(loss), float(tokens)] for loss, tokens in zip(self.scores.losses, self.scores.tokens, strict=True)
+        ]

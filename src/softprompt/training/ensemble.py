@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt.config import TuneConfig
+from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.split import split_rows
 from softprompt.errors import SettingsError
 from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.scoring import make_scorer
-from softprompt.data.examples import Encoder
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Ensemble
 from softprompt.training.run_folder import write_predictions
