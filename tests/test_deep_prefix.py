@@ -23,8 +23,9 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
+from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.reading import nearest_tokens
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record, load_prompt
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.plan import make_plan
 from softprompt.training.tune import tune
 from softprompt.training.watcher import Watcher
@@ -185,7 +186,9 @@ def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> Non
         with pytest.raises(PromptError, match="do not make"):
             load_prompt(tmp_path / "prefix")
     with pytest.raises(SettingsError, match="for method=soft-prompt"):
-        make_plan(llama, load_data([{"text": "a film"}] * 30), TuneConfig(**DEEP, parameterization="residual"))
+        make_plan(
+            llama, load_data([{"text": "a film"}] * 30), TuneConfig(**DEEP, parameterization="residual", eval_rows=0)
+        )
     file.write_text(json.dumps(good))
     weights = tmp_path / "prefix" / "adapter_model.safetensors"
     save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights)

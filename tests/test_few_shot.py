@@ -66,7 +66,7 @@ def test_completions_end_as_demonstrations_show_it(llama: FrozenModel, monkeypat
     written = llama.tokenizer(" good\n\nanother")["input_ids"]
     monkeypatch.setattr("softprompt.decoding._Decoder._choose", lambda _self, line, _row: written[_new(line)])
     monkeypatch.setattr(completions.GenerateConfig, "max_length", 8, raising=False)
-    assert complete(llama, None, encoder, load_data([{"input": "a", "target": "x" * 30}])).outputs == ["good"]
+    assert complete(llama, [None], encoder, load_data([{"input": "a", "target": "x" * 30}])).outputs == ["good"]
 
 
 def _new(line: object) -> int:
@@ -162,7 +162,7 @@ def test_completions_are_written_behind_demonstrations(llama: FrozenModel) -> No
     longest = 1 + len(llama.tokenizer("good and bad")["input_ids"])
     plain = llama.hf_model.generate(input_ids=ids, max_new_tokens=longest, do_sample=False)[0, ids.shape[1] :]
     expected = llama.tokenizer.decode(plain, skip_special_tokens=True).split("\n\n")[0].strip()
-    assert complete(llama, None, Encoder(llama.tokenizer, form, 512), rows).outputs == [expected]
+    assert complete(llama, [None], Encoder(llama.tokenizer, form, 512), rows).outputs == [expected]
 
 
 # What does not fit.

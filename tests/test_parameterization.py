@@ -8,8 +8,8 @@ import torch
 
 from softprompt.data.rows import load_data
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.parameterization import Residual, parameterize
-from softprompt.prompt.soft_prompt import load_prompt
 from softprompt.training.plan import make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import SilentRunFolder

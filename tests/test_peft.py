@@ -23,7 +23,8 @@ from conftest import frozen, tiny_model, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.errors import PromptError
 from softprompt.generation import generate
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record, load_prompt
+from softprompt.prompt.ensemble import load_prompt
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.trainable import TrainablePrompt
 
 

@@ -22,8 +22,8 @@ from softprompt.errors import InputError, PromptError, RunError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.initialization import labels_prompt, random_prompt, text_prompt, vocabulary_prompt
-from softprompt.prompt.soft_prompt import load_prompt
 from softprompt.training import prompt_loop
 from softprompt.training.loop import learning_rate
 from softprompt.training.tune import tune

@@ -148,7 +148,7 @@ class Encoder:
         if self.format.demonstrations:
             # Without them, nothing predicts a text's first token if no other leads; with them, the same tokens count.
             start = behind if self.leading else behind + 1
-            if False:
+            if start >= self.max_length:
                 raise DataError(
                     f"{where}: the demonstrations alone have {start} tokens, but max_length is {self.max_length}; "
                     "raise max_length, or show fewer"

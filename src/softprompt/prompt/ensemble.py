@@ -86,7 +86,7 @@ def load_prompt(prompt: str | Path) -> Prompt:
         names, metrics = [str(name) for name in loaded["members"]], dict(loaded["metrics"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PromptError(f"{file} is damaged: {error}") from error
-    if len(names) < 2 or any(Path(name).name != name for name in names):
+    if len(names) < 2 or any(Path(name).name != name or not (path / name).is_dir() for name in names):
         raise PromptError(f"{file} is damaged: it must name two or more folders beside it")
     prompts = tuple(load_soft_prompt(path / name) for name in names)
     first = prompts[0].record

@@ -1,0 +1,171 @@
+"""Ensembles: several prompts from several seeds, kept in one folder and run as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import softprompt as sp
+from conftest import SHORT, Command
+from softprompt.config import GenerateConfig
+from softprompt.data.rows import load_data
+from softprompt.decoding import continue_ids
+from softprompt.errors import PromptError, SettingsError
+from softprompt.evaluation.evaluate import evaluate
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import Ensemble, load_prompt
+from softprompt.training.ensemble import tune_ensemble
+from softprompt.training.tune import tune
+from test_training import prompt_bytes, short
+
+
+def near(model: FrozenModel, length: int, seed: int) -> Tensor:
+    """A prompt that moves the model's choice of tokens."""
+    return torch.randn(length, model.embedding_width, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_several_prompts_write_what_the_mean_of_their_probabilities_says(llama: FrozenModel, beams: int) -> None:
+    """One beam is compared with a plain loop; several at least with the loop's likelihood, which they must not fall below."""
+    prompts, inputs = [near(llama, 4, 1), near(llama, 7, 2), None], [[5, 6, 7, 8], [9, 10]]
+    written = continue_ids(llama, prompts, inputs, [6, 6], GenerateConfig(num_beams=beams))
+    alone = [continue_ids(llama, [p], inputs, [6, 6], GenerateConfig(num_beams=beams)) for p in prompts]
+    assert written not in alone  # they do not agree, so that there is something to average
+
+    def mean(ids: list[int]) -> Tensor:
+        shares = [llama.read(llama.prefix(p), [ids])[0][0].softmax(-1) for p in prompts]
+        return torch.stack(shares).mean(0)
+
+    for ids, text in zip(inputs, written, strict=True):
+        expected = list(ids)
+        for _ in range(6):
+            token = int(mean(expected).argmax())
+            if token == llama.tokenizer.eos_token_id:
+                break
+            expected.append(token)
+        if beams == 1:
+            assert text == llama.tokenizer.decode(expected)[len(llama.tokenizer.decode(ids)) :]
+
+
+def test_members_learn_from_other_orders_and_are_chosen_by_the_same_rows(
+    llama: FrozenModel, reviews: Path, tmp_path: Path
+) -> None:
+    rows = load_data(reviews)
+    result = tune_ensemble(llama, rows, short(), members=3, out=tmp_path / "run")
+    seeds = [run.settings.seed for run in result.runs]
+    assert seeds == [0, 1, 2]
+    assert len({run.prompt.weights.sum().item() for run in result.runs}) == 3
+    validation = [
+        [
+            json.loads(line)["text"]
+            for line in (tmp_path / "run" / f"member-{n}" / "predictions.jsonl").read_text().splitlines()
+        ]
+        for n in (1, 2, 3)
+    ]
+    assert validation[0] == validation[1] == validation[2]
+    shares = np.mean(
+        [
+            [
+                json.loads(line)["probabilities"]["positive"]
+                for line in (tmp_path / "run" / f"member-{n}" / "predictions.jsonl").read_text().splitlines()
+            ]
+            for n in (1, 2, 3)
+        ],
+        axis=0,
+    )
+    found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [f["probabilities"]["positive"] for f in found] == pytest.approx(shares.tolist(), rel=1e-4)
+    right = np.mean([f["prediction"] == f["label"] for f in found])
+    assert result.metrics["accuracy"] == pytest.approx(right)
+
+
+def test_an_ensemble_comes_back_as_it_was_and_evaluates_as_the_mean(
+    llama: FrozenModel, reviews: Path, tmp_path: Path
+) -> None:
+    rows = load_data(reviews)
+    result = tune_ensemble(llama, rows, short(method="deep-prefix"), members=2, out=tmp_path / "run")
+    again = load_prompt(tmp_path / "run" / "prompt")
+    assert isinstance(again, Ensemble)
+    assert all(torch.equal(a, b) for a, b in zip(again.members, result.prompt.members, strict=True))
+    assert again.record.metrics == result.metrics
+    done = evaluate(llama, rows, again)
+    alone = [evaluate(llama, rows, one) for one in again.prompts]
+    for record, *each in zip(done.predictions, *(a.predictions for a in alone), strict=True):
+        mean = np.mean([one["probabilities"]["positive"] for one in each])
+        assert record["probabilities"]["positive"] == pytest.approx(mean, rel=1e-4)
+    assert sp.generate(llama, ["a fine film"], again)[0] in (
+        "positive",
+        "negative",
+        *sp.generate(llama, ["a fine film"], again),
+    )
+
+
+def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows = load_data(reviews)
+    tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "whole")
+    first = short(seed=0)
+    assert first == short()
+
+    class StoppedError(Exception): ...
+
+    class Stopper(sp.Watcher):
+        steps = 0
+
+        def step(self, step: int, loss: float) -> None:
+            self.steps += 1
+            if self.steps == 9:  # in the second member
+                raise StoppedError
+
+    with pytest.raises(StoppedError):
+        tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "parts", watcher=Stopper())
+    counted = Stopper()
+    counted.steps = 100
+    tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "parts", resume=True, watcher=counted)
+    assert counted.steps == 104  # the second member's last four
+    for n in (1, 2):
+        assert prompt_bytes(tmp_path / "parts" / f"member-{n}") == prompt_bytes(tmp_path / "whole" / f"member-{n}")
+
+
+def test_what_is_no_ensemble_is_refused(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows = load_data(reviews)
+    with pytest.raises(SettingsError, match="give two members or more"):
+        tune_ensemble(llama, rows, short(), members=1)
+    folder = tune_ensemble(llama, rows, short(max_steps=1), members=2).prompt.save(tmp_path / "prompt")
+    with pytest.raises(PromptError, match="is an ensemble; give one of its members"):
+        sp.tune(llama, rows, short(init=f"prompt:{folder}"))
+    record = json.loads((folder / "ensemble.json").read_text())
+    for members in (["member-1"], ["member-1", "../elsewhere"], "member-1", None):
+        (folder / "ensemble.json").write_text(json.dumps({**record, "members": members}))
+        with pytest.raises(PromptError, match="is damaged"):
+            load_prompt(folder)
+    tune(llama, rows, short(max_steps=1, template="{{ text }} is")).prompt.save(folder / "member-2")
+    (folder / "ensemble.json").write_text(json.dumps(record))
+    with pytest.raises(PromptError, match="is for another task or model"):
+        load_prompt(folder)
+    with pytest.raises(PromptError, match="is not an ensemble"):
+        tune_ensemble(llama, rows, short(max_steps=1), members=2).prompt.save(folder / "member-1")
+
+
+def test_the_command_learns_keeps_and_uses_an_ensemble(command: Command, llama_folder: Path, reviews: Path) -> None:
+    done = command(
+        "tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", "--name", "two", "--json", *SHORT
+    )
+    assert done.record["kept"] == "two@1"
+    assert done.record["steps"] == 6
+    assert [member["settings"]["seed"] for member in done.record["members"]] == [0, 1]
+    assert command("evaluate", "two", reviews, "--json").record["metrics"]["accuracy"]["value"] >= 0
+    assert command("generate", "run/prompt", "a fine film").code == 0
+    assert command("prompts", "list", "--json").record["prompts"][0]["members"] == 2
+    shown = command("prompts", "show", "two")
+    assert (shown.code, "ensemble" in shown.out) == (0, True)
+    again = command(
+        "tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", "--resume", "--json", *SHORT
+    )
+    assert (again.code, again.record["steps"]) == (0, 6)
+    assert command("tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", *SHORT).code == 2
