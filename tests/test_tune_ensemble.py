@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,10 @@ from softprompt.training.tune import tune
 from test_training import prompt_bytes, short
 
 
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+
+
 def near(model: FrozenModel, length: int, seed: int) -> Tensor:
     """A prompt that moves the model's choice of tokens."""
     return torch.randn(length, model.embedding_width, generator=torch.Generator().manual_seed(seed)) * 2
@@ -32,7 +37,7 @@ def near(model: FrozenModel, length: int, seed: int) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("beams", [1, 3])
 def test_several_prompts_write_what_the_mean_of_their_probabilities_says(llama: FrozenModel, beams: int) -> None:
-    """One beam is compared with a plain loop; several at least with the loop's likelihood, which they must not fall below."""
+    """One beam is compared with a plain loop; of several, that they are not what one prompt alone would write."""
     prompts, inputs = [near(llama, 4, 1), near(llama, 7, 2), None], [[5, 6, 7, 8], [9, 10]]
     written = continue_ids(llama, prompts, inputs, [6, 6], GenerateConfig(num_beams=beams))
     alone = [continue_ids(llama, [p], inputs, [6, 6], GenerateConfig(num_beams=beams)) for p in prompts]
@@ -61,25 +66,10 @@ def test_members_learn_from_other_orders_and_are_chosen_by_the_same_rows(
     seeds = [run.settings.seed for run in result.runs]
     assert seeds == [0, 1, 2]
     assert len({run.prompt.weights.sum().item() for run in result.runs}) == 3
-    validation = [
-        [
-            json.loads(line)["text"]
-            for line in (tmp_path / "run" / f"member-{n}" / "predictions.jsonl").read_text().splitlines()
-        ]
-        for n in (1, 2, 3)
-    ]
-    assert validation[0] == validation[1] == validation[2]
-    shares = np.mean(
-        [
-            [
-                json.loads(line)["probabilities"]["positive"]
-                for line in (tmp_path / "run" / f"member-{n}" / "predictions.jsonl").read_text().splitlines()
-            ]
-            for n in (1, 2, 3)
-        ],
-        axis=0,
-    )
-    found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    members = [records(tmp_path / "run" / f"member-{n}") for n in (1, 2, 3)]
+    assert [r["text"] for r in members[0]] == [r["text"] for r in members[1]] == [r["text"] for r in members[2]]
+    shares = np.mean([[r["probabilities"]["positive"] for r in member] for member in members], axis=0)
+    found = records(tmp_path / "run")
     assert [f["probabilities"]["positive"] for f in found] == pytest.approx(shares.tolist(), rel=1e-4)
     right = np.mean([f["prediction"] == f["label"] for f in found])
     assert result.metrics["accuracy"] == pytest.approx(right)
@@ -99,18 +89,12 @@ def test_an_ensemble_comes_back_as_it_was_and_evaluates_as_the_mean(
     for record, *each in zip(done.predictions, *(a.predictions for a in alone), strict=True):
         mean = np.mean([one["probabilities"]["positive"] for one in each])
         assert record["probabilities"]["positive"] == pytest.approx(mean, rel=1e-4)
-    assert sp.generate(llama, ["a fine film"], again)[0] in (
-        "positive",
-        "negative",
-        *sp.generate(llama, ["a fine film"], again),
-    )
+    assert sp.generate(llama, ["a fine film"], again) != [""]
 
 
 def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     rows = load_data(reviews)
     tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "whole")
-    first = short(seed=0)
-    assert first == short()
 
     class StoppedError(Exception): ...
 
@@ -152,10 +136,12 @@ def test_what_is_no_ensemble_is_refused(llama: FrozenModel, reviews: Path, tmp_p
         tune_ensemble(llama, rows, short(max_steps=1), members=2).prompt.save(folder / "member-1")
 
 
-def test_the_command_learns_keeps_and_uses_an_ensemble(command: Command, llama_folder: Path, reviews: Path) -> None:
-    done = command(
-        "tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", "--name", "two", "--json", *SHORT
-    )
+def test_the_command_learns_keeps_and_uses_an_ensemble(
+    command: Command, llama_folder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
+    tuning = ["tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", *SHORT]
+    done = command(*tuning, "--name", "two", "--json")
     assert done.record["kept"] == "two@1"
     assert done.record["steps"] == 6
     assert [member["settings"]["seed"] for member in done.record["members"]] == [0, 1]
@@ -164,8 +150,6 @@ def test_the_command_learns_keeps_and_uses_an_ensemble(command: Command, llama_f
     assert command("prompts", "list", "--json").record["prompts"][0]["members"] == 2
     shown = command("prompts", "show", "two")
     assert (shown.code, "ensemble" in shown.out) == (0, True)
-    again = command(
-        "tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", "--resume", "--json", *SHORT
-    )
+    again = command(*tuning, "--resume", "--json")
     assert (again.code, again.record["steps"]) == (0, 6)
-    assert command("tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", *SHORT).code == 2
+    assert command(*tuning).code == 2

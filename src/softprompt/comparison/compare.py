@@ -253,7 +253,7 @@ def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Si
         settings={**learned.settings, "equal": protocol.equal, "search": protocol.search},
         metrics=side.metrics(),
         confusion=side.scores.confusion() if isinstance(side.scores, LabelScores) else None,
-        predictions=[str(record.get("prediction", "")) for record in side.predictions()],
+        predictions=[str(record["prediction"]) for record in side.predictions() if "prediction" in record],
         statistics=side.statistics(),
         costs=costs,
         curve=learned.curve,

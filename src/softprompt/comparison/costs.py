@@ -22,6 +22,8 @@ from softprompt.evaluation.scoring import TextScorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import give_back
 
+_LONGEST = 512  # tokens of a paragraph
+
 
 @dataclass
 class Effort:
@@ -88,7 +90,8 @@ def general_perplexity(model: FrozenModel) -> float:
     """Return the perplexity of a text on everyday matters, which no task has to do with."""
     text = files("softprompt.comparison").joinpath("general.txt").read_text(encoding="utf-8")
     rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
-    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows)
+    most = min(_LONGEST, model.context_length or _LONGEST)
+    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), most), rows)
     return math.exp(scorer.score(model, None).loss())
 
 

@@ -1,0 +1,263 @@
+"""The comparison: every method under one protocol, kept, resumed and measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import softprompt as sp
+from conftest import Command
+from softprompt.comparison import compare as comparing
+from softprompt.comparison.compare import USUAL, ComparisonWatcher, compare
+from softprompt.comparison.costs import general_perplexity, measured, weights_hash
+from softprompt.comparison.methods import MEMBERS, METHODS, Answers
+from softprompt.comparison.results import Result, read_result, statistic
+from softprompt.data.rows import Rows, load_data
+from softprompt.errors import InputError, SettingsError
+from softprompt.evaluation.evaluate import evaluate
+from softprompt.model.frozen import FrozenModel
+from softprompt.training.watcher import Watcher
+from test_training import short
+
+ALL = (*USUAL, "soft-prompt-ensemble", "deep-prefix-ensemble")
+
+
+def films(count: int) -> Rows:
+    return load_data(
+        [{"text": f"a {'fine' if n % 2 else 'dull'} film {n}", "label": ("bad", "good")[n % 2]} for n in range(count)]
+    )
+
+
+def settings(**more: Any) -> sp.TuneConfig:
+    return short(max_steps=12, batch_size=4, eval_every=None, learning_rate=None, **more)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, llama: FrozenModel) -> tuple[Path, list[Result]]:
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    done = compare(llama, films(60), methods=ALL, out=folder, config=settings(), equal="examples")
+    assert done.report == folder / "report.html"
+    return folder, done.results
+
+
+def test_every_method_is_scored_on_the_same_rows_and_kept(compared: tuple[Path, list[Result]]) -> None:
+    folder, results = compared
+    assert [r.method for r in results] == list(ALL)
+    assert {json.dumps(r.rows) for r in results} == {'{"train": 39, "validation": 9, "test": 12}'}
+    assert all(len(r.statistics) == len(r.predictions) == 12 for r in results)
+    rows = load_data(folder / "test-rows.jsonl")
+    for result in results:
+        assert read_result(folder / "results" / f"{result.method}-0.json") == result
+        right = [row["label"] == p for row, p in zip(rows, result.predictions, strict=True)]
+        assert result.primary.value == pytest.approx(np.mean(right))
+        assert statistic("classification", np.array(result.statistics).sum(axis=0)) == pytest.approx(np.mean(right))
+    assert "<svg" in (folder / "report.html").read_text()
+    assert (folder / "report.md").exists()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_costs_are_those_of_the_methods(compared: tuple[Path, list[Result]], llama: FrozenModel) -> None:
+    folder, results = compared
+    costs = {r.method: r.costs for r in results}
+    weights = sum(p.numel() for p in llama.hf_model.parameters())
+    assert costs["zero-shot"].trainable_parameters == costs["few-shot"].trainable_parameters == 0
+    assert costs["soft-prompt"].trainable_parameters == 5 * 32
+    assert costs["deep-prefix"].trainable_parameters == 5 * 4 * 2 * 2 * 8
+    assert costs["soft-prompt-ensemble"].trainable_parameters == MEMBERS * 5 * 32
+    assert 0 < costs["lora"].trainable_parameters < costs["full"].trainable_parameters == weights
+    for name, cost in costs.items():
+        kept = folder / "tasks" / f"{name}-0"
+        assert kept.exists() == (name != "full")
+        if kept.exists():
+            assert cost.stored_bytes == sum(f.stat().st_size for f in kept.rglob("*") if f.is_file())
+        assert min(cost.train_seconds, cost.prediction_seconds, cost.switch_seconds) > 0
+        assert cost.base_unchanged == (name != "full")
+    assert costs["full"].stored_bytes > 4 * weights
+    own = general_perplexity(llama)
+    for name, cost in costs.items():
+        assert cost.perplexity_before == own
+        assert (cost.perplexity_after == own) == (name not in ("lora", "full"))
+
+
+def test_all_trained_methods_see_the_same_tokens(compared: tuple[Path, list[Result]]) -> None:
+    by_method = {r.method: r for r in compared[1]}
+    trained = [by_method[name] for name in ("soft-prompt", "deep-prefix", "lora", "full")]
+    assert len({r.costs.train_tokens for r in trained}) == 1
+    for result in trained:
+        assert result.settings["max_steps"] == 12 - 3  # a tenth of the steps went to each of three learning rates
+        assert result.curve[0].step == 0
+        assert result.curve[-1].step == 9
+    rates = {r.method: r.settings["learning_rate"] for r in trained}
+    assert rates["lora"] in (pytest.approx(1e-3 / 3), 1e-3, pytest.approx(3e-3))
+
+
+@pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix", "soft-prompt-ensemble"])
+def test_what_was_kept_answers_as_the_figures_say(
+    compared: tuple[Path, list[Result]], llama: FrozenModel, method: str
+) -> None:
+    folder, results = compared
+    test = load_data(folder / "test-rows.jsonl")
+    done = evaluate(llama, test, sp.load_prompt(folder / "tasks" / f"{method}-0"))
+    (result,) = (r for r in results if r.method == method)
+    assert done.metrics["loss"].value == pytest.approx(result.metrics["loss"].value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stored_method_answers_as_before_when_it_is_loaded(llama: FrozenModel, tmp_path: Path, name: str) -> None:
+    rows = films(60)
+    protocol = comparing._protocol(llama, rows, None, None, settings(), "examples", False)
+    method = METHODS[name](protocol, 0, Watcher())
+    try:
+        learned = method.learn()
+        before = learned.answers.side(protocol.test).scores.losses
+        method.store(tmp_path / "task")
+        for _ in range(2):
+            answers = method.load(tmp_path / "task")
+            assert isinstance(answers, Answers)
+            np.testing.assert_allclose(answers.side(protocol.test).scores.losses, before, rtol=1e-4, atol=1e-5)
+    finally:
+        method.close()
+    assert not any(p.requires_grad for p in llama.hf_model.parameters())
+
+
+def test_what_is_done_is_not_run_again_and_what_is_not_is(
+    llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, methods = films(60), ("zero-shot", "soft-prompt", "lora")
+    run, ran, stops = comparing.run_method, [], [("lora", 1)]
+
+    def counted(name: str, seed: int, *rest: Any) -> Result:
+        if (name, seed) in stops:
+            stops.remove((name, seed))
+            raise KeyboardInterrupt
+        ran.append((name, seed))
+        return run(name, seed, *rest)
+
+    monkeypatch.setattr(comparing, "run_method", counted)
+    common: dict[str, Any] = {"methods": methods, "seeds": 2, "config": settings(), "equal": "examples"}
+    before = weights_hash(llama.hf_model)
+    with pytest.raises(KeyboardInterrupt):
+        compare(llama, rows, out=tmp_path / "out", **common)
+    assert ran == [("zero-shot", 0), ("soft-prompt", 0), ("soft-prompt", 1), ("lora", 0)]
+    assert weights_hash(llama.hf_model) == before
+    done = compare(llama, rows, out=tmp_path / "out", **common)
+    assert ran[4:] == [("lora", 1)]
+    assert [(r.method, r.seed) for r in done.results] == [*ran[:4], ("lora", 1)]
+    assert done.results[1].settings["seed"] == 0
+    assert compare(llama, rows, out=tmp_path / "out", **common).results == done.results
+    assert len(ran) == 5
+
+
+def test_a_folder_holds_one_comparison(llama: FrozenModel, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"methods": ["zero-shot"], "out": tmp_path / "out"}
+    compare(llama, films(60), config=settings(), **common)
+    for other, rows, more in (
+        ("rows", films(62), {}),
+        ("settings", films(60), {"template": "{{ text }} is"}),
+        ("settings", films(60), {"max_minutes": 2}),
+    ):
+        with pytest.raises(InputError, match=f"holds a comparison with other {other}"):
+            compare(llama, rows, config=settings(**more), **common)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and holds no comparison"):
+        compare(llama, films(60), methods=["zero-shot"], out=tmp_path / "else")
+    (tmp_path / "out" / "results" / "zero-shot-0.json").write_text("{")
+    with pytest.raises(InputError, match="remove it, and the method is run again"):
+        compare(llama, films(60), config=settings(), **common)
+
+
+def test_what_cannot_be_compared_is_said_at_once(llama: FrozenModel) -> None:
+    with pytest.raises(SettingsError, match=r"no method 'loar'.*did you mean"):
+        compare(llama, films(60), methods=["loar"])
+    with pytest.raises(SettingsError, match="needs validation rows"):
+        compare(llama, films(60), config=settings(eval_rows=0))
+    with pytest.raises(InputError, match="is for text"):
+        compare(llama, films(60), test_data=load_data([{"text": "a film"}]))
+
+
+@pytest.mark.parametrize("task", ["completion", "text"])
+def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: str) -> None:
+    if task == "completion":
+        rows = load_data([{"input": f"parcel {n // 2}", "target": f"the parcel {n} came"} for n in range(60)])
+    else:
+        rows = load_data([{"text": f"the parcel {n} never came"} for n in range(60)])
+    done = compare(llama, rows, methods=ALL, out=tmp_path / "out", config=settings(), equal="examples")
+    for result in done.results:
+        sums = np.array(result.statistics).sum(axis=0)
+        assert statistic(result.task, sums) == pytest.approx(result.primary.value, rel=1e-6)
+    assert len({len(r.statistics) for r in done.results}) == 1
+
+
+def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softprompt.comparison import methods
+    from softprompt.training.loop import Pace
+
+    monkeypatch.setattr(methods, "measure_pace", lambda _loop: Pace(step=0.5, evaluation=0.0))
+    watcher = Notes()
+    config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1)
+    done = compare(llama, films(60), methods=["soft-prompt", "few-shot"], config=config, watcher=watcher)
+    steps = done.results[0].settings["max_steps"]
+    assert 9 <= steps <= 12  # of 12 that fit; trying the learning rates takes a little
+    assert watcher.told == ["begin 2", "soft-prompt", "soft-prompt done", "few-shot", "few-shot done"]
+    assert done.report is None
+    given = compare(llama, films(60), methods=["soft-prompt"], config=config.model_copy(update={"learning_rate": 0.5}))
+    assert given.results[0].settings["learning_rate"] == 0.5
+
+
+class Notes(ComparisonWatcher):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def begin(self, protocol: Any, done: Any, todo: Any) -> None:
+        self.told.append(f"begin {len(todo)}")
+
+    def method(self, name: str, seed: int) -> Watcher:
+        self.told.append(name)
+        return Watcher()
+
+    def result(self, result: Result) -> None:
+        self.told.append(f"{result.method} done")
+
+
+def test_memory_is_the_peak_above_what_was_held() -> None:
+    held = torch.ones(20_000_000)  # 80 MB that were there before
+    with measured(torch.device("cpu")) as small:
+        torch.ones(1000).sum()
+    with measured(torch.device("cpu")) as large:
+        for _ in range(3):  # one after the other: the peak is one of them
+            torch.ones(50_000_000).sum()
+    assert held.sum() > 0
+    assert small.peak_bytes < 20e6
+    assert 190e6 < large.peak_bytes < 330e6
+
+
+def test_a_changed_weight_changes_the_hash(llama: FrozenModel) -> None:
+    before = weights_hash(llama.hf_model)
+    weight = next(llama.hf_model.parameters())
+    kept = weight.data.clone()
+    weight.data[0, 0] += 1e-6
+    assert weights_hash(llama.hf_model) != before
+    weight.data.copy_(kept)
+    assert weights_hash(llama.hf_model) == before
+
+
+def test_the_command_compares_and_goes_on(command: Command, llama_folder: Path, reviews: Path) -> None:
+    asked = ["compare", reviews, "--model", llama_folder, "--methods", "zero-shot,soft-prompt", "--out", "out"]
+    asked += ["--equal", "examples", "--set", "max_steps=4", "--set", "num_virtual_tokens=5"]
+    shown = command(*asked)
+    assert shown.code == 0
+    assert "soft-prompt" in shown.out
+    assert "report: out/report.html" in shown.out
+    again = command(*asked, "--json")
+    assert "2 results are there already" in again.err
+    assert [r["method"] for r in again.record["results"]] == ["zero-shot", "soft-prompt"]
+    assert again.record["metric"] == "accuracy"
+    assert command(*asked[:5], "nonsense", *asked[6:]).code == 2
