@@ -10,6 +10,7 @@ from rich.table import Table
 
 from softprompt.cli.show import TerminalWatcher, err, figure, plain_table
 from softprompt.comparison.compare import ComparisonWatcher
+from softprompt.comparison.figures import size
 from softprompt.comparison.methods import Protocol
 from softprompt.comparison.results import PRIMARY, Result
 from softprompt.training.watcher import Watcher
@@ -69,18 +70,11 @@ def comparison_table(results: Sequence[Result]) -> Table:
                 method,
                 f"{figure(name, float(np.mean(values)))} {spread}",
                 f"{costs[0].trainable_parameters:,}",
-                _size(costs[0].stored_bytes),
+                size(costs[0].stored_bytes),
                 f"{np.mean([c.train_seconds for c in costs]):.0f} s",
-                _size(int(np.mean([c.peak_bytes for c in costs]))),
+                size(int(np.mean([c.peak_bytes for c in costs]))),
                 f"{1000 * np.mean([c.prediction_seconds for c in costs]):.0f} ms",
             )
         )
     headers = ("method", name.replace("_", " "), "learned numbers", "stored", "learning", "memory", "a row")
     return plain_table(headers, rows, whole=1)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -14,6 +14,7 @@ import numpy as np
 
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
 from softprompt.comparison.methods import METHODS, Equal, Learned, Method, Protocol
+from softprompt.comparison.plots import require_matplotlib
 from softprompt.comparison.report import write_report
 from softprompt.comparison.results import Costs, Result, read_result, result_file
 from softprompt.config import TuneConfig
@@ -103,6 +104,8 @@ def compare(
     unknown = next((name for name in methods if name not in METHODS), None)
     if unknown is not None:
         raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
+    if out is not None:
+        require_matplotlib()  # now, not after the night
     protocol = _protocol(model, data, eval_data, test_data, config or TuneConfig(), equal, search)
     watcher = watcher or ComparisonWatcher()
     with tempfile.TemporaryDirectory() as scratch:

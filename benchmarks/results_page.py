@@ -1,0 +1,207 @@
+"""Write `docs/results.md` from the files in `results/quality`, which `quality.py` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from quality import FOLDER, MINUTES, MORE_SEEDS, ORDER, SETS, SHIPPED, read
+from softprompt.comparison.figures import count, duration, size
+from softprompt.comparison.results import PRIMARY, Result, statistic
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+CLASSIFICATION = SETS[:-1]
+_RESAMPLES = 2000
+Runs = dict[str, dict[str, list[Result]]]  # by set, by method
+
+
+def load() -> Runs:
+    """Return all results that are there."""
+    found: Runs = {name: {} for name in SETS}
+    for name in SETS:
+        for method in ORDER:
+            files = sorted((FOLDER / name).glob(f"{method}-[0-9]*.json"))
+            if files:
+                found[name][method] = [read(file) for file in files]
+    return found
+
+
+def points(results: Sequence[Result], drawn: np.ndarray | slice = slice(None)) -> float:
+    """Return a method's figure on a set, 0 to 100, the mean over its seeds."""
+    scale = 100.0 if PRIMARY[results[0].task] == "accuracy" else 1.0
+    values = [statistic(r.task, np.array(r.statistics)[drawn].sum(axis=0)) for r in results]
+    return scale * float(np.mean(values))
+
+
+def differences(runs: Runs, first: str, second: str, sets: Sequence[str]) -> tuple[float, float, float, list[str]]:
+    """Compare two methods by a paired bootstrap over each set's test rows (Koehn 2004), and in the mean over the sets.
+
+    Returns:
+        The mean difference in points with its 95 % interval, and the sets that both were run on.
+    """
+    there = [name for name in sets if first in runs[name] and second in runs[name]]
+    generator = np.random.default_rng(0)
+    found = []
+    for draw in range(_RESAMPLES + 1):
+        each = []
+        for name in there:
+            one, two = runs[name][first], runs[name][second]
+            rows = len(one[0].statistics)
+            drawn = generator.integers(rows, size=rows) if draw else np.arange(rows)
+            each.append(points(one, drawn) - points(two, drawn))
+        found.append(float(np.mean(each)) if each else float("nan"))
+    low, high = np.percentile(found[1:], [2.5, 97.5]) if there else (float("nan"), float("nan"))
+    return found[0], float(low), float(high), there
+
+
+def signed(value: float, low: float, high: float) -> str:
+    """Write a difference in points."""
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def quality(runs: Runs) -> list[str]:
+    """Return the table of sets and methods."""
+    methods = [m for m in ORDER if any(m in runs[name] for name in SETS)]
+    lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for name in SETS:
+        cells = []
+        for method in methods:
+            results = runs[name].get(method)
+            if not results:
+                cells.append("")
+                continue
+            scale = 100.0 if PRIMARY[results[0].task] == "accuracy" else 1.0
+            low = scale * float(np.mean([r.primary.low for r in results]))
+            high = scale * float(np.mean([r.primary.high for r in results]))
+            seeds = f", {len(results)} seeds" if len(results) > 1 else ""
+            cells.append(f"{points(results):.1f} ({low:.1f} to {high:.1f}{seeds})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    whole = [m for m in methods if all(m in runs[name] for name in SETS)]
+    if whole:
+        means = [f"**{np.mean([points(runs[n][m]) for n in SETS]):.1f}**" if m in whole else "" for m in methods]
+        lines.append("| **mean** | " + " | ".join(means) + " |")
+    return lines
+
+
+def compared(runs: Runs, second: str, sets: Sequence[str]) -> list[str]:
+    """Return how far each method is from another one, set by set and in the mean."""
+    methods = [m for m in ORDER if m != second and any(m in runs[n] and second in runs[n] for n in sets)]
+    lines = [f"| less {second} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for name in [*sets, "mean"]:
+        cells = []
+        for method in methods:
+            value, low, high, there = differences(runs, method, second, sets if name == "mean" else [name])
+            part = f" of {len(there)}" if name == "mean" and len(there) < len(sets) else ""
+            cells.append(signed(value, low, high) + part if there else "")
+        lines.append(f"| {'**mean**' if name == 'mean' else name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def costs(runs: Runs) -> list[str]:
+    """Return what each method takes, the mean over the sets that it was run on."""
+    lines = [
+        "| | learned numbers | stored | learning | processor time | memory | a test row | switching | base weights | "
+        "perplexity of unrelated text |",
+        "|---" * 10 + "|",
+    ]
+    for method in ORDER:
+        mine = [r.costs for name in SETS for r in runs[name].get(method, [])]
+        if not mine:
+            continue
+
+        def mean(name: str, of: Sequence[object] = mine) -> float:
+            return float(np.mean([getattr(cost, name) for cost in of]))
+
+        changed = "the same" if all(cost.base_unchanged for cost in mine) else "others"
+        lines.append(
+            f"| {method} | {count(round(mean('trainable_parameters')))} | {size(round(mean('stored_bytes')))} | "
+            f"{duration(mean('train_seconds'))} | {duration(mean('train_cpu_seconds'))} | "
+            f"{size(round(mean('peak_bytes')))} | {duration(mean('prediction_seconds'))} | "
+            f"{duration(mean('switch_seconds'))} | {changed} | "
+            f"{mean('perplexity_before'):.2f} → {mean('perplexity_after'):.2f} |"
+        )
+    return lines
+
+
+def sooner(runs: Runs) -> list[str]:
+    """Return when each method reached, on the validation rows, the loss that PEFT as shipped ended at."""
+    methods = [m for m in ("soft-prompt", "deep-prefix") if any(m in runs[n] for n in SETS)]
+    lines = [
+        "| | PEFT's validation loss at its end | " + " | ".join(f"{m}: share of the time" for m in methods) + " |",
+        "|---" * (len(methods) + 2) + "|",
+    ]
+    for name in SETS:
+        theirs = runs[name].get(SHIPPED)
+        if not theirs or not theirs[0].curve:
+            continue
+        last, whole = theirs[0].curve[-1].validation["loss"], theirs[0].costs.train_seconds
+        cells = []
+        for method in methods:
+            results = runs[name].get(method)
+            reached = [p.seconds for p in results[0].curve if p.validation["loss"] <= last] if results else []
+            cells.append(f"{reached[0] / whole:.0%}" if reached else "not reached" if results else "")
+        lines.append(f"| {name} | {last:.3f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(runs: Runs) -> str:
+    """Return the page."""
+    some = next(r for name in SETS for results in runs[name].values() for r in results)
+    machine = ", ".join(f"{k} {some.environment[k]}" for k in ("torch", "transformers") if k in some.environment)
+    seeds = ", ".join(f"{n} on {name}" for name, n in MORE_SEEDS.items())
+    return "\n".join(
+        [
+            "# Results",
+            "",
+            "<!-- Written by benchmarks/results_page.py. Do not edit. -->",
+            "",
+            "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows to choose by, the test rows",
+            f"for the figures; {MINUTES:g} minutes of learning or searching for every method (`benchmarks/quality.py`).",
+            "Settings were chosen on validation rows of sst2, banking77 and e2e",
+            "([how](../benchmarks/results/choices.md)); the other sets were run with what was chosen. All methods take",
+            "the same rows, template, labels and scorer.",
+            "",
+            f"Two cores of {some.environment.get('processor', 'an unknown processor')}, float32, {machine}.",
+            f"Seeds: {seeds}, one elsewhere. `{SHIPPED}` is PEFT's prompt tuning with the settings of its own example:",
+            "8 virtual tokens from noise, in a plain loop, at its own speed.",
+            "",
+            "## Quality",
+            "",
+            "Accuracy in per cent; of e2e BLEU of the first 300 rows. In brackets the 95 % interval over test rows.",
+            "",
+            *quality(runs),
+            "",
+            "## Against LoRA",
+            "",
+            "In points, with the 95 % interval of a paired bootstrap over the test rows.",
+            "",
+            *compared(runs, "lora", SETS),
+            "",
+            "## Against few-shot prompts, classification",
+            "",
+            *compared(runs, "few-shot", CLASSIFICATION),
+            "",
+            "## Against PEFT's prompt tuning as shipped",
+            "",
+            *compared(runs, SHIPPED, SETS),
+            "",
+            "## Time to quality",
+            "",
+            "When the validation loss first was what PEFT's prompt tuning ended at, as a share of its time.",
+            "",
+            *sooner(runs),
+            "",
+            "## Costs",
+            "",
+            "Means over the sets. Memory is the peak above the loaded model while learning.",
+            "",
+            *costs(runs),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(load()))
