@@ -158,7 +158,7 @@ def page(runs: Runs) -> str:
             "<!-- Written by benchmarks/results_page.py. Do not edit. -->",
             "",
             "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows to choose by, the test rows",
-            f"for the figures; {MINUTES:g} minutes of learning or searching for every method (`benchmarks/quality.py`).",
+            f"for the figures; {MINUTES:g} minutes of learning or searching each (`benchmarks/quality.py`).",
             "Settings were chosen on validation rows of sst2, banking77 and e2e",
             "([how](../benchmarks/results/choices.md)); the other sets were run with what was chosen. All methods take",
             "the same rows, template, labels and scorer.",
