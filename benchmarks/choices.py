@@ -41,6 +41,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **rates("lora", (3e-4, 1e-3, 3e-3)),
     **rates("full", (1e-5, 5e-5, 2e-4)),
     **rates("soft-prompt", (0.003, 0.01, 0.03), parameterization="residual"),
+    **rates("soft-prompt", (0.03, 0.1), init="a list of all labels"),
+    **rates("deep-prefix", (0.01, 0.03, 0.1), init="a list of all labels"),
+    **rates("soft-prompt", (0.03, 0.1), init="text"),
+    **rates("deep-prefix", (0.01, 0.03), init="text"),
     **rates("soft-prompt", (0.03,), num_virtual_tokens=50),
     **rates("deep-prefix", (0.01,), num_virtual_tokens=50),
 }
@@ -50,6 +54,9 @@ def run(model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, d
     """Learn once, and return how the validation rows went."""
     method, settings = VARIANTS[variant]
     train, validation, test = rows_of(name, data)
+    if settings.get("init") == "a list of all labels":
+        listed = ", ".join(label.replace("_", " ") for label in train.labels)
+        settings = {**settings, "init": "text", "init_text": f"Classify the text as one of: {listed}.\n"}
     config = sp.TuneConfig(**settings, max_steps=steps)
     protocol = Protocol(model, train, validation, test, config, "examples", search=False)
     made = METHODS[method](protocol, seed, Watcher())

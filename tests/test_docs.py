@@ -70,6 +70,8 @@ def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
     assert ours
     for words in ours:
         short = ["--set", "max_steps=2", "--set", "eval_rows=10"] if words[0] in ("tune", "check", "demo") else []
+        if words[0] == "compare":
+            short = ["--methods", "zero-shot,soft-prompt", "--set", "max_minutes=0.05", "--set", "eval_rows=10"]
         with pytest.raises(SystemExit) as stopped:
             main([*words, *short])
         printed = capsys.readouterr()
@@ -86,6 +88,7 @@ def test_the_json_keys_of_the_documents_are_those_that_are_printed(
     for verb, arguments in {
         "check": (reviews, *model, *SHORT),
         "tune": (reviews, *model, "--out", "run", *SHORT),
+        "compare": (reviews, *model, "--out", "out", "--methods", "zero-shot", *SHORT),
         "evaluate": ("run/prompt", reviews),
         "generate": ("run/prompt", "a fine film"),
         "prompts list": (),
