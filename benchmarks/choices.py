@@ -20,7 +20,8 @@ from typing import Any
 
 import softprompt as sp
 from quality import SETS, rows_of
-from softprompt.comparison.methods import METHODS, Protocol
+from softprompt.comparison.method import Protocol
+from softprompt.comparison.methods import METHODS
 from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
 

@@ -30,7 +30,8 @@ import softprompt as sp
 from sides import collate, virtual_tokens
 from softprompt.comparison.compare import Base, run_method
 from softprompt.comparison.costs import measured
-from softprompt.comparison.methods import METHODS, Answers, Learned, Method, Protocol
+from softprompt.comparison.method import Answers, Learned, Method, Protocol
+from softprompt.comparison.methods import METHODS
 from softprompt.comparison.results import Point, Result
 from softprompt.data.batching import draw
 from softprompt.data.split import sample

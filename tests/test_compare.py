@@ -15,7 +15,9 @@ from conftest import Command
 from softprompt.comparison import compare as comparing
 from softprompt.comparison.compare import USUAL, ComparisonWatcher, compare
 from softprompt.comparison.costs import general_perplexity, measured, weights_hash
-from softprompt.comparison.methods import MEMBERS, METHODS, Answers
+from softprompt.comparison.learned_prompts import MEMBERS
+from softprompt.comparison.method import Answers
+from softprompt.comparison.methods import METHODS
 from softprompt.comparison.results import Result, read_result, statistic
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import InputError, SettingsError
@@ -197,7 +199,7 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
 def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.comparison import methods
+    from softprompt.comparison import trained as methods
     from softprompt.training.loop import Pace
 
     monkeypatch.setattr(methods, "measure_pace", lambda _loop: Pace(step=0.5, evaluation=0.0))

@@ -11,7 +11,7 @@ from rich.table import Table
 from softprompt.cli.show import TerminalWatcher, err, figure, plain_table
 from softprompt.comparison.compare import ComparisonWatcher
 from softprompt.comparison.figures import size
-from softprompt.comparison.methods import Protocol
+from softprompt.comparison.method import Protocol
 from softprompt.comparison.results import PRIMARY, Result
 from softprompt.training.watcher import Watcher
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
-from softprompt.comparison.methods import METHODS, Equal, Learned, Method, Protocol
+from softprompt.comparison.method import Equal, Learned, Method, Protocol
+from softprompt.comparison.methods import METHODS
 from softprompt.comparison.plots import require_matplotlib
 from softprompt.comparison.report import write_report
 from softprompt.comparison.results import Costs, Result, read_result, result_file
@@ -244,13 +245,18 @@ def _switch_seconds(method: Method, folder: Path, rows: Rows) -> float:
     return float(np.median(times))
 
 
+def _short(name: str) -> str:
+    """Return the name of a file without its folders: a report is shown around."""
+    return name if name.startswith("hub:") else Path(name).name
+
+
 def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Side, costs: Costs) -> Result:
     parts = {"train": protocol.train, "validation": protocol.validation, "test": protocol.test}
     return Result(
         method=name,
         seed=seed,
         task=protocol.test.task,
-        data=protocol.train.name,
+        data=_short(protocol.train.name),
         base_model=protocol.model.source,
         rows={part: len(rows) for part, rows in parts.items()},
         settings={**learned.settings, "equal": protocol.equal, "search": protocol.search},

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from softprompt.comparison import plots
 from softprompt.comparison.figures import metric_name, metric_title
 from softprompt.comparison.mistakes import mistakes
-from softprompt.comparison.protocol import protocol
+from softprompt.comparison.provenance import provenance
 from softprompt.comparison.recommendation import recommend
 from softprompt.comparison.results import Result
 from softprompt.comparison.samples import choose_samples
@@ -45,7 +45,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
     """
     plots.require_matplotlib()
     standings = make_standings(results, rows)
-    measured = protocol(standings, rows)
+    measured = provenance(standings, rows)
     groups = full_table(standings)
     data, base_model = results[0].data, results[0].base_model
     quality = metric_title(standings[0].primary)
@@ -61,7 +61,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
         "key": beside,
         "confusions": [found for s in standings if (found := mistakes(s)) is not None],
         "samples": choose_samples(standings, rows),
-        "protocol": measured,
+        "provenance": measured,
         "picture": PICTURE,
     }
     environment = Environment(

@@ -16,7 +16,7 @@ _LONGEST_VALUE = 200
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Provenance:
     """How a comparison was measured.
 
     Attributes:
@@ -34,12 +34,12 @@ class Protocol:
     environments: list[dict[str, str]]
 
 
-def protocol(standings: Sequence[Standing], rows: Sequence[Row]) -> Protocol:
+def provenance(standings: Sequence[Standing], rows: Sequence[Row]) -> Provenance:
     """Gather how a comparison was measured."""
     results = [r for s in standings for r in s.results]
     shared, own = _settings(standings)
     environments = [r.environment for r in results]
-    return Protocol(
+    return Provenance(
         summary=", ".join([_rows(results, rows), _seeds(standings), *_days(results)]),
         notes=_NOTES,
         shared=shared,

@@ -1,0 +1,85 @@
+"""Prompt engineering: the template as it is, or with demonstrations that are searched for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from softprompt.comparison.costs import measured
+from softprompt.comparison.few_shot import FewShot, search, zero_shot
+from softprompt.comparison.method import Answers, Learned, Method
+from softprompt.data.rows import Rows
+from softprompt.data.templates import Format
+
+
+class Engineering(Method):
+    """Prompt engineering: the template as it is, or with demonstrations that are searched for."""
+
+    shots: bool
+
+    def learn(self) -> Learned:
+        protocol = self.protocol
+        plan = protocol.plan(seed=self.seed)
+        config, rows = plan.config, protocol.validation if plan.validation is None else plan.validation
+        assert config.batch_size and config.max_steps
+        form, most = plan.encoder.format, config.max_length
+        with measured(protocol.model.device) as effort:
+            if not self.shots:
+                found = zero_shot(protocol.model, form, rows, max_length=most)
+            elif protocol.equal == "time":
+                found = self._search(form, rows, most, seconds=protocol.seconds)
+            else:
+                found = self._search(form, rows, most, rows=max(len(rows), config.batch_size * config.max_steps))
+        best = found.best
+        self._answers = Answers(protocol.model, best.format, best.max_length, calibration=best.calibration)
+        settings = {"template": form.template, "demonstrations": best.k, "calibration": best.calibration}
+        return Learned(self._answers, 0, effort, settings={**settings, "rows_scored": found.rows})
+
+    def _search(self, form: Format, validation: Rows, most: int, **budget: float) -> FewShot:
+        protocol = self.protocol
+        return search(
+            protocol.model,
+            form,
+            protocol.train,
+            validation,
+            max_length=most,
+            seed=self.seed,
+            **budget,  # type: ignore[arg-type]
+        )
+
+    def store(self, folder: Path) -> None:
+        answers = self._answers
+        form = answers.format
+        record = {
+            "template": form.template,
+            "verbalizers": dict(form.verbalizers),
+            "chat_template": form.chat_template,
+            "demonstrations": [dict(row) for row in form.demonstrations],
+            "calibration": answers.calibration,
+            "max_length": answers.max_length,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "format.json").write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> Answers:
+        record = json.loads((folder / "format.json").read_text(encoding="utf-8"))
+        form = Format(
+            self.protocol.test.task,
+            record["template"],
+            record["verbalizers"],
+            record["chat_template"],
+            demonstrations=tuple(record["demonstrations"]),
+        )
+        return Answers(self.protocol.model, form, record["max_length"], calibration=record["calibration"])
+
+
+class ZeroShot(Engineering):
+    """The template as it is written."""
+
+    shots = False
+
+
+class FewShots(Engineering):
+    """Examples before the input."""
+
+    shots = True

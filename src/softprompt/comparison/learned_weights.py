@@ -1,0 +1,79 @@
+"""LoRA and full fine-tuning, as methods of a comparison."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from softprompt.comparison.method import Answers, Protocol
+from softprompt.comparison.trained import Trained
+from softprompt.comparison.weights import WeightsLoop, around, lora, unfrozen
+from softprompt.model.frozen import FrozenModel
+from softprompt.training.loop import Loop, Weights
+from softprompt.training.plan import Plan
+from softprompt.training.run_folder import SilentRunFolder
+from softprompt.training.watcher import Watcher
+
+
+class OwnWeights(Trained):
+    """Weights of the model itself."""
+
+    model: FrozenModel
+
+    def loop(self, plan: Plan, watcher: Watcher) -> Loop:
+        loop = WeightsLoop(self.model, plan, SilentRunFolder(Path()), watcher)
+        loop.load(self._fresh)
+        self._loop = loop
+        return loop
+
+    @cached_property
+    def _fresh(self) -> Weights:
+        """The weights before the first step."""
+        return {name: p.detach().clone() for name, p in self.model.hf_model.named_parameters() if p.requires_grad}
+
+    def answers(self, weights: Weights) -> Answers:
+        self._loop.load(weights)
+        encoder = self._plan.encoder
+        return Answers(self.model, encoder.format, encoder.max_length)
+
+
+class Lora(OwnWeights):
+    """Low-rank updates of the model's weights."""
+
+    rate = 1e-3
+
+    def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
+        super().__init__(protocol, seed, watcher)
+        self.model = protocol.model
+        self._adapter = self._stack.enter_context(lora(self.model, seed))
+
+    def store(self, folder: Path) -> None:
+        self._adapter.save_pretrained(str(folder))
+
+    def load(self, folder: Path) -> Answers:
+        """Take the adapter that was learned out of the model, and put the stored one in."""
+        self.close()
+        self._stack.enter_context(lora(self.model, folder=folder))
+        return self._answers
+
+
+class Full(OwnWeights):
+    """All weights of a copy of the model."""
+
+    rate = 5e-5
+    keeps = False
+
+    def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
+        super().__init__(protocol, seed, watcher)
+        self.model = unfrozen(protocol.model)
+
+    def store(self, folder: Path) -> None:
+        self.model.hf_model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> Answers:
+        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.hf_model.dtype)
+        hf_model = hf_model.eval().requires_grad_(False)
+        model = around(hf_model.to(self.model.device), self.model)  # type: ignore[arg-type]
+        return Answers(model, self._answers.format, self._answers.max_length)

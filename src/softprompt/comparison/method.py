@@ -1,0 +1,137 @@
+"""What every method does: it learns, answers rows, and is stored and loaded again, under one protocol."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from softprompt.comparison.costs import Effort
+from softprompt.comparison.results import Point
+from softprompt.config import Calibration, TuneConfig
+from softprompt.data.examples import Encoder
+from softprompt.data.rows import Rows
+from softprompt.data.templates import Format
+from softprompt.evaluation.calibration import calibrated_or_plain
+from softprompt.evaluation.evaluate import Side
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import measure, micro_batch_tokens
+from softprompt.training.plan import Plan, make_plan
+from softprompt.training.watcher import Watcher
+
+Equal = Literal["time", "examples"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all methods have in common.
+
+    Attributes:
+        model: the base model.
+        train, validation, test: rows to learn from, to choose by, and to be scored on.
+        config: settings; what they leave open is chosen as `tune` chooses it. `max_minutes` is set.
+        equal: whether all get the same wall time, `max_minutes`, or see the same number of examples.
+        search: whether a part of the budget goes into finding the learning rate.
+    """
+
+    model: FrozenModel
+    train: Rows
+    validation: Rows
+    test: Rows
+    config: TuneConfig
+    equal: Equal = "time"
+    search: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """The budget in wall time."""
+        assert self.config.max_minutes
+        return 60 * self.config.max_minutes
+
+    def plan(self, **settings: object) -> Plan:
+        """Make the plan of a method: the same rows, template and batches for all."""
+        config = self.config.model_copy(update={"max_minutes": None, **settings})
+        return make_plan(self.model, self.train, config, self.validation)
+
+
+@dataclass
+class Answers:
+    """How test rows are answered.
+
+    Attributes:
+        model: what they are run through.
+        prompts: what stands before them, `[P, H]` or `[L, 2, K, P, D]` each: nothing, one, or an ensemble's.
+        format, max_length: how they become tokens.
+        calibration: of labels.
+    """
+
+    model: FrozenModel
+    format: Format
+    max_length: int
+    prompts: tuple[Tensor, ...] = ()
+    calibration: Calibration = "none"
+
+    def side(self, rows: Rows) -> Side:
+        """Answer rows."""
+        encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
+        virtual = max((prompt.shape[-2] for prompt in self.prompts), default=0)
+        share = 0.0 if rows.task == "classification" else 1.0
+        footprint = measure(self.model, virtual)
+        at_once = micro_batch_tokens(self.model.device, footprint, 1, self.max_length, share, scoring=True)
+        scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
+        return Side(self.model, encoder, scorer, self.prompts or (None,))
+
+
+@dataclass
+class Learned:
+    """What learning gave.
+
+    Attributes:
+        answers: how rows are answered with it.
+        parameters: how many numbers were learned.
+        effort: what it took.
+        tokens: text tokens that were run to learn; validation rows not counted.
+        settings: what was in force.
+        curve: the validation figures on the way.
+    """
+
+    answers: Answers
+    parameters: int
+    effort: Effort
+    tokens: int = 0
+    settings: dict[str, object] = field(default_factory=dict)
+    curve: list[Point] = field(default_factory=list)
+
+
+class Method(ABC):
+    """One method with one seed; `close` gives back what it took and leaves the base model as it was.
+
+    Attributes:
+        keeps: whether what it stores is kept with the results; a whole model is not.
+    """
+
+    keeps = True
+
+    def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
+        self.protocol, self.seed, self.watcher = protocol, seed, watcher
+        self._stack = ExitStack()
+
+    @abstractmethod
+    def learn(self) -> Learned:
+        """Learn, or search, within the budget."""
+
+    @abstractmethod
+    def store(self, folder: Path) -> None:
+        """Write what the task needs besides the base model."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> Answers:
+        """Read what was stored, as if another task had been served before."""
+
+    def close(self) -> None:
+        """Leave the base model as it was."""
+        self._stack.close()

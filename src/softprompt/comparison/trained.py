@@ -1,0 +1,112 @@
+"""Methods that learn by gradients, all in the same loop."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from dataclasses import replace
+
+from softprompt.comparison.costs import measured
+from softprompt.comparison.method import Answers, Learned, Method, Protocol
+from softprompt.comparison.results import Point
+from softprompt.data.batching import draw
+from softprompt.training.loop import Loop, Weights, measure_pace
+from softprompt.training.plan import Plan
+from softprompt.training.tune import reproducible
+from softprompt.training.watcher import Watcher
+
+_SEARCHED = (1 / 3, 1.0, 3.0)  # times a method's usual learning rate
+_SHARE = 0.1  # of the budget, for each learning rate that is tried
+
+
+class _Curve(Watcher):
+    """Notes the validation figures, and hands on what it is told."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher, self.began = watcher, time.monotonic()
+        self.points: list[Point] = []
+        self._losses: list[float] = []
+
+    def begin(self, plan: Plan, step: int) -> None:
+        self.points.clear()
+        self.watcher.begin(plan, step)
+
+    def step(self, step: int, loss: float) -> None:
+        self._losses.append(loss)
+        self.watcher.step(step, loss)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        loss = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses.clear()
+        self.points.append(Point(step=step, seconds=time.monotonic() - self.began, loss=loss, validation=values))
+        self.watcher.evaluation(step, values)
+
+    def end(self) -> None:
+        self.watcher.end()
+
+
+class Trained(Method):
+    """Methods that learn by gradients, in the same loop."""
+
+    rate: float
+
+    def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
+        super().__init__(protocol, seed, watcher)
+        self.settings: dict[str, object] = {}
+
+    @abstractmethod
+    def loop(self, plan: Plan, watcher: Watcher) -> Loop:
+        """Return a loop that begins anew."""
+
+    @abstractmethod
+    def answers(self, weights: Weights) -> Answers:
+        """Return how rows are answered with what was learned."""
+
+    def learn(self) -> Learned:
+        protocol, began = self.protocol, time.monotonic()
+        rate = protocol.config.learning_rate or self.rate
+        curve, tokens = _Curve(self.watcher), 0
+        with measured(protocol.model.device) as effort, reproducible(protocol.config.threads):
+            plan = protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
+            assert plan.config.max_steps
+            length = {"max_steps": plan.config.max_steps}
+            if protocol.equal == "time":
+                pace = measure_pace(self.loop(plan, Watcher()))
+                length = pace.fitting(protocol.seconds - (time.monotonic() - began))
+            if protocol.search and protocol.config.learning_rate is None:
+                rate, tried = self._searched(plan, length["max_steps"])
+                tokens += len(_SEARCHED) * _tokens(plan, tried)
+                if protocol.equal == "time":
+                    length = pace.fitting(protocol.seconds - (time.monotonic() - began))
+                else:
+                    length = {"max_steps": max(1, length["max_steps"] - len(_SEARCHED) * tried)}
+            self._plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)
+            loop = self.loop(self._plan, curve)
+            curve.begin(self._plan, 0)
+            try:
+                best, progress, _ = loop.run()
+            finally:
+                curve.end()
+        self._answers = self.answers(best)
+        tokens += _tokens(self._plan, progress.step)
+        parameters = sum(parameter.numel() for parameter in loop.learned.values())
+        settings = {**self._plan.config.model_dump(), "best_step": progress.best_step}
+        return Learned(self._answers, parameters, effort, tokens, settings, curve.points)
+
+    def _searched(self, plan: Plan, steps: int) -> tuple[float, int]:
+        """Return the learning rate with the lowest validation loss after the first steps, and their number."""
+        until, found = max(1, round(_SHARE * steps)), []
+        for factor in _SEARCHED:
+            rate = self.rate * factor
+            config = plan.config.model_copy(update={"learning_rate": rate, "max_steps": steps, "eval_every": until})
+            _, progress, _ = self.loop(replace(plan, config=config), Watcher()).run(until=until)
+            found.append((progress.best["loss"], rate))
+        return min(found)[1], until
+
+
+def _tokens(plan: Plan, steps: int) -> int:
+    """Return the text tokens of a plan's first steps."""
+    config = plan.config
+    assert config.batch_size
+    drawn = (i for step in range(steps) for i in draw(len(plan.examples), config.batch_size, step, config.seed))
+    return sum(len(plan.examples[i].ids) for i in drawn)
