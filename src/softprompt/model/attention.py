@@ -80,13 +80,15 @@ class Group:
 
     Args:
         prefixes, lengths, parents: as for a row.
+
+    Attributes:
+        ahead: the texts' prefixes.
+        key_positions: `[n or 1, P + t]`, the position of everything that can be seen; negative for padding before it.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], lengths: Sequence[int], parents: Sequence[Tensor] | None) -> None:
         self.ahead, self.lengths = Ahead(prefixes), list(lengths)
         self.longest = max(lengths)
-        like = len(set(self.ahead.lengths)) == 1
-        self._starts = torch.tensor(self.ahead.lengths[:1] if like else self.ahead.lengths)[:, None]
         self._even = min(lengths) == self.longest
         if not self._even:
             starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
@@ -96,31 +98,34 @@ class Group:
             self._spread = (starts[:, None] + column.minimum(ends - 1)).flatten()
             self._gather = (column < ends).flatten().nonzero().squeeze(1)
         if parents is None:
-            self._depths = torch.arange(self.longest)[None, :]
+            depths = torch.arange(self.longest)[None, :]
             self._behind = torch.ones(1, self.longest, self.longest).tril().bool()
         else:
             reach = [_ancestors(each) for each in parents]
-            self._depths = pad_sequence([each.sum(1) - 1 for each in reach], batch_first=True)
+            depths = pad_sequence([each.sum(1) - 1 for each in reach], batch_first=True)
             short = [self.longest - len(each) for each in reach]
             self._behind = torch.stack([pad(r, (0, n, 0, n)) for r, n in zip(reach, short, strict=True)])
+        self.key_positions = self._key_positions(depths)
         self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
+
+    def _key_positions(self, depths: Tensor) -> Tensor:
+        """Return `key_positions`: a token's is its prefix's length and its depth `[n or 1, t]` in the text."""
+        like = len(set(self.ahead.lengths)) == 1
+        starts = torch.tensor(self.ahead.lengths[:1] if like else self.ahead.lengths)[:, None]
+        own = starts + depths
+        ahead = starts - self.ahead.longest + torch.arange(self.ahead.longest)
+        return torch.cat([ahead.expand(len(own), -1), own], dim=1)
 
     def positions(self) -> Tensor:
         """Return the position of each token, text by text."""
-        positions = (self._starts + self._depths).expand(len(self.lengths), -1)
-        return torch.cat([row[:length] for row, length in zip(positions, self.lengths, strict=True)])
-
-    def key_positions(self) -> Tensor:
-        """Return the position of everything that can be seen, `[n or 1, P + t]`; padding has negative ones."""
-        own = self._starts + self._depths
-        ahead = self._starts - self.ahead.longest + torch.arange(self.ahead.longest)
-        return torch.cat([ahead.expand(len(own), -1), own], dim=1)
+        own = self.key_positions[:, self.ahead.longest :].expand(len(self.lengths), -1)
+        return torch.cat([row[:length] for row, length in zip(own, self.lengths, strict=True)])
 
     def mask(self, window: int | None, like: Tensor) -> Tensor:
         """Return what is added to the scores, `[n or 1, 1, t, P + t]`: zero where a token may look."""
         key = (window, like.dtype, like.device)
         if key not in self._masks:
-            keys = self.key_positions()
+            keys = self.key_positions
             seen = pad(self._behind, (self.ahead.longest, 0), value=True) & (keys >= 0)[:, None, :]
             if window is not None:
                 queries = keys[:, self.ahead.longest :]
@@ -215,7 +220,7 @@ def attention(
             values = torch.cat([group.ahead.values(layer, values.dtype), values], dim=2)
         mask = group.mask(sliding_window, queries)
         if alibi_slopes is not None:
-            places = group.key_positions().to(mask)[:, None, None, :]
+            places = group.key_positions.to(mask)[:, None, None, :]
             mask = mask + alibi_slopes.to(mask)[None, :, None, None] * places
         if softcap is None and s_aux is None:
             out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
