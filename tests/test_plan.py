@@ -199,3 +199,20 @@ def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, mon
     for at_once in (8192, 64, 7):
         monkeypatch.setattr("softprompt.prompt.reading._AT_ONCE", at_once)
         assert [[token for token, _ in row] for row in nearest_tokens(llama, prompt)] == expected
+
+
+def test_a_prompt_starts_from_a_text_that_lists_all_labels_while_they_fit(llama: FrozenModel) -> None:
+    """From the labels' mean embeddings a prompt learned Banking77's 77 at half the pace: benchmarks/results/choices.md."""
+    names = [f"team_{n}" for n in range(12)]
+    rows = load_data([{"text": f"a parcel {n}", "label": names[n % 12]} for n in range(120)])
+    plan = make_plan(llama, rows, TuneConfig(max_length=64))
+    assert plan.config.init == "text"
+    assert plan.config.init_text is not None
+    assert all(name.replace("_", " ") in plan.config.init_text for name in names)
+    ids = llama.tokenizer(plan.config.init_text)["input_ids"]
+    assert torch.equal(plan.start, llama.embed(ids).float())
+    many = [f"a team of the name of {n}" for n in range(60)]
+    rows = load_data([{"text": f"a parcel {n}", "label": many[n % 60]} for n in range(600)])
+    plan = make_plan(llama, rows, TuneConfig(max_length=64))
+    assert plan.config.init == "labels"
+    assert plan.start.shape[0] == 60

@@ -43,6 +43,7 @@ from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
 TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
 LEARNING_RATE: dict[Method, float] = {"soft-prompt": 0.03, "deep-prefix": 0.01}
+_LONGEST_TEXT = 512  # tokens that a prompt is made as long as without being asked
 Decide = Callable[[str, object, str], None]
 EVALUATIONS = 8
 
@@ -283,9 +284,10 @@ def _resized(weights: Tensor, length: int) -> Tensor:
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
     if init == "auto":
-        many = len(form.verbalizers) > MANY_LABELS and config.init_text is None
-        init = "labels" if many else "text"
-        decide("init", init, "many labels" if many else "a text that says what the task is")
+        most = min(_LONGEST_TEXT, (model.context_length or 2 * _LONGEST_TEXT) // 2)
+        long = config.init_text is None and len(model.tokenizer(task_text(form))["input_ids"]) > most
+        init = "labels" if long else "text"
+        decide("init", init, "too many labels for a text" if long else "a text that says what the task is")
     if init == "text":
         text = config.init_text
         if text is None:
