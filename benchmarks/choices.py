@@ -48,8 +48,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **rates("deep-prefix", (0.01, 0.03, 0.1), init="a list of all labels"),
     **rates("soft-prompt", (0.01, 0.03, 0.1), init="examples"),
     **rates("deep-prefix", (0.003, 0.01, 0.03, 0.1), init="examples"),
-    **rates("soft-prompt", (0.03, 0.1), init="text"),
-    **rates("deep-prefix", (0.01, 0.03), init="text"),
+    **rates("soft-prompt", (0.03, 0.1), init="labels"),
+    **rates("deep-prefix", (0.01, 0.03), init="labels"),
     **rates("soft-prompt", (0.03,), num_virtual_tokens=50),
     **rates("deep-prefix", (0.01,), num_virtual_tokens=50),
 }

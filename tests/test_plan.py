@@ -202,7 +202,7 @@ def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, mon
 
 
 def test_a_prompt_starts_from_a_text_that_lists_all_labels_while_they_fit(llama: FrozenModel) -> None:
-    """From the labels' mean embeddings a prompt learned Banking77's 77 at half the pace: benchmarks/results/choices.md."""
+    """From the labels' mean embeddings a prompt learned 77 labels at half the pace: benchmarks/results/choices.md."""
     names = [f"team_{n}" for n in range(12)]
     rows = load_data([{"text": f"a parcel {n}", "label": names[n % 12]} for n in range(120)])
     plan = make_plan(llama, rows, TuneConfig(max_length=64))
