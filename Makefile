@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 DATA ?= ../shared/data
 BENCH ?=
 
-.PHONY: install demo test lint bench bench-growth bench-defaults docs clean
+.PHONY: install demo test lint bench bench-growth bench-defaults bench-choices bench-quality docs clean
 
 install: .venv/.installed
 
@@ -41,6 +41,13 @@ bench-growth: .venv/.installed-dev
 
 bench-defaults: .venv/.installed-dev
 	$(BIN)/python benchmarks/defaults.py --data $(DATA) $(BENCH)
+
+bench-choices: .venv/.installed-dev
+	$(BIN)/python benchmarks/choices.py --data $(DATA) $(BENCH)
+
+bench-quality: .venv/.installed-dev
+	$(BIN)/python benchmarks/quality.py --data $(DATA) $(BENCH)
+	$(BIN)/python benchmarks/results_page.py
 
 docs: .venv/.installed-dev
 	$(BIN)/python docs/generate.py

@@ -5,7 +5,7 @@ time and goes on with what is missing. The texts of the data sets are not kept, 
 
     python benchmarks/quality.py --data FOLDER                            # what is missing, of all sets and methods
     python benchmarks/quality.py --data FOLDER sst2 cb --methods lora soft-prompt --seeds 3
-    python benchmarks/quality.py --table                                  # write docs/results.md from what is there
+    python benchmarks/results_page.py                                     # write docs/results.md from what is there
 
 FOLDER holds a folder of `train.jsonl`, `validation.jsonl` and `test.jsonl` for each set: sst2 (Socher et al. 2013),
 rte, cb and boolq (of SuperGLUE, Wang et al. 2019), banking77 (Casanueva et al. 2020) and germeval18 (Wiegand et al.
