@@ -22,8 +22,6 @@ import softprompt as sp
 from quality import SETS, rows_of
 from softprompt.comparison.method import Protocol
 from softprompt.comparison.methods import METHODS
-from softprompt.data.templates import make_format
-from softprompt.prompt.initialization import task_text
 from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
 
@@ -55,20 +53,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def shown(model: sp.FrozenModel, train: sp.Rows) -> str:
-    """What the task is, and rows with their targets, as many as fit in 200 tokens; every label in turn."""
-    form = make_format(train.task, train.labels)
-    text, turn = task_text(form), sorted(train.labels)
-    for number in range(len(train)):
-        wanted = turn[number % len(turn)] if turn else None
-        rows = [row for row in train if wanted is None or row["label"] == wanted]
-        more = text + form.demonstration(rows[number // max(len(turn), 1)])
-        if len(model.tokenizer(more)["input_ids"]) > 200:
-            break
-        text = more
-    return text
-
-
 def run(model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, data: Path) -> dict[str, Any]:
     """Learn once, and return how the validation rows went."""
     method, settings = VARIANTS[variant]
@@ -76,8 +60,6 @@ def run(model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, d
     if settings.get("init") == "a list of all labels":
         listed = ", ".join(label.replace("_", " ") for label in train.labels)
         settings = {**settings, "init": "text", "init_text": f"Classify the text as one of: {listed}.\n"}
-    if settings.get("init") == "examples":
-        settings = {**settings, "init": "text", "init_text": shown(model, train)}
     config = sp.TuneConfig(**settings, max_steps=steps)
     protocol = Protocol(model, train, validation, test, config, "examples", search=False)
     made = METHODS[method](protocol, seed, Watcher())

@@ -216,3 +216,21 @@ def test_a_prompt_starts_from_a_text_that_lists_all_labels_while_they_fit(llama:
     plan = make_plan(llama, rows, TuneConfig(max_length=64))
     assert plan.config.init == "labels"
     assert plan.start.shape[0] == 60
+
+
+def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel, reviews: Path) -> None:
+    rows = load_data(reviews)
+    plan = make_plan(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))
+    text = llama.tokenizer.decode([int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in plan.start])
+    assert text.startswith("Classify the text as")
+    shown = [line.removeprefix("Label: ") for line in text.splitlines() if line.startswith("Label: ")]
+    assert set(shown[:2]) == {"positive", "negative"}
+    assert len(plan.start) <= 128  # half of the model's positions
+    assert all(f"{row['text']}\nLabel: {row['label']}" in text or row["text"] not in text for row in rows)
+    held = [row["text"] for row in plan.validation or ()]
+    assert not any(question in text.splitlines() for question in held)
+    again = make_plan(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))
+    other = make_plan(llama, rows, TuneConfig(init="examples", seed=4, max_length=64))
+    assert torch.equal(plan.start, again.start)
+    assert plan.start.shape != other.start.shape or not torch.equal(plan.start, other.start)
+    assert len(make_plan(llama, rows, TuneConfig(init="examples", num_virtual_tokens=30)).start) == 30

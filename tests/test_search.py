@@ -30,7 +30,7 @@ class Notes(Watcher):
 
 def test_only_what_was_left_open_is_searched() -> None:
     assert len(candidates(short())) == 6
-    assert {c["init"] for c in candidates(short(learning_rate=0.5))} == {"auto", "vocabulary"}
+    assert {c["init"] for c in candidates(short(learning_rate=0.5))} == {"auto", "examples"}
     assert {c["learning_rate"] for c in candidates(short(learning_rate=0.5))} == {0.5}
     assert {c["init"] for c in candidates(short(init_text="a text"))} == {"auto"}
     assert candidates(short(learning_rate=0.5, init="random")) == [{"learning_rate": 0.5, "init": "random"}]

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from softprompt.errors import SettingsError, nearest
 
-Init = Literal["auto", "random", "vocabulary", "text", "labels"]
+Init = Literal["auto", "random", "vocabulary", "text", "labels", "examples"]
 Method = Literal["soft-prompt", "deep-prefix"]
 Parameterization = Literal["direct", "residual"]
 PROMPT = "prompt:"  # what an `init` that names another prompt begins with
@@ -75,8 +75,8 @@ class TuneConfig(FormatConfig):
     num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; the initial text's length, 20 at least")
     init: Annotated[str, AfterValidator(_known_init)] = Field(
         "auto",
-        description="where the virtual tokens start: random, vocabulary, text, labels, or prompt:NAME to go on from "
-        "another prompt (a folder or a kept name); auto: text, or labels where there are hundreds",
+        description="where the virtual tokens start: random, vocabulary, text, labels, examples, or prompt:NAME to go "
+        "on from another prompt (a folder or a kept name); auto: text, or labels where there are hundreds",
     )
     init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
     loss: Literal["target", "all"] | None = Field(None, description="which tokens are learned; all for plain text")

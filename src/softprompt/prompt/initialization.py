@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from softprompt.data.rows import Row
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
@@ -20,6 +22,7 @@ from softprompt.model.frozen import FrozenModel
 T = TypeVar("T")
 MANY_LABELS = 10
 USUAL_TOKENS = 20
+EXAMPLE_TOKENS = 200
 _MOST_LABELS = 100
 
 
@@ -75,6 +78,35 @@ def task_text(format: Format) -> str:
     if format.task == "completion":
         return "Read the input and write the output that belongs to it, in the same way every time:\n"
     return "The following is a text of the same kind as the others, written in the same style:\n"
+
+
+def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed: int, most: int) -> str:
+    """Say what a task is about and show rows with their targets, every label in turn, in `most` tokens or little more.
+
+    That is a few-shot prompt; what is learned begins with what it can do.
+
+    Args:
+        model: its tokenizer counts.
+        format: how rows are shown.
+        rows: to draw from.
+        seed: of the draw.
+        most: tokens; one row is shown in any case.
+    """
+    text, shown = task_text(format), 0
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    if format.task == "classification":  # a row of each label, then another of each, …
+        seen: Counter[str] = Counter()
+        place = {}
+        for i in order:
+            place[i] = seen[rows[i]["label"]]
+            seen[rows[i]["label"]] += 1
+        order.sort(key=place.__getitem__)
+    for i in order:
+        more = text + format.demonstration(rows[i])
+        if shown and len(model.tokenizer(more, add_special_tokens=False)["input_ids"]) > most:
+            break
+        text, shown = more, shown + 1
+    return text
 
 
 def repeated(items: Sequence[T], length: int) -> list[T]:

@@ -28,8 +28,10 @@ from softprompt.model.loading import resolve_threads
 from softprompt.model.memory import Footprint, available_memory, give_back, measure, micro_batch_tokens
 from softprompt.model.prefix import is_deep
 from softprompt.prompt.initialization import (
+    EXAMPLE_TOKENS,
     MANY_LABELS,
     USUAL_TOKENS,
+    examples_text,
     labels_prompt,
     random_prompt,
     repeated,
@@ -43,6 +45,7 @@ from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
 TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
 LEARNING_RATE: dict[Method, float] = {"soft-prompt": 0.03, "deep-prefix": 0.01}
+_SHOWN = 5000  # training rows that a prompt's examples are drawn from
 _LONGEST_TEXT = 512  # tokens that a prompt is made as long as without being asked
 Decide = Callable[[str, object, str], None]
 EVALUATIONS = 8
@@ -294,6 +297,9 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
             text = task_text(form)
             decide("init_text", text, "written from the task")
         return text_prompt(model, length, text)
+    if init == "examples":
+        most = min(length or EXAMPLE_TOKENS, (model.context_length or 2 * EXAMPLE_TOKENS) // 2)
+        return text_prompt(model, length, examples_text(model, form, train[:_SHOWN], config.seed, most))
     if init == "labels":
         return labels_prompt(model, length, form.verbalizers.values())
     if init == "vocabulary":

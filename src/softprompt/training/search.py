@@ -15,7 +15,7 @@ from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
 
 _FACTORS = (1 / 3, 1.0, 3.0)  # times the method's usual learning rate
-_STARTS = ("auto", "vocabulary")
+_STARTS = ("auto", "examples")
 _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
 
 
