@@ -32,7 +32,7 @@ WHY = {
         "init": "words start where the model is at home; noise learns slowly (Lester et al. 2021, section 3.2)",
         "init_text": "it names the labels, so that they are near from the first step",
         "loss": "an input is given, so predicting it would be learned for nothing; plain text is all target",
-        "learning_rate": "soft prompts 0.03, deep prefixes 0.01, on all tasks that were " + _BENCHMARK,
+        "learning_rate": "the best or nearly so on the tasks that were [tried](../benchmarks/results/choices.md)",
         "warmup_ratio": "Adam's first steps have the size of the rate, however sure it is of the direction",
         "schedule": "small steps at the end settle what large ones found",
         "weight_decay": "virtual tokens are few; the validation rows guard against learning by heart",

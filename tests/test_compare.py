@@ -20,7 +20,7 @@ from softprompt.comparison.method import Answers
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.results import Result, read_result, statistic
 from softprompt.data.rows import Rows, load_data
-from softprompt.errors import InputError, SettingsError
+from softprompt.errors import InputError, RunError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.watcher import Watcher
@@ -146,6 +146,7 @@ def test_what_is_done_is_not_run_again_and_what_is_not_is(
     with pytest.raises(KeyboardInterrupt):
         compare(llama, rows, out=tmp_path / "out", **common)
     assert ran == [("zero-shot", 0), ("soft-prompt", 0), ("soft-prompt", 1), ("lora", 0)]
+    assert (tmp_path / "out" / "report.html").exists()  # of what there is
     assert weights_hash(llama.hf_model) == before
     done = compare(llama, rows, out=tmp_path / "out", **common)
     assert ran[4:] == [("lora", 1)]
@@ -263,3 +264,40 @@ def test_the_command_compares_and_goes_on(command: Command, llama_folder: Path, 
     assert [r["method"] for r in again.record["results"]] == ["zero-shot", "soft-prompt"]
     assert again.record["metric"] == "accuracy"
     assert command(*asked[:5], "nonsense", *asked[6:]).code == 2
+
+
+def test_a_method_that_fails_does_not_stop_the_others(
+    llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softprompt.training.prompt_loop import PromptLoop
+
+    def diverged(*_: Any) -> float:
+        return float("nan")
+
+    monkeypatch.setattr(PromptLoop, "gradient", diverged)
+    common: dict[str, Any] = {"config": settings(), "equal": "examples", "out": tmp_path / "out"}
+    with pytest.raises(RunError, match=r"soft-prompt, seed 0: no learning rate .* the report has the others"):
+        compare(llama, films(60), methods=["soft-prompt", "zero-shot", "lora"], **common)
+    assert {p.name for p in (tmp_path / "out" / "results").iterdir()} == {"zero-shot-0.json", "lora-0.json"}
+    assert (tmp_path / "out" / "report.html").exists()
+    monkeypatch.undo()
+    done = compare(llama, films(60), methods=["soft-prompt", "zero-shot", "lora"], **common)
+    assert len(done.results) == 3
+
+
+def test_a_result_that_is_not_finite_comes_back(compared: tuple[Path, list[Result]], tmp_path: Path) -> None:
+    result = compared[1][0].model_copy(deep=True)
+    result.costs.perplexity_after = float("inf")
+    assert read_result(result.save(tmp_path)) == result
+
+
+def test_rows_and_settings_that_would_flatter_or_break_a_method_are_refused(llama: FrozenModel) -> None:
+    with pytest.warns(UserWarning, match="5 of 5 test rows ask what another row asks"):
+        compare(llama, films(60), methods=["zero-shot"], config=settings(), test_data=films(5))
+    other = load_data([{"text": "a film", "label": "odd"}, {"text": "a good film", "label": "good"}])
+    with pytest.raises(InputError, match="has the label 'odd', which no training row has"):
+        compare(llama, films(60), test_data=other)
+    with pytest.raises(SettingsError, match="may have seen the test rows"):
+        compare(llama, films(60), config=settings(init="prompt:film"))
+    with pytest.raises(SettingsError, match="one kind at a time"):
+        compare(llama, films(60), config=short(learning_rate=0.1))

@@ -124,7 +124,7 @@ def test_what_is_no_ensemble_is_refused(llama: FrozenModel, reviews: Path, tmp_p
     with pytest.raises(PromptError, match="is an ensemble; give one of its members"):
         sp.tune(llama, rows, short(init=f"prompt:{folder}"))
     record = json.loads((folder / "ensemble.json").read_text())
-    for members in (["member-1"], ["member-1", "../elsewhere"], "member-1", None):
+    for members in (["member-1"], ["member-1", ".."], ["member-1", "member-1"], "member-1", None):
         (folder / "ensemble.json").write_text(json.dumps({**record, "members": members}))
         with pytest.raises(PromptError, match="is damaged"):
             load_prompt(folder)

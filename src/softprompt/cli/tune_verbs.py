@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--ensemble",
     metavar="K",
     type=click.IntRange(min=2),
-    help="Learn K prompts and average what they say; K times the time.",
+    help="Learn K prompts and average what they say; K times the time, or a K-th of max_minutes each.",
 )
 def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_json: bool, **options: Any) -> None:
     """Learn a prompt from the rows of DATA.

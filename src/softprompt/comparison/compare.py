@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -13,19 +14,25 @@ from pathlib import Path
 import numpy as np
 
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
+from softprompt.comparison.learned_prompts import Ensembles
+from softprompt.comparison.learned_weights import OwnWeights
 from softprompt.comparison.method import Equal, Learned, Method, Protocol
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.plots import require_matplotlib
 from softprompt.comparison.report import write_report
 from softprompt.comparison.results import Costs, Result, read_result, result_file
-from softprompt.config import TuneConfig
+from softprompt.comparison.trained import Trained
+from softprompt.comparison.weights import require_peft
+from softprompt.config import PROMPT, TuneConfig
 from softprompt.data.rows import Row, Rows
-from softprompt.data.split import sample, split_rows
-from softprompt.errors import InputError, SettingsError, nearest
+from softprompt.data.split import sample, seen_before, split_rows
+from softprompt.errors import InputError, RunError, SettingsError, nearest
 from softprompt.evaluation.evaluate import Side
 from softprompt.evaluation.scoring import LabelScores
+from softprompt.launch import count
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import is_out_of_memory
 from softprompt.storage import write_text
 from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
@@ -107,6 +114,12 @@ def compare(
         raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
     if out is not None:
         require_matplotlib()  # now, not after the night
+    if "lora" in methods:
+        require_peft()
+    if config is not None and config.learning_rate is not None and _unlike(methods):
+        raise SettingsError(
+            "learning_rate: what is right for a prompt is not for weights; compare them without, or one kind at a time"
+        )
     protocol = _protocol(model, data, eval_data, test_data, config or TuneConfig(), equal, search)
     watcher = watcher or ComparisonWatcher()
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,14 +130,27 @@ def compare(
         results = {key: read_result(file) for key, file in files.items() if file.exists()}
         todo = [key for key in asked if key not in results]
         watcher.begin(protocol, list(results.values()), todo)
-        base = Base(model) if todo else None
-        for name, seed in todo:
-            assert base is not None
-            results[name, seed] = run_method(name, seed, protocol, base, folder, watcher.method(name, seed))
-            results[name, seed].save(folder / RESULTS)
-            watcher.result(results[name, seed])
-        found, rows = [results[key] for key in asked], list(protocol.test)
-        report = write_report(found, rows, folder) if out is not None else None
+        base, failed = Base(model) if todo else None, list[str]()
+        found, rows, report = list[Result](), list(protocol.test), None
+        try:
+            for name, seed in todo:
+                assert base is not None
+                try:
+                    result = run_method(name, seed, protocol, base, folder, watcher.method(name, seed))
+                except Exception as error:  # one method's failure is not the others'
+                    if not (isinstance(error, RunError) or is_out_of_memory(error)):
+                        raise
+                    failed.append(f"{name}, seed {seed}: {error or 'out of memory'}")
+                    continue
+                result.save(folder / RESULTS)
+                results[name, seed] = result
+                watcher.result(result)
+        finally:  # an interrupted comparison has a report too
+            found = [results[key] for key in asked if key in results]
+            if out is not None and found:
+                report = write_report(found, rows, folder)
+        if failed:
+            raise RunError("; ".join([*failed, "the report has the others, and the same command tries these again"]))
     return Comparison(found, rows, report)
 
 
@@ -138,6 +164,10 @@ def _protocol(
     search: bool,
 ) -> Protocol:
     """Split the rows, once for all methods and seeds."""
+    if count() > 1:
+        raise SettingsError("a comparison runs in one process; start it without torchrun")
+    if config.init.startswith(PROMPT):
+        raise SettingsError("init: a prompt that was learned before may have seen the test rows; leave it out")
     if config.eval_rows == 0:
         raise SettingsError("a comparison needs validation rows to choose by; leave eval_rows=0 out")
     if test_data is None:
@@ -146,6 +176,16 @@ def _protocol(
     train, validation = split_rows(data, eval_data, config.eval_rows, config.seed)
     if test_data.task != train.task:
         raise InputError(f"{test_data.name} is for {test_data.task}, {train.name} for {train.task}")
+    unknown = set(test_data.labels) - set(train.labels) if train.task == "classification" else None
+    if unknown:
+        raise InputError(f"{test_data.name} has the label {min(unknown)!r}, which no training row has")
+    seen = max(seen_before(rows, test_data) for rows in (data, eval_data) if rows is not None)
+    if seen:
+        warnings.warn(
+            f"{seen} of {len(test_data)} test rows ask what another row asks too; on those every method looks better than "
+            "it is",
+            stacklevel=3,
+        )
     if config.train_rows is not None:
         train = sample(train, config.train_rows, config.seed)
     assert validation is not None
@@ -183,6 +223,14 @@ def _begin(folder: Path, protocol: Protocol) -> None:
                 f"{folder} holds a comparison with other {name.replace('_', ' ')}; give another folder, or the same "
                 "rows, model and settings to go on with it"
             )
+
+
+def _unlike(methods: Sequence[str]) -> bool:
+    """Tell whether prompts and weights are among the methods."""
+    kinds = {
+        issubclass(METHODS[name], OwnWeights) for name in methods if issubclass(METHODS[name], Trained | Ensembles)
+    }
+    return len(kinds) > 1
 
 
 class Base:
@@ -262,7 +310,7 @@ def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Si
         settings={**learned.settings, "equal": protocol.equal, "search": protocol.search},
         metrics=side.metrics(),
         confusion=side.scores.confusion() if isinstance(side.scores, LabelScores) else None,
-        predictions=[str(record["prediction"]) for record in side.predictions() if "prediction" in record],
+        predictions=[] if protocol.test.task == "text" else [str(r["prediction"]) for r in side.predictions()],
         statistics=side.statistics(),
         costs=costs,
         curve=learned.curve,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedModel
@@ -92,7 +92,7 @@ def general_perplexity(model: FrozenModel) -> float:
     rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
     most = min(_LONGEST, model.context_length or _LONGEST)
     scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), most), rows)
-    return math.exp(scorer.score(model, None).loss())
+    return float(np.exp(scorer.score(model, None).loss()))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -29,6 +29,8 @@ class Prompts(Trained):
     def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
         super().__init__(protocol, seed, watcher)
         self.rate, self.settings = PROMPT_RATE[self.kind], {"method": self.kind}
+        if self.kind == "deep-prefix":  # which has one parameterization
+            self.settings["parameterization"] = "direct"
 
     def loop(self, plan: Plan, watcher: Watcher) -> Loop:
         return PromptLoop(self.protocol.model, plan, SilentRunFolder(Path()), watcher)

@@ -54,7 +54,10 @@ class Protocol:
 
     def plan(self, **settings: object) -> Plan:
         """Make the plan of a method: the same rows, template and batches for all."""
-        config = self.config.model_copy(update={"max_minutes": None, **settings})
+        own: dict[str, object] = {"max_minutes": None}
+        if self.equal == "time":
+            own["epochs"] = None
+        config = self.config.model_copy(update={**own, **settings})
         return make_plan(self.model, self.train, config, self.validation)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from softprompt.data.rows import Task
 from softprompt.errors import InputError
@@ -20,7 +20,13 @@ from softprompt.storage import write_text
 PRIMARY: dict[Task, str] = {"classification": "accuracy", "completion": "bleu", "text": "loss"}
 
 
-class Costs(BaseModel):
+class _Kept(BaseModel):
+    """What is kept as JSON: figures that are not finite, of a run that diverged, come back as they were."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+
+class Costs(_Kept):
     """What a method takes.
 
     Attributes:
@@ -50,7 +56,7 @@ class Costs(BaseModel):
     perplexity_after: float
 
 
-class Point(BaseModel):
+class Point(_Kept):
     """A point of a learning curve.
 
     Attributes:
@@ -66,7 +72,7 @@ class Point(BaseModel):
     validation: dict[str, float]
 
 
-class Result(BaseModel):
+class Result(_Kept):
     """What one method gave with one seed.
 
     Attributes:

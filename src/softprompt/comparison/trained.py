@@ -10,6 +10,7 @@ from softprompt.comparison.costs import measured
 from softprompt.comparison.method import Answers, Learned, Method, Protocol
 from softprompt.comparison.results import Point
 from softprompt.data.batching import draw
+from softprompt.errors import RunError
 from softprompt.training.loop import Loop, Weights, measure_pace
 from softprompt.training.plan import Plan
 from softprompt.training.tune import reproducible
@@ -99,8 +100,13 @@ class Trained(Method):
         for factor in _SEARCHED:
             rate = self.rate * factor
             config = plan.config.model_copy(update={"learning_rate": rate, "max_steps": steps, "eval_every": until})
-            _, progress, _ = self.loop(replace(plan, config=config), Watcher()).run(until=until)
+            try:
+                _, progress, _ = self.loop(replace(plan, config=config), Watcher()).run(until=until)
+            except RunError:  # its loss was not finite
+                continue
             found.append((progress.best["loss"], rate))
+        if not found:
+            raise RunError("no learning rate that was tried gives a finite loss; try dtype=float32")
         return min(found)[1], until
 
 

@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 RANK = 8
 
 
+def require_peft() -> None:
+    """Make sure that LoRA can be learned, before a long comparison begins.
+
+    Raises:
+        SettingsError: PEFT is not installed.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise SettingsError("lora needs a package: pip install 'softprompt[compare]'") from error
+
+
 @contextmanager
 def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Iterator[PeftModel]:
     """Put low-rank updates beside all linear layers but the output head (Hu et al. 2022); they alone learn.
@@ -48,10 +60,9 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
         SettingsError: PEFT is missing.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is there, PEFT loads it, and it talks
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError as error:
-        raise SettingsError("lora needs a package: pip install 'softprompt[compare]'") from error
+    require_peft()
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what PEFT corrects by itself, such as the layout of GPT-2's weights
@@ -69,8 +80,13 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
 
 
 def unfrozen(model: FrozenModel) -> FrozenModel:
-    """Return a copy of a model that learns with all its weights; what is given is not changed."""
-    return around(deepcopy(model.hf_model).requires_grad_(True), model)
+    """Return a copy of a model that learns with all its weights; what is given is not changed.
+
+    It is in float32: most of what an optimizer adds to weights in half precision would be lost in rounding.
+    """
+    if getattr(model.hf_model, "is_quantized", False):
+        raise SettingsError("full fine-tuning needs a model that is not quantized; leave the method or the setting out")
+    return around(deepcopy(model.hf_model).float().requires_grad_(True), model)
 
 
 def around(hf_model: PreTrainedModel, like: FrozenModel) -> FrozenModel:
@@ -106,9 +122,10 @@ class WeightsLoop(Loop):
         """Set the gradients of the learned weights; a text's first token is not learned, for nothing predicts it."""
         examples = [Example(example.ids, max(example.start, 1)) for example in batch]
         targets, total = sum(example.targets for example in examples), 0.0
+        recompute = bool(self.plan.config.gradient_checkpointing)
         with torch.enable_grad():
             for part in micro_batches(examples, self.progress.micro_batch_tokens, 0, self.model.way.pads):
-                loss = self.model.loss(Prefix(), [examples[i] for i in part]).sum() / targets
+                loss = self.model.loss(Prefix(), [examples[i] for i in part], recompute).sum() / targets
                 loss.backward()
                 total += float(loss.detach())
         return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -15,6 +16,8 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import ENSEMBLE, FORMAT_VERSION, Record, SoftPrompt, load_soft_prompt, require_fit
 from softprompt.prompt.store import find
 from softprompt.storage import write_folder, write_text
+
+_MEMBER = re.compile(r"member-[1-9][0-9]{0,2}")
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,13 @@ def load_prompt(prompt: str | Path) -> Prompt:
         return load_soft_prompt(path)
     try:
         loaded = json.loads(file.read_text(encoding="utf-8"))
-        names, metrics = [str(name) for name in loaded["members"]], dict(loaded["metrics"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = [str(name) for name in loaded["members"]]
+        metrics = {str(name): float(value) for name, value in loaded["metrics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PromptError(f"{file} is damaged: {error}") from error
-    if len(names) < 2 or any(Path(name).name != name or not (path / name).is_dir() for name in names):
-        raise PromptError(f"{file} is damaged: it must name two or more folders beside it")
+    known = all(_MEMBER.fullmatch(name) and (path / name).is_dir() for name in names)
+    if not (known and len(set(names)) == len(names) >= 2):
+        raise PromptError(f"{file} is damaged: it must name two or more folders beside it, member-1 and so on")
     prompts = tuple(load_soft_prompt(path / name) for name in names)
     first = prompts[0].record
     for name, one in zip(names, prompts, strict=True):

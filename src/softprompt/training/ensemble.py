@@ -14,6 +14,7 @@ from softprompt.errors import SettingsError
 from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.scoring import make_scorer
 from softprompt.model.frozen import FrozenModel
+from softprompt.processes import launched
 from softprompt.prompt.ensemble import Ensemble
 from softprompt.training.run_folder import write_predictions
 from softprompt.training.tune import TuneResult, tune
@@ -73,6 +74,8 @@ def tune_ensemble(
     """
     if members < 2:
         raise SettingsError(f"an ensemble of {members} is none; give two members or more")
+    if launched().count > 1:
+        raise SettingsError("an ensemble is learned by one process; start it without torchrun, or learn one prompt")
     began, given = time.monotonic(), config or TuneConfig()
     folder = None if out is None else Path(out)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)

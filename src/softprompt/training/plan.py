@@ -44,7 +44,7 @@ from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_
 # A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
 TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
-LEARNING_RATE: dict[Method, float] = {"soft-prompt": 0.03, "deep-prefix": 0.01}
+LEARNING_RATE: dict[Method, float] = {"soft-prompt": 0.03, "deep-prefix": 0.03}
 _SHOWN = 5000  # training rows that a prompt's examples are drawn from
 _LONGEST_TEXT = 512  # tokens that a prompt is made as long as without being asked
 Decide = Callable[[str, object, str], None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows
+from softprompt.errors import RunError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.plan import LEARNING_RATE, make_plan
 from softprompt.training.prompt_loop import PromptLoop
@@ -58,8 +60,11 @@ def search(
         for number, (settings, loop) in enumerate(running):
             until = max(1, round(rung * loop.max_steps))
             loop.eval_every = until
-            _, progress, _ = loop.run(until=until)
-            loss = progress.best["loss"] if progress.best else float("inf")
+            try:
+                _, progress, _ = loop.run(until=until)
+                loss = progress.best["loss"]
+            except RunError:  # not finite: a rate that is too high
+                loss = math.inf
             watcher.candidate(settings, until, loss)
             found.append((loss, number))
         running = [running[number] for _, number in sorted(found)[: (len(found) + 1) // 2]]
