@@ -182,8 +182,8 @@ def _protocol(
     seen = max(seen_before(rows, test_data) for rows in (data, eval_data) if rows is not None)
     if seen:
         warnings.warn(
-            f"{seen} of {len(test_data)} test rows ask what another row asks too; on those every method looks better than "
-            "it is",
+            f"{seen} of {len(test_data)} test rows ask what another row asks too; on those every method looks better "
+            "than it is",
             stacklevel=3,
         )
     if config.train_rows is not None:
