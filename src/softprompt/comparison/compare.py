@@ -307,7 +307,12 @@ def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Si
         data=_short(protocol.train.name),
         base_model=protocol.model.source,
         rows={part: len(rows) for part, rows in parts.items()},
-        settings={**learned.settings, "equal": protocol.equal, "search": protocol.search},
+        settings={
+            **learned.settings,
+            "equal": protocol.equal,
+            "search": protocol.search,
+            "max_minutes": protocol.config.max_minutes if protocol.equal == "time" else None,
+        },
         metrics=side.metrics(),
         confusion=side.scores.confusion() if isinstance(side.scores, LabelScores) else None,
         predictions=[] if protocol.test.task == "text" else [str(r["prediction"]) for r in side.predictions()],
