@@ -37,10 +37,10 @@ def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_jso
     """
     from softprompt.cli.show import TerminalWatcher, print_json
     from softprompt.launch import rank
-    from softprompt.prompt.store import keep, new_version
+    from softprompt.prompt.store import keep, member_name, new_version
     from softprompt.training.run_folder import RunFolder
 
-    first, begun = rank() == 0, out / "member-1" if ensemble else out
+    first, begun = rank() == 0, out / member_name(1) if ensemble else out
     if name is not None:
         new_version(name)  # a name that cannot be kept is said now, not after the night
     if first and resume:

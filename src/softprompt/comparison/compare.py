@@ -15,7 +15,6 @@ import numpy as np
 
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
 from softprompt.comparison.learned_prompts import Ensembles
-from softprompt.comparison.learned_weights import OwnWeights
 from softprompt.comparison.method import Equal, Learned, Method, Protocol
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.plots import require_matplotlib
@@ -109,17 +108,7 @@ def compare(
         RunError: a loss is not finite, or one row does not fit in memory.
         StorageError: a file cannot be written.
     """
-    unknown = next((name for name in methods if name not in METHODS), None)
-    if unknown is not None:
-        raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
-    if out is not None:
-        require_matplotlib()  # now, not after the night
-    if "lora" in methods:
-        require_peft()
-    if config is not None and config.learning_rate is not None and _unlike(methods):
-        raise SettingsError(
-            "learning_rate: what is right for a prompt is not for weights; compare them without, or one kind at a time"
-        )
+    _require(methods, config, plots=out is not None)
     protocol = _protocol(model, data, eval_data, test_data, config or TuneConfig(), equal, search)
     watcher = watcher or ComparisonWatcher()
     with tempfile.TemporaryDirectory() as scratch:
@@ -152,6 +141,22 @@ def compare(
         if failed:
             raise RunError("; ".join([*failed, "the report has the others, and the same command tries these again"]))
     return Comparison(found, rows, report)
+
+
+def _require(methods: Sequence[str], config: TuneConfig | None, plots: bool) -> None:
+    """Say now, not after the night, what cannot be compared or what is missing."""
+    unknown = next((name for name in methods if name not in METHODS), None)
+    if unknown is not None:
+        raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
+    if plots:
+        require_matplotlib()
+    if "lora" in methods:
+        require_peft()
+    trained = [METHODS[name] for name in methods if issubclass(METHODS[name], Trained | Ensembles)]
+    if config is not None and config.learning_rate is not None and len({m.changes_weights for m in trained}) > 1:
+        raise SettingsError(
+            "learning_rate: what is right for a prompt is not for weights; compare them without, or one kind at a time"
+        )
 
 
 def _protocol(
@@ -225,14 +230,6 @@ def _begin(folder: Path, protocol: Protocol) -> None:
             )
 
 
-def _unlike(methods: Sequence[str]) -> bool:
-    """Tell whether prompts and weights are among the methods."""
-    kinds = {
-        issubclass(METHODS[name], OwnWeights) for name in methods if issubclass(METHODS[name], Trained | Ensembles)
-    }
-    return len(kinds) > 1
-
-
 class Base:
     """The base model before anything was learned."""
 
@@ -255,7 +252,7 @@ def run_method(
     try:
         learned = method.learn()
         answering = learned.answers.model
-        perplexity = general_perplexity(answering) if answering is not protocol.model or name == "lora" else None
+        perplexity = general_perplexity(answering) if method.changes_weights else base.perplexity
         began = time.monotonic()
         side = learned.answers.side(protocol.test)
         seconds = time.monotonic() - began
@@ -263,10 +260,9 @@ def run_method(
             place = folder / TASKS / f"{name}-{seed}" if method.keeps else Path(scratch) / "task"
             method.store(place)
             stored, switch = folder_bytes(place), _switch_seconds(method, place, protocol.test)
-        kept = answering.hf_model if answering is not protocol.model else None
     finally:
         method.close()
-    after = weights_hash(protocol.model.hf_model if kept is None else kept)
+    after = weights_hash(answering.hf_model)  # of LoRA, without its adapter now
     costs = Costs(
         trainable_parameters=learned.parameters,
         stored_bytes=stored,
@@ -278,7 +274,7 @@ def run_method(
         switch_seconds=switch,
         base_unchanged=after == base.hash,
         perplexity_before=base.perplexity,
-        perplexity_after=base.perplexity if perplexity is None else perplexity,
+        perplexity_after=perplexity,
     )
     return _result(name, seed, protocol, learned, side, costs)
 

@@ -20,7 +20,7 @@ class Engineering(Method):
     def learn(self) -> Learned:
         protocol = self.protocol
         plan = protocol.plan(seed=self.seed)
-        config, rows = plan.config, protocol.validation if plan.validation is None else plan.validation
+        config, rows = plan.config, protocol.validation
         assert config.batch_size and config.max_steps
         form, most = plan.encoder.format, config.max_length
         with measured(protocol.model.device) as effort:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -14,7 +13,7 @@ import numpy as np
 from softprompt.config import Calibration
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
-from softprompt.data.split import sample
+from softprompt.data.split import labels_in_turn, sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain
@@ -163,13 +162,8 @@ def _draws(judge: _Judge, form: Format, train: Rows, generator: np.random.Genera
     for number in count() if sizes else ():
         k, by_label = sizes[number % len(sizes)], number // len(sizes) % 2 == 0
         order = generator.permutation(len(pool)).tolist()
-        if by_label and form.task == "classification":  # a row of each label, then another of each, …
-            seen: Counter[str] = Counter()
-            place = {}
-            for i in order:
-                place[i] = seen[pool[i]["label"]]
-                seen[pool[i]["label"]] += 1
-            order.sort(key=place.__getitem__)
+        if by_label and form.task == "classification":
+            order = labels_in_turn(pool, order)
         shown = tuple(pool[i] for i in generator.permutation(order[:k]))
         while judge.tokens((drawn := replace(form, demonstrations=shown)).demonstrated) > room:
             shown = shown[: len(shown) // 2]

@@ -20,6 +20,7 @@ from softprompt.training.watcher import Watcher
 class OwnWeights(Trained):
     """Weights of the model itself."""
 
+    changes_weights = True
     model: FrozenModel
 
     def loop(self, plan: Plan, watcher: Watcher) -> Loop:

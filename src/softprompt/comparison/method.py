@@ -115,9 +115,11 @@ class Method(ABC):
 
     Attributes:
         keeps: whether what it stores is kept with the results; a whole model is not.
+        changes_weights: whether rows are answered with other weights than the base model's.
     """
 
     keeps = True
+    changes_weights = False
 
     def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
         self.protocol, self.seed, self.watcher = protocol, seed, watcher

@@ -112,10 +112,11 @@ class WeightsLoop(Loop):
         for name, parameter in self.learned.items():
             parameter.copy_(weights[name])
 
-    def evaluate(self, weights: Weights) -> Scores:
-        """Score the validation rows with weights, which the model has afterwards."""
+    def evaluate(self, weights: Weights | None = None) -> Scores:
+        """Score the validation rows with weights, which the model has afterwards, or with those that it has."""
         assert self.plan.scorer is not None
-        self.load(weights)
+        if weights is not None:
+            self.load(weights)
         return self.plan.scorer.score(self.model, None)
 
     def gradient(self, batch: list[Example]) -> float:

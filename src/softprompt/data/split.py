@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softprompt.data.rows import Rows
+from softprompt.data.rows import Row, Rows
 from softprompt.errors import DataError
 
 _SHARE = 0.2  # of the rows, at most, where no validation rows are given
@@ -60,6 +61,16 @@ def sample(data: Rows, rows: int, seed: int) -> Rows:
         return data
     drawn = _stratified(_keys(data)["label"], np.arange(len(data)), rows, np.random.default_rng(seed))
     return data.pick(np.flatnonzero(drawn))
+
+
+def labels_in_turn(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
+    """Return indices of labelled rows so that a row of each label comes first, then another of each, in `order`."""
+    seen: Counter[str] = Counter()
+    turn = {}
+    for i in order:
+        turn[i] = seen[rows[i]["label"]]
+        seen[rows[i]["label"]] += 1
+    return sorted(order, key=turn.__getitem__)
 
 
 def seen_before(train: Rows, validation: Rows) -> int:

@@ -13,8 +13,16 @@ from torch import Tensor
 from softprompt.data.templates import Format
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import ENSEMBLE, FORMAT_VERSION, Record, SoftPrompt, load_soft_prompt, require_fit
-from softprompt.prompt.store import find
+from softprompt.prompt.soft_prompt import (
+    ENSEMBLE,
+    FORMAT_VERSION,
+    Record,
+    SoftPrompt,
+    load_soft_prompt,
+    read_json,
+    require_fit,
+)
+from softprompt.prompt.store import find, member_name
 from softprompt.storage import write_folder, write_text
 
 _MEMBER = re.compile(r"member-[1-9][0-9]{0,2}")
@@ -59,7 +67,7 @@ class Ensemble:
         path = Path(folder)
         if path.exists() and not (path / ENSEMBLE).is_file():
             raise PromptError(f"{path} exists and is not an ensemble; give a new folder")
-        names = [f"member-{number}" for number, _ in enumerate(self.prompts, start=1)]
+        names = [member_name(number) for number, _ in enumerate(self.prompts, start=1)]
         with write_folder(path) as aside:
             for name, prompt in zip(names, self.prompts, strict=True):
                 prompt.save(aside / name)
@@ -84,11 +92,11 @@ def load_prompt(prompt: str | Path) -> Prompt:
     file = path / ENSEMBLE
     if not file.is_file():
         return load_soft_prompt(path)
+    loaded = read_json(file)
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
         names = [str(name) for name in loaded["members"]]
         metrics = {str(name): float(value) for name, value in loaded["metrics"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PromptError(f"{file} is damaged: {error}") from error
     known = all(_MEMBER.fullmatch(name) and (path / name).is_dir() for name in names)
     if not (known and len(set(names)) == len(names) >= 2):

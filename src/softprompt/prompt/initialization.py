@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.data.rows import Row
+from softprompt.data.split import labels_in_turn
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
@@ -94,14 +95,7 @@ def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed:
     """
     text, shown = task_text(format), 0
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    if format.task == "classification":  # a row of each label, then another of each, …
-        seen: Counter[str] = Counter()
-        place = {}
-        for i in order:
-            place[i] = seen[rows[i]["label"]]
-            seen[rows[i]["label"]] += 1
-        order.sort(key=place.__getitem__)
-    for i in order:
+    for i in labels_in_turn(rows, order) if format.task == "classification" else order:
         more = text + format.demonstration(rows[i])
         if shown and len(model.tokenizer(more, add_special_tokens=False)["input_ids"]) > most:
             break

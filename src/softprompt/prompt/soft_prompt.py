@@ -225,7 +225,7 @@ def load_soft_prompt(prompt: str | Path) -> SoftPrompt:
             if (path / "prompt").is_dir():
                 hint = f"; did you mean {path / 'prompt'}?"
             raise PromptError(f"{path} is not a prompt: {name} is missing{hint}")
-    adapter = _read_json(path / ADAPTER)
+    adapter = read_json(path / ADAPTER)
     kind, parts = adapter.get("peft_type"), adapter.get("num_transformer_submodules")
     if kind not in (*_SHALLOW, *_DEEP):
         raise PromptError(f"{path} holds a {kind} adapter; softprompt reads {', '.join((*_SHALLOW, *_DEEP))}")
@@ -248,7 +248,12 @@ def _unflattened(path: Path, weights: Tensor, adapter: dict[str, Any]) -> Tensor
     return unflattened
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of a folder's files.
+
+    Raises:
+        PromptError: it cannot be read, or holds no object.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -287,7 +292,7 @@ def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
             stacklevel=3,
         )
         return Record(base_model=BaseModelRecord(id=adapter.get("base_model_name_or_path") or ""))
-    loaded = _read_json(path / RECORD)
+    loaded = read_json(path / RECORD)
     version = loaded.get("format_version")
     if version != FORMAT_VERSION:
         raise PromptError(f"{path / RECORD} has format version {version}; this softprompt reads {FORMAT_VERSION}")

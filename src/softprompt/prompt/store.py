@@ -23,6 +23,11 @@ def store_folder() -> Path:
     return home() / "prompts"
 
 
+def member_name(number: int) -> str:
+    """Return the folder of an ensemble's member, counted from 1."""
+    return f"member-{number}"
+
+
 def names() -> list[str]:
     """Return the names that are kept, sorted."""
     folder = store_folder()

@@ -16,11 +16,10 @@ from softprompt.evaluation.scoring import make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.processes import launched
 from softprompt.prompt.ensemble import Ensemble
-from softprompt.training.run_folder import write_predictions
+from softprompt.prompt.store import member_name
+from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import TuneResult, tune
 from softprompt.training.watcher import Watcher
-
-PROMPT, PREDICTIONS = "prompt", "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,6 @@ class EnsembleResult:
     runs: list[TuneResult]
     seconds: float
     metrics: dict[str, float]
-
-
-def member_folder(out: Path, number: int) -> Path:
-    """Return the run folder of a member, counted from 1."""
-    return out / f"member-{number}"
 
 
 def tune_ensemble(
@@ -83,9 +77,7 @@ def tune_ensemble(
     runs: list[TuneResult] = []
     for number in range(1, members + 1):
         settings = given.model_copy(update={"seed": given.seed + number - 1, "max_minutes": minutes})
-        if validation is not None:
-            settings = settings.model_copy(update={"eval_rows": len(validation)})
-        place = None if folder is None else member_folder(folder, number)
+        place = None if folder is None else folder / member_name(number)
         begun = resume and place is not None and (place / "config.yaml").exists()
         runs.append(tune(model, train, settings, eval_data=validation, out=place, resume=begun, watcher=watcher))
     prompts = tuple(run.prompt for run in runs)
@@ -97,8 +89,8 @@ def tune_ensemble(
         scores = averaged(make_scorer(encoder, validation, at_once).score_all(model, [p.weights for p in prompts]))
         metrics = scores.values()
         if folder is not None:
-            write_predictions(folder / PREDICTIONS, scores.predictions())
+            RunFolder(folder).write_predictions(scores.predictions())
     made = Ensemble(prompts, prompts[0].record.model_copy(update={"metrics": metrics}))
     if folder is not None:
-        made.save(folder / PROMPT)
+        made.save(RunFolder(folder).prompt)
     return EnsembleResult(made, runs, time.monotonic() - began, metrics)

@@ -76,8 +76,8 @@ class Loop(ABC):
         """Return a copy of what a run gives, as it stands."""
 
     @abstractmethod
-    def evaluate(self, weights: Weights) -> Scores:
-        """Score the validation rows."""
+    def evaluate(self, weights: Weights | None = None) -> Scores:
+        """Score the validation rows with weights, or with what is learned as it stands."""
 
     def run(self, until: int | None = None) -> tuple[Weights, Progress, Scores | None]:
         """Take all steps that are left, or those up to `until`.
@@ -119,7 +119,7 @@ class Loop(ABC):
         due = step % self.eval_every == 0 or step == self.max_steps
         if not (self.plan.scorer and due) or self.progress.evaluated >= step:
             return scores
-        now = self.evaluate(self.weights())
+        now = self.evaluate()
         values = now.values()
         with interrupts_deferred():
             if scores is None or now.better_than(scores):
@@ -234,7 +234,7 @@ def measure_pace(loop: Loop) -> Pace:
     step = (time.monotonic() - began) / _TIMED
     if plan.scorer:
         began = time.monotonic()
-        loop.evaluate(loop.weights())
+        loop.evaluate()
         evaluation = time.monotonic() - began
     return Pace(step, evaluation)
 

@@ -43,9 +43,9 @@ class PromptLoop(Loop):
         with torch.no_grad():
             return {_PROMPT: self.prompt().clone()}
 
-    def evaluate(self, weights: Weights) -> Scores:
+    def evaluate(self, weights: Weights | None = None) -> Scores:
         assert self.plan.scorer is not None
-        return self.plan.scorer.score(self.model, weights[_PROMPT])
+        return self.plan.scorer.score(self.model, (weights or self.weights())[_PROMPT])
 
     def gradient(self, batch: list[Example]) -> float:
         """Set the gradients, with smaller micro-batches where memory is too little or runs out."""

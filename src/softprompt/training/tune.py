@@ -97,7 +97,6 @@ def tune(
         given = config or TuneConfig()
         if resume:
             given, state = agreement.resume(processes, run, given, identity)
-        if resume:
             plan = make_plan(model, data, given, eval_data)
         else:
             plan = _plan(model, data, given, eval_data, processes, watcher)
@@ -138,20 +137,20 @@ def _plan(
     """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
     began, reasons = time.monotonic(), {}
     with reproducible(config.threads):
-        limited = config.max_minutes is not None and not (config.max_steps or config.epochs)
-        if limited:
+        seconds = 60 * config.max_minutes if config.max_minutes and not (config.max_steps or config.epochs) else None
+        if seconds is not None:
             pilot = PromptLoop(model, make_plan(model, data, config, eval_data), SilentRunFolder(Path()), Watcher())
             pace = measure_pace(pilot)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
-            steps = pace.fitting(60 * (config.max_minutes or 0))["max_steps"] if limited else config.max_steps
+            steps = config.max_steps if seconds is None else pace.fitting(seconds)["max_steps"]
             whole = config.model_copy(update={"max_steps": steps})
             chosen = search(model, data, whole, eval_data, watcher)
             chosen = json.loads(processes.share(json.dumps(chosen).encode()))
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
-        if limited:
-            fitting = pace.fitting(60 * (config.max_minutes or 0) - (time.monotonic() - began))
+        if seconds is not None:
+            fitting = pace.fitting(seconds - (time.monotonic() - began))
             if config.eval_every is not None:
                 del fitting["eval_every"]
             config = config.model_copy(update=json.loads(processes.share(json.dumps(fitting).encode())))
