@@ -287,9 +287,7 @@ def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) ->
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ready = "import psutil, softprompt.cli.show, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
     # Of PyTorch, that is a RuntimeError.
-    uncaught = (
-        "import softprompt.training.prompt_loop as loop; loop.is_out_of_memory = lambda e: isinstance(e, MemoryError)"
-    )
+    uncaught = "import softprompt.training.loop as loop; loop.is_out_of_memory = lambda e: isinstance(e, MemoryError)"
     command = [sys.executable, "-c", f"{uncaught}; from softprompt.cli.main import main; main()", "tune", "rows.jsonl"]
     command += ["--model", "model", "--out", "run", *SHORT, "--set", "batch_size=8", "--set", "max_steps=2"]
     command += ["--set", "eval_rows=0", "--set", "micro_batch_tokens=100000"]

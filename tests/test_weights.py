@@ -14,8 +14,11 @@ from torch.nn.functional import cross_entropy
 from conftest import frozen, tiny_model
 from softprompt.comparison.weights import RANK, WeightsLoop, lora, unfrozen
 from softprompt.data.batching import draw
+from softprompt.data.examples import Example
 from softprompt.data.rows import load_data
+from softprompt.errors import RunError
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.prefix import Prefix
 from softprompt.training.plan import make_plan
 from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
@@ -90,6 +93,39 @@ def test_it_learns_and_the_model_is_as_it_was(llama: FrozenModel, method: str, r
     assert weights_hash(llama) == before
     assert set(llama.hf_model.state_dict()) == names
     assert not any(p.requires_grad for p in llama.hf_model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_where_memory_runs_out_less_is_run_at_once(
+    llama: FrozenModel, method: str, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients are the same, those of the parts that ran before it did not count twice."""
+    ran: list[int] = []
+    right = FrozenModel.loss
+
+    def little_memory(model: FrozenModel, prefix: Prefix, examples: list[Example], recompute: bool) -> torch.Tensor:
+        ran.append(len(examples))
+        if len(ran) == 2:  # the first part had run
+            raise MemoryError
+        return right(model, prefix, examples, recompute)
+
+    with learning(llama, method) as model:
+        loop = loop_of(model, reviews, max_steps=1)
+        batch = [loop.plan.examples[i] for i in range(6)]
+        loss = loop.gradient(batch)
+        expected = {name: p.grad.clone() for name, p in loop.learned.items() if p.grad is not None}
+        monkeypatch.setattr(FrozenModel, "loss", little_memory)
+        assert loop.gradient(batch) == pytest.approx(loss, rel=1e-5)
+        assert loop.progress.micro_batch_tokens == 20
+        for name, gradient in expected.items():
+            torch.testing.assert_close(loop.learned[name].grad, gradient, rtol=1e-3, atol=1e-6)
+        monkeypatch.setattr(FrozenModel, "loss", broken)
+        with pytest.raises(RunError, match="out of memory at one row"):
+            loop.gradient(batch)
+
+
+def broken(*_: object) -> torch.Tensor:
+    raise MemoryError
 
 
 def test_all_methods_take_the_same_rows_in_the_same_order(

@@ -17,9 +17,8 @@ from softprompt.data.split import labels_in_turn, sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain
-from softprompt.evaluation.scoring import LabelScores, Scores
+from softprompt.evaluation.scoring import LabelScores, Scores, tokens_at_once
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import measure, micro_batch_tokens
 
 SIZES = (1, 2, 4, 8, 16)
 _WIDTHS = (16, 4, 1)  # candidates of a round: a quarter of them goes on, each to four times the rows
@@ -206,8 +205,7 @@ class _Judge:
         self.model, self.validation, self.most = model, validation, max_length
         self.budget, self.progress = budget, progress
         self.trials: list[Trial] = []
-        share = 0.0 if validation.task == "classification" else 1.0
-        self.at_once = micro_batch_tokens(model.device, measure(model, 0), 1, max_length, share, scoring=True)
+        self.at_once = tokens_at_once(model, validation, 0, max_length)
 
     def tokens(self, text: str) -> int:
         return len(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -18,8 +18,8 @@ from softprompt.data.rows import Rows
 from softprompt.data.templates import Format
 from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.evaluate import Side
+from softprompt.evaluation.scoring import tokens_at_once
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.watcher import Watcher
 
@@ -82,9 +82,7 @@ class Answers:
         """Answer rows."""
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
         virtual = max((prompt.shape[-2] for prompt in self.prompts), default=0)
-        share = 0.0 if rows.task == "classification" else 1.0
-        footprint = measure(self.model, virtual)
-        at_once = micro_batch_tokens(self.model.device, footprint, 1, self.max_length, share, scoring=True)
+        at_once = tokens_at_once(self.model, rows, virtual, self.max_length)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
         return Side(self.model, encoder, scorer, self.prompts or (None,))
 

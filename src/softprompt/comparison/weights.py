@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Example
 from softprompt.errors import SettingsError
 from softprompt.evaluation.scoring import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-from softprompt.training.loop import Loop, Weights
+from softprompt.training.loop import Cuts, Loop, Weights
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.watcher import Watcher
@@ -98,9 +97,8 @@ class WeightsLoop(Loop):
     """Learns every weight of a model that takes a gradient, on the rows that prompts learn on, in the same order."""
 
     def __init__(self, model: FrozenModel, plan: Plan, run: RunFolder, watcher: Watcher) -> None:
-        self.model = model
         learned = {name: p for name, p in model.hf_model.named_parameters() if p.requires_grad}
-        super().__init__(plan, run, watcher, learned)
+        super().__init__(model, plan, run, watcher, learned)
 
     def weights(self) -> Weights:
         """Return a copy of the learned weights."""
@@ -119,14 +117,14 @@ class WeightsLoop(Loop):
             self.load(weights)
         return self.plan.scorer.score(self.model, None)
 
-    def gradient(self, batch: list[Example]) -> float:
-        """Set the gradients of the learned weights; a text's first token is not learned, for nothing predicts it."""
-        examples = [Example(example.ids, max(example.start, 1)) for example in batch]
-        targets, total = sum(example.targets for example in examples), 0.0
-        recompute = bool(self.plan.config.gradient_checkpointing)
+    def backward(self, cuts: Cuts) -> float:
+        """Run the micro-batches; a text's first token is not learned, for nothing predicts it."""
+        (parts,), recompute, total = cuts, bool(self.plan.config.gradient_checkpointing), 0.0
+        learnable = [[Example(example.ids, max(example.start, 1)) for example in part] for part in parts]
+        targets = sum(example.targets for part in learnable for example in part)
         with torch.enable_grad():
-            for part in micro_batches(examples, self.progress.micro_batch_tokens, 0, self.model.way.pads):
-                loss = self.model.loss(Prefix(), [examples[i] for i in part], recompute).sum() / targets
+            for part in learnable:
+                loss = self.model.loss(Prefix(), part, recompute).sum() / targets
                 loss.backward()
                 total += float(loss.detach())
         return total

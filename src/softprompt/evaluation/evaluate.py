@@ -18,9 +18,8 @@ from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer
+from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer, tokens_at_once
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.prompt.ensemble import Prompt, require_all_fit
 
 
@@ -88,9 +87,7 @@ def evaluate(
     # So long that the model has positions for it, without the prompt too: both read the same.
     most = min(max_length, (model.context_length or max_length + virtual) - virtual)
     encoder = Encoder(model.tokenizer, form, most)
-    share = 0.0 if data.task == "classification" else 1.0
-    at_once = micro_batch_tokens(model.device, measure(model, virtual), 1, most, share, scoring=True)
-    scorer = calibrated_or_plain(encoder, data, at_once, calibration)
+    scorer = calibrated_or_plain(encoder, data, tokens_at_once(model, data, virtual, most), calibration)
     untouched = Side(model, encoder, scorer)
     side = untouched if prompt is None else Side(model, encoder, scorer, prompt.members)
     return Evaluation(

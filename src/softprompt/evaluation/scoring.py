@@ -20,7 +20,7 @@ from softprompt.data.rows import Rows
 from softprompt.errors import DataError, RunError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import is_out_of_memory
+from softprompt.model.memory import is_out_of_memory, measure, micro_batch_tokens
 from softprompt.model.prefix import Prefix
 from softprompt.processes import ALONE, Processes
 
@@ -325,6 +325,12 @@ def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence
     for tree, own in zip(trees, each.split([len(tree.tokens) for tree in trees]), strict=True):
         found.append([float(own[path].sum()) for path in tree.paths])
     return found
+
+
+def tokens_at_once(model: FrozenModel, rows: Rows, virtual: int, longest: int) -> int:
+    """Predict how many text tokens of rows can be scored at once, behind so many virtual tokens."""
+    share = 0.0 if rows.task == "classification" else 1.0
+    return micro_batch_tokens(model.device, measure(model, virtual), 1, longest, share, scoring=True)
 
 
 def make_scorer(encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> Scorer:

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from softprompt.config import TuneConfig
-from softprompt.data.batching import draw
+from softprompt.data.batching import deal, draw, micro_batches
 from softprompt.data.examples import Example
 from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import available_memory, is_out_of_memory
+from softprompt.processes import ALONE, Processes
 from softprompt.training.plan import EVALUATIONS, Plan
 from softprompt.training.run_folder import Progress, RunFolder, State
 from softprompt.training.watcher import Watcher
@@ -30,33 +33,40 @@ _TIMED = 4  # steps
 _EVALUATED = 0.25  # of the time
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
+# Of each process, the micro-batches of its share of a batch.
+Cuts = list[list[list[Example]]]
 
 
 class Loop(ABC):
     """Takes a plan's steps, from the beginning or from a saved state.
 
     Args:
+        model: the model, which may have what learns in it.
         plan: what is learned from, and how.
         run: where it is written down.
         watcher: told of every step.
         learned: what the optimizer changes, by name.
         state: where to go on; None to begin.
-        processes: how many share a step.
+        processes: those that share a step.
     """
+
+    held = 0  # tokens of every example that its prefix holds
 
     def __init__(
         self,
+        model: FrozenModel,
         plan: Plan,
         run: RunFolder,
         watcher: Watcher,
         learned: Mapping[str, Parameter],
         state: State | None = None,
-        processes: int = 1,
+        processes: Processes = ALONE,
     ) -> None:
-        self.plan, self.folder, self.watcher, self.learned = plan, run, watcher, dict(learned)
+        self.model, self.plan, self.folder, self.watcher = model, plan, run, watcher
+        self.learned, self.processes = dict(learned), processes
         config = plan.config
         assert config.micro_batch_tokens and config.max_steps and config.eval_every
-        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens, processes=processes)
+        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
         self.optimizer = torch.optim.AdamW(self.learned.values(), weight_decay=config.weight_decay)
         self.max_steps, self.eval_every = config.max_steps, config.eval_every
         if state is not None:
@@ -64,12 +74,8 @@ class Loop(ABC):
         self.best = state.named(_BEST) if state is not None else self.weights()
 
     @abstractmethod
-    def gradient(self, batch: list[Example]) -> float:
-        """Set the gradients of what is learned, and return the loss, both means over the batch's target tokens.
-
-        Raises:
-            RunError: one row does not fit in memory.
-        """
+    def backward(self, cuts: Cuts) -> float:
+        """Add to the gradients of what is learned, and return the loss, both means over the batch's target tokens."""
 
     @abstractmethod
     def weights(self) -> Weights:
@@ -130,6 +136,37 @@ class Loop(ABC):
         self.watcher.evaluation(step, values)
         return scores
 
+    def gradient(self, batch: list[Example]) -> float:
+        """Set the gradients of what is learned, with smaller micro-batches where memory is too little or runs out.
+
+        Returns:
+            The loss, the mean over the batch's target tokens as the gradients are.
+
+        Raises:
+            RunError: one row does not fit in memory.
+        """
+        while True:
+            self.optimizer.zero_grad()
+            cuts = [self._cut([batch[i] for i in hand]) for hand in deal(batch, self.processes.count)]
+            try:
+                return self.backward(cuts)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if all(len(part) == 1 for cut in cuts for part in cut):
+                    longest, free = max(len(e.ids) for e in batch), available_memory(self.model.device) / 1e9
+                    raise RunError(
+                        f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
+                        "--set max_length, fewer virtual tokens, or a smaller model"
+                    ) from error
+            # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
+            self.progress.micro_batch_tokens //= 2
+            self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
+
+    def _cut(self, share: list[Example]) -> list[list[Example]]:
+        cut = micro_batches(share, self.progress.micro_batch_tokens, self.held, self.model.way.pads)
+        return [[share[i] for i in part] for part in cut]
+
     def step(self) -> None:
         """Take one step: the gradient of its rows, an update, and a line in `metrics.jsonl`."""
         config, progress = self.plan.config, self.progress
@@ -137,7 +174,6 @@ class Loop(ABC):
         began = time.monotonic()
         rows = draw(len(self.plan.examples), config.batch_size, progress.step, config.seed)
         batch = [self.plan.examples[i] for i in rows]
-        self.optimizer.zero_grad()
         loss = self.gradient(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), config.max_grad_norm)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.data.batching import deal, micro_batches
 from softprompt.data.examples import Example
-from softprompt.errors import RunError
 from softprompt.evaluation.scoring import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, give_back, is_out_of_memory
+from softprompt.model.memory import available_memory, give_back
 from softprompt.processes import ALONE, Processes
 from softprompt.prompt.parameterization import parameterize
-from softprompt.training.loop import Loop, Weights
+from softprompt.training.loop import Cuts, Loop, Weights
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import RunFolder, State
 from softprompt.training.watcher import Watcher
@@ -34,9 +32,9 @@ class PromptLoop(Loop):
         state: State | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.model, self.processes = model, processes
+        self.held = len(plan.text)
         self.prompt = parameterize(plan.start, plan.config.parameterization, plan.config.seed)
-        super().__init__(plan, run, watcher, dict(self.prompt.named_parameters()), state, processes.count)
+        super().__init__(model, plan, run, watcher, dict(self.prompt.named_parameters()), state, processes)
 
     def weights(self) -> Weights:
         """Return the prompt, folded into its plain form."""
@@ -47,34 +45,13 @@ class PromptLoop(Loop):
         assert self.plan.scorer is not None
         return self.plan.scorer.score(self.model, (weights or self.weights())[_PROMPT])
 
-    def gradient(self, batch: list[Example]) -> float:
-        """Set the gradients, with smaller micro-batches where memory is too little or runs out."""
+    def backward(self, cuts: Cuts) -> float:
         prompt = self.prompt()
-        while True:
-            cuts = [self._cut([batch[i] for i in hand]) for hand in deal(batch, self.processes.count)]
-            try:
-                loss, gradient = self._summed(prompt.detach(), cuts)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if all(len(part) == 1 for cut in cuts for part in cut):
-                    longest, free = max(len(e.ids) for e in batch), available_memory(self.model.device) / 1e9
-                    raise RunError(
-                        f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
-                        "--set max_length, fewer virtual tokens, or a smaller model"
-                    ) from error
-            else:
-                prompt.backward(gradient)
-                return loss
-            # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
-            self.progress.micro_batch_tokens //= 2
-            self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
+        loss, gradient = self._summed(prompt.detach(), cuts)
+        prompt.backward(gradient)
+        return loss
 
-    def _cut(self, share: list[Example]) -> list[list[Example]]:
-        cut = micro_batches(share, self.progress.micro_batch_tokens, len(self.plan.text), self.model.way.pads)
-        return [[share[i] for i in part] for part in cut]
-
-    def _summed(self, prompt: Tensor, cuts: list[list[list[Example]]]) -> tuple[float, Tensor]:
+    def _summed(self, prompt: Tensor, cuts: Cuts) -> tuple[float, Tensor]:
         """Return a step's loss and gradient, of which each process computes its own micro-batches'."""
         mine = cuts[self.processes.rank]
         if self.processes.count == 1:
