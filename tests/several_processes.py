@@ -112,6 +112,17 @@ def little_memory_to_score(right: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def noting_rows(into: list[int]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def change(right: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(model: object, prompt: object, text: object, parts: list[list[Any]], *rest: Any) -> Any:
+            into.append(sum(len(part) for part in parts))
+            return right(model, prompt, text, parts, *rest)
+
+        return wrapped
+
+    return change
+
+
 def no_number(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda model, prompt, *_: (float("nan"), torch.zeros_like(prompt))
 
@@ -152,6 +163,10 @@ def main() -> None:
         seen["memory-to-score"] = tuned(model, rows, out / "memory-to-score")
     with on(1, prompt_loop, "prompt_gradient", no_number):
         seen["no-number"] = tuned(model, rows, out / "no-number")
+    rows_run: list[int] = []
+    with on(processes.rank, prompt_loop, "prompt_gradient", noting_rows(rows_run)):
+        seen["minutes"] = tuned(model, rows, out / "minutes", max_steps=None, max_minutes=0.03)
+    seen["rows-run"] = rows_run
     seen["unlike"] = tuned(model, rows.pick(range(30 + processes.rank)), out / "unlike")
     for name, place, function, call in (
         ("cut-in-a-step", prompt_loop, "prompt_gradient", 2),

@@ -129,6 +129,16 @@ def test_memory_that_runs_out_in_one_process_makes_all_run_less_at_once(
     assert state["micro_batch_tokens"] == first["memory"]["smaller"][-1]
 
 
+def test_a_run_of_so_many_minutes_is_measured_as_it_will_run(
+    seen: tuple[dict[str, Any], dict[str, Any], Path],
+) -> None:
+    """Each process has its share of the rows, in the steps before the first one too."""
+    first, other, _ = seen
+    assert first["minutes"]["prompt"] == other["minutes"]["prompt"]
+    assert len(first["rows-run"]) == len(other["rows-run"]) > len(first["minutes"]["told"])
+    assert set(first["rows-run"]) == set(other["rows-run"]) == {2}
+
+
 def test_errors_are_met_by_all_processes(seen: tuple[dict[str, Any], dict[str, Any], Path]) -> None:
     for one in seen[:2]:
         assert "the loss is not finite at step 1" in one["no-number"]["error"]

@@ -99,7 +99,7 @@ def tune(
             given, state = agreement.resume(processes, run, given, identity)
             plan = make_plan(model, data, given, eval_data)
         else:
-            plan = _plan(model, data, given, eval_data, processes, watcher)
+            plan = _plan(model, data, given, eval_data, processes, identity, watcher)
         plan = agreement.agree(processes, plan, identity)
         if not resume:
             run.begin(plan.config, identity)
@@ -132,6 +132,7 @@ def _plan(
     config: TuneConfig,
     eval_data: Rows | None,
     processes: Processes,
+    identity: dict[str, str],
     watcher: Watcher,
 ) -> Plan:
     """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
@@ -139,8 +140,9 @@ def _plan(
     with reproducible(config.threads):
         seconds = 60 * config.max_minutes if config.max_minutes and not (config.max_steps or config.epochs) else None
         if seconds is not None:
-            pilot = PromptLoop(model, make_plan(model, data, config, eval_data), SilentRunFolder(Path()), Watcher())
-            pace = measure_pace(pilot)
+            pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
+            loop = PromptLoop(model, pilot, SilentRunFolder(Path()), Watcher(), processes=processes)
+            pace = measure_pace(loop)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
             steps = config.max_steps if seconds is None else pace.fitting(seconds)["max_steps"]
