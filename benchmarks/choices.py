@@ -92,7 +92,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 200 "
         "validation rows. The figures are those of the best of the evaluations by validation loss. The test "
-        "rows play no part.",
+        "rows play no part. What has a star was tried and is not in the code.",
     ]
     for name in dict.fromkeys(r["set"] for r in records):
         mine = sorted((r for r in records if r["set"] == name), key=lambda r: (r["steps"], r["variant"]))
@@ -105,8 +105,9 @@ def table(records: list[dict[str, Any]]) -> str:
         ]
         for r in mine:
             accuracy = r["validation"].get("accuracy")
+            star = "" if r["variant"] in VARIANTS else " *"
             lines.append(
-                f"| {r['variant']} | {r['seed']} | {r['steps']} | {r['best_step']} | {r['learned']:,} | "
+                f"| {r['variant']}{star} | {r['seed']} | {r['steps']} | {r['best_step']} | {r['learned']:,} | "
                 f"{r['validation']['loss']:.3f} | {'' if accuracy is None else f'{accuracy:.1%}'} |"
             )
     return "\n".join(lines) + "\n"
