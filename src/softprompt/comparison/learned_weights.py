@@ -43,7 +43,7 @@ class OwnWeights(Trained):
 class Lora(OwnWeights):
     """Low-rank updates of the model's weights."""
 
-    rate = 1e-3
+    rate = 3e-3
 
     def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
         super().__init__(protocol, seed, watcher)
