@@ -218,6 +218,19 @@ def test_a_prompt_starts_from_a_text_that_lists_all_labels_while_they_fit(llama:
     assert plan.start.shape[0] == 60
 
 
+@pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])
+def test_a_prompt_for_completions_starts_from_examples_if_one_is_short_enough(llama: FrozenModel, method: str) -> None:
+    rows = load_data([{"input": f"{i} and {i}", "target": str(2 * i)} for i in range(30)])
+    plan = make_plan(llama, rows, TuneConfig(method=method, max_length=64))  # type: ignore[arg-type]
+    same = make_plan(llama, rows, TuneConfig(method=method, max_length=64, init="examples"))  # type: ignore[arg-type]
+    assert plan.config.init == "examples"
+    assert torch.equal(plan.start, same.start)
+    long = load_data([{"input": f"{i} and {i} " * 60, "target": str(2 * i)} for i in range(30)])
+    assert make_plan(llama, long, TuneConfig(method=method, max_length=64)).config.init == "text"  # type: ignore[arg-type]
+    said = TuneConfig(method=method, max_length=64, init_text="Add:")  # type: ignore[arg-type]
+    assert make_plan(llama, rows, said).config.init == "text"
+
+
 def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
     plan = make_plan(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))

@@ -29,11 +29,16 @@ class Notes(Watcher):
 
 
 def test_only_what_was_left_open_is_searched() -> None:
-    assert len(candidates(short())) == 6
-    assert {c["init"] for c in candidates(short(learning_rate=0.5))} == {"auto", "examples"}
-    assert {c["learning_rate"] for c in candidates(short(learning_rate=0.5))} == {0.5}
-    assert {c["init"] for c in candidates(short(init_text="a text"))} == {"auto"}
-    assert candidates(short(learning_rate=0.5, init="random")) == [{"learning_rate": 0.5, "init": "random"}]
+    def tried(**settings: object) -> list[dict[str, Any]]:
+        return candidates(short(**settings), "classification")
+
+    assert len(tried()) == 6
+    assert {c["init"] for c in tried(learning_rate=0.5)} == {"auto", "examples"}
+    assert {c["learning_rate"] for c in tried(learning_rate=0.5)} == {0.5}
+    assert {c["init"] for c in tried(init_text="a text")} == {"auto"}
+    assert tried(learning_rate=0.5, init="random") == [{"learning_rate": 0.5, "init": "random"}]
+    # Completions start from examples without being told to.
+    assert {c["init"] for c in candidates(short(), "completion")} == {"auto", "text"}
 
 
 def test_the_better_half_goes_on_and_the_best_of_it_is_chosen(llama: FrozenModel, reviews: Path) -> None:

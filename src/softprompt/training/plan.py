@@ -284,13 +284,29 @@ def _resized(weights: Tensor, length: int) -> Tensor:
     return torch.stack(repeated(weights.unbind(-2), length), dim=-2)
 
 
+def _at_most(model: FrozenModel, wanted: int) -> int:
+    """Return how many tokens of a text a prompt starts from: half of the model's positions are for what follows it."""
+    return min(wanted, (model.context_length or 2 * wanted) // 2)
+
+
+def _tokens(model: FrozenModel, text: str) -> int:
+    return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
+
+    def shown() -> str:
+        return examples_text(model, form, train[:_SHOWN], config.seed, _at_most(model, length or EXAMPLE_TOKENS))
+
     if init == "auto":
-        most = min(_LONGEST_TEXT, (model.context_length or 2 * _LONGEST_TEXT) // 2)
-        long = config.init_text is None and len(model.tokenizer(task_text(form))["input_ids"]) > most
-        init = "labels" if long else "text"
-        decide("init", init, "too many labels for a text" if long else "a text that says what the task is")
+        init, why = "text", "a text that says what the task is"
+        if config.init_text is None:
+            if form.task == "completion" and _tokens(model, shown()) <= _at_most(model, EXAMPLE_TOKENS):
+                init, why = "examples", "inputs and outputs show more than words about them"
+            elif _tokens(model, task_text(form)) > _at_most(model, _LONGEST_TEXT):
+                init, why = "labels", "too many labels for a text"
+        decide("init", init, why)
     if init == "text":
         text = config.init_text
         if text is None:
@@ -298,8 +314,7 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
             decide("init_text", text, "written from the task")
         return text_prompt(model, length, text)
     if init == "examples":
-        most = min(length or EXAMPLE_TOKENS, (model.context_length or 2 * EXAMPLE_TOKENS) // 2)
-        return text_prompt(model, length, examples_text(model, form, train[:_SHOWN], config.seed, most))
+        return text_prompt(model, length, shown())
     if init == "labels":
         return labels_prompt(model, length, form.verbalizers.values())
     if init == "vocabulary":

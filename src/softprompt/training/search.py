@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.config import TuneConfig
-from softprompt.data.rows import Rows
+from softprompt.data.rows import Rows, Task
 from softprompt.errors import RunError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.plan import LEARNING_RATE, make_plan
@@ -17,16 +17,17 @@ from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
 
 _FACTORS = (1 / 3, 1.0, 3.0)  # times the method's usual learning rate
-_STARTS = ("auto", "examples")
+# The usual start, and the other one of words about the task and rows of it.
+_STARTS = {"classification": ("auto", "examples"), "completion": ("auto", "text"), "text": ("auto", "examples")}
 _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
 
 
-def candidates(config: TuneConfig) -> list[dict[str, Any]]:
+def candidates(config: TuneConfig, task: Task) -> list[dict[str, Any]]:
     """Return the settings that are tried, of those that were left open."""
     usual = LEARNING_RATE[config.method]
     rates = [usual * factor for factor in _FACTORS] if config.learning_rate is None else [config.learning_rate]
     open_start = config.init == "auto" and config.init_text is None
-    starts = _STARTS if open_start else (config.init,)
+    starts = _STARTS[task] if open_start else (config.init,)
     return [{"learning_rate": rate, "init": init} for rate, init in product(rates, starts)]
 
 
@@ -47,7 +48,7 @@ def search(
     Returns:
         Settings; none where there is nothing to choose, or no validation rows to choose by.
     """
-    tried = candidates(config)
+    tried = candidates(config, data.task)
     if len(tried) == 1 or config.eval_rows == 0:
         return {}
     running: list[tuple[dict[str, Any], PromptLoop]] = []
