@@ -46,7 +46,7 @@ bench-choices: .venv/.installed-dev
 	$(BIN)/python benchmarks/choices.py --data $(DATA) $(BENCH)
 
 bench-quality: .venv/.installed-dev
-	$(BIN)/python benchmarks/quality.py --data $(DATA) $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --data $(DATA) $(BENCH)
 	$(BIN)/python benchmarks/results_page.py
 
 docs: .venv/.installed-dev

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor
 
 from softprompt.config import GenerateConfig
-from softprompt.data.examples import Encoder, leading_tokens
+from softprompt.data.examples import Encoder, leading_tokens, token_ids
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.decoding import continue_ids
 from softprompt.errors import SettingsError
@@ -71,8 +71,7 @@ def _label(text: str, labels: Collection[str]) -> str:
 def _plain(model: FrozenModel, text: str | Mapping[str, str]) -> list[int]:
     if not isinstance(text, str):
         raise SettingsError("without a template, texts must be strings, not dictionaries of columns")
-    ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*leading_tokens(model.tokenizer), *ids]
+    return [*leading_tokens(model.tokenizer), *token_ids(model.tokenizer, text)]
 
 
 def _row(prompt: Prompt, text: str | Mapping[str, str]) -> dict[str, str]:

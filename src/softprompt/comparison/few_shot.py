@@ -11,7 +11,7 @@ from itertools import count, islice
 import numpy as np
 
 from softprompt.config import Calibration
-from softprompt.data.examples import Encoder
+from softprompt.data.examples import Encoder, token_ids
 from softprompt.data.rows import Rows
 from softprompt.data.split import labels_in_turn, sample
 from softprompt.data.templates import Format
@@ -208,7 +208,7 @@ class _Judge:
         self.at_once = tokens_at_once(model, validation, 0, max_length)
 
     def tokens(self, text: str) -> int:
-        return len(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(token_ids(self.model.tokenizer, text))
 
     def max_length(self, form: Format) -> int:
         """Return the most tokens of a row with its demonstrations."""

@@ -75,14 +75,10 @@ class Encoder:
         """Tell whether one label's tokens are how another's begin; then all labels end with the end-of-text token."""
         texts = self.format.verbalizers.values()
         for before in (" ", "\n"):  # behind a line break the tokens are others than behind a space
-            encoded = [tuple(self._ids(f"{before}{text}")) for text in texts]
+            encoded = [tuple(token_ids(self.tokenizer, f"{before}{text}")) for text in texts]
             if any(a != b and b[: len(a)] == a for a in encoded for b in encoded):
                 return True
         return False
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def _input(self, row: Row) -> str:
         text = self.format.input(row)
@@ -126,7 +122,7 @@ class Encoder:
         """Return the ids of each row's input alone, as they stand before a target."""
 
         def alone(text: str) -> list[Example]:
-            ids = (*self.leading, *self._ids(text))
+            ids = (*self.leading, *token_ids(self.tokenizer, text))
             return [Example(ids, len(ids))]
 
         return [self._fitted(row, alone, f"text {n}")[0].ids for n, row in enumerate(rows, start=1)]
@@ -201,9 +197,15 @@ class Encoder:
         return (*self.leading, *encoded["input_ids"]), len(self.leading) + inside
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return a text's tokens, without those that the tokenizer puts around texts."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return what the tokenizer puts before every text: a BOS token mostly, or nothing."""
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    plain = token_ids(tokenizer, "a")
     special: list[int] = tokenizer("a")["input_ids"]
     ahead = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
     return tuple(special[:ahead])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softprompt.data.examples import token_ids
 from softprompt.data.rows import Row
 from softprompt.data.split import labels_in_turn
 from softprompt.data.templates import Format
@@ -48,7 +49,7 @@ def text_prompt(model: FrozenModel, length: int | None, text: str) -> Tensor:
 
     Where P is open, it is the text's length, and 20 at least: repeated, ten tokens of text learn better as twenty.
     """
-    ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(model.tokenizer, text)
     if not ids:
         raise SettingsError(f"init_text {text!r} has no tokens; describe the task in a few words")
     return model.embed(repeated(ids, length or max(len(ids), USUAL_TOKENS))).float().cpu()
@@ -58,8 +59,7 @@ def labels_prompt(model: FrozenModel, length: int | None, verbalizers: Iterable[
     """Start from one embedding a label: the mean of its tokens' (Lester et al. 2021, class-label initialization)."""
     means = []
     for text in verbalizers:
-        ids: list[int] = model.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-        means.append(model.embed(ids).float().cpu().mean(dim=0))
+        means.append(model.embed(token_ids(model.tokenizer, f" {text}")).float().cpu().mean(dim=0))
     if not means:
         raise SettingsError("init=labels needs a classification task; use init=text")
     return torch.stack(repeated(means, length or max(USUAL_TOKENS, min(len(means), _MOST_LABELS))))
@@ -97,7 +97,7 @@ def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed:
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     for i in labels_in_turn(rows, order) if format.task == "classification" else order:
         more = text + format.demonstration(rows[i])
-        if shown and len(model.tokenizer(more, add_special_tokens=False)["input_ids"]) > most:
+        if shown and len(token_ids(model.tokenizer, more)) > most:
             break
         text, shown = more, shown + 1
     return text

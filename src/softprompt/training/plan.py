@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from softprompt.config import PROMPT, Method, TuneConfig, make_config
 from softprompt.data.batching import taken
-from softprompt.data.examples import Encoder, Example
+from softprompt.data.examples import Encoder, Example, token_ids
 from softprompt.data.lazy import Extent, LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
@@ -289,22 +290,23 @@ def _at_most(model: FrozenModel, wanted: int) -> int:
     return min(wanted, (model.context_length or 2 * wanted) // 2)
 
 
-def _tokens(model: FrozenModel, text: str) -> int:
-    return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _fits(model: FrozenModel, text: str, wanted: int) -> bool:
+    return len(token_ids(model.tokenizer, text)) <= _at_most(model, wanted)
 
 
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
 
+    @cache
     def shown() -> str:
         return examples_text(model, form, train[:_SHOWN], config.seed, _at_most(model, length or EXAMPLE_TOKENS))
 
     if init == "auto":
         init, why = "text", "a text that says what the task is"
         if config.init_text is None:
-            if form.task == "completion" and _tokens(model, shown()) <= _at_most(model, EXAMPLE_TOKENS):
+            if form.task == "completion" and _fits(model, shown(), EXAMPLE_TOKENS):
                 init, why = "examples", "inputs and outputs show more than words about them"
-            elif _tokens(model, task_text(form)) > _at_most(model, _LONGEST_TEXT):
+            elif not _fits(model, task_text(form), _LONGEST_TEXT):
                 init, why = "labels", "too many labels for a text"
         decide("init", init, why)
     if init == "text":
@@ -318,6 +320,6 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
     if init == "labels":
         return labels_prompt(model, length, form.verbalizers.values())
     if init == "vocabulary":
-        texts = (model.tokenizer(form.input(row), add_special_tokens=False)["input_ids"] for row in train)
+        texts = (token_ids(model.tokenizer, form.input(row)) for row in train)
         return vocabulary_prompt(model, length or USUAL_TOKENS, texts)
     return random_prompt(model, length or USUAL_TOKENS, config.seed)

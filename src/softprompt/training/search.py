@@ -17,8 +17,6 @@ from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
 
 _FACTORS = (1 / 3, 1.0, 3.0)  # times the method's usual learning rate
-# The usual start, and the other one of words about the task and rows of it.
-_STARTS = {"classification": ("auto", "examples"), "completion": ("auto", "text"), "text": ("auto", "examples")}
 _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
 
 
@@ -27,7 +25,8 @@ def candidates(config: TuneConfig, task: Task) -> list[dict[str, Any]]:
     usual = LEARNING_RATE[config.method]
     rates = [usual * factor for factor in _FACTORS] if config.learning_rate is None else [config.learning_rate]
     open_start = config.init == "auto" and config.init_text is None
-    starts = _STARTS[task] if open_start else (config.init,)
+    other = "text" if task == "completion" else "examples"  # than the usual one
+    starts = ("auto", other) if open_start else (config.init,)
     return [{"learning_rate": rate, "init": init} for rate, init in product(rates, starts)]
 
 
