@@ -42,7 +42,7 @@ from softprompt.training.watcher import Watcher
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
 MORE_SEEDS = {"sst2": 3, "cb": 3}
-MINUTES = 6.0
+MINUTES = 8.0
 FOLDER = Path(__file__).parent / "results" / "quality"
 _TRAIN, _VALIDATION, _TEST = 1000, 500, {"e2e": 300, "banking77": 1000}
 _EVALUATIONS = 10

@@ -231,6 +231,25 @@ def test_a_prompt_for_completions_starts_from_examples_if_one_is_short_enough(ll
     assert make_plan(llama, rows, said).config.init == "text"
 
 
+def test_a_soft_prompt_starts_from_examples_if_one_of_every_label_is_short_enough(
+    llama: FrozenModel, reviews: Path
+) -> None:
+    def init(text: str = "", **settings: object) -> str:
+        rows = (
+            load_data(reviews)
+            if not text
+            else load_data([{"text": f"{text}{i}", "label": str(i % 2)} for i in range(30)])
+        )
+        return make_plan(llama, rows, TuneConfig(max_length=64, **settings)).config.init  # type: ignore[arg-type]
+
+    assert init() == "examples"
+    assert init(method="deep-prefix") == "text"
+    assert init(num_virtual_tokens=20) == "text"
+    assert init(num_virtual_tokens=80) == "examples"
+    assert init(text="a film " * 40) == "text"
+    assert init(init_text="Good or bad?") == "text"
+
+
 def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
     plan = make_plan(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))

@@ -17,7 +17,7 @@ from softprompt.training.tune import tune
 from softprompt.training.watcher import Watcher
 from test_training import prompt_bytes, short
 
-OPEN = {"max_steps": 40, "eval_every": None, "num_virtual_tokens": 5}
+OPEN = {"max_steps": 40, "eval_every": None, "num_virtual_tokens": None}
 
 
 class Notes(Watcher):
@@ -33,7 +33,8 @@ def test_only_what_was_left_open_is_searched() -> None:
         return candidates(short(**settings), "classification")
 
     assert len(tried()) == 6
-    assert {c["init"] for c in tried(learning_rate=0.5)} == {"auto", "examples"}
+    assert {c["init"] for c in tried(learning_rate=0.5)} == {"auto", "text"}
+    assert {c["init"] for c in tried(learning_rate=0.5, method="deep-prefix")} == {"auto", "examples"}
     assert {c["learning_rate"] for c in tried(learning_rate=0.5)} == {0.5}
     assert {c["init"] for c in tried(init_text="a text")} == {"auto"}
     assert tried(learning_rate=0.5, init="random") == [{"learning_rate": 0.5, "init": "random"}]
@@ -50,6 +51,13 @@ def test_the_better_half_goes_on_and_the_best_of_it_is_chosen(llama: FrozenModel
     best = sorted(loss for _, _, loss in first)[:3]
     assert sorted(loss for settings, _, loss in first if settings in [s for s, _, _ in second]) == best
     assert chosen == min(second, key=lambda found: found[2])[0]
+
+
+def test_starts_that_are_the_same_are_tried_once(llama: FrozenModel, reviews: Path) -> None:
+    """Examples of both labels do not fit in 5 virtual tokens: what is usual is then the text."""
+    notes = Notes()
+    search(llama, load_data(reviews), short(**{**OPEN, "num_virtual_tokens": 5}), None, notes)
+    assert [step for _, step, _ in notes.tried] == [1] * 3 + [3] * 2
 
 
 def test_a_thorough_run_is_the_run_with_the_chosen_settings(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ class TuneConfig(FormatConfig):
     init: Annotated[str, AfterValidator(_known_init)] = Field(
         "auto",
         description="where the virtual tokens start: random, vocabulary, text, labels, examples, or prompt:NAME to go "
-        "on from another prompt (a folder or a kept name); auto: text, of completions examples, or labels where there "
-        "are hundreds",
+        "on from another prompt (a folder or a kept name); auto: examples, text where they are too long or a deep "
+        "prefix learns labels, or labels where there are hundreds",
     )
     init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
     loss: Literal["target", "all"] | None = Field(None, description="which tokens are learned; all for plain text")

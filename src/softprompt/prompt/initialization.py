@@ -81,7 +81,7 @@ def task_text(format: Format) -> str:
     return "The following is a text of the same kind as the others, written in the same style:\n"
 
 
-def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed: int, most: int) -> str:
+def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed: int, most: int) -> tuple[str, int]:
     """Say what a task is about and show rows with their targets, every label in turn, in `most` tokens or little more.
 
     That is a few-shot prompt; what is learned begins with what it can do.
@@ -92,6 +92,9 @@ def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed:
         rows: to draw from.
         seed: of the draw.
         most: tokens; one row is shown in any case.
+
+    Returns:
+        The text, and how many rows it shows.
     """
     text, shown = task_text(format), 0
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
@@ -100,7 +103,7 @@ def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed:
         if shown and len(token_ids(model.tokenizer, more)) > most:
             break
         text, shown = more, shown + 1
-    return text
+    return text, shown
 
 
 def repeated(items: Sequence[T], length: int) -> list[T]:

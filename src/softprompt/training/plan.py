@@ -294,18 +294,25 @@ def _fits(model: FrozenModel, text: str, wanted: int) -> bool:
     return len(token_ids(model.tokenizer, text)) <= _at_most(model, wanted)
 
 
+def _shown_best(method: Method, form: Format) -> bool:
+    """Tell whether a prompt learns more from examples than from a text; deep prefixes of labels do not."""
+    return form.task == "completion" or (form.task == "classification" and method == "soft-prompt")
+
+
+def _shows_all(model: FrozenModel, form: Format, text: str, rows: int, most: int) -> bool:
+    """Tell whether a text of so many rows has every label, and is short enough."""
+    return rows >= len(form.verbalizers) and _fits(model, text, most)
+
+
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
-
-    @cache
-    def shown() -> str:
-        return examples_text(model, form, train[:_SHOWN], config.seed, _at_most(model, length or EXAMPLE_TOKENS))
-
+    most = _at_most(model, length or EXAMPLE_TOKENS)
+    examples = cache(lambda: examples_text(model, form, train[:_SHOWN], config.seed, most))
     if init == "auto":
         init, why = "text", "a text that says what the task is"
         if config.init_text is None:
-            if form.task == "completion" and _fits(model, shown(), EXAMPLE_TOKENS):
-                init, why = "examples", "inputs and outputs show more than words about them"
+            if _shown_best(config.method, form) and _shows_all(model, form, *examples(), most):
+                init, why = "examples", "rows and their targets show more than words about them"
             elif not _fits(model, task_text(form), _LONGEST_TEXT):
                 init, why = "labels", "too many labels for a text"
         decide("init", init, why)
@@ -316,7 +323,7 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
             decide("init_text", text, "written from the task")
         return text_prompt(model, length, text)
     if init == "examples":
-        return text_prompt(model, length, shown())
+        return text_prompt(model, length, examples()[0])
     if init == "labels":
         return labels_prompt(model, length, form.verbalizers.values())
     if init == "vocabulary":

@@ -11,7 +11,7 @@ from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Task
 from softprompt.errors import RunError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.plan import LEARNING_RATE, make_plan
+from softprompt.training.plan import LEARNING_RATE, Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
@@ -21,13 +21,18 @@ _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the bet
 
 
 def candidates(config: TuneConfig, task: Task) -> list[dict[str, Any]]:
-    """Return the settings that are tried, of those that were left open."""
+    """Return the settings that are tried, of those that were left open; with some data, two of them are the same."""
     usual = LEARNING_RATE[config.method]
     rates = [usual * factor for factor in _FACTORS] if config.learning_rate is None else [config.learning_rate]
     open_start = config.init == "auto" and config.init_text is None
-    other = "text" if task == "completion" else "examples"  # than the usual one
+    other = "examples" if task == "classification" and config.method == "deep-prefix" else "text"  # than the usual
     starts = ("auto", other) if open_start else (config.init,)
     return [{"learning_rate": rate, "init": init} for rate, init in product(rates, starts)]
+
+
+def _alike(plan: Plan, other: Plan) -> bool:
+    one, two = plan.config, other.config
+    return (one.init, one.learning_rate) == (two.init, two.learning_rate)
 
 
 def search(
@@ -53,6 +58,8 @@ def search(
     running: list[tuple[dict[str, Any], PromptLoop]] = []
     for settings in tried:
         plan = make_plan(model, data, config.model_copy(update=settings), eval_data)
+        if any(_alike(plan, other.plan) for _, other in running):
+            continue  # where examples do not fit, "auto" is "text"
         loop = PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())
         running.append((settings, loop))
     for rung in _RUNGS:
