@@ -37,8 +37,8 @@ def rates(method: str, values: tuple[float, ...], **settings: Any) -> dict[str, 
 
 # Name to method and settings; those left open are the method's defaults.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **rates("soft-prompt", (0.01, 0.03, 0.1)),
-    **rates("deep-prefix", (0.003, 0.01, 0.03)),
+    **rates("soft-prompt", (0.01, 0.03, 0.1), init="text"),
+    **rates("deep-prefix", (0.003, 0.01, 0.03), init="text"),
     **rates("lora", (3e-4, 1e-3, 3e-3)),
     **rates("full", (1e-5, 5e-5, 2e-4)),
     **rates("soft-prompt", (0.003, 0.01, 0.03), parameterization="residual"),
