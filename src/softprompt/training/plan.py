@@ -290,8 +290,8 @@ def _at_most(model: FrozenModel, wanted: int) -> int:
     return min(wanted, (model.context_length or 2 * wanted) // 2)
 
 
-def _fits(model: FrozenModel, text: str, wanted: int) -> bool:
-    return len(token_ids(model.tokenizer, text)) <= _at_most(model, wanted)
+def _fits(model: FrozenModel, text: str, most: int) -> bool:
+    return len(token_ids(model.tokenizer, text)) <= most
 
 
 def _shown_best(method: Method, form: Format) -> bool:
@@ -313,7 +313,7 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
         if config.init_text is None:
             if _shown_best(config.method, form) and _shows_all(model, form, *examples(), most):
                 init, why = "examples", "rows and their targets show more than words about them"
-            elif not _fits(model, task_text(form), _LONGEST_TEXT):
+            elif not _fits(model, task_text(form), _at_most(model, _LONGEST_TEXT)):
                 init, why = "labels", "too many labels for a text"
         decide("init", init, why)
     if init == "text":

@@ -62,7 +62,7 @@ def search(
             continue  # where examples do not fit, "auto" is "text"
         loop = PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())
         running.append((settings, loop))
-    for rung in _RUNGS:
+    for rung in _RUNGS if running[1:] else ():
         found = []
         for number, (settings, loop) in enumerate(running):
             until = max(1, round(rung * loop.max_steps))
