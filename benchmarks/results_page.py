@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quality import EARLY, FOLDER, MINUTES, MORE_SEEDS, ORDER, SETS, SHIPPED, read
+from quality import EARLY, FOLDER, MINUTES, ORDER, SETS, SHIPPED, read
 from softprompt.comparison.figures import count, duration, size
 from softprompt.comparison.results import PRIMARY, Result, statistic
 
@@ -89,6 +89,8 @@ def quality(runs: Runs) -> list[str]:
 def compared(runs: Runs, second: str, sets: Sequence[str]) -> list[str]:
     """Return how far each method is from another one, set by set and in the mean."""
     methods = [m for m in WHOLE if m != second and any(m in runs[n] and second in runs[n] for n in sets)]
+    if not methods:
+        return ["Not run yet."]
     lines = [f"| less {second} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for name in [*sets, "mean"]:
         cells = []
@@ -149,7 +151,6 @@ def page(runs: Runs) -> str:
     machine = ", ".join(f"{k} {some.environment[k]}" for k in ("torch", "transformers") if k in some.environment)
     learned = next((r for name in SETS for r in runs[name].get("lora", [])), None)
     threads = "One core each" if learned is None or learned.settings.get("threads") == 1 else "Two cores"
-    seeds = ", ".join(f"{n} on {name}" for name, n in MORE_SEEDS.items())
     return "\n".join(
         [
             "# Results",
@@ -164,8 +165,8 @@ def page(runs: Runs) -> str:
             "the same rows, template, labels and scorer.",
             "",
             f"{threads} of {some.environment.get('processor', 'an unknown processor')}, float32, {machine}.",
-            f"Seeds: {seeds}, one elsewhere. `{SHIPPED}` is PEFT's prompt tuning with the settings of its own example:",
-            "8 virtual tokens from noise, in a plain loop, at its own speed.",
+            f"One seed each where the table does not say more. `{SHIPPED}` is PEFT's prompt tuning with the",
+            "settings of its own example: 8 virtual tokens from noise, in a plain loop, at its own speed.",
             "",
             "## Quality",
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from softprompt.comparison.method import Answers
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.results import Result, read_result, statistic
 from softprompt.data.rows import Rows, load_data
-from softprompt.errors import InputError, RunError, SettingsError
+from softprompt.errors import DataError, InputError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.watcher import Watcher
@@ -36,7 +37,7 @@ def films(count: int) -> Rows:
 
 
 def settings(**more: Any) -> sp.TuneConfig:
-    return short(max_steps=12, batch_size=4, eval_every=None, learning_rate=None, **more)
+    return short(max_steps=30, batch_size=4, eval_every=None, learning_rate=None, **more)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,10 @@ def test_all_trained_methods_see_the_same_tokens(compared: tuple[Path, list[Resu
     trained = [by_method[name] for name in ("soft-prompt", "deep-prefix", "lora", "full")]
     assert len({r.costs.train_tokens for r in trained}) == 1
     for result in trained:
-        assert result.settings["max_steps"] == 12 - 3  # a tenth of the steps went to each of three learning rates
+        assert result.settings["max_steps"] == 30 - 9  # a tenth of the steps went to each of three learning rates
+        assert result.settings["search"]
         assert result.curve[0].step == 0
-        assert result.curve[-1].step == 9
+        assert result.curve[-1].step == 21
     rates = {r.method: r.settings["learning_rate"] for r in trained}
     assert rates["lora"] in (pytest.approx(1e-3), 3e-3, pytest.approx(9e-3))
 
@@ -116,12 +118,12 @@ def test_a_stored_method_answers_as_before_when_it_is_loaded(llama: FrozenModel,
     method = METHODS[name](protocol, 0, Watcher())
     try:
         learned = method.learn()
-        before = learned.answers.side(protocol.test).scores.losses
+        before = learned.answers.side(protocol.test, 64).scores.losses
         method.store(tmp_path / "task")
         for _ in range(2):
             answers = method.load(tmp_path / "task")
             assert isinstance(answers, Answers)
-            np.testing.assert_allclose(answers.side(protocol.test).scores.losses, before, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(answers.side(protocol.test, 64).scores.losses, before, rtol=1e-4, atol=1e-5)
     finally:
         method.close()
     assert not any(p.requires_grad for p in llama.hf_model.parameters())
@@ -178,6 +180,12 @@ def test_a_folder_holds_one_comparison(llama: FrozenModel, tmp_path: Path) -> No
 def test_what_cannot_be_compared_is_said_at_once(llama: FrozenModel) -> None:
     with pytest.raises(SettingsError, match=r"no method 'loar'.*did you mean"):
         compare(llama, films(60), methods=["loar"])
+    with pytest.raises(SettingsError, match="no methods to compare; there are zero-shot"):
+        compare(llama, films(60), methods=[])
+    with pytest.raises(DataError, match=r"of its 12 rows too few can be held back; give --test-data"):
+        compare(llama, films(12))
+    with pytest.raises(DataError, match=r"of its 12 rows too few can be held back; give --eval-data"):
+        compare(llama, films(12), test_data=films(30)[20:])
     with pytest.raises(SettingsError, match="needs validation rows"):
         compare(llama, films(60), config=settings(eval_rows=0))
     with pytest.raises(InputError, match="is for text"):
@@ -229,6 +237,9 @@ class Notes(ComparisonWatcher):
     def result(self, result: Result) -> None:
         self.told.append(f"{result.method} done")
 
+    def failed(self, name: str, seed: int, reason: str) -> None:
+        self.told.append(f"{name} failed")
+
 
 def test_memory_is_the_peak_above_what_was_held() -> None:
     held = torch.ones(20_000_000)  # 80 MB that were there before
@@ -240,6 +251,107 @@ def test_memory_is_the_peak_above_what_was_held() -> None:
     assert held.sum() > 0
     assert small.peak_bytes < 20e6
     assert 190e6 < large.peak_bytes < 330e6
+
+
+@pytest.mark.parametrize(("evaluation", "searched"), [(0.0, True), (1.0, True), (5.5, False)])
+def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch, evaluation: float, searched: bool
+) -> None:
+    """A minute: six seconds for each of three rates, of which 5.5 for scoring leave too few steps to tell."""
+    from softprompt.comparison import trained as methods
+    from softprompt.training.loop import Loop, Pace
+
+    tried: list[int] = []
+    alone = Loop.tried
+
+    def noted(loop: Loop, steps: int) -> float:
+        tried.append(steps)
+        return alone(loop, steps)
+
+    monkeypatch.setattr(methods, "measure_pace", lambda _loop: Pace(step=1.0, evaluation=evaluation))
+    monkeypatch.setattr(Loop, "tried", noted)
+    config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=1)
+    done = compare(llama, films(60), methods=["soft-prompt"], config=config)
+    assert done.results[0].settings["search"] == searched
+    assert tried == ([int(6 - evaluation)] * 3 if searched else [])
+
+
+def test_a_label_that_no_row_is_left_of_can_still_be_the_answer(llama: FrozenModel) -> None:
+    rare = [{"text": f"an odd film {n}", "label": "odd"} for n in range(2)]
+    rows = load_data([*films(100), *rare])
+    test = load_data(
+        [*({**row, "text": f"again {row['text']}"} for row in films(20)), {"text": "the odd one", "label": "odd"}]
+    )
+    done = compare(
+        llama,
+        rows,
+        methods=["zero-shot", "soft-prompt"],
+        test_data=test,
+        config=settings(train_rows=12),
+        equal="examples",
+    )
+    assert [r.rows["train"] for r in done.results] == [12, 12]
+    assert all(r.confusion is not None and r.confusion.labels == ["bad", "good", "odd"] for r in done.results)
+
+
+def test_a_folder_s_report_has_all_of_its_results(llama: FrozenModel, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"config": settings(), "equal": "examples", "out": tmp_path / "out"}
+    compare(llama, films(60), methods=["zero-shot"], **common)
+    done = compare(llama, films(60), methods=["soft-prompt"], **common)
+    assert [r.method for r in done.results] == ["soft-prompt", "zero-shot"]
+    assert "Zero-shot" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_same_rows_and_model_by_other_names_go_on(llama: FrozenModel, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"config": settings(), "equal": "examples", "out": tmp_path / "out"}
+    compare(llama, films(60), methods=["zero-shot"], **common)
+    renamed = FrozenModel(llama.hf_model, llama.tokenizer, llama.way, "/elsewhere/model")
+    done = compare(renamed, replace(films(60), name="renamed.csv"), methods=["zero-shot", "soft-prompt"], **common)
+    assert done.report is not None
+
+
+def test_another_budget_is_another_comparison_where_it_counts_examples(llama: FrozenModel, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"methods": ["zero-shot"], "out": tmp_path / "out", "equal": "examples"}
+    compare(llama, films(60), config=settings(max_minutes=1), **common)
+    with pytest.raises(InputError, match="with other settings"):
+        compare(llama, films(60), config=settings(max_minutes=1, budget="quick"), **common)
+
+
+def test_a_folder_of_an_older_version_goes_on(llama: FrozenModel, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"methods": ["zero-shot"], "out": tmp_path / "out"}
+    before = compare(llama, films(60), config=settings(), **common)
+    file = tmp_path / "out" / "protocol.json"
+    record = json.loads(file.read_text())
+    del record["precision"], record["settings"]["parameterization"]
+    file.write_text(json.dumps(record))
+    assert compare(llama, films(60), config=settings(), **common).results == before.results
+    with pytest.raises(InputError, match="with other settings"):
+        compare(llama, films(60), config=settings(parameterization="residual"), **common)
+
+
+def test_a_comparison_that_was_stopped_before_it_began_begins(llama: FrozenModel, tmp_path: Path) -> None:
+    (tmp_path / "test-rows.jsonl").write_text("")
+    (tmp_path / ".protocol.json.tmp").write_text("{")
+    compare(llama, films(60), methods=["zero-shot"], config=settings(), out=tmp_path)
+
+
+def test_a_full_disk_is_called_that(llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(METHODS["zero-shot"], "store", full)
+    with pytest.raises(StorageError, match="zero-shot-0: No space left on device; free some space"):
+        compare(llama, films(60), methods=["zero-shot"], config=settings(), out=tmp_path / "out")
+
+
+def test_a_quantized_model_is_refused_before_anything_is_run(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama.hf_model, "is_quantized", True, raising=False)
+    watcher = Notes()
+    with pytest.raises(SettingsError, match="not quantized"):
+        compare(llama, films(60), methods=["zero-shot", "full"], config=settings(), watcher=watcher)
+    assert watcher.told == []
 
 
 def test_a_changed_weight_changes_the_hash(llama: FrozenModel) -> None:
@@ -276,8 +388,10 @@ def test_a_method_that_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(PromptLoop, "gradient", diverged)
     common: dict[str, Any] = {"config": settings(), "equal": "examples", "out": tmp_path / "out"}
-    with pytest.raises(RunError, match=r"soft-prompt, seed 0: no learning rate .* the report has the others"):
-        compare(llama, films(60), methods=["soft-prompt", "zero-shot", "lora"], **common)
+    watcher = Notes()
+    with pytest.raises(RunError, match=r"soft-prompt, seed 0: the loss is not finite .* the report has the others"):
+        compare(llama, films(60), methods=["soft-prompt", "zero-shot", "lora"], watcher=watcher, **common)
+    assert watcher.told[1:5] == ["soft-prompt", "soft-prompt failed", "zero-shot", "zero-shot done"]
     assert {p.name for p in (tmp_path / "out" / "results").iterdir()} == {"zero-shot-0.json", "lora-0.json"}
     assert (tmp_path / "out" / "report.html").exists()
     monkeypatch.undo()

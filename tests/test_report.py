@@ -267,6 +267,29 @@ def test_full_fine_tuning_is_recommended_where_nothing_else_comes_near() -> None
     assert any("18.23 to 31.02" in caution for caution in found.cautions)
 
 
+def test_a_method_behind_one_that_can_be_told_apart_is_not_recommended() -> None:
+    """Its interval contains 0 only because it is right on other rows; it takes more room than what is ahead of it."""
+    rows = labelled(300)
+    results = classified(rows, {"full": 0.9, "soft-prompt": 0.9, "lora": 0.9})
+    best = [row[0] for row in results[0].statistics]
+    right, wrong = (np.flatnonzero(np.array(best) == value) for value in (1, 0))
+
+    def of(less: int, more: int) -> dict[str, Any]:
+        mine = np.array(best)
+        mine[right[:less]], mine[wrong[:more]] = 0, 1
+        return {"statistics": [[ok, 1.0] for ok in mine], "metrics": {"accuracy": proportion(mine)}}
+
+    behind = results[1].model_copy(update=of(7, 0))
+    tied = results[2].model_copy(update=of(35, 25))
+    standings = {s.method: s for s in make_standings([results[0], behind, tied], rows)}
+    assert standings["lora"].tied
+    assert not standings["soft-prompt"].tied
+    assert standings["lora"].figure.value < standings["soft-prompt"].figure.value
+    told = advice([results[0], behind, tied], rows)
+    assert told.standing.method == "full"
+    assert "LoRA cannot be told apart" not in " ".join(told.reasons)
+
+
 def test_the_lower_loss_wins_on_plain_text(tmp_path: Path) -> None:
     rows = [{"text": f"some text {n}"} for n in range(300)]
     rng = np.random.default_rng(1)
@@ -396,6 +419,8 @@ def test_figures_that_are_not_finite_leave_no_hole(tmp_path: Path) -> None:
     page = write_report([results[0], broken], rows, tmp_path).read_text(encoding="utf-8")
     assert not re.search(r"\b(nan|inf)\b", page, re.IGNORECASE)
     assert advice([results[0], broken], rows).standing.method == "zero-shot"
+    cheaper = broken.model_copy(update={"method": "few-shot", "costs": costs("zero-shot")})
+    assert advice([classified(rows, {"lora": 0.9})[0], cheaper], rows).standing.method == "lora"
 
 
 HOSTILE = '<script>alert("x")</script> & $a_b$ `*| \u202eabc'
@@ -508,9 +533,9 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         write_report([], rows, tmp_path)
     with pytest.raises(InputError, match="scored on 300 rows, and 299 are given"):
         write_report(results, rows[1:], tmp_path)
-    other = classified(rows, {"full": 0.7}, base_model="another")
-    with pytest.raises(InputError, match="same base model: another, smollm2-135m"):
-        write_report([*results, *other], rows, tmp_path)
+    other = result("full", "text", statistics=[[1.0, 1.0]] * 300, metrics={"loss": Metric(value=1, low=1, high=1)})
+    with pytest.raises(InputError, match="same task: classification, text"):
+        write_report([*results, other], rows, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,9 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
 from softprompt.training.loop import Pace
+from softprompt.training.plan import make_plan
+from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.search import candidates, search
 from softprompt.training.tune import tune
 from softprompt.training.watcher import Watcher
@@ -91,6 +94,35 @@ def test_where_there_is_nothing_to_choose_nothing_is_run(
 ) -> None:
     monkeypatch.setattr(searching, "PromptLoop", lambda *_: pytest.fail("a candidate was run"))
     assert search(llama, load_data(reviews), short(**settings), None, Watcher()) == {}
+
+
+def test_a_start_that_does_not_fit_is_none(llama: FrozenModel) -> None:
+    """A text with 300 labels is longer than a prompt can be."""
+    rows = load_data([{"text": f"film {n}", "label": f"a label of some words number {n // 2}"} for n in range(600)])
+    notes = Notes()
+    search(llama, rows, short(max_steps=4, eval_rows=20, num_virtual_tokens=None), None, notes)
+    assert {s["init"] for s, *_ in notes.tried} == {"auto"}
+
+
+def test_where_scoring_takes_all_the_time_nothing_is_searched(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "measure_pace", lambda _loop: Pace(step=0.75, evaluation=0.3))
+    monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("searched"))
+    settings = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1, budget="thorough")
+    with pytest.warns(UserWarning, match="no search: scoring the validation rows takes"):
+        assert tune(llama, load_data(reviews), settings).steps >= 1
+
+
+def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -> None:
+    """The second rung's loss is that of three steps in one go."""
+    plan = make_plan(llama, load_data(reviews), short(**OPEN))
+    losses = []
+    for rungs in ((1, 3), (3,)):
+        loop = PromptLoop(llama, plan, SilentRunFolder(Path()), Watcher())
+        losses.append([loop.tried(steps) for steps in rungs][-1])
+        assert loop.progress.step == 3
+    assert losses[0] == losses[1]
 
 
 def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:

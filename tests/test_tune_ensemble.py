@@ -14,14 +14,15 @@ from torch import Tensor
 import softprompt as sp
 from conftest import SHORT, Command
 from softprompt.config import GenerateConfig
-from softprompt.data.rows import load_data
+from softprompt.data.rows import Rows, load_data
 from softprompt.decoding import continue_ids
 from softprompt.errors import PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import Ensemble, load_prompt
+from softprompt.prompt.ensemble import Ensemble, joined, load_prompt
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.ensemble import tune_ensemble
-from softprompt.training.tune import tune
+from softprompt.training.tune import TuneResult, tune
 from test_training import prompt_bytes, short
 
 
@@ -73,6 +74,29 @@ def test_members_learn_from_other_orders_and_are_chosen_by_the_same_rows(
     assert [f["probabilities"]["positive"] for f in found] == pytest.approx(shares.tolist(), rel=1e-4)
     right = np.mean([f["prediction"] == f["label"] for f in found])
     assert result.metrics["accuracy"] == pytest.approx(right)
+
+
+def test_members_share_the_rows_that_are_taken(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softprompt.training import ensemble as module
+
+    taken: list[list[dict[str, str]]] = []
+
+    def noted(model: FrozenModel, rows: Rows, *given: Any, **named: Any) -> TuneResult:
+        taken.append(list(rows))
+        return tune(model, rows, *given, **named)
+
+    monkeypatch.setattr(module, "tune", noted)
+    tune_ensemble(llama, load_data(reviews), short(train_rows=9), members=2)
+    assert len(taken[0]) == 9
+    assert taken[0] == taken[1]
+
+
+def test_a_text_has_to_fit_behind_the_longest_member(llama: FrozenModel) -> None:
+    record = Record(base_model=base_model_record(llama), task="text", max_length=40)
+    prompts = [SoftPrompt(near(llama, 4, n), record.model_copy(update={"max_length": 40 - n})) for n in range(3)]
+    assert joined(prompts, {}).record.max_length == 38
 
 
 def test_an_ensemble_comes_back_as_it_was_and_evaluates_as_the_mean(

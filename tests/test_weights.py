@@ -151,3 +151,12 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
             PromptLoop(llama, make_plan(llama, rows, short(method=method)), SilentRunFolder(Path()), Watcher()).run()
     assert len(seen["lora"]) == 6
     assert all(drawn == seen["lora"] for drawn in seen.values())
+
+
+def test_a_weight_that_text_does_not_come_by_has_no_moments(reviews: Path) -> None:
+    model = unfrozen(frozen("llama"))
+    model.hf_model.register_parameter("for_images", torch.nn.Parameter(torch.zeros(3)))
+    loop = loop_of(model, reviews)
+    loop.run()
+    assert "learned.for_images" in loop._state().tensors
+    assert "exp_avg.for_images" not in loop._state().tensors

@@ -41,8 +41,12 @@ class TerminalComparison(ComparisonWatcher):
         err.print(f"\n{name}, seed {seed}: {len(self.todo)} left, about {max(1, round(left / 60))} min")
         return TerminalWatcher(None)
 
+    def failed(self, name: str, seed: int, reason: str) -> None:
+        self.todo.remove((name, seed))
+        err.print(f"{name}, seed {seed}: {reason}", markup=False)
+
     def result(self, result: Result) -> None:
-        self.todo.pop(0)
+        self.todo.remove((result.method, result.seed))
         metric = result.primary
         name = PRIMARY[result.task]
         err.print(

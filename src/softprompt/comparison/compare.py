@@ -19,20 +19,20 @@ from softprompt.comparison.method import Equal, Learned, Method, Protocol
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.plots import require_matplotlib
 from softprompt.comparison.report import write_report
-from softprompt.comparison.results import Costs, Result, read_result, result_file
+from softprompt.comparison.results import Costs, Result, read_result
 from softprompt.comparison.trained import Trained
-from softprompt.comparison.weights import require_peft
+from softprompt.comparison.weights import require_peft, require_whole
 from softprompt.config import PROMPT, TuneConfig
 from softprompt.data.rows import Row, Rows
 from softprompt.data.split import sample, seen_before, split_rows
-from softprompt.errors import InputError, RunError, SettingsError, nearest
+from softprompt.errors import DataError, InputError, RunError, SettingsError, nearest
 from softprompt.evaluation.evaluate import Side
 from softprompt.evaluation.scoring import LabelScores
 from softprompt.launch import count
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory
-from softprompt.storage import write_text
+from softprompt.storage import storage_errors, write_text
 from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
 
@@ -56,13 +56,16 @@ class ComparisonWatcher:
     def result(self, result: Result) -> None:
         """A method is done."""
 
+    def failed(self, name: str, seed: int, reason: str) -> None:
+        """A method could not be run; the others are."""
+
 
 @dataclass(frozen=True)
 class Comparison:
     """What a comparison gave.
 
     Attributes:
-        results: one a method and seed, in the order of the methods.
+        results: one a method and seed: those asked for, in the order of the methods, then others of the folder.
         rows: the test rows.
         report: the HTML page, None where nothing was to be written.
     """
@@ -94,7 +97,8 @@ def compare(
             rest to choose by.
         methods: which.
         seeds: runs of each method that depends on chance.
-        out: folder of the results and the report; what is finished there is not run again. None keeps nothing.
+        out: folder of the results and the report; what is finished there is not run again, and the report has all of
+            it, asked for now or before. None keeps nothing.
         eval_data, test_data: rows to choose by, and rows that play no part but in the figures.
         config: settings, for all methods; `max_minutes` is the budget of each, and `max_steps` where `equal` is
             `examples`.
@@ -108,15 +112,16 @@ def compare(
         RunError: a loss is not finite, or one row does not fit in memory.
         StorageError: a file cannot be written.
     """
-    _require(methods, config, plots=out is not None)
+    _require(model, methods, config, plots=out is not None)
     protocol = _protocol(model, data, eval_data, test_data, config or TuneConfig(), equal, search)
     watcher = watcher or ComparisonWatcher()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out) if out is not None else Path(scratch)
         _begin(folder, protocol)
         asked = [(name, seed) for name in dict.fromkeys(methods) for seed in range(1 if name in _SAME else seeds)]
-        files = {key: result_file(folder / RESULTS, *key) for key in asked}
-        results = {key: read_result(file) for key, file in files.items() if file.exists()}
+        kept = [read_result(file) for file in sorted((folder / RESULTS).glob("*.json"))]
+        results = {(result.method, result.seed): result for result in kept}
+        every = list(dict.fromkeys([*asked, *results]))
         todo = [key for key in asked if key not in results]
         watcher.begin(protocol, list(results.values()), todo)
         base, failed = Base(model) if todo else None, list[str]()
@@ -129,13 +134,15 @@ def compare(
                 except Exception as error:  # one method's failure is not the others'
                     if not (isinstance(error, RunError) or is_out_of_memory(error)):
                         raise
-                    failed.append(f"{name}, seed {seed}: {error or 'out of memory'}")
+                    reason = str(error) or "out of memory"
+                    failed.append(f"{name}, seed {seed}: {reason}")
+                    watcher.failed(name, seed, reason)
                     continue
                 result.save(folder / RESULTS)
                 results[name, seed] = result
                 watcher.result(result)
         finally:  # an interrupted comparison has a report too
-            found = [results[key] for key in asked if key in results]
+            found = [results[key] for key in every if key in results]
             if out is not None and found:
                 report = write_report(found, rows, folder)
         if failed:
@@ -143,8 +150,10 @@ def compare(
     return Comparison(found, rows, report)
 
 
-def _require(methods: Sequence[str], config: TuneConfig | None, plots: bool) -> None:
+def _require(model: FrozenModel, methods: Sequence[str], config: TuneConfig | None, plots: bool) -> None:
     """Say now, not after the night, what cannot be compared or what is missing."""
+    if not methods:
+        raise SettingsError(f"no methods to compare; there are {', '.join(METHODS)}")
     unknown = next((name for name in methods if name not in METHODS), None)
     if unknown is not None:
         raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
@@ -152,6 +161,8 @@ def _require(methods: Sequence[str], config: TuneConfig | None, plots: bool) -> 
         require_matplotlib()
     if "lora" in methods:
         require_peft()
+    if "full" in methods:
+        require_whole(model)
     trained = [METHODS[name] for name in methods if issubclass(METHODS[name], Trained | Ensembles)]
     if config is not None and config.learning_rate is not None and len({m.changes_weights for m in trained}) > 1:
         raise SettingsError(
@@ -176,9 +187,8 @@ def _protocol(
     if config.eval_rows == 0:
         raise SettingsError("a comparison needs validation rows to choose by; leave eval_rows=0 out")
     if test_data is None:
-        data, test_data = split_rows(data, None, len(data), config.seed)
-        assert test_data is not None
-    train, validation = split_rows(data, eval_data, config.eval_rows, config.seed)
+        data, test_data = _held_back(data, None, len(data), config.seed, "--test-data")
+    train, validation = _held_back(data, eval_data, config.eval_rows, config.seed, "--eval-data")
     if test_data.task != train.task:
         raise InputError(f"{test_data.name} is for {test_data.task}, {train.name} for {train.task}")
     unknown = set(test_data.labels) - set(train.labels) if train.task == "classification" else None
@@ -193,10 +203,21 @@ def _protocol(
         )
     if config.train_rows is not None:
         train = sample(train, config.train_rows, config.seed)
-    assert validation is not None
     minutes = config.max_minutes or MINUTES[config.budget]
     settings = {"max_minutes": minutes, "eval_rows": len(validation), "train_rows": None}
     return Protocol(model, train, validation, test_data, config.model_copy(update=settings), equal, search)
+
+
+def _held_back(data: Rows, other: Rows | None, most: int, seed: int, option: str) -> tuple[Rows, Rows]:
+    """Hold rows back where no other rows are given."""
+    try:
+        train, held = split_rows(data, other, most, seed)
+    except DataError as error:
+        if other is not None:
+            raise
+        raise DataError(f"{data.name}: of its {len(data)} rows too few can be held back; give {option}") from error
+    assert held is not None
+    return train, held
 
 
 def _begin(folder: Path, protocol: Protocol) -> None:
@@ -206,24 +227,31 @@ def _begin(folder: Path, protocol: Protocol) -> None:
         InputError: the folder holds another comparison, or something else.
     """
     parts = {"training": protocol.train, "validation": protocol.validation, "test": protocol.test}
+    # The budget stands for so much time, which is among the settings, or for so many examples, which is not.
+    budget = {"budget"} if protocol.equal == "time" else set[str]()
     record = {
         "rows": {name: rows.sha256 for name, rows in parts.items()},
         "base_model": fingerprint(protocol.model).model_dump(),
-        "settings": protocol.config.model_dump(exclude={"budget"}),
+        "precision": str(protocol.model.hf_model.dtype),
+        "settings": protocol.config.model_dump(exclude=budget),
         "equal": protocol.equal,
         "search": protocol.search,
     }
     file = folder / PROTOCOL
     if not file.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = {ROWS, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # by a command that was stopped at once
+        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - begun):
             raise InputError(f"{folder} exists and holds no comparison; give a new folder")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in protocol.test)
         write_text(folder / ROWS, lines)
         write_text(file, json.dumps(record, indent=1) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
+    usual = TuneConfig().model_dump(exclude=budget)
     for name, value in record.items():
-        if before.get(name) != json.loads(json.dumps(value)):
+        # What an older version did not write down was then as it usually is.
+        then = {**usual, **before["settings"]} if name == "settings" else before.get(name, value)
+        if then != json.loads(json.dumps(value)):
             raise InputError(
                 f"{folder} holds a comparison with other {name.replace('_', ' ')}; give another folder, or the same "
                 "rows, model and settings to go on with it"
@@ -251,15 +279,16 @@ def run_method(
     method = methods[name](protocol, seed, watcher)
     try:
         learned = method.learn()
-        answering = learned.answers.model
+        answering, at_once = learned.answers.model, learned.answers.at_once(protocol.test)
         perplexity = general_perplexity(answering) if method.changes_weights else base.perplexity
         began = time.monotonic()
-        side = learned.answers.side(protocol.test)
+        side = learned.answers.side(protocol.test, at_once)
         seconds = time.monotonic() - began
         with tempfile.TemporaryDirectory() as scratch:
             place = folder / TASKS / f"{name}-{seed}" if method.keeps else Path(scratch) / "task"
-            method.store(place)
-            stored, switch = folder_bytes(place), _switch_seconds(method, place, protocol.test)
+            with storage_errors(place):
+                method.store(place)
+            stored, switch = folder_bytes(place), _switch_seconds(method, place, protocol.test, at_once)
     finally:
         method.close()
     after = weights_hash(answering.hf_model)  # of LoRA, without its adapter now
@@ -279,12 +308,12 @@ def run_method(
     return _result(name, seed, protocol, learned, side, costs)
 
 
-def _switch_seconds(method: Method, folder: Path, rows: Rows) -> float:
+def _switch_seconds(method: Method, folder: Path, rows: Rows, at_once: int) -> float:
     """Return how long it takes from the stored files to the first answered row; the base model is there."""
     times = []
     for _ in range(_SWITCHED):
         began = time.monotonic()
-        method.load(folder).side(rows.pick([0]))
+        method.load(folder).side(rows.pick([0]), at_once)
         times.append(time.monotonic() - began)
     return float(np.median(times))
 
@@ -306,7 +335,6 @@ def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Si
         settings={
             **learned.settings,
             "equal": protocol.equal,
-            "search": protocol.search,
             "max_minutes": protocol.config.max_minutes if protocol.equal == "time" else None,
         },
         metrics=side.metrics(),

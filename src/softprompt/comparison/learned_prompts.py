@@ -9,7 +9,7 @@ from softprompt.comparison.costs import Effort
 from softprompt.comparison.method import Answers, Learned, Method, Protocol
 from softprompt.comparison.trained import Trained
 from softprompt.config import Method as PromptMethod
-from softprompt.prompt.ensemble import Ensemble, load_prompt
+from softprompt.prompt.ensemble import joined, load_prompt
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.loop import Loop, Weights
 from softprompt.training.plan import LEARNING_RATE as PROMPT_RATE
@@ -88,19 +88,23 @@ class Ensembles(Method):
         self._members = [self.kind(shared, self.seed * MEMBERS + i, self.watcher) for i in range(MEMBERS)]
         parts = [member.learn() for member in self._members]
         first = parts[0]
-        self._answers = replace(first.answers, prompts=tuple(p for part in parts for p in part.answers.prompts))
+        prompts = tuple(prompt for part in parts for prompt in part.answers.prompts)
+        room = min(part.answers.max_length for part in parts)  # behind the longest
+        self._answers = replace(first.answers, prompts=prompts, max_length=room)
         effort = Effort(
             sum(part.effort.seconds for part in parts),
             sum(part.effort.cpu_seconds for part in parts),
             max(part.effort.peak_bytes for part in parts),
         )
         tokens = sum(part.tokens for part in parts)
-        settings = {**first.settings, "members": MEMBERS}
-        return Learned(self._answers, MEMBERS * first.parameters, effort, tokens, settings, first.curve)
+        own = ("seed", "learning_rate", "max_steps", "best_step")
+        each: dict[str, object] = {name: [part.settings[name] for part in parts] for name in own}
+        settings = {**first.settings, **each, "members": MEMBERS}
+        parameters = sum(part.parameters for part in parts)
+        return Learned(self._answers, parameters, effort, tokens, settings)  # the curves are its members', not its own
 
     def store(self, folder: Path) -> None:
-        prompts = tuple(member.prompt() for member in self._members)
-        Ensemble(prompts, prompts[0].record).save(folder)
+        joined([member.prompt() for member in self._members], {}).save(folder)
 
     def load(self, folder: Path) -> Answers:
         prompt = load_prompt(folder)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from softprompt.comparison.method import Answers, Protocol
 from softprompt.comparison.trained import Trained
-from softprompt.comparison.weights import WeightsLoop, around, lora, unfrozen
+from softprompt.comparison.weights import RANK, WeightsLoop, around, lora, unfrozen
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.loop import Loop, Weights
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
+
+_OF_PROMPTS = ("method", "parameterization", "num_virtual_tokens", "init", "init_text")
 
 
 class OwnWeights(Trained):
@@ -34,6 +36,9 @@ class OwnWeights(Trained):
         """The weights before the first step."""
         return {name: p.detach().clone() for name, p in self.model.hf_model.named_parameters() if p.requires_grad}
 
+    def noted(self) -> dict[str, object]:
+        return {name: value for name, value in super().noted().items() if name not in _OF_PROMPTS}
+
     def answers(self, weights: Weights) -> Answers:
         self._loop.load(weights)
         encoder = self._plan.encoder
@@ -49,6 +54,9 @@ class Lora(OwnWeights):
         super().__init__(protocol, seed, watcher)
         self.model = protocol.model
         self._adapter = self._stack.enter_context(lora(self.model, seed))
+
+    def noted(self) -> dict[str, object]:
+        return {**super().noted(), "rank": RANK}
 
     def store(self, folder: Path) -> None:
         self._adapter.save_pretrained(str(folder))
@@ -74,7 +82,8 @@ class Full(OwnWeights):
         self.model.hf_model.save_pretrained(folder)
 
     def load(self, folder: Path) -> Answers:
-        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.hf_model.dtype)
+        own = type(self.model.hf_model)  # it is here already, where its code came with it too
+        hf_model: PreTrainedModel = own.from_pretrained(folder, dtype=self.model.hf_model.dtype)
         hf_model = hf_model.eval().requires_grad_(False)
         model = around(hf_model.to(self.model.device), self.model)  # type: ignore[arg-type]
         return Answers(model, self._answers.format, self._answers.max_length)

@@ -78,11 +78,14 @@ class Answers:
     prompts: tuple[Tensor, ...] = ()
     calibration: Calibration = "none"
 
-    def side(self, rows: Rows) -> Side:
-        """Answer rows."""
-        encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
+    def at_once(self, rows: Rows) -> int:
+        """Predict how many text tokens of rows can be run together."""
         virtual = max((prompt.shape[-2] for prompt in self.prompts), default=0)
-        at_once = tokens_at_once(self.model, rows, virtual, self.max_length)
+        return tokens_at_once(self.model, rows, virtual, self.max_length)
+
+    def side(self, rows: Rows, at_once: int) -> Side:
+        """Answer rows, so many text tokens together."""
+        encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
         return Side(self.model, encoder, scorer, self.prompts or (None,))
 

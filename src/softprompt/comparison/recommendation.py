@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,20 +49,30 @@ def recommend(standings: Sequence[Standing]) -> Recommendation:
     Cheaper is what needs no training, then what has less to keep for a task, then what took less processor time.
     """
     (best,) = (s for s in standings if s.to_best is None)
-    chosen = min((s for s in standings if s.tied), key=_price)
+    alike = _alike(standings)
+    chosen = min(alike, key=_price)
     cautions = _cautions(standings, chosen)
     if len(standings) == 1:
         headline = f"Only {chosen.kind.phrase} was run: there is nothing to compare it with."
         reasons = [f"Its {_name(chosen)} is {_figure(chosen)}.", _takes(chosen)]
         return Recommendation(chosen, headline, reasons, cautions)
     reasons = [
-        _why(standings, chosen, best),
+        _why(standings, alike, chosen, best),
         _takes(chosen) if chosen is best else _saves(chosen, best),
-        *_faster(standings, chosen),
+        *_faster(alike, chosen),
         *_against_prompt_engineering(standings, chosen),
         *_against_learned_prompts(standings, chosen),
     ]
     return Recommendation(chosen, chosen.kind.advice, reasons, cautions)
+
+
+def _alike(standings: Sequence[Standing]) -> list[Standing]:
+    """Return the best method and those that cannot be told apart from it.
+
+    Not one that is behind a method that can: its figure is worse, only its interval is wider.
+    """
+    apart = max((_gap_to_best(s) for s in standings if not s.tied), default=-math.inf)
+    return [s for s in standings if s.tied and _gap_to_best(s) >= apart]
 
 
 def _price(standing: Standing) -> tuple[bool, int, float]:
@@ -96,12 +107,14 @@ def _units(standing: Standing) -> int:
 
 
 def _gap_to_best(standing: Standing) -> float:
-    return standing.to_best.value if standing.to_best else 0.0
+    if standing.to_best is None:
+        return 0.0
+    return -math.inf if math.isnan(standing.to_best.value) else standing.to_best.value
 
 
-def _why(standings: Sequence[Standing], chosen: Standing, best: Standing) -> str:
+def _why(standings: Sequence[Standing], alike: Sequence[Standing], chosen: Standing, best: Standing) -> str:
     others = [s for s in standings if s is not best]
-    tied = [s for s in others if s.tied]
+    tied = [s for s in alike if s is not best]
     leads = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}."
     if not tied:
         second = max(others, key=_gap_to_best)
@@ -158,9 +171,9 @@ def _saves(chosen: Standing, best: Standing) -> str:
     )
 
 
-def _faster(standings: Sequence[Standing], chosen: Standing) -> list[str]:
+def _faster(alike: Sequence[Standing], chosen: Standing) -> list[str]:
     """Say which other method to take where the time of a prediction matters most."""
-    other = min((s for s in standings if s.tied), key=lambda s: s.costs.prediction_seconds)
+    other = min(alike, key=lambda s: s.costs.prediction_seconds)
     ours, theirs = chosen.costs.prediction_seconds, other.costs.prediction_seconds
     if not ours > _SLOWER * theirs:
         return []

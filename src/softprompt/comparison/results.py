@@ -33,7 +33,7 @@ class Costs(_Kept):
         trainable_parameters: numbers that are learned; 0 for prompt engineering.
         stored_bytes: what has to be kept for the task besides the base model.
         train_seconds, train_cpu_seconds: wall and processor time of learning or searching, validation included.
-        train_tokens: text tokens that were run to learn or to search.
+        train_tokens: text tokens of the rows that steps were taken on; 0 for prompt engineering.
         peak_bytes: memory above the loaded model while learning or searching.
         prediction_seconds: wall time of a test row.
         switch_seconds: from the stored files of another task to the first row that can be answered.

@@ -157,7 +157,7 @@ class Standing:
 
 def contains_zero(of: Difference) -> bool:
     """Tell whether two methods cannot be told apart."""
-    return not (of.low > 0 or of.high < 0)
+    return of.low <= 0 <= of.high  # not of figures that are no numbers
 
 
 def make_standings(results: Sequence[Result], rows: Sequence[Row]) -> list[Standing]:
@@ -205,8 +205,6 @@ def _require_comparable(results: Sequence[Result], rows: Sequence[Row]) -> None:
         raise InputError("there are no results to report; run softprompt compare first")
     of_all: dict[str, set[str]] = {
         "task": {str(r.task) for r in results},
-        "data": {r.data for r in results},
-        "base model": {r.base_model for r in results},
         "number of scored rows": {str(len(r.statistics)) for r in results},
     }
     for what, values in of_all.items():

@@ -95,7 +95,7 @@ def full_table(standings: Sequence[Standing]) -> list[Group]:
                 cost(PARAMETERS, count, lambda c: c.trainable_parameters),
                 cost(TRAINING, duration, lambda c: c.train_seconds),
                 cost("Processor time for that", duration, lambda c: c.train_cpu_seconds),
-                cost("Text tokens run for that", count, lambda c: c.train_tokens),
+                cost("Text tokens learned from", count, lambda c: c.train_tokens),
             ],
         ),
         Group(

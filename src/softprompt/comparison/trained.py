@@ -10,14 +10,14 @@ from softprompt.comparison.costs import measured
 from softprompt.comparison.method import Answers, Learned, Method, Protocol
 from softprompt.comparison.results import Point
 from softprompt.data.batching import draw
-from softprompt.errors import RunError
-from softprompt.training.loop import Loop, Weights, measure_pace
+from softprompt.training.loop import Loop, Pace, Weights, measure_pace
 from softprompt.training.plan import Plan
+from softprompt.training.search import FACTORS
 from softprompt.training.tune import reproducible
 from softprompt.training.watcher import Watcher
 
-_SEARCHED = (1 / 3, 1.0, 3.0)  # times a method's usual learning rate
 _SHARE = 0.1  # of the budget, for each learning rate that is tried
+_FEWEST = 3  # steps that tell something about a learning rate
 
 
 class _Curve(Watcher):
@@ -41,6 +41,9 @@ class _Curve(Watcher):
         self._losses.clear()
         self.points.append(Point(step=step, seconds=time.monotonic() - self.began, loss=loss, validation=values))
         self.watcher.evaluation(step, values)
+
+    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+        self.watcher.smaller(step, micro_batch_tokens)
 
     def end(self) -> None:
         self.watcher.end()
@@ -70,17 +73,18 @@ class Trained(Method):
         with measured(protocol.model.device) as effort, reproducible(protocol.config.threads):
             plan = protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
             assert plan.config.max_steps
-            length = {"max_steps": plan.config.max_steps}
+            length, pace = {"max_steps": plan.config.max_steps}, None
             if protocol.equal == "time":
                 pace = measure_pace(self.loop(plan, Watcher()))
                 length = pace.fitting(protocol.seconds - (time.monotonic() - began))
-            if protocol.search and protocol.config.learning_rate is None:
-                rate, tried = self._searched(plan, length["max_steps"])
-                tokens += len(_SEARCHED) * _tokens(plan, tried)
-                if protocol.equal == "time":
+            tried = self._tried(length["max_steps"], pace)
+            if tried:
+                rate = self._searched(plan, length["max_steps"], tried)
+                tokens += len(FACTORS) * _tokens(plan, tried)
+                if pace is not None:
                     length = pace.fitting(protocol.seconds - (time.monotonic() - began))
                 else:
-                    length = {"max_steps": max(1, length["max_steps"] - len(_SEARCHED) * tried)}
+                    length = {"max_steps": length["max_steps"] - len(FACTORS) * tried}
             self._plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)
             loop = self.loop(self._plan, curve)
             curve.begin(self._plan, 0)
@@ -91,23 +95,28 @@ class Trained(Method):
         self._answers = self.answers(best)
         tokens += _tokens(self._plan, progress.step)
         parameters = sum(parameter.numel() for parameter in loop.learned.values())
-        settings = {**self._plan.config.model_dump(), "best_step": progress.best_step}
+        settings = {**self.noted(), "search": bool(tried), "best_step": progress.best_step}
         return Learned(self._answers, parameters, effort, tokens, settings, curve.points)
 
-    def _searched(self, plan: Plan, steps: int) -> tuple[float, int]:
-        """Return the learning rate with the lowest validation loss after the first steps, and their number."""
-        until, found = max(1, round(_SHARE * steps)), []
-        for factor in _SEARCHED:
-            rate = self.rate * factor
-            config = plan.config.model_copy(update={"learning_rate": rate, "max_steps": steps, "eval_every": until})
-            try:
-                _, progress, _ = self.loop(replace(plan, config=config), Watcher()).run(until=until)
-            except RunError:  # its loss was not finite
-                continue
-            found.append((progress.best["loss"], rate))
-        if not found:
-            raise RunError("no learning rate that was tried gives a finite loss; try dtype=float32")
-        return min(found)[1], until
+    def noted(self) -> dict[str, object]:
+        """Return the settings that were in force."""
+        return self._plan.config.model_dump()
+
+    def _tried(self, steps: int, pace: Pace | None) -> int:
+        """Return how many steps each learning rate is tried for; 0 if none is searched, or so few tell nothing."""
+        protocol = self.protocol
+        if not protocol.search or protocol.config.learning_rate is not None:
+            return 0
+        share = _SHARE * steps if pace is None else (_SHARE * protocol.seconds - pace.evaluation) / pace.step
+        return int(share) if share >= _FEWEST else 0
+
+    def _searched(self, plan: Plan, steps: int, tried: int) -> float:
+        """Return the learning rate with the lowest validation loss after the first steps of a run of `steps`."""
+        found = []
+        for number, factor in enumerate(FACTORS):
+            config = plan.config.model_copy(update={"learning_rate": self.rate * factor, "max_steps": steps})
+            found.append((self.loop(replace(plan, config=config), Watcher()).tried(tried), number))
+        return self.rate * FACTORS[min(found)[1]]
 
 
 def _tokens(plan: Plan, steps: int) -> int:

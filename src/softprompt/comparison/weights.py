@@ -78,13 +78,22 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
         model.hf_model.requires_grad_(False)
 
 
+def require_whole(model: FrozenModel) -> None:
+    """Make sure that all weights of a model can learn.
+
+    Raises:
+        SettingsError: they are quantized.
+    """
+    if getattr(model.hf_model, "is_quantized", False):
+        raise SettingsError("full fine-tuning needs a model that is not quantized; leave the method or the setting out")
+
+
 def unfrozen(model: FrozenModel) -> FrozenModel:
     """Return a copy of a model that learns with all its weights; what is given is not changed.
 
     It is in float32: most of what an optimizer adds to weights in half precision would be lost in rounding.
     """
-    if getattr(model.hf_model, "is_quantized", False):
-        raise SettingsError("full fine-tuning needs a model that is not quantized; leave the method or the setting out")
+    require_whole(model)
     return around(deepcopy(model.hf_model).float().requires_grad_(True), model)
 
 
@@ -124,7 +133,11 @@ class WeightsLoop(Loop):
         targets = sum(example.targets for part in learnable for example in part)
         with torch.enable_grad():
             for part in learnable:
-                loss = self.model.loss(Prefix(), part, recompute).sum() / targets
+                # The sum, as of a prompt: in float16 most of a mean's gradients would be lost.
+                loss = self.model.loss(Prefix(), part, recompute).sum()
                 loss.backward()
                 total += float(loss.detach())
-        return total
+        for parameter in self.learned.values():
+            if parameter.grad is not None:
+                parameter.grad /= targets
+        return total / targets

@@ -37,11 +37,13 @@ class Rows(Sequence[Row]):
             `target`, or `text`. Many rows lie in a temporary file.
         task: what is to be learned from them.
         name: where they come from, for messages and reports.
+        known: labels that occur in what these rows are a part of.
     """
 
     rows: Sequence[Row]
     task: Task
     name: str
+    known: tuple[str, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -70,8 +72,8 @@ class Rows(Sequence[Row]):
 
     @property
     def labels(self) -> list[str]:
-        """The labels that occur, sorted; empty unless this is classification."""
-        return sorted({row["label"] for row in self.rows}) if self.task == "classification" else []
+        """The labels that occur, or are known, sorted; empty unless this is classification."""
+        return sorted({row["label"] for row in self.rows}.union(self.known)) if self.task == "classification" else []
 
     @property
     def sha256(self) -> str:

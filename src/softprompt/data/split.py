@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
             f"{data.name} has {units.max() + 1} different inputs, each in too many rows to hold any back for "
             "validation; give --eval-data, or --set eval_rows=0 to keep the last prompt"
         )
-    return data.pick(np.flatnonzero(~chosen)), data.pick(np.flatnonzero(chosen))
+    return _part(data, ~chosen), _part(data, chosen)
 
 
 def sample(data: Rows, rows: int, seed: int) -> Rows:
@@ -60,7 +61,7 @@ def sample(data: Rows, rows: int, seed: int) -> Rows:
     if rows >= len(data):
         return data
     drawn = _stratified(_keys(data)["label"], np.arange(len(data)), rows, np.random.default_rng(seed))
-    return data.pick(np.flatnonzero(drawn))
+    return _part(data, drawn)
 
 
 def labels_in_turn(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
@@ -93,6 +94,11 @@ def _keys(data: Rows) -> NDArray[np.void]:
             yield int.from_bytes(digest, "little"), numbers.setdefault(label, len(numbers))
 
     return np.fromiter(each(), [("question", np.uint64), ("label", np.int64)], len(data))
+
+
+def _part(data: Rows, chosen: NDArray[np.bool_]) -> Rows:
+    """Return some of the rows; a label that none of them has is still known, for others have it."""
+    return replace(data.pick(np.flatnonzero(chosen)), known=tuple(data.labels))
 
 
 def _numbered(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -79,6 +80,12 @@ class Ensemble:
 Prompt: TypeAlias = SoftPrompt | Ensemble
 
 
+def joined(prompts: Sequence[SoftPrompt], metrics: Mapping[str, float]) -> Ensemble:
+    """Return an ensemble of prompts for the same task and model, and what it reached."""
+    room = min(prompt.record.max_length for prompt in prompts)  # a text has to fit behind the longest
+    return Ensemble(tuple(prompts), prompts[0].record.model_copy(update={"metrics": dict(metrics), "max_length": room}))
+
+
 def load_prompt(prompt: str | Path) -> Prompt:
     """Read a prompt's folder, or an ensemble's; one that PEFT wrote for a prompt or a prefix will do.
 
@@ -106,7 +113,7 @@ def load_prompt(prompt: str | Path) -> Prompt:
     for name, one in zip(names, prompts, strict=True):
         if one.format != prompts[0].format or one.record.base_model != first.base_model:
             raise PromptError(f"{path / name} is for another task or model than {names[0]}")
-    return Ensemble(prompts, first.model_copy(update={"metrics": metrics}))
+    return joined(prompts, metrics)
 
 
 def require_all_fit(prompt: Prompt, model: FrozenModel) -> None:

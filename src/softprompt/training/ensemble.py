@@ -9,13 +9,13 @@ from pathlib import Path
 from softprompt.config import TuneConfig
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
-from softprompt.data.split import split_rows
+from softprompt.data.split import sample, split_rows
 from softprompt.errors import SettingsError
 from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.scoring import make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.processes import launched
-from softprompt.prompt.ensemble import Ensemble
+from softprompt.prompt.ensemble import Ensemble, joined
 from softprompt.prompt.store import member_name
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import TuneResult, tune
@@ -73,6 +73,8 @@ def tune_ensemble(
     began, given = time.monotonic(), config or TuneConfig()
     folder = None if out is None else Path(out)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
+    if given.train_rows is not None:
+        train = sample(train, given.train_rows, given.seed)
     minutes = None if given.max_minutes is None else given.max_minutes / members
     runs: list[TuneResult] = []
     for number in range(1, members + 1):
@@ -80,17 +82,14 @@ def tune_ensemble(
         place = None if folder is None else folder / member_name(number)
         begun = resume and place is not None and (place / "config.yaml").exists()
         runs.append(tune(model, train, settings, eval_data=validation, out=place, resume=begun, watcher=watcher))
-    prompts = tuple(run.prompt for run in runs)
-    metrics: dict[str, float] = {}
+    made = joined([run.prompt for run in runs], {})
     if validation is not None:
-        record = prompts[0].record
-        encoder = Encoder(model.tokenizer, prompts[0].format, record.max_length)
+        encoder = Encoder(model.tokenizer, made.format, made.record.max_length)
         at_once = min(run.settings.micro_batch_tokens or 1 for run in runs)
-        scores = averaged(make_scorer(encoder, validation, at_once).score_all(model, [p.weights for p in prompts]))
-        metrics = scores.values()
+        scores = averaged(make_scorer(encoder, validation, at_once).score_all(model, made.members))
+        made = joined(made.prompts, scores.values())
         if folder is not None:
             RunFolder(folder).write_predictions(scores.predictions())
-    made = Ensemble(prompts, prompts[0].record.model_copy(update={"metrics": metrics}))
     if folder is not None:
         made.save(RunFolder(folder).prompt)
-    return EnsembleResult(made, runs, time.monotonic() - began, metrics)
+    return EnsembleResult(made, runs, time.monotonic() - began, made.record.metrics)

@@ -85,8 +85,8 @@ class Loop(ABC):
     def evaluate(self, weights: Weights | None = None) -> Scores:
         """Score the validation rows with weights, or with what is learned as it stands."""
 
-    def run(self, until: int | None = None) -> tuple[Weights, Progress, Scores | None]:
-        """Take all steps that are left, or those up to `until`.
+    def run(self) -> tuple[Weights, Progress, Scores | None]:
+        """Take all steps that are left.
 
         Returns:
             The best weights, where the run stands, and the best weights' scores; None without validation rows.
@@ -99,7 +99,7 @@ class Loop(ABC):
         try:
             while True:
                 scores = self._evaluated(scores)
-                done = self._done() or progress.step == until
+                done = self._done()
                 if progress.step and (done or progress.step % save_every == 0):
                     self.folder.save_state(self._state())
                 if done:
@@ -112,6 +112,20 @@ class Loop(ABC):
         if not self.plan.scorer:
             self._keep(None)
         return self.best, progress, scores
+
+    def tried(self, steps: int) -> float:
+        """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.
+
+        Returns:
+            The loss on the validation rows then; infinite where a step's loss was not finite.
+        """
+        try:
+            while self.progress.step < steps:
+                self.step()
+        except RunError:
+            return math.inf
+        loss = self.evaluate().values()["loss"]
+        return loss if math.isfinite(loss) else math.inf
 
     def _done(self) -> bool:
         """Tell whether all steps are done, or the loss has not fallen for `patience` evaluations."""
@@ -205,8 +219,8 @@ class Loop(ABC):
         tensors = {f"{_BEST}.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.learned.items():
             tensors[f"{_LEARNED}.{name}"] = parameter.detach()
-            for moment in _MOMENTS:
-                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+            if parameter in self.optimizer.state:  # not a weight that text does not come by, as those for images
+                tensors |= {f"{moment}.{name}": self.optimizer.state[parameter][moment] for moment in _MOMENTS}
         return State(self.progress, tensors)
 
     def _restore(self, state: State) -> None:
@@ -259,14 +273,16 @@ class Pace:
 
 
 def measure_pace(loop: Loop) -> Pace:
-    """Run a few steps of a loop and an evaluation; nothing is learned: gradients are found and thrown away."""
+    """Run a few steps of a loop and an evaluation; nothing is learned, for the steps have no length."""
     config, plan, evaluation = loop.plan.config, loop.plan, 0.0
     assert config.batch_size
+    loop.optimizer.param_groups[0]["lr"] = 0.0
     batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in range(_TIMED + 1)]
     for number, rows in enumerate(batches):
         if number == 1:  # the first one sets things up
             began = time.monotonic()
         loop.gradient([plan.examples[i] for i in rows])
+        loop.optimizer.step()
     step = (time.monotonic() - began) / _TIMED
     if plan.scorer:
         began = time.monotonic()

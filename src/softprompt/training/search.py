@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Task
-from softprompt.errors import RunError
+from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.plan import LEARNING_RATE, Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
 
-_FACTORS = (1 / 3, 1.0, 3.0)  # times the method's usual learning rate
+FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
 _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
 
 
 def candidates(config: TuneConfig, task: Task) -> list[dict[str, Any]]:
     """Return the settings that are tried, of those that were left open; with some data, two of them are the same."""
     usual = LEARNING_RATE[config.method]
-    rates = [usual * factor for factor in _FACTORS] if config.learning_rate is None else [config.learning_rate]
+    rates = [usual * factor for factor in FACTORS] if config.learning_rate is None else [config.learning_rate]
     open_start = config.init == "auto" and config.init_text is None
     other = "examples" if task == "classification" and config.method == "deep-prefix" else "text"  # than the usual
     starts = ("auto", other) if open_start else (config.init,)
     return [{"learning_rate": rate, "init": init} for rate, init in product(rates, starts)]
+
+
+def evaluations(config: TuneConfig, task: Task) -> int:
+    """Return how many times a search scores the validation rows, at most."""
+    tried = len(candidates(config, task))
+    return tried + (tried + 1) // 2 if tried > 1 else 0
 
 
 def _alike(plan: Plan, other: Plan) -> bool:
@@ -57,7 +62,12 @@ def search(
         return {}
     running: list[tuple[dict[str, Any], PromptLoop]] = []
     for settings in tried:
-        plan = make_plan(model, data, config.model_copy(update=settings), eval_data)
+        try:
+            plan = make_plan(model, data, config.model_copy(update=settings), eval_data)
+        except SettingsError:
+            if not running:
+                raise
+            continue  # a text that names hundreds of labels is longer than a prompt can be
         if any(_alike(plan, other.plan) for _, other in running):
             continue  # where examples do not fit, "auto" is "text"
         loop = PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())
@@ -66,12 +76,7 @@ def search(
         found = []
         for number, (settings, loop) in enumerate(running):
             until = max(1, round(rung * loop.max_steps))
-            loop.eval_every = until
-            try:
-                _, progress, _ = loop.run(until=until)
-                loss = progress.best["loss"]
-            except RunError:  # not finite: a rate that is too high
-                loss = math.inf
+            loss = loop.tried(until)
             watcher.candidate(settings, until, loss)
             found.append((loss, number))
         running = [running[number] for _, number in sorted(found)[: (len(found) + 1) // 2]]

@@ -28,8 +28,10 @@ from softprompt.training.loop import measure_pace
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder
-from softprompt.training.search import search
+from softprompt.training.search import evaluations, search
 from softprompt.training.watcher import Watcher
+
+_SEARCHED = 0.25  # of the time, at most, goes into scoring what a search tries
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,16 @@ def _plan(
             # The search takes shares of the steps that there will be.
             steps = config.max_steps if seconds is None else pace.fitting(seconds)["max_steps"]
             whole = config.model_copy(update={"max_steps": steps})
-            chosen = search(model, data, whole, eval_data, watcher)
+            scoring = 0.0 if seconds is None else evaluations(config, data.task) * pace.evaluation
+            if seconds is None or scoring <= _SEARCHED * seconds:
+                chosen = search(model, data, whole, eval_data, watcher)
+            else:
+                chosen = {}
+                warnings.warn(
+                    f"no search: scoring the validation rows takes {pace.evaluation:.0f} s each time; give a higher "
+                    "max_minutes, or a lower eval_rows",
+                    stacklevel=3,
+                )
             chosen = json.loads(processes.share(json.dumps(chosen).encode()))
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")

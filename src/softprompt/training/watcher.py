@@ -12,7 +12,7 @@ class Watcher:
     """Told of a run's course; this one shows nothing."""
 
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
-        """A candidate of the search before the run has taken `step` steps; `loss` is its best on validation rows."""
+        """A candidate of the search has taken `step` steps; `loss` is what it then has on validation rows."""
 
     def begin(self, plan: Plan, step: int) -> None:
         """The plan is made, and `step` steps were done before."""
