@@ -266,3 +266,16 @@ def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel
     assert torch.equal(plan.start, again.start)
     assert plan.start.shape != other.start.shape or not torch.equal(plan.start, other.start)
     assert len(make_plan(llama, rows, TuneConfig(init="examples", num_virtual_tokens=30)).start) == 30
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "rate"),
+    [("soft-prompt", 5, 0.03), ("soft-prompt", 20, 0.03), ("soft-prompt", 180, 0.01), ("deep-prefix", 180, 0.03)],
+)
+def test_a_long_soft_prompt_learns_at_a_lower_rate(
+    llama: FrozenModel, reviews: Path, method: str, tokens: int, rate: float
+) -> None:
+    plan = make_plan(llama, load_data(reviews), TuneConfig(method=method, num_virtual_tokens=tokens))
+    assert plan.config.learning_rate == rate
+    given = make_plan(llama, load_data(reviews), TuneConfig(method=method, num_virtual_tokens=tokens, learning_rate=1))
+    assert given.config.learning_rate == 1

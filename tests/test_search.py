@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from softprompt.data.rows import load_data
+from softprompt.data.rows import Task, load_data
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
@@ -32,17 +32,19 @@ class Notes(Watcher):
 
 
 def test_only_what_was_left_open_is_searched() -> None:
-    def tried(**settings: object) -> list[dict[str, Any]]:
-        return candidates(short(**settings), "classification")
+    def tried(task: Task = "classification", **settings: object) -> tuple[set[str], set[float]]:
+        found = candidates(short(**settings), task)
+        starts, factors = {init for init, _ in found}, {factor for _, factor in found}
+        assert len(found) == len(starts) * len(factors)
+        return starts, factors
 
-    assert len(tried()) == 6
-    assert {c["init"] for c in tried(learning_rate=0.5)} == {"auto", "text"}
-    assert {c["init"] for c in tried(learning_rate=0.5, method="deep-prefix")} == {"auto", "examples"}
-    assert {c["learning_rate"] for c in tried(learning_rate=0.5)} == {0.5}
-    assert {c["init"] for c in tried(init_text="a text")} == {"auto"}
-    assert tried(learning_rate=0.5, init="random") == [{"learning_rate": 0.5, "init": "random"}]
+    assert tried() == ({"auto", "text"}, {1 / 3, 1, 3})
+    assert tried(learning_rate=0.5) == ({"auto", "text"}, {1})
+    assert tried(learning_rate=0.5, method="deep-prefix") == ({"auto", "examples"}, {1})
+    assert tried(init_text="a text") == ({"auto"}, {1 / 3, 1, 3})
+    assert tried(learning_rate=0.5, init="random") == ({"random"}, {1})
     # Completions start from examples without being told to.
-    assert {c["init"] for c in candidates(short(), "completion")} == {"auto", "text"}
+    assert tried("completion") == ({"auto", "text"}, {1 / 3, 1, 3})
 
 
 def test_the_better_half_goes_on_and_the_best_of_it_is_chosen(llama: FrozenModel, reviews: Path) -> None:

@@ -12,7 +12,6 @@ from softprompt.config import Method as PromptMethod
 from softprompt.prompt.ensemble import joined, load_prompt
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.loop import Loop, Weights
-from softprompt.training.plan import LEARNING_RATE as PROMPT_RATE
 from softprompt.training.plan import Plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import SilentRunFolder
@@ -28,7 +27,7 @@ class Prompts(Trained):
 
     def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
         super().__init__(protocol, seed, watcher)
-        self.rate, self.settings = PROMPT_RATE[self.kind], {"method": self.kind}
+        self.settings = {"method": self.kind}
         if self.kind == "deep-prefix":  # which has one parameterization
             self.settings["parameterization"] = "direct"
 

@@ -50,9 +50,14 @@ class _Curve(Watcher):
 
 
 class Trained(Method):
-    """Methods that learn by gradients, in the same loop."""
+    """Methods that learn by gradients, in the same loop.
 
-    rate: float
+    Attributes:
+        rate: the usual learning rate; None for that of a prompt's plan.
+        settings: of all plans.
+    """
+
+    rate: float | None = None
 
     def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
         super().__init__(protocol, seed, watcher)
@@ -73,6 +78,7 @@ class Trained(Method):
         with measured(protocol.model.device) as effort, reproducible(protocol.config.threads):
             plan = protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
             assert plan.config.max_steps
+            rate = plan.config.learning_rate
             length, pace = {"max_steps": plan.config.max_steps}, None
             if protocol.equal == "time":
                 pace = measure_pace(self.loop(plan, Watcher()))
@@ -112,11 +118,12 @@ class Trained(Method):
 
     def _searched(self, plan: Plan, steps: int, tried: int) -> float:
         """Return the learning rate with the lowest validation loss after the first steps of a run of `steps`."""
-        found = []
+        usual, found = plan.config.learning_rate, []
+        assert usual
         for number, factor in enumerate(FACTORS):
-            config = plan.config.model_copy(update={"learning_rate": self.rate * factor, "max_steps": steps})
+            config = plan.config.model_copy(update={"learning_rate": usual * factor, "max_steps": steps})
             found.append((self.loop(replace(plan, config=config), Watcher()).tried(tried), number))
-        return self.rate * FACTORS[min(found)[1]]
+        return usual * FACTORS[min(found)[1]]
 
 
 def _tokens(plan: Plan, steps: int) -> int:

@@ -45,7 +45,7 @@ from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_
 # A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
 TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
-LEARNING_RATE: dict[Method, float] = {"soft-prompt": 0.03, "deep-prefix": 0.03}
+_LEARNING_RATE = 0.03
 _SHOWN = 5000  # training rows that a prompt's examples are drawn from
 _LONGEST_TEXT = 512  # tokens that a prompt is made as long as without being asked
 Decide = Callable[[str, object, str], None]
@@ -130,7 +130,6 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     if form.task == "classification":
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
     decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
-    decide("learning_rate", LEARNING_RATE[config.method], f"default of {config.method}")
     decide("batch_size", 16 if form.task == "classification" else 8, f"default of {form.task}")
     if config.epochs is not None:
         passes = math.ceil(config.epochs * len(train) / chosen["batch_size"])
@@ -142,6 +141,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     rows = taken(len(train), chosen["batch_size"], chosen["max_steps"], config.seed)
     start = _start(model, config, source, form, train.pick(rows), decide)
     decide("num_virtual_tokens", virtual := start.shape[-2], "length of the initial text, 20 at least")
+    decide("learning_rate", *_learning_rate(config.method, virtual))
     encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual))
     # The steps encode with a copy: what they cut has been counted here.
     learned = (chosen["loss"] == "all", int(is_deep(start)))
@@ -167,6 +167,17 @@ def _scorer(encoder: Encoder, validation: Rows, at_once: int) -> Scorer:
     """
     kind = TextScorer if len(encoder.format.verbalizers) > MANY_LABELS else make_scorer
     return kind(encoder, validation, at_once)
+
+
+def _learning_rate(method: Method, virtual: int) -> tuple[float, str]:
+    """Return the usual rate, and why.
+
+    Every number of a prompt changes by about the rate (Adam), so a long soft prompt as a whole by more than a short
+    one: its rate is lower by the root of its length. Deep prefixes did not gain from that.
+    """
+    if method == "deep-prefix" or virtual <= USUAL_TOKENS:
+        return _LEARNING_RATE, f"default of {method}"
+    return float(f"{_LEARNING_RATE * math.sqrt(USUAL_TOKENS / virtual):.1g}"), f"{method} of {virtual} virtual tokens"
 
 
 def _require_place(model: FrozenModel, config: TuneConfig) -> None:

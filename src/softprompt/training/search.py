@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Task
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.plan import LEARNING_RATE, Plan, make_plan
+from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
@@ -19,25 +21,18 @@ FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is ta
 _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
 
 
-def candidates(config: TuneConfig, task: Task) -> list[dict[str, Any]]:
-    """Return the settings that are tried, of those that were left open; with some data, two of them are the same."""
-    usual = LEARNING_RATE[config.method]
-    rates = [usual * factor for factor in FACTORS] if config.learning_rate is None else [config.learning_rate]
+def candidates(config: TuneConfig, task: Task) -> list[tuple[str, float]]:
+    """Return what is tried, of what was left open: starts, and factors of the learning rate that is usual for them."""
+    factors = FACTORS if config.learning_rate is None else (1.0,)
     open_start = config.init == "auto" and config.init_text is None
     other = "examples" if task == "classification" and config.method == "deep-prefix" else "text"  # than the usual
-    starts = ("auto", other) if open_start else (config.init,)
-    return [{"learning_rate": rate, "init": init} for rate, init in product(rates, starts)]
+    return list(product(("auto", other) if open_start else (config.init,), factors))
 
 
 def evaluations(config: TuneConfig, task: Task) -> int:
     """Return how many times a search scores the validation rows, at most."""
     tried = len(candidates(config, task))
     return tried + (tried + 1) // 2 if tried > 1 else 0
-
-
-def _alike(plan: Plan, other: Plan) -> bool:
-    one, two = plan.config, other.config
-    return (one.init, one.learning_rate) == (two.init, two.learning_rate)
 
 
 def search(
@@ -60,18 +55,15 @@ def search(
     tried = candidates(config, data.task)
     if len(tried) == 1 or config.eval_rows == 0:
         return {}
+    plans = _plans(model, data, config, eval_data, dict.fromkeys(init for init, _ in tried))
     running: list[tuple[dict[str, Any], PromptLoop]] = []
-    for settings in tried:
-        try:
-            plan = make_plan(model, data, config.model_copy(update=settings), eval_data)
-        except SettingsError:
-            if not running:
-                raise
-            continue  # a text that names hundreds of labels is longer than a prompt can be
-        if any(_alike(plan, other.plan) for _, other in running):
-            continue  # where examples do not fit, "auto" is "text"
-        loop = PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())
-        running.append((settings, loop))
+    for init, factor in tried:
+        if init in plans:
+            plan = plans[init]
+            assert plan.config.learning_rate
+            settings = {"learning_rate": plan.config.learning_rate * factor, "init": init}
+            plan = replace(plan, config=plan.config.model_copy(update={"learning_rate": settings["learning_rate"]}))
+            running.append((settings, PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())))
     for rung in _RUNGS if running[1:] else ():
         found = []
         for number, (settings, loop) in enumerate(running):
@@ -81,3 +73,20 @@ def search(
             found.append((loss, number))
         running = [running[number] for _, number in sorted(found)[: (len(found) + 1) // 2]]
     return running[0][0]
+
+
+def _plans(
+    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, starts: Iterable[str]
+) -> dict[str, Plan]:
+    """Return a plan for each start that fits and is another than those before it."""
+    plans: dict[str, Plan] = {}
+    for init in starts:
+        try:
+            plan = make_plan(model, data, config.model_copy(update={"init": init}), eval_data)
+        except SettingsError:
+            if not plans:
+                raise
+            continue  # a text that names hundreds of labels is longer than a prompt can be
+        if all(plan.config.init != other.config.init for other in plans.values()):
+            plans[init] = plan  # where examples do not fit, "auto" is "text"
+    return plans
