@@ -211,7 +211,7 @@ def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     from softprompt.comparison import trained as methods
     from softprompt.training.loop import Pace
 
-    monkeypatch.setattr(methods, "measure_pace", lambda _loop: Pace(step=0.5, evaluation=0.0))
+    monkeypatch.setattr(methods, "measure_pace", lambda *_: Pace(step=0.5, evaluation=0.0))
     watcher = Notes()
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1)
     done = compare(llama, films(60), methods=["soft-prompt", "few-shot"], config=config, watcher=watcher)
@@ -268,7 +268,7 @@ def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share
         tried.append(steps)
         return alone(loop, steps)
 
-    monkeypatch.setattr(methods, "measure_pace", lambda _loop: Pace(step=1.0, evaluation=evaluation))
+    monkeypatch.setattr(methods, "measure_pace", lambda *_: Pace(step=1.0, evaluation=evaluation))
     monkeypatch.setattr(Loop, "tried", noted)
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=1)
     done = compare(llama, films(60), methods=["soft-prompt"], config=config)

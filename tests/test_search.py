@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from softprompt.data.rows import Task, load_data
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
-from softprompt.training.loop import Pace
+from softprompt.training.loop import Pace, measure_pace
 from softprompt.training.plan import make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import SilentRunFolder
@@ -109,7 +110,7 @@ def test_a_start_that_does_not_fit_is_none(llama: FrozenModel) -> None:
 def test_where_scoring_takes_all_the_time_nothing_is_searched(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_pace", lambda _loop: Pace(step=0.75, evaluation=0.3))
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=0.75, evaluation=0.3))
     monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("searched"))
     settings = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1, budget="thorough")
     with pytest.warns(UserWarning, match="no search: scoring the validation rows takes"):
@@ -135,14 +136,28 @@ def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
     assert Pace(step=100, evaluation=10).fitting(60) == {"max_steps": 1, "eval_every": 1}
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(1e6, 5), (0.0, 2)])
+def test_a_short_run_times_fewer_steps(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
+) -> None:
+    loop = PromptLoop(llama, make_plan(llama, load_data(reviews), short()), SilentRunFolder(Path()), Watcher())
+    before, taken, gradient = loop.weights(), [], loop.gradient
+    monkeypatch.setattr(loop, "gradient", lambda batch: taken.append(len(batch)) or gradient(batch))
+    pace = measure_pace(loop, seconds)
+    assert len(taken) == steps
+    assert pace.step > 0
+    assert pace.evaluation > 0
+    assert torch.equal(loop.weights()["prompt"], before["prompt"])  # nothing is learned
+
+
 def test_a_run_of_some_minutes_says_how_many_steps_it_took(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_pace", lambda _loop: Pace(step=0.75, evaluation=0))
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=0.75, evaluation=0))
     rows, settings = load_data(reviews), short(max_steps=None, eval_every=None, max_minutes=0.1)
     result = tune(llama, rows, settings, out=tmp_path / "run")
     assert 1 <= result.steps <= 8
     assert result.settings.max_steps == result.steps
-    monkeypatch.setattr(tuning, "measure_pace", lambda _loop: pytest.fail("measured again"))
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: pytest.fail("measured again"))
     assert tune(llama, rows, settings, out=tmp_path / "run", resume=True).steps == result.steps
     assert tune(llama, rows, short(max_steps=2, max_minutes=0.1)).steps == 2  # steps are steps

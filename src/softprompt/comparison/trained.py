@@ -81,7 +81,7 @@ class Trained(Method):
             rate = plan.config.learning_rate
             length, pace = {"max_steps": plan.config.max_steps}, None
             if protocol.equal == "time":
-                pace = measure_pace(self.loop(plan, Watcher()))
+                pace = measure_pace(self.loop(plan, Watcher()), protocol.seconds)
                 length = pace.fitting(protocol.seconds - (time.monotonic() - began))
             tried = self._tried(length["max_steps"], pace)
             if tried:

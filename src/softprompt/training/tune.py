@@ -144,7 +144,7 @@ def _plan(
         if seconds is not None:
             pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
             loop = PromptLoop(model, pilot, SilentRunFolder(Path()), Watcher(), processes=processes)
-            pace = measure_pace(loop)
+            pace = measure_pace(loop, seconds)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
             steps = config.max_steps if seconds is None else pace.fitting(seconds)["max_steps"]
