@@ -90,7 +90,7 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = [
         "# How the settings were chosen",
         "",
-        "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 200 "
+        "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 150 or 200 "
         "validation rows. The figures are those of the best of the evaluations by validation loss. The test "
         "rows play no part. What has a star was tried and is not in the code.",
     ]
