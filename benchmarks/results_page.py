@@ -102,6 +102,12 @@ def compared(runs: Runs, second: str, sets: Sequence[str]) -> list[str]:
     return lines
 
 
+def on_reference(result: Result, name: str) -> float:
+    """Return what a result took; times as they would be on the reference machine."""
+    value = float(getattr(result.costs, name))
+    return value / float(result.settings.get("pace", 1)) if name.endswith("_seconds") else value
+
+
 def costs(runs: Runs) -> list[str]:
     """Return what each method takes, the mean over the sets that it was run on."""
     lines = [
@@ -110,14 +116,14 @@ def costs(runs: Runs) -> list[str]:
         "|---" * 10 + "|",
     ]
     for method in WHOLE:
-        mine = [r.costs for name in SETS for r in runs[name].get(method, [])]
+        mine = [r for name in SETS for r in runs[name].get(method, [])]
         if not mine:
             continue
 
-        def mean(name: str, of: Sequence[object] = mine) -> float:
-            return float(np.mean([getattr(cost, name) for cost in of]))
+        def mean(name: str, of: Sequence[Result] = mine) -> float:
+            return float(np.mean([on_reference(r, name) for r in of]))
 
-        changed = "the same" if all(cost.base_unchanged for cost in mine) else "others"
+        changed = "the same" if all(r.costs.base_unchanged for r in mine) else "others"
         lines.append(
             f"| {method} | {count(round(mean('trainable_parameters')))} | {size(round(mean('stored_bytes')))} | "
             f"{duration(mean('train_seconds'))} | {duration(mean('train_cpu_seconds'))} | "
@@ -135,11 +141,11 @@ def sooner(runs: Runs) -> list[str]:
     lines = ["| | PEFT at its end | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
     for name in there:
         theirs = runs[name][SHIPPED]
-        cells = [f"{points(theirs):.1f} ({duration(theirs[0].costs.train_seconds)})"]
+        cells = [f"{points(theirs):.1f} ({duration(on_reference(theirs[0], 'train_seconds'))})"]
         for method in methods:
             mine = runs[name].get(method)
             value, low, high, _ = differences(runs, method, SHIPPED, [name])
-            took = f" ({duration(mine[0].costs.train_seconds)}): {signed(value, low, high)}" if mine else ""
+            took = f" ({duration(on_reference(mine[0], 'train_seconds'))}): {signed(value, low, high)}" if mine else ""
             cells.append(f"{points(mine):.1f}{took}" if mine else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -159,7 +165,8 @@ def page(runs: Runs) -> str:
             "",
             "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows to choose by, the test rows",
             "for the figures (of banking77 the first 1,000, of e2e the first 300).",
-            f"{MINUTES:g} minutes of learning or searching each (`benchmarks/quality.py`).",
+            f"{MINUTES:g} minutes of learning or searching each (`benchmarks/quality.py`), on one core of a Zen 5, or on",
+            "another machine as much longer as a fixed piece of learning takes there; times are of the former.",
             "Settings were chosen on validation rows of sst2, banking77 and e2e",
             "([how](../benchmarks/results/choices.md)); the other sets were run with what was chosen. All methods take",
             "the same rows, template, labels and scorer.",
@@ -190,8 +197,8 @@ def page(runs: Runs) -> str:
             "",
             "## Time to quality",
             "",
-            "Runs of a tenth of the time, which choose by 50 validation rows, against PEFT's prompt tuning after all",
-            "of it: the figure, the time it took, and the difference in points with its 95 % interval.",
+            "Runs of a tenth of the time, which keep their last prompt, against PEFT's prompt tuning after all of it:",
+            "the figure, the time it took, and the difference in points with its 95 % interval.",
             "",
             *sooner(runs),
             "",
