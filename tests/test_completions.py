@@ -12,7 +12,10 @@ from sacrebleu.metrics.chrf import CHRF
 from conftest import frozen
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
-from softprompt.evaluation.completions import Completions
+from softprompt.data.examples import Encoder
+from softprompt.errors import DataError
+from softprompt.evaluation import completions
+from softprompt.evaluation.completions import Completions, complete
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
@@ -112,3 +115,30 @@ def test_the_loss_of_a_completion_counts_every_row(llama: FrozenModel) -> None:
     assert [record["tokens"] for record in done.predictions] == [
         len(llama.tokenizer(row["target"])["input_ids"]) + 1 for row in ROWS
     ]
+
+
+def test_a_long_right_answer_leaves_other_inputs_whole(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, given = prompt_for(llama), list[tuple[int, ...]]()
+
+    def noted(model: object, prompts: object, inputs: list[tuple[int, ...]], *_: object) -> list[str]:
+        given.extend(inputs)
+        return ["" for _ in inputs]
+
+    monkeypatch.setattr(completions, "continue_ids", noted)
+    rows = load_data([{"input": "the parcel never came " * 4, "target": "the parcel " * 20}])
+    encoder = Encoder(llama.tokenizer, prompt.format, 80)
+    complete(llama, [prompt.weights], encoder, rows)
+    assert [given[0]] == Encoder(llama.tokenizer, prompt.format, 80).inputs(rows)
+    assert len(given[0]) + len(llama.tokenizer(rows[0]["target"])["input_ids"]) > 80
+    with pytest.raises(DataError, match="positions leave none before it"):  # it has 256
+        complete(llama, [None], encoder, load_data([{"input": "the parcel", "target": "came " * 300}]))
+
+
+def test_inputs_that_are_cut_to_the_same_tokens_are_not_one(llama: FrozenModel) -> None:
+    prompt = prompt_for(llama)
+    rows = load_data(
+        [{"input": f"{word} " * 60 + end, "target": end} for word in ("parcel",) for end in ("one", "two")]
+    )
+    found = complete(llama, [None], Encoder(llama.tokenizer, prompt.format, 12), rows)
+    assert found.references == [["one"], ["two"]]
+    assert found.place == [0, 1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import ARCHITECTURES, frozen, tiny_tokenizer
+from softprompt import generation
 from softprompt.config import GenerateConfig
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import PromptError, SettingsError
@@ -117,6 +118,30 @@ def test_a_label_prompt_writes_no_more_than_its_longest_label(llama: FrozenModel
     )
 
 
+def test_a_label_behind_a_line_break_is_written_whole(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it has no space before it, which can be more tokens."""
+    prompt = soft_prompt(llama, task="classification", template="{{ text }}\n", verbalizers={"a": "delivery"})
+    room: list[int] = []
+
+    def noted(
+        model: FrozenModel, prompts: object, inputs: object, most: list[int], config: GenerateConfig
+    ) -> list[str]:
+        room.extend(most)
+        return [""]
+
+    monkeypatch.setattr(generation, "continue_ids", noted)
+    generate(llama, ["the parcel"], prompt)
+    alone, behind_a_space = (len(llama.tokenizer(text)["input_ids"]) for text in ("delivery", " delivery"))
+    assert alone != behind_a_space
+    assert room == [alone]
+
+
+def test_as_many_new_tokens_as_fit_do_not_cut_the_text(llama: FrozenModel, recwarn: pytest.WarningsRecorder) -> None:
+    prompt = soft_prompt(llama, task="completion", template="{{ input }}\n", max_length=247)
+    generate(llama, ["the parcel never came"], prompt, GenerateConfig(max_new_tokens=5000))
+    assert not [w for w in recwarn if "cut" in str(w.message)]
+
+
 def test_max_length_counts_real_tokens_only(llama: FrozenModel) -> None:
     ids = llama.tokenizer("the parcel")["input_ids"]
     prompt = soft_prompt(llama)
@@ -215,6 +240,8 @@ def test_a_plain_text_prompts_own_template_is_used(llama: FrozenModel) -> None:
 
 def test_a_long_input_is_cut_so_that_new_tokens_fit(llama: FrozenModel) -> None:
     prompt = soft_prompt(llama, task="completion", template="{{ input }}\n", max_length=247)
+    with pytest.warns(UserWarning, match="1 of 1 texts were cut to"):
+        generate(llama, ["the parcel never came and " * 100], prompt)
     assert len(generate(llama, ["the parcel never came and " * 100], prompt, GenerateConfig(max_new_tokens=5))[0]) > 0
 
 

@@ -298,3 +298,24 @@ def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) ->
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, cwd=tmp_path, env=one, check=False)
     assert done.returncode == 0, done.stderr
     assert "step 1: memory is short; going on with micro-batches of" in done.stderr
+
+
+def test_files_that_were_read_leave_memory_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's own count of what is used has the pages of files in it (cgroup v2 and v1)."""
+    for folder, limit, used, total in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        there = {
+            f"{folder}/{limit}": "1000000",
+            f"{folder}/{used}": "900000",
+            f"{folder}/memory.stat": f"anon 5\n{total}active_file 300000\n{total}inactive_file 400000\n",
+        }
+
+        def text(path: Path, *_: object, there: dict[str, str] = there, **__: object) -> str:
+            if str(path) not in there:
+                raise FileNotFoundError(str(path))
+            return there[str(path)]
+
+        monkeypatch.setattr(Path, "read_text", text)
+        assert memory.available_memory(torch.device("cpu")) == 800_000

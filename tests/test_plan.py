@@ -12,8 +12,11 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from conftest import frozen, tiny_model
 from softprompt import SoftPrompt, TuneConfig, load_data, tune
+from softprompt.data.examples import Encoder
+from softprompt.data.lazy import LazyExamples
 from softprompt.data.rows import Rows
-from softprompt.errors import PromptError, SettingsError
+from softprompt.data.templates import make_format
+from softprompt.errors import DataError, PromptError, SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt import store
 from softprompt.prompt.reading import nearest_tokens
@@ -279,3 +282,23 @@ def test_a_long_soft_prompt_learns_at_a_lower_rate(
     assert plan.config.learning_rate == rate
     given = make_plan(llama, load_data(reviews), TuneConfig(method=method, num_virtual_tokens=tokens, learning_rate=1))
     assert given.config.learning_rate == 1
+
+
+def test_without_tensorboard_nothing_is_begun(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SettingsError, match="tensorboard=true needs a package"):
+        tune(llama, load_data(reviews), short(tensorboard=True), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_of_one_token_that_nothing_comes_before_is_named() -> None:
+    model = frozen("llama")
+    model.tokenizer.bos_token = None
+    rows = load_data([{"text": text} for text in ("a", *("a fine film",) * 9)])
+    examples = LazyExamples(Encoder(model.tokenizer, make_format("text", []), 20), rows, learn_all=True, first=1)
+    assert examples[1].targets > 0
+    assert not examples.encoder.leading
+    with pytest.raises(DataError, match="row 1: one token alone"):
+        examples[0]

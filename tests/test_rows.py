@@ -343,3 +343,8 @@ def test_inputs_that_differ_in_spaces_and_capitals_are_one() -> None:
     assert [rows.question(row) for row in rows] == ["a fine film", "a fine film"]
     asked = load_data([{"input": "What?", "target": "That."}])
     assert asked.question(asked[0]) == "what?"
+
+
+def test_a_space_beside_a_label_is_no_other_label() -> None:
+    rows = load_data([{"text": "a", "label": "billing"}, {"text": "b", "label": " billing "}])
+    assert rows.labels == ["billing"]

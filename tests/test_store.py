@@ -47,6 +47,17 @@ def test_a_removed_version_is_gone_and_its_number_is_not_taken_again(llama: Froz
     assert store.names() == []
 
 
+def test_removing_a_kept_prompt_leaves_a_folder_of_its_name(
+    llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store.keep(prompt_of(llama, 5), "film")
+    mine = prompt_of(llama, 6).save("film@1")
+    store.remove(store.matching("film"))
+    assert mine.is_dir()
+    assert store.names() == []
+
+
 def test_the_tenth_version_comes_after_the_ninth(llama: FrozenModel) -> None:
     for n in range(10):
         store.keep(prompt_of(llama, 5 + n), "film")
@@ -115,6 +126,13 @@ def test_the_verbs_of_a_kept_prompt(
 
     assert command("evaluate", "film@1", reviews, "--json").record["rows"] == 40
     assert (tmp_path / "test-predictions.jsonl").exists()
+    (tmp_path / "taken").mkdir()
+    failed = command("evaluate", "film@1", reviews, "--predictions", "taken")
+    assert failed.code == 1  # a folder cannot be written as a file: the figures are there all the same
+    assert "accuracy" in failed.out
+    refused = command("tune", reviews, "--init", "prompt:film@1", "--trust-remote-code", "--out", "never")
+    assert refused.code == 2
+    assert "must not be the prompt's to say" in refused.err
     assert command("generate", "film", "a fine film", "--json").record["outputs"]
 
     assert command("prompts", "export", "film", "exported").code == 0

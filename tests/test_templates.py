@@ -127,8 +127,8 @@ def test_a_template_that_fails_on_a_row_is_the_users_error_and_told(template: st
     ("verbalizers", "message"),
     [
         ({"godo": "fine"}, r"the label 'godo' \(did you mean 'good'\?\), which no row has"),
-        ({"good": "x", "bad": " x "}, "two labels have the same verbalizer"),
-        ({"good": "bad"}, "two labels have the same verbalizer"),
+        ({"good": "x", "bad": " x "}, "the labels 'bad' and 'good' have the same verbalizer 'x'; each needs one"),
+        ({"good": "bad"}, "the labels 'bad' and 'good' have the same verbalizer 'bad'"),
         ({"good": ""}, "verbalizer of the label 'good' is empty"),
         ({"good": "  \n"}, "verbalizer of the label 'good' is empty"),
     ],
@@ -136,3 +136,13 @@ def test_a_template_that_fails_on_a_row_is_the_users_error_and_told(template: st
 def test_verbalizers_that_do_not_fit_the_labels_are_refused(verbalizers: dict[str, str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         make_format("classification", LABELS, verbalizers=verbalizers)
+
+
+def test_a_column_that_a_row_lacks_can_have_a_default() -> None:
+    form = make_format(
+        "text", [], "{{ text }}{% if note is defined %} ({{ note }}){% endif %} {{ by | default('me') }}"
+    )
+    assert form.input({"text": "fine"}) == "fine me"
+    assert form.input({"text": "fine", "note": "new", "by": "you"}) == "fine (new) you"
+    with pytest.raises(SettingsError, match="names the column 'by'; the rows have text"):
+        make_format("text", [], "{{ text }} {{ by }}").input({"text": "fine"})

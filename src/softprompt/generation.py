@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
@@ -48,16 +49,24 @@ def generate(
     prompts: Sequence[Tensor | None] = prompt.members if prompt is not None and virtual_tokens else (None,)
     virtual = prompt.num_virtual_tokens if prompt is not None and virtual_tokens else 0
     room_for = None if model.context_length is None else model.context_length - virtual
-    most = config.max_new_tokens or (None if config.max_length else _usual_length(model, prompt))
+    usual = _usual_length(model, prompt)
+    most = config.max_new_tokens or (None if config.max_length else usual)
     labels = prompt.record.verbalizers.values() if prompt is not None and not raw else ()
     if prompt is None or raw or (prompt.record.task, prompt.record.template) == ("text", DEFAULT_TEMPLATE["text"]):
         inputs = [_plain(model, text) for text in texts]
     else:
         rows = [_row(prompt, text) for text in texts]
-        longest = (
-            prompt.record.max_length if room_for is None else min(prompt.record.max_length, room_for - (most or 1))
-        )
-        inputs = [list(ids) for ids in Encoder(model.tokenizer, prompt.format, longest).inputs(rows)]
+        longest = prompt.record.max_length
+        if room_for is not None:  # of more new tokens than usual, as many are made as fit behind the text
+            longest = min(longest, room_for - min(most or 1, usual))
+        if longest < 2:
+            raise SettingsError(
+                f"{virtual} virtual tokens leave no room for text: the model has {model.context_length}"
+            )
+        encoder = Encoder(model.tokenizer, prompt.format, longest)
+        inputs = [list(ids) for ids in encoder.inputs(rows)]
+        if encoder.truncated:
+            warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {longest} tokens", stacklevel=2)
     room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
     return [_label(text, labels) for text in continue_ids(model, prompts, inputs, room, config)]
 
@@ -90,8 +99,7 @@ def _usual_length(model: FrozenModel, prompt: Prompt | None) -> int:
     """Return how many new tokens to make where nothing says it: a label needs no more than the longest of them."""
     if prompt is None or prompt.record.task != "classification":
         return 64
-    before = "" if prompt.record.chat_template else " "
-    labels = [f"{before}{text}" for text in prompt.record.verbalizers.values()]
+    labels = [prompt.format.joined(prompt.record.template, text) for text in prompt.record.verbalizers.values()]
     return max(len(ids) for ids in model.tokenizer(labels, add_special_tokens=False)["input_ids"])
 
 

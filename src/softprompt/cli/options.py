@@ -106,6 +106,12 @@ def load(
     )
 
 
+def require_named_code(trust_remote_code: bool) -> None:
+    """Make sure that code is not run from a model that only a prompt names."""
+    if trust_remote_code:
+        raise InputError("--trust-remote-code needs --model: which code is run must not be the prompt's to say")
+
+
 def load_for(
     prompt: Prompt | None,
     name: str | None,
@@ -115,7 +121,6 @@ def load_for(
 ) -> FrozenModel:
     """Load the model that was asked for, or the one that the prompt was trained on."""
     if name is None and prompt is not None:
-        if trust_remote_code:
-            raise InputError("--trust-remote-code needs --model: which code is run must not be the prompt's to say")
+        require_named_code(trust_remote_code)
         name, revision = prompt.record.base_model.id, revision or prompt.record.base_model.revision
     return load(name, config, revision, trust_remote_code)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from softprompt.cli.options import load, parse_map, say, tune_options
+from softprompt.cli.options import load, parse_map, require_named_code, say, tune_options
 
 if TYPE_CHECKING:
     from softprompt.config import TuneConfig
@@ -186,6 +186,7 @@ def prepare(
         processes = launched()  # the first one reads: the others may be on other machines
         place = share_config(processes, read_settings(TuneConfig, begun)[0] if processes.first else None)
     if model is None and place.init.startswith(PROMPT):
+        require_named_code(trust_remote_code)
         base = load_soft_prompt(place.init.removeprefix(PROMPT)).record.base_model
         model, revision = base.id, revision or base.revision
     return load(model, place, revision, trust_remote_code), rows, held, config, origins

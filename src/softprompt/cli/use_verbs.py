@@ -81,11 +81,13 @@ def evaluate(
         max_length=config.max_length,
         calibration=config.calibration,
     )
-    write_predictions(predictions, done.predictions)
+    # The figures first: they took minutes, and the disk may be full.
     if as_json:
         print_json({**evaluation_record(done), "predictions": str(predictions)})
     else:
         show_evaluation(done, data)
+    write_predictions(predictions, done.predictions)
+    if not as_json:
         click.echo(f"predictions: {predictions}")
 
 

@@ -172,7 +172,7 @@ class Encoder:
         self.truncated += max(len(example.ids) for example in examples) > self.max_length
         short = dict(row)
         while (excess := max(len(example.ids) for example in examples) - self.max_length) > 0:
-            longest = max(self.format.columns, key=lambda column: len(short[column]))
+            longest = max((c for c in self.format.columns if c in short), key=lambda column: len(short[column]))
             offsets = self.tokenizer(short[longest], add_special_tokens=False, return_offsets_mapping=True)
             starts = [start for start, _ in offsets["offset_mapping"]]
             if not starts:

@@ -8,6 +8,7 @@ from typing import overload
 
 from softprompt.data.examples import Encoder, Example, common_start
 from softprompt.data.rows import Rows
+from softprompt.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class LazyExamples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         example = self.encoder.example(self.rows[index], f"{self.rows.name}, row {index + 1}")
         start = len(self.encoder.leading) if self.learn_all else example.start
-        return Example(example.ids, max(start, self.first))
+        start = max(start, self.first)
+        if start == len(example.ids):
+            raise DataError(
+                f"{self.rows.name}, row {index + 1}: one token alone, and nothing before it to learn it from"
+            )
+        return Example(example.ids, start)
 
     def __len__(self) -> int:
         return len(self.rows)

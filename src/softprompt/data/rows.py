@@ -270,6 +270,8 @@ def _rows(records: Iterable[dict[str, Any]], names: Mapping[str, str], name: str
         for column, held in names.items():
             if not row[column].strip():
                 raise DataError(f"{name}, row {number}: the column {held!r} is empty")
+        if "label" in names:
+            row["label"] = row["label"].strip()  # a space that nobody sees is no other label
         yield row
 
 

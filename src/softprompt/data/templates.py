@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from softprompt.data.rows import INPUT_COLUMN, Row, Task
@@ -77,15 +77,15 @@ class Format:
         return self.demonstrated + self._own(row)
 
     def _own(self, row: Row) -> str:
-        missing = [column for column in self.columns if column not in row]
-        if missing:
-            raise SettingsError(
-                f"the template {self.template!r} names the column {missing[0]!r}{nearest(missing[0], row)}; "
-                f"the rows have {', '.join(row)}"
-            )
         try:
             text = self._compiled.render(row)
         except Exception as error:  # a template can fail in any way that Python can
+            missing = [column for column in self.columns if column not in row]
+            if isinstance(error, UndefinedError) and missing:
+                raise SettingsError(
+                    f"the template {self.template!r} names the column {missing[0]!r}{nearest(missing[0], row)}; "
+                    f"the rows have {', '.join(row)}"
+                ) from error
             raise SettingsError(f"the template {self.template!r} fails on a row: {error}") from error
         return text if self.task == "text" else text.rstrip(" ")
 
@@ -139,8 +139,11 @@ def make_format(
     for label, text in texts.items():
         if not text:
             raise SettingsError(f"the verbalizer of the label {label!r} is empty")
-    if len(set(texts.values())) < len(texts):
-        raise SettingsError("two labels have the same verbalizer; each needs its own")
+    by_text: dict[str, str] = {}
+    for label, text in texts.items():
+        other = by_text.setdefault(text, label)
+        if other != label:
+            raise SettingsError(f"the labels {other!r} and {label!r} have the same verbalizer {text!r}; each needs one")
     return Format(task, made.template, texts, chat_template)
 
 

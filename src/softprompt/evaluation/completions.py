@@ -17,6 +17,7 @@ from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.decoding import continue_ids
+from softprompt.errors import DataError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.model.frozen import FrozenModel
 
@@ -93,16 +94,29 @@ def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Enco
     Args:
         model: the frozen model.
         prompts: one, None for the untouched model; or an ensemble's.
-        encoder: how rows become token ids; its `max_length` is what fits together with the answer.
+        encoder: how rows become token ids.
         rows: of a completion task.
+
+    Raises:
+        DataError: the model has no positions left for the longest right answer.
     """
     targets = [encoder.format.target(row) for row in rows]
     stop = (encoder.format.end,) if encoder.format.end else ()
     longest = 1 + max(len(ids) for ids in encoder.tokenizer(targets, add_special_tokens=False)["input_ids"])
-    made = Encoder(encoder.tokenizer, encoder.format, max(encoder.max_length - longest, 2)).inputs(rows)
-    order = {ids: n for n, ids in enumerate(dict.fromkeys(made))}
+    room = encoder.max_length
+    if model.context_length is not None:
+        virtual = max(0 if prompt is None else prompt.shape[-2] for prompt in prompts)
+        room = min(room, model.context_length - virtual - longest)
+    if room < 2:
+        raise DataError(
+            f"{rows.name}: a target has {longest - 1} tokens, and the model's positions leave none before it"
+        )
+    asked = [encoder.format.input(row) for row in rows]  # what is cut to the same tokens is not the same input
+    first = dict(zip(reversed(asked), reversed(rows), strict=True))
+    order = {text: n for n, text in enumerate(dict.fromkeys(asked))}
+    inputs = Encoder(encoder.tokenizer, encoder.format, room).inputs([first[text] for text in order])
     references: list[list[str]] = [[] for _ in order]
-    for ids, target in zip(made, targets, strict=True):
-        references[order[ids]].append(target)
-    outputs = continue_ids(model, prompts, list(order), [longest] * len(order), GenerateConfig(stop=stop))
-    return Completions([output.strip() for output in outputs], references, [order[ids] for ids in made])
+    for text, target in zip(asked, targets, strict=True):
+        references[order[text]].append(target)
+    outputs = continue_ids(model, prompts, inputs, [longest] * len(order), GenerateConfig(stop=stop))
+    return Completions([output.strip() for output in outputs], references, [order[text] for text in asked])

@@ -241,14 +241,18 @@ def available_memory(device: torch.device) -> int:
         allowed = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
         if allowed != resource.RLIM_INFINITY:
             free = min(free, allowed - psutil.Process().memory_info().vms)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit, used, total in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            allowed, held = (int(Path(folder, name).read_text()) for name in (limit, used))
+            found = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such control group, or "max": no limit
             continue
+        # Files that were read stay in memory until something else needs the room.
+        cached = sum(int(found.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
+        free = min(free, allowed - held + cached)
     return max(free, 0)
 
 

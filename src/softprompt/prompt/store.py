@@ -112,7 +112,8 @@ def remove(kept: Iterable[str]) -> None:
         StorageError: one cannot be removed.
     """
     for prompt in kept:
-        folder = find(prompt)
+        name, _, version = prompt.partition("@")
+        folder = store_folder() / name / version  # not a folder of the same name that is here
         with storage_errors(folder):
             shutil.rmtree(folder)
             if not any(folder.parent.iterdir()):

@@ -169,10 +169,9 @@ class RunFolder:
         Raises:
             SettingsError: the package is missing.
         """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise SettingsError("tensorboard=true needs a package: pip install 'softprompt[tensorboard]'") from error
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def close_board(self) -> None:
@@ -223,6 +222,18 @@ class SilentRunFolder(RunFolder):
     def write_prompt(self, prompt: SoftPrompt) -> None: ...
 
     def write_predictions(self, predictions: list[dict[str, Any]]) -> None: ...
+
+
+def require_tensorboard() -> None:
+    """Make sure that a run can log to TensorBoard.
+
+    Raises:
+        SettingsError: the package is missing.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise SettingsError("tensorboard=true needs a package: pip install 'softprompt[tensorboard]'") from error
 
 
 def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:

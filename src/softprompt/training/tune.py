@@ -27,7 +27,7 @@ from softprompt.training import agreement
 from softprompt.training.loop import measure_pace
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder
+from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder, require_tensorboard
 from softprompt.training.search import evaluations, search
 from softprompt.training.watcher import Watcher
 
@@ -94,6 +94,10 @@ def tune(
     with tempfile.TemporaryDirectory() as scratch:
         kind = RunFolder if processes.first else SilentRunFolder
         run = kind(Path(out) if out is not None else Path(scratch) / "run")
+        if processes.first and not resume:
+            run.require_new()  # before minutes of searching
+        if config is not None and config.tensorboard:
+            require_tensorboard()
         identity = _identity(model, data, eval_data)
         state = None
         given = config or TuneConfig()
