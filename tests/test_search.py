@@ -126,6 +126,20 @@ def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -
         losses.append([loop.tried(steps) for steps in rungs][-1])
         assert loop.progress.step == 3
     assert losses[0] == losses[1]
+    alone = PromptLoop(llama, plan, SilentRunFolder(Path()), Watcher())
+    before = alone.evaluate().values()["loss"]
+    for _ in range(3):
+        alone.step()
+    assert losses[0] == alone.evaluate().values()["loss"] != before
+
+
+def test_a_rate_whose_loss_is_not_finite_is_never_the_best(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(llama, load_data(reviews), short(**OPEN))
+    loop = PromptLoop(llama, plan, SilentRunFolder(Path()), Watcher())
+    monkeypatch.setattr(loop, "gradient", lambda _batch: float("nan"))
+    assert loop.tried(3) == float("inf")
 
 
 def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:

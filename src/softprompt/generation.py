@@ -61,7 +61,7 @@ def generate(
             longest = min(longest, room_for - min(most or 1, usual))
         if longest < 2:
             raise SettingsError(
-                f"{virtual} virtual tokens leave no room for text: the model has {model.context_length}"
+                f"{virtual} virtual tokens leave no room for text: the model has {model.context_length} positions"
             )
         encoder = Encoder(model.tokenizer, prompt.format, longest)
         inputs = [list(ids) for ids in encoder.inputs(rows)]

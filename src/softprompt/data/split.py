@@ -53,7 +53,8 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
             f"{data.name} has {units.max() + 1} different inputs, each in too many rows to hold any back for "
             "validation; give --eval-data, or --set eval_rows=0 to keep the last prompt"
         )
-    return _part(data, ~chosen), _part(data, chosen)
+    known = tuple(data.labels)
+    return _part(data, ~chosen, known), _part(data, chosen, known)
 
 
 def sample(data: Rows, rows: int, seed: int) -> Rows:
@@ -61,7 +62,7 @@ def sample(data: Rows, rows: int, seed: int) -> Rows:
     if rows >= len(data):
         return data
     drawn = _stratified(_keys(data)["label"], np.arange(len(data)), rows, np.random.default_rng(seed))
-    return _part(data, drawn)
+    return _part(data, drawn, tuple(data.labels))
 
 
 def labels_in_turn(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
@@ -96,9 +97,9 @@ def _keys(data: Rows) -> NDArray[np.void]:
     return np.fromiter(each(), [("question", np.uint64), ("label", np.int64)], len(data))
 
 
-def _part(data: Rows, chosen: NDArray[np.bool_]) -> Rows:
+def _part(data: Rows, chosen: NDArray[np.bool_], known: tuple[str, ...]) -> Rows:
     """Return some of the rows; a label that none of them has is still known, for others have it."""
-    return replace(data.pick(np.flatnonzero(chosen)), known=tuple(data.labels))
+    return replace(data.pick(np.flatnonzero(chosen)), known=known)
 
 
 def _numbered(keys: NDArray[np.uint64]) -> NDArray[np.int64]:

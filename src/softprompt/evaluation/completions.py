@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder
-from softprompt.data.rows import Rows
+from softprompt.data.rows import Row, Rows
 from softprompt.decoding import continue_ids
 from softprompt.errors import DataError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
@@ -111,12 +111,18 @@ def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Enco
         raise DataError(
             f"{rows.name}: a target has {longest - 1} tokens, and the model's positions leave none before it"
         )
-    asked = [encoder.format.input(row) for row in rows]  # what is cut to the same tokens is not the same input
-    first = dict(zip(reversed(asked), reversed(rows), strict=True))
-    order = {text: n for n, text in enumerate(dict.fromkeys(asked))}
-    inputs = Encoder(encoder.tokenizer, encoder.format, room).inputs([first[text] for text in order])
-    references: list[list[str]] = [[] for _ in order]
-    for text, target in zip(asked, targets, strict=True):
+    order: dict[str, int] = {}  # by the whole text: inputs that are cut to the same tokens are not the same
+    distinct: list[Row] = []
+    references: list[list[str]] = []
+    place: list[int] = []
+    for row, target in zip(rows, targets, strict=True):
+        text = encoder.format.input(row)
+        if text not in order:
+            order[text] = len(order)
+            distinct.append(row)
+            references.append([])
+        place.append(order[text])
         references[order[text]].append(target)
-    outputs = continue_ids(model, prompts, inputs, [longest] * len(order), GenerateConfig(stop=stop))
-    return Completions([output.strip() for output in outputs], references, [order[text] for text in asked])
+    inputs = Encoder(encoder.tokenizer, encoder.format, room).inputs(distinct)
+    outputs = continue_ids(model, prompts, inputs, [longest] * len(inputs), GenerateConfig(stop=stop))
+    return Completions([output.strip() for output in outputs], references, place)

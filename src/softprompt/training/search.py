@@ -61,9 +61,10 @@ def search(
         if init in plans:
             plan = plans[init]
             assert plan.config.learning_rate
-            settings = {"learning_rate": plan.config.learning_rate * factor, "init": init}
-            plan = replace(plan, config=plan.config.model_copy(update={"learning_rate": settings["learning_rate"]}))
-            running.append((settings, PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())))
+            rate = plan.config.learning_rate * factor
+            plan = replace(plan, config=plan.config.model_copy(update={"learning_rate": rate}))
+            loop = PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())
+            running.append(({"learning_rate": rate, "init": init}, loop))
     for rung in _RUNGS if running[1:] else ():
         found = []
         for number, (settings, loop) in enumerate(running):
