@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from conftest import frozen, tiny_model
+from conftest import frozen, tiny_model, tiny_tokenizer
 from softprompt import SoftPrompt, TuneConfig, load_data, tune
 from softprompt.data.examples import Encoder
 from softprompt.data.lazy import LazyExamples
@@ -294,10 +295,10 @@ def test_without_tensorboard_nothing_is_begun(
 
 
 def test_a_text_of_one_token_that_nothing_comes_before_is_named() -> None:
-    model = frozen("llama")
-    model.tokenizer.bos_token = None
+    tokenizer = deepcopy(tiny_tokenizer())  # it is shared by all tests
+    tokenizer.bos_token = None
     rows = load_data([{"text": text} for text in ("a", *("a fine film",) * 9)])
-    examples = LazyExamples(Encoder(model.tokenizer, make_format("text", []), 20), rows, learn_all=True, first=1)
+    examples = LazyExamples(Encoder(tokenizer, make_format("text", []), 20), rows, learn_all=True, first=1)
     assert examples[1].targets > 0
     assert not examples.encoder.leading
     with pytest.raises(DataError, match="row 1: one token alone"):
