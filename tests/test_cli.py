@@ -226,8 +226,15 @@ def test_a_folder_with_square_brackets_is_named_as_it_is(command: Command, llama
 def test_check_json_is_one_object(command: Command, llama_folder: Path, reviews: Path) -> None:
     done = command("check", reviews, "--model", llama_folder, "--json", *SHORT)
     assert done.record["virtual_tokens"] == 5
-    assert done.record["settings"]["max_steps"] == 3
+    assert done.record["steps"] == done.record["settings"]["max_steps"] == 3
     assert list(Path().iterdir()) == [reviews.relative_to(Path.cwd())]
+
+
+def test_check_says_how_many_steps_fit_in_the_minutes(command: Command, llama_folder: Path, reviews: Path) -> None:
+    night = ["--set", "max_steps=1000000", "--set", "max_minutes=0.5"]
+    done = command("check", reviews, "--model", llama_folder, *SHORT, *night, "--json")
+    assert done.record["minutes"] == 0.5
+    assert 0 < done.record["steps"] < 1_000_000
 
 
 def test_check_counts_no_more_cut_rows_than_there_are(command: Command, llama_folder: Path, reviews: Path) -> None:
@@ -254,6 +261,12 @@ def test_settings_come_from_the_file_then_the_command_then_set(
         ("batch_size", "default of classification"),
     ):
         assert rows[name][3].strip() == origin
+
+
+def test_a_setting_that_another_one_lowers_says_so(command: Command, llama_folder: Path, reviews: Path) -> None:
+    shown = command("check", reviews, "--model", llama_folder, "--set", "max_steps=99", "--set", "epochs=0.1")
+    (row,) = (line.split("│") for line in shown.out.splitlines() if "max_steps" in line)
+    assert (row[2].strip(), row[3].strip()) == ("1", "0.1 epochs")
 
 
 def test_a_map_and_a_task_say_what_the_columns_are(command: Command, llama_folder: Path) -> None:

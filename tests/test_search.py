@@ -148,6 +148,7 @@ def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
     # Nine evaluations would take 90 of 60 seconds: there are as few as are needed to choose by.
     assert Pace(step=0.5, evaluation=10).fitting(60) == {"max_steps": 60, "eval_every": 30}
     assert Pace(step=100, evaluation=10).fitting(60) == {"max_steps": 1, "eval_every": 1}
+    assert Pace(step=0.5, evaluation=0).fitting(60, 16) == {"max_steps": 16, "eval_every": 2}
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1e6, 5), (0.0, 2)])
@@ -174,4 +175,13 @@ def test_a_run_of_some_minutes_says_how_many_steps_it_took(
     assert result.settings.max_steps == result.steps
     monkeypatch.setattr(tuning, "measure_pace", lambda *_: pytest.fail("measured again"))
     assert tune(llama, rows, settings, out=tmp_path / "run", resume=True).steps == result.steps
-    assert tune(llama, rows, short(max_steps=2, max_minutes=0.1)).steps == 2  # steps are steps
+
+
+def test_of_steps_and_minutes_the_fewer_are_taken(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=0.75, evaluation=0))
+    rows = load_data(reviews)
+    assert tune(llama, rows, short(max_steps=2, eval_every=None, max_minutes=1)).steps == 2
+    assert tune(llama, rows, short(max_steps=50, eval_every=None, max_minutes=0.1)).steps <= 8
+    assert tune(llama, rows, short(max_steps=None, epochs=1 / 20, eval_every=None, max_minutes=1)).steps == 1

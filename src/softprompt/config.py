@@ -95,7 +95,7 @@ class TuneConfig(FormatConfig):
     epochs: float | None = Field(None, gt=0, description="times that every row is seen; or max_steps, if sooner")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget")
     max_minutes: float | None = Field(
-        None, gt=0, description="take as many steps as fit in about so much time, instead of the budget's"
+        None, gt=0, description="as many steps as fit in about so much time, instead of the budget's; or max_steps"
     )
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; eight of them a run")
     save_every: int = Field(10, ge=1, description="steps between saved states")

@@ -116,7 +116,7 @@ def settings_table(plan: Plan, origins: Mapping[str, str]) -> Table:
     for column in ("setting", "value", "from"):
         table.add_column(column, overflow="fold")
     for name, value in plan.config.model_dump().items():
-        origin = origins.get(name) or plan.reasons.get(name, "default")
+        origin = plan.reasons.get(name) or origins.get(name, "default")
         text = repr(value) if isinstance(value, str) else str(value)
         short = text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
         table.add_row(name, Text(short), Text(origin))

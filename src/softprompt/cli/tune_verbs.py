@@ -149,7 +149,7 @@ def check(
         f"({forecast.virtual_tokens} virtual tokens)\n"
         f"memory: about {forecast.step_gigabytes:.1f} GB for a step{twice}, {forecast.free_gigabytes:.1f} GB free\n"
         f"time: {forecast.step_seconds:.1f} s a step, about {forecast.minutes:.0f} min for "
-        f"{plan.config.max_steps} steps with evaluations"
+        f"{forecast.steps} steps with evaluations"
     )
 
 

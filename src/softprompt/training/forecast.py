@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from pydantic import BaseModel
@@ -31,7 +32,7 @@ class RenderedRow(BaseModel):
 
 
 class Forecast(BaseModel):
-    """What a run would do; `step_seconds` is measured on one step, `minutes` extrapolates from it."""
+    """What a run would do; `step_seconds` is measured on one step, `steps` and `minutes` extrapolate from it."""
 
     way: str
     virtual_tokens: int
@@ -43,6 +44,7 @@ class Forecast(BaseModel):
     step_gigabytes: float
     free_gigabytes: float
     step_seconds: float
+    steps: int
     minutes: float
 
 
@@ -61,6 +63,8 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     per_token = seconds / sum(len(e.ids) for e in batch)
     scored = len(plan.validation) if plan.validation is not None else 0
     evaluations = (config.max_steps // config.eval_every + 1) * scored * mean / _BACKWARD
+    whole = (config.max_steps * seconds + evaluations * per_token) / 60
+    minutes = min(whole, config.max_minutes or whole)
     needed = max(plan.step_bytes(part) for part in parts)
     return Forecast(
         way=model.way.name,
@@ -73,7 +77,8 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
         step_gigabytes=needed / 1e9,
         free_gigabytes=available_memory(model.device) / 1e9,
         step_seconds=seconds,
-        minutes=(config.max_steps * seconds + evaluations * per_token) / 60,
+        steps=math.ceil(config.max_steps * minutes / whole),
+        minutes=minutes,
     )
 
 

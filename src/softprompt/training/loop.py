@@ -262,14 +262,15 @@ class Pace:
     step: float
     evaluation: float
 
-    def fitting(self, seconds: float) -> dict[str, int]:
-        """Return `max_steps` and `eval_every` of a run that takes about so much time, one step at least.
+    def fitting(self, seconds: float, most: int | None = None) -> dict[str, int]:
+        """Return `max_steps` and `eval_every` of a run that takes about so much time: one step at least, or at `most`.
 
         Evaluations take a quarter of it at most: where they are slow there are fewer, though not less than two.
         """
         affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
         evaluations = round(min(max(affordable, 2), EVALUATIONS))
         steps = max(1, int((seconds - (evaluations + 1) * self.evaluation) / self.step))
+        steps = min(steps, most or steps)
         return {"max_steps": steps, "eval_every": math.ceil(steps / evaluations)}
 
 

@@ -144,14 +144,15 @@ def _plan(
     """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
     began, reasons = time.monotonic(), {}
     with reproducible(config.threads):
-        seconds = 60 * config.max_minutes if config.max_minutes and not (config.max_steps or config.epochs) else None
+        seconds, most = 60 * config.max_minutes if config.max_minutes else None, None
         if seconds is not None:
             pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
+            most = pilot.config.max_steps if config.max_steps or config.epochs else None
             loop = PromptLoop(model, pilot, SilentRunFolder(Path()), Watcher(), processes=processes)
             pace = measure_pace(loop, seconds)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
-            steps = config.max_steps if seconds is None else pace.fitting(seconds)["max_steps"]
+            steps = config.max_steps if seconds is None else pace.fitting(seconds, most)["max_steps"]
             whole = config.model_copy(update={"max_steps": steps})
             scoring = 0.0 if seconds is None else evaluations(config, data.task) * pace.evaluation
             if seconds is None or scoring <= _SEARCHED * seconds:
@@ -167,9 +168,11 @@ def _plan(
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
         if seconds is not None:
-            fitting = pace.fitting(seconds - (time.monotonic() - began))
+            fitting = pace.fitting(seconds - (time.monotonic() - began), most)
             if config.eval_every is not None:
                 del fitting["eval_every"]
+            if fitting["max_steps"] == most:
+                del fitting["max_steps"]
             config = config.model_copy(update=json.loads(processes.share(json.dumps(fitting).encode())))
             reasons |= dict.fromkeys(fitting, f"{config.max_minutes:g} minutes")
     plan = make_plan(model, data, config, eval_data)
