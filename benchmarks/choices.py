@@ -92,7 +92,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 150 or 200 "
         "validation rows. The figures are those of the best of the evaluations by validation loss. The test "
-        "rows play no part. What has a star was tried and is not in the code.",
+        "rows play no part. What has a star was tried, and is none of the program's variants.",
     ]
     for name in dict.fromkeys(r["set"] for r in records):
         mine = sorted((r for r in records if r["set"] == name), key=lambda r: (r["steps"], r["variant"]))

@@ -137,6 +137,8 @@ def costs(runs: Runs) -> list[str]:
 def sooner(runs: Runs) -> list[str]:
     """Return how good prompts are after a tenth of the time, less PEFT's as shipped after all of it."""
     there = [name for name in SETS if SHIPPED in runs[name]]
+    if not there:
+        return ["Not run yet."]
     methods = [m for m in EARLY if any(m in runs[name] for name in there)]
     lines = ["| | PEFT at its end | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
     for name in there:
@@ -204,8 +206,8 @@ def page(runs: Runs) -> str:
             "",
             "## Costs",
             "",
-            "Means over the sets. Memory is the peak above the loaded model while learning. The processor time of",
-            "`peft-prompt-tuning` has its evaluations in it, its time of learning has not.",
+            "Means over the sets that each was run on. Memory is the peak above the loaded model while learning. The",
+            "processor time of `peft-prompt-tuning` has its evaluations in it, its time of learning has not.",
             "",
             *costs(runs),
             "",

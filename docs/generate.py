@@ -16,7 +16,7 @@ _BENCHMARK = "[compared](../benchmarks/results/defaults.md)"
 # Why each default is what it is; every setting has an entry.
 WHY = {
     TuneConfig: {
-        "dtype": "float32 on a CPU, which rounds least; bfloat16 on a GPU, or float16 on an old one",
+        "dtype": "float32 on a CPU, which rounds least, and on mps; bfloat16 on a CUDA GPU, or float16 on an old one",
         "device": "a GPU where there is one",
         "quantization": "fewer bits make a model smaller, and its figures worse; take them when it does not fit",
         "device_map": "one device is fastest when the model fits on it",
@@ -28,7 +28,8 @@ WHY = {
         "method": "a soft prompt is smaller, runs everywhere (vLLM takes no deep prefix) and has words near it; a deep "
         "prefix learns more",
         "parameterization": "the network is one more thing to set, and starts no better",
-        "num_virtual_tokens": "20 learn nearly all that 100 do on most tasks (Lester et al. 2021, section 3.2)",
+        "num_virtual_tokens": "from words, 20 learn nearly all that 100 do on most tasks (Lester et al. 2021, section "
+        "3.2); examples and lists of labels take what they need",
         "init": "words start where the model is at home; noise learns slowly (Lester et al. 2021, section 3.2)",
         "init_text": "it names the labels, so that they are near from the first step",
         "loss": "an input is given, so predicting it would be learned for nothing; plain text is all target",
@@ -97,15 +98,17 @@ def settings() -> str:
     parts = [
         "# Settings\n",
         NOTE,
-        "The same names work in a YAML file (`--config`), with `--set NAME=VALUE`, and in Python. Where the default\n"
-        "is open, it is chosen from the data and the model; `softprompt check` shows every value and its origin.\n",
+        "The same names work with `--set NAME=VALUE` and in Python, those of tuning also in a YAML file (`--config`).\n"
+        "Where the default is open, it is chosen from the data and the model; `softprompt check` shows each value and\n"
+        "its origin.\n",
         "## Tuning: `TuneConfig`\n",
         _table(TuneConfig),
-        "## Evaluation: `EvaluateConfig`\n",
+        "## Evaluation: `evaluate --set`, keywords of `sp.evaluate`\n",
         "Those of the model above, `dtype` to `threads`; without a prompt, which brings its own, those of the text,\n"
         "`template` to `max_length`; and\n",
         _table(EvaluateConfig, FormatConfig),
         "## Generation: `GenerateConfig`\n",
+        "On the command line also those of the model above, `dtype` to `threads`.\n",
         _table(GenerateConfig),
     ]
     return "\n".join(parts)

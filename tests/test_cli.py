@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -233,8 +234,15 @@ def test_check_json_is_one_object(command: Command, llama_folder: Path, reviews:
 def test_check_says_how_many_steps_fit_in_the_minutes(command: Command, llama_folder: Path, reviews: Path) -> None:
     night = ["--set", "max_steps=1000000", "--set", "max_minutes=0.5"]
     done = command("check", reviews, "--model", llama_folder, *SHORT, *night, "--json")
-    assert done.record["minutes"] == 0.5
-    assert 0 < done.record["steps"] < 1_000_000
+    steps = done.record["steps"]
+    assert 0 < steps == done.record["settings"]["max_steps"] < 1_000_000
+    assert done.record["minutes"] <= 0.5
+    alone = ["--set", "max_minutes=60", "--set", "eval_rows=0"]  # instead of the budget's 200 steps
+    done = command("check", reviews, "--model", llama_folder, "--set", "num_virtual_tokens=5", *alone)
+    assert "what fits in max_minutes" in done.out
+    assert int(re.findall(r"min for (\d+) steps", done.out)[0]) > 200
+    done = command("check", reviews, "--model", llama_folder, *SHORT, "--ensemble", "3")
+    assert "3 steps with evaluations, for each of 3 prompts" in " ".join(done.out.split())
 
 
 def test_check_counts_no_more_cut_rows_than_there_are(command: Command, llama_folder: Path, reviews: Path) -> None:

@@ -325,7 +325,7 @@ def test_rows_that_are_cut_are_counted_once_however_often_steps_take_them(llama:
     assert plan.encoder.truncated == cut > 0
     for step in range(9):
         _ = [plan.examples[i] for i in draw(180, 5, step, 0)]
-    assert make_forecast(llama, plan).truncated == plan.encoder.truncated == cut
+    assert make_forecast(llama, plan, plan.config).truncated == plan.encoder.truncated == cut
 
 
 def test_a_target_that_is_too_long_is_said_before_the_first_step_if_a_step_takes_it(llama: FrozenModel) -> None:

@@ -72,16 +72,20 @@ class TuneConfig(FormatConfig):
     parameterization: Parameterization = Field(
         "direct", description="residual: learn a soft prompt through a small network that is folded into it at the end"
     )
-    num_virtual_tokens: int | None = Field(None, ge=1, le=1000, description="P; the initial text's length, 20 at least")
+    num_virtual_tokens: int | None = Field(
+        None, ge=1, le=1000, description="P; the length of the initial text or examples, 20 at least"
+    )
     init: Annotated[str, AfterValidator(_known_init)] = Field(
         "auto",
         description="where the virtual tokens start: random, vocabulary, text, labels, examples, or prompt:NAME to go "
         "on from another prompt (a folder or a kept name); auto: examples, text where they are too long or a deep "
-        "prefix learns labels, or labels where there are hundreds",
+        "prefix learns labels or it is plain text, or labels where there are hundreds",
     )
     init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
     loss: Literal["target", "all"] | None = Field(None, description="which tokens are learned; all for plain text")
-    learning_rate: float | None = Field(None, gt=0, description="peak of the schedule")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak of the schedule; 0.03, of a soft prompt of P > 20 tokens 0.03·√(20/P)"
+    )
     warmup_ratio: float = Field(0.06, ge=0, le=1, description="share of the steps over which the rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls afterwards")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
@@ -95,14 +99,18 @@ class TuneConfig(FormatConfig):
     epochs: float | None = Field(None, gt=0, description="times that every row is seen; or max_steps, if sooner")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; from the budget")
     max_minutes: float | None = Field(
-        None, gt=0, description="as many steps as fit in about so much time, instead of the budget's; or max_steps"
+        None,
+        gt=0,
+        description="as many steps as fit in about so much time, instead of the budget's; or max_steps, if fewer",
     )
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; eight of them a run")
     save_every: int = Field(10, ge=1, description="steps between saved states")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a lower loss; never")
     train_rows: int | None = Field(None, ge=1, description="use at most so many training rows")
     eval_rows: int = Field(200, ge=0, description="most validation rows to choose the best prompt on; 0: the last one")
-    budget: Budget = Field("normal", description="how long to train, where neither epochs nor max_steps says it")
+    budget: Budget = Field(
+        "normal", description="how long to train where no other setting says it; thorough also tries rates and starts"
+    )
     seed: int = Field(0, ge=0, description="of the order of the rows, the split and random initializations")
     tensorboard: bool = Field(False, description="also log to RUN/tensorboard; needs softprompt[tensorboard]")
 

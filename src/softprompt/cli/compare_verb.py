@@ -25,7 +25,7 @@ _METHODS = "zero-shot,few-shot,soft-prompt,deep-prefix,lora,full"
     show_default=True,
     help="What all methods get alike: wall time (max_minutes each) or examples seen (max_steps each).",
 )
-@click.option("--no-search", is_flag=True, help="Train at the usual learning rates, without a search.")
+@click.option("--no-search", is_flag=True, help="Train at the usual learning rates: tune's, LoRA 0.003, full 0.00005.")
 @click.option("--out", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Results and report.")
 def compare(
     methods: str,
@@ -39,8 +39,9 @@ def compare(
 ) -> None:
     """Compare prompts with prompt engineering, LoRA and fine-tuning on DATA.
 
-    Every method gets the same rows and the same time: 5 minutes, or --set max_minutes=M. What is finished in DIR is not
-    run again, so the same command goes on after an interruption. DIR/report.html is the report.
+    Every method gets the same rows and the same time: 5 minutes, with --budget 1 (quick) or 15 (thorough), or
+    --set max_minutes=M. Methods are those of the default, soft-prompt-ensemble and deep-prefix-ensemble. What is
+    finished in DIR is not run again, so the same command goes on after an interruption. DIR/report.html is the report.
     """
     from softprompt.cli.compare_show import TerminalComparison, comparison_table
     from softprompt.cli.show import out as console

@@ -14,6 +14,8 @@ from softprompt.cli.options import json_option
 
 # Package, extra that brings it, what it is for.
 _OPTIONAL = (
+    ("matplotlib", "compare", "reports of compare"),
+    ("peft", "compare", "LoRA in compare"),
     ("datasets", "hub", "data sets of the hub"),
     ("pyarrow", "parquet", "Parquet files"),
     ("tensorboard", "tensorboard", "TensorBoard logs"),

@@ -45,9 +45,13 @@ def tune_options(verb: Verb) -> Verb:
             map_option,
             click.option("--eval-data", metavar="FILE", help="Validation rows; without it some of DATA are held back."),
             click.option(
-                "--budget", type=click.Choice(("quick", "normal", "thorough")), help="How long to train; normal."
+                "--budget",
+                type=click.Choice(("quick", "normal", "thorough")),
+                help="How long to train; normal. thorough searches for settings first.",
             ),
-            click.option("--init", metavar="INIT", help="Where to start; prompt:NAME goes on from another prompt."),
+            click.option(
+                "--init", metavar="INIT", help="Where prompts start; in tune prompt:NAME goes on from another."
+            ),
             click.option("--config", "file", type=click.Path(path_type=Path), help="A YAML file of settings."),
             set_option,
             revision_option,

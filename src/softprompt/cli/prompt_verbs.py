@@ -59,7 +59,7 @@ def list_prompts(as_json: bool) -> None:
 @set_option
 @json_option
 def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Show a prompt: what it is for, how it was trained, which words lie nearest to its virtual tokens."""
+    """Show a prompt: what it is for, the words nearest to its virtual tokens; with --json, how it was trained."""
     from softprompt.cli.show import figures, out, plain_table, print_json
     from softprompt.config import ModelConfig, read_settings
     from softprompt.prompt.ensemble import load_prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,18 +19,20 @@ if TYPE_CHECKING:
     from softprompt.training.ensemble import EnsembleResult
     from softprompt.training.tune import TuneResult
 
+ensemble_option = click.option(
+    "--ensemble",
+    metavar="K",
+    type=click.IntRange(min=2),
+    help="Learn K prompts and average what they say; K times the time, or a K-th of max_minutes each.",
+)
+
 
 @click.command()
 @tune_options
 @click.option("--out", metavar="RUN", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--name", metavar="N", help="Also keep the prompt under a name: softprompt prompts list.")
-@click.option(
-    "--ensemble",
-    metavar="K",
-    type=click.IntRange(min=2),
-    help="Learn K prompts and average what they say; K times the time, or a K-th of max_minutes each.",
-)
+@ensemble_option
 def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_json: bool, **options: Any) -> None:
     """Learn a prompt from the rows of DATA.
 
@@ -118,9 +121,9 @@ def _say_done(out: Path, kept: str | None, record: dict[str, Any]) -> None:
 @click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="Accepted, so that a tune command fits.")
 @click.option("--resume", is_flag=True, hidden=True)
 @click.option("--name", hidden=True)
-@click.option("--ensemble", hidden=True)
+@ensemble_option
 def check(
-    out: Path | None, resume: bool, name: str | None, ensemble: str | None, as_json: bool, **options: Any
+    out: Path | None, resume: bool, name: str | None, ensemble: int | None, as_json: bool, **options: Any
 ) -> None:
     """Dry run of tune: rows, tokens, memory, time.
 
@@ -133,7 +136,13 @@ def check(
 
     model, rows, held, config, origins = prepare(**options)
     plan = make_plan(model, rows, config, held)
-    forecast = make_forecast(model, plan)
+    members = ensemble or 1
+    if config.max_minutes:
+        config = config.model_copy(update={"max_minutes": config.max_minutes / members})
+    forecast = make_forecast(model, plan, config)
+    if forecast.steps != plan.config.max_steps:
+        settings = plan.config.model_copy(update={"max_steps": forecast.steps})
+        plan = replace(plan, config=settings, reasons={**plan.reasons, "max_steps": "what fits in max_minutes"})
     if as_json:
         print_json({**forecast.model_dump(), "settings": plan.config.model_dump()})
         return
@@ -149,7 +158,7 @@ def check(
         f"({forecast.virtual_tokens} virtual tokens)\n"
         f"memory: about {forecast.step_gigabytes:.1f} GB for a step{twice}, {forecast.free_gigabytes:.1f} GB free\n"
         f"time: {forecast.step_seconds:.1f} s a step, about {forecast.minutes:.0f} min for "
-        f"{forecast.steps} steps with evaluations"
+        f"{forecast.steps} steps with evaluations" + (f", for each of {members} prompts" if ensemble else "")
     )
 
 

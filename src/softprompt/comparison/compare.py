@@ -94,7 +94,7 @@ def compare(
     Args:
         model: the base model; it is as it was afterwards.
         data: rows to learn from; where no other rows are given, a fifth is held back for the test and a fifth of the
-            rest to choose by.
+            rest, `eval_rows` at most, to choose by.
         methods: which.
         seeds: runs of each method that depends on chance.
         out: folder of the results and the report; what is finished there is not run again, and the report has all of

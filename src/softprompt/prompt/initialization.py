@@ -69,7 +69,7 @@ def task_text(format: Format) -> str:
     """Say what a task is about, with all its labels, as a start for its prompt.
 
     The list of 77 labels brought a soft prompt's loss to half of what it was from the labels' mean embeddings, and a
-    deep prefix's to a quarter (benchmarks/results/choices.md).
+    deep prefix's to a third (benchmarks/results/choices.md).
     """
     if format.task == "classification":
         names = list(format.verbalizers.values())

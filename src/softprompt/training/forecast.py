@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 from pydantic import BaseModel
 
+from softprompt.config import TuneConfig
 from softprompt.data.batching import draw, micro_batches
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory
-from softprompt.training.plan import Plan
+from softprompt.training.loop import Pace
+from softprompt.training.plan import Plan, most_steps
 
 _SHOWN = 3
 _BACKWARD = 3.0  # a training step costs about three times the forward pass that scoring a row is
@@ -48,8 +49,14 @@ class Forecast(BaseModel):
     minutes: float
 
 
-def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
-    """Run one step of a plan, keep nothing of it, and say what the whole run would take."""
+def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast:
+    """Run one step of a plan, keep nothing of it, and say what the whole run would take.
+
+    Args:
+        model: the frozen model.
+        plan: what `given` settings came to.
+        given: settings; with `max_minutes`, a run's steps are not the plan's but those that fit.
+    """
     config, examples, extent = plan.config, plan.examples, plan.extent
     assert config.batch_size and config.micro_batch_tokens and config.max_steps and config.eval_every
     batch = [examples[i] for i in draw(len(examples), config.batch_size, 0, config.seed)]
@@ -62,9 +69,11 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
     mean = extent.tokens / extent.rows
     per_token = seconds / sum(len(e.ids) for e in batch)
     scored = len(plan.validation) if plan.validation is not None else 0
-    evaluations = (config.max_steps // config.eval_every + 1) * scored * mean / _BACKWARD
-    whole = (config.max_steps * seconds + evaluations * per_token) / 60
-    minutes = min(whole, config.max_minutes or whole)
+    pace = Pace(seconds, scored * mean / _BACKWARD * per_token)
+    length = {"max_steps": config.max_steps, "eval_every": config.eval_every}
+    if given.max_minutes:
+        length |= pace.fitting(60 * given.max_minutes, most_steps(plan, given))
+    evaluations = length["max_steps"] // length["eval_every"] + 1
     needed = max(plan.step_bytes(part) for part in parts)
     return Forecast(
         way=model.way.name,
@@ -77,8 +86,8 @@ def make_forecast(model: FrozenModel, plan: Plan) -> Forecast:
         step_gigabytes=needed / 1e9,
         free_gigabytes=available_memory(model.device) / 1e9,
         step_seconds=seconds,
-        steps=math.ceil(config.max_steps * minutes / whole),
-        minutes=minutes,
+        steps=length["max_steps"],
+        minutes=(length["max_steps"] * pace.step + evaluations * pace.evaluation) / 60,
     )
 
 

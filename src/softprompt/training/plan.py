@@ -160,6 +160,11 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     return Plan(final, reasons, encoder, train, validation, examples, rows, extent, start, scorer, footprint)
 
 
+def most_steps(plan: Plan, given: TuneConfig) -> int | None:
+    """Return how many steps a run takes at most, whatever its time; None where steps were not asked for."""
+    return plan.config.max_steps if given.max_steps or given.epochs else None
+
+
 def _scorer(encoder: Encoder, validation: Rows, at_once: int) -> Scorer:
     """Return the scorer that the best prompt is chosen by.
 

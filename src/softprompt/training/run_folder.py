@@ -118,8 +118,11 @@ class RunFolder:
         """
         self.require_begun()
         config, _ = read_settings(TuneConfig, self.path / "config.yaml")
+        lowered = config.max_steps if config.epochs or config.max_minutes else None  # they may end sooner than asked
         for name in given.model_fields_set:
             before, now = getattr(config, name), getattr(given, name)
+            if name == "max_steps" and lowered and now and now >= lowered:
+                continue
             if now not in (before, None, "auto"):
                 raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")
         noted = self._read_environment()

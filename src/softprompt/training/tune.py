@@ -25,7 +25,7 @@ from softprompt.processes import Processes, launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training import agreement
 from softprompt.training.loop import measure_pace
-from softprompt.training.plan import Plan, make_plan
+from softprompt.training.plan import Plan, make_plan, most_steps
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder, require_tensorboard
 from softprompt.training.search import evaluations, search
@@ -147,7 +147,7 @@ def _plan(
         seconds, most = 60 * config.max_minutes if config.max_minutes else None, None
         if seconds is not None:
             pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
-            most = pilot.config.max_steps if config.max_steps or config.epochs else None
+            most = most_steps(pilot, config)
             loop = PromptLoop(model, pilot, SilentRunFolder(Path()), Watcher(), processes=processes)
             pace = measure_pace(loop, seconds)
         if config.budget == "thorough":
