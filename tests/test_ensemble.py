@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from conftest import frozen
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
-from softprompt.evaluation.ensemble import averaged, voted
+from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.scoring import LabelScorer, LabelScores, Scorer, TextScores, make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.processes import Processes
@@ -111,53 +110,27 @@ def test_the_average_of_texts_is_a_mixture_of_whole_texts() -> None:
     assert made.predictions()[3]["loss"] == pytest.approx(made.losses[3] / 3)
 
 
-def test_most_votes_win_and_between_equal_votes_the_mean_probability() -> None:
-    draw = np.random.default_rng(2)
-    tied = 0
-    for members, _ in itertools.product((1, 2, 3, 4, 5), range(10)):
-        each = members_of(draw, members, 20, 4)
-        made = voted(each)
-        mean = np.mean([m.probabilities() for m in each], axis=0)
-        for row in range(20):
-            votes = [int(m.predicted[row]) for m in each]
-            most = max(votes.count(label) for label in range(4))
-            best = [label for label in range(4) if votes.count(label) == most]
-            tied += len(best) > 1
-            assert made.predicted[row] == max(best, key=lambda label: mean[row, label])
-            counted = np.bincount(votes, minlength=4) + mean[row]
-            assert made.probabilities()[row] == pytest.approx(counted / (members + 1))
-        assert made.loss() == averaged(each).loss()
-    assert tied > 100
-
-
-def test_a_vote_and_an_average_can_differ() -> None:
-    """One member that is very sure outweighs two that are hardly so, but has one vote."""
-    each = [scores_of(np.log([[share, 1 - share]]), [0]) for share in (0.99, 0.45, 0.45)]
-    assert averaged(each).predicted[0] == 0
-    assert voted(each).predicted[0] == 1
-
-
 def test_labels_that_are_very_unlikely_do_no_harm() -> None:
     each = [scores_of(np.array([[-3000.0, -10.0, -2900.0]]), [0]), scores_of(np.array([[-4000.0, -9.0, -2000.0]]), [0])]
-    for made in (averaged(each), voted(each)):  # a warning would fail this test
-        assert np.isfinite(made.log_likelihoods).all()
-        assert made.predicted[0] == 1
-        assert made.loss() == pytest.approx((3000 + np.log(2)) / 2)
+    made = averaged(each)  # a warning would fail this test
+    assert np.isfinite(made.log_likelihoods).all()
+    assert made.predicted[0] == 1
+    assert made.loss() == pytest.approx((3000 + np.log(2)) / 2)
 
 
 def test_an_ensemble_of_one_is_its_member() -> None:
     (member,) = members_of(np.random.default_rng(3), 1, 40, 5)
-    for made in (averaged([member]), voted([member])):
-        assert list(made.predicted) == list(member.predicted)
-        assert made.losses == pytest.approx(member.losses)
-        assert made.values()["accuracy"] == member.values()["accuracy"]
+    made = averaged([member])
+    assert list(made.predicted) == list(member.predicted)
+    assert made.losses == pytest.approx(member.losses)
+    assert made.values()["accuracy"] == member.values()["accuracy"]
 
 
 def test_an_ensemble_of_prompts_is_scored_like_a_prompt(model: FrozenModel) -> None:
     scorer = scorer_for(model, "several tokens", 1000)
     assert isinstance(scorer, LabelScorer)
     each = [scores for scores in scorer.score_all(model, prompts_for(model)) if isinstance(scores, LabelScores)]
-    for made in (averaged(each), voted(each)):
-        assert set(made.metrics()) == {"accuracy", "macro_f1", "loss"}
-        assert len(made.predictions()) == len(TEXTS)
-        assert made.better_than(replace(made, losses=made.losses + 1))
+    made = averaged(each)
+    assert set(made.metrics()) == {"accuracy", "macro_f1", "loss"}
+    assert len(made.predictions()) == len(TEXTS)
+    assert made.better_than(replace(made, losses=made.losses + 1))

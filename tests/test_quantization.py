@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 from conftest import tiny_tokenizer
 from softprompt import TuneConfig, generate, load_data, tune
 from softprompt.data.examples import Example
-from softprompt.errors import ModelError
+from softprompt.errors import InputError, ModelError
 from softprompt.model import loading
 from softprompt.model.choice import _models_to_check
 from softprompt.model.concatenated import concatenated_loss
@@ -84,8 +85,8 @@ def test_bits_that_there_are_not_are_named(folder: Path) -> None:
 
 
 def test_the_package_that_is_missing_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda _name: None)
-    with pytest.raises(ModelError, match=r"needs bitsandbytes: pip install 'softprompt\[quantization\]'"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r"needs the package bitsandbytes: pip install 'softprompt\[quantization\]'"):
         load_model(folder, quantization="8bit")
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from softprompt.data.rows import Rows, Task, load_data
-from softprompt.errors import DataError
+from softprompt.errors import DataError, InputError
 
 RECORDS = [
     {"text": "a fine film", "label": "good"},
@@ -334,7 +334,7 @@ def test_a_package_that_is_missing_is_named(
     write(tmp_path / "rows.parquet", "")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)  # an import of it then fails
-    with pytest.raises(DataError, match=rf"package {package}: pip install 'softprompt\[{extra}\]'"):
+    with pytest.raises(InputError, match=rf"package {package}: pip install 'softprompt\[{extra}\]'"):
         load_data(source)
 
 

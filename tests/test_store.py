@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_doctor_says_what_is_here_and_what_is_missing(
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("softprompt.cli.doctor_verb.find_spec", lambda name: None if name == "pyarrow" else True)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     done = command("doctor", *(["--json"] if as_json else []))
     assert done.code == 0
     optional = "Parquet files need pyarrow: pip install 'softprompt[parquet]'"

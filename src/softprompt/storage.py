@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from safetensors import SafetensorError
@@ -42,6 +44,11 @@ def write_text(path: Path, text: str) -> None:
         aside.replace(path)
 
 
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines and rename it into place."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, and rename it to `path` at the end; a folder that was there is replaced.
@@ -54,9 +61,8 @@ def write_folder(path: Path) -> Iterator[Path]:
         try:
             aside.chmod(0o755)  # mkdtemp's folders are for their owner alone
             yield aside
-            for file in filter(
-                Path.is_file, aside.iterdir()
-            ):  # on the disk before the name is: a power cut leaves no half
+            # On the disk before the name is: a power cut leaves no half.
+            for file in filter(Path.is_file, aside.iterdir()):
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
             if path.exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,6 @@ import click
 
 from softprompt.cli.options import json_option
 
-# Package, extra that brings it, what it is for.
-_OPTIONAL = (
-    ("matplotlib", "compare", "reports of compare"),
-    ("peft", "compare", "LoRA in compare"),
-    ("datasets", "hub", "data sets of the hub"),
-    ("pyarrow", "parquet", "Parquet files"),
-    ("tensorboard", "tensorboard", "TensorBoard logs"),
-    ("bitsandbytes", "quantization", "models in 8 or 4 bits"),
-)
 _LITTLE_MEMORY, _LITTLE_DISK = 2e9, 1e9  # bytes; the bundled model takes 0.6 GB of either
 
 
@@ -48,6 +38,7 @@ def _findings() -> dict[str, Any]:
     from softprompt.model.bundled import SMOLLM2, kept_folder
     from softprompt.model.loading import resolve_device, resolve_threads
     from softprompt.model.memory import available_memory
+    from softprompt.packages import OPTIONAL, missing
     from softprompt.prompt.store import names, store_folder
     from softprompt.storage import home
     from softprompt.training.run_folder import environment
@@ -82,8 +73,8 @@ def _findings() -> dict[str, Any]:
         },
         "optional": [
             f"{purpose} need {package}: pip install 'softprompt[{extra}]'"
-            for package, extra, purpose in _OPTIONAL
-            if find_spec(package) is None
+            for package in missing()
+            for extra, purpose in [OPTIONAL[package]]
         ],
         "problems": problems,
     }

@@ -103,10 +103,7 @@ def confusion_table(confusion: Confusion) -> Table:
         for column in table.columns[1:]:
             column.justify = "right"
         return table
-    mistakes = [
-        (count, labels[i], labels[j]) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count
-    ]
-    rows = [(str(count), right, wrong) for count, right, wrong in sorted(mistakes, key=lambda m: -m[0])[:_LINES]]
+    rows = [(str(count), right, wrong) for count, right, wrong in confusion.mistakes()[:_LINES]]
     return plain_table(("rows", "right", "predicted"), rows, "Most frequent mistakes")
 
 

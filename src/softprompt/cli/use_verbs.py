@@ -57,7 +57,7 @@ def evaluate(
     from softprompt.data.rows import load_data
     from softprompt.evaluation.evaluate import evaluate as run
     from softprompt.prompt.store import find
-    from softprompt.training.run_folder import write_predictions
+    from softprompt.storage import write_records
 
     soft = _prompt(prompt)
     config, given = read_settings(EvaluateConfig, assignments=assignments)
@@ -86,7 +86,7 @@ def evaluate(
         print_json({**evaluation_record(done), "predictions": str(predictions)})
     else:
         show_evaluation(done, data)
-    write_predictions(predictions, done.predictions)
+    write_records(predictions, done.predictions)
     if not as_json:
         click.echo(f"predictions: {predictions}")
 

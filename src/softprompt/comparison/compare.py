@@ -17,22 +17,21 @@ from softprompt.comparison.costs import folder_bytes, general_perplexity, weight
 from softprompt.comparison.learned_prompts import Ensembles
 from softprompt.comparison.method import Equal, Learned, Method, Protocol
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.plots import require_matplotlib
 from softprompt.comparison.report import write_report
 from softprompt.comparison.results import Costs, Result, read_result
 from softprompt.comparison.trained import Trained
-from softprompt.comparison.weights import require_peft, require_whole
+from softprompt.comparison.weights import require_whole
 from softprompt.config import PROMPT, TuneConfig
 from softprompt.data.rows import Row, Rows
 from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.errors import DataError, InputError, RunError, SettingsError, nearest
 from softprompt.evaluation.evaluate import Side
-from softprompt.evaluation.scoring import LabelScores
 from softprompt.launch import count
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory
-from softprompt.storage import storage_errors, write_text
+from softprompt.packages import require_package
+from softprompt.storage import storage_errors, write_records, write_text
 from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
 
@@ -158,9 +157,9 @@ def _require(model: FrozenModel, methods: Sequence[str], config: TuneConfig | No
     if unknown is not None:
         raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
     if plots:
-        require_matplotlib()
+        require_package("matplotlib", "the report")
     if "lora" in methods:
-        require_peft()
+        require_package("peft", "lora")
     if "full" in methods:
         require_whole(model)
     trained = [METHODS[name] for name in methods if issubclass(METHODS[name], Trained | Ensembles)]
@@ -201,8 +200,7 @@ def _protocol(
             "than it is",
             stacklevel=3,
         )
-    if config.train_rows is not None:
-        train = sample(train, config.train_rows, config.seed)
+    train = sample(train, config.train_rows, config.seed)
     minutes = config.max_minutes or MINUTES[config.budget]
     settings = {"max_minutes": minutes, "eval_rows": len(validation), "train_rows": None}
     return Protocol(model, train, validation, test_data, config.model_copy(update=settings), equal, search)
@@ -242,8 +240,7 @@ def _begin(folder: Path, protocol: Protocol) -> None:
         begun = {ROWS, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # by a command that was stopped at once
         if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - begun):
             raise InputError(f"{folder} exists and holds no comparison; give a new folder")
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in protocol.test)
-        write_text(folder / ROWS, lines)
+        write_records(folder / ROWS, protocol.test)
         write_text(file, json.dumps(record, indent=1) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
@@ -338,7 +335,7 @@ def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Si
             "max_minutes": protocol.config.max_minutes if protocol.equal == "time" else None,
         },
         metrics=side.metrics(),
-        confusion=side.scores.confusion() if isinstance(side.scores, LabelScores) else None,
+        confusion=side.scores.confusion(),
         predictions=[] if protocol.test.task == "text" else [str(r["prediction"]) for r in side.predictions()],
         statistics=side.statistics(),
         costs=costs,

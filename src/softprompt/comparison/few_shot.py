@@ -252,5 +252,5 @@ class _Judge:
 def _merit(scores: Scores) -> tuple[float, float]:
     if not isinstance(scores, LabelScores):
         return -scores.loss(), 0.0
-    shares = scores.probabilities()[np.arange(len(scores.gold)), scores.gold]
-    return scores.values()["accuracy"], float(np.log(np.maximum(shares, 1e-300)).mean())
+    shares = scores.log_shares()[np.arange(len(scores.gold)), scores.gold]
+    return scores.values()["accuracy"], float(shares.mean())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from softprompt.comparison.results import PRIMARY, Difference
+from softprompt.comparison.results import PRIMARY
 from softprompt.data.rows import Task
 from softprompt.evaluation.intervals import Metric
 
@@ -69,7 +69,7 @@ def signed_gap(task: Task, value: float) -> str:
     return _signed(gap(task, value), value)
 
 
-def gap_interval(task: Task, of: Difference) -> str:
+def gap_interval(task: Task, of: Metric) -> str:
     """Write the 95 % interval of a difference, with signs and without its unit."""
     return f"{_signed(_gap(task, of.low), of.low)} to {_signed(_gap(task, of.high), of.high)}"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from softprompt.comparison.standings import Standing
+from softprompt.evaluation.scoring import Confusion
 
 _MOST_LABELS = 10  # whose matrix can be read
 _MOST_MISTAKES = 12
@@ -37,8 +38,8 @@ def mistakes(standing: Standing) -> Mistakes | None:
     labels = found[0].labels
     counts = np.sum([c.counts for c in found], axis=0)
     if len(labels) > _MOST_LABELS:
-        wrong = [(int(n), labels[i], labels[j]) for (i, j), n in np.ndenumerate(counts) if i != j and n]
-        return Mistakes(standing, [], [], sorted(wrong, key=lambda mistake: -mistake[0])[:_MOST_MISTAKES])
+        frequent = Confusion(labels=labels, counts=counts.tolist()).mistakes()
+        return Mistakes(standing, [], [], frequent[:_MOST_MISTAKES])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     matrix = [list(zip(*both, strict=True)) for both in zip(counts.tolist(), shares.tolist(), strict=True)]
     return Mistakes(standing, labels, matrix, [])

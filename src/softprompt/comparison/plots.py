@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from softprompt.comparison.figures import duration, is_share, metric, metric_name, short_count, size
 from softprompt.comparison.results import Costs
 from softprompt.comparison.standings import Standing
-from softprompt.errors import InputError
 from softprompt.storage import storage_errors
 
 if TYPE_CHECKING:
@@ -40,18 +39,6 @@ _LONGEST_TITLE, _LONGEST_LINE = 26, 18
 _ZERO_GAP = 1.1  # decades between nought, which no logarithm has, and the smallest number
 
 Draw = Callable[["Axes", Sequence[Standing]], None]
-
-
-def require_matplotlib() -> None:
-    """Make sure that plots can be drawn, before a long comparison begins.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError("the report needs the package matplotlib: pip install 'softprompt[compare]'") from error
 
 
 def draw_quality(axes: Axes, standings: Sequence[Standing]) -> None:

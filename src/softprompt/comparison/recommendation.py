@@ -17,8 +17,9 @@ from softprompt.comparison.figures import (
     plain,
     size,
 )
-from softprompt.comparison.results import Difference, difference
+from softprompt.comparison.results import difference
 from softprompt.comparison.standings import Standing, contains_zero
+from softprompt.evaluation.intervals import Metric
 
 _FEW_ROWS = 200  # an accuracy's interval is then some 14 points wide
 _SLOWER = 1.25  # times the other's time per prediction, from which on it is worth a sentence
@@ -134,11 +135,11 @@ def _why(standings: Sequence[Standing], alike: Sequence[Standing], chosen: Stand
     )
 
 
-def _behind(standing: Standing, by: Difference) -> str:
+def _behind(standing: Standing, by: Metric) -> str:
     return f"{_side(standing, by)} ({_INTERVAL} of the difference {gap_interval(standing.task, by)})"
 
 
-def _side(standing: Standing, by: Difference) -> str:
+def _side(standing: Standing, by: Metric) -> str:
     return f"{gap(standing.task, by.value)} {'behind' if by.value < 0 else 'ahead'}" if by.value else "level with it"
 
 

@@ -21,6 +21,7 @@ from softprompt.comparison.samples import choose_samples
 from softprompt.comparison.standings import Standing, make_standings
 from softprompt.comparison.table import KEPT, MEMORY, PARAMETERS, PREDICTION, TRAINING, Cell, full_table, short_table
 from softprompt.data.rows import Row
+from softprompt.packages import require_package
 from softprompt.storage import write_text
 
 PAGE, MARKDOWN, PICTURE = "report.html", "report.md", "report.png"
@@ -43,7 +44,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
         InputError: matplotlib is missing, or the results are not of one comparison on these rows.
         StorageError: a file cannot be written.
     """
-    plots.require_matplotlib()
+    require_package("matplotlib", "the report")
     standings = make_standings(results, rows)
     measured = provenance(standings, rows)
     groups = full_table(standings)

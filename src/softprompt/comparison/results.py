@@ -155,24 +155,13 @@ def statistic(task: Task, sums: NDArray[np.float64]) -> float:
     return float(sums[0] / sums[1])
 
 
-class Difference(BaseModel):
-    """How much better one method is than another, over the same test rows.
-
-    Attributes:
-        value: difference of the primary metric, positive where the first is better.
-        low, high: 95 % interval.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
 _RESAMPLES = 2000
 
 
-def difference(first: Sequence[Result], second: Sequence[Result]) -> Difference:
-    """Compare two methods by a paired bootstrap over the test rows (Koehn 2004).
+def difference(first: Sequence[Result], second: Sequence[Result]) -> Metric:
+    """Return how much better one method is than another: the difference of the primary metric, positive if so.
+
+    The interval is that of a paired bootstrap over the test rows (Koehn 2004).
 
     Args:
         first, second: a method's results, one a seed; a method's figure is the mean over its seeds, and the same rows
@@ -180,14 +169,7 @@ def difference(first: Sequence[Result], second: Sequence[Result]) -> Difference:
     """
     sign = -1.0 if first[0].task == "text" else 1.0
     of_first, of_second = _mean_over_seeds(first), _mean_over_seeds(second)
-    rows = len(first[0].statistics)
-    generator = np.random.default_rng(0)
-    found = []
-    for draw in range(_RESAMPLES + 1):
-        drawn = generator.integers(rows, size=rows) if draw else np.arange(rows)
-        found.append(sign * (of_first(drawn) - of_second(drawn)))
-    low, high = np.percentile(found[1:], [2.5, 97.5])
-    return Difference(value=found[0], low=float(low), high=float(high))
+    return bootstrap(lambda drawn: sign * (of_first(drawn) - of_second(drawn)), len(first[0].statistics), _RESAMPLES)
 
 
 def mean_primary(results: Sequence[Result]) -> Metric:

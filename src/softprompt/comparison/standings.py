@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from softprompt.comparison.results import PRIMARY, Costs, Difference, Result, difference, mean_primary
+from softprompt.comparison.results import PRIMARY, Costs, Result, difference, mean_primary
 from softprompt.data.rows import Row, Task
 from softprompt.errors import InputError
 from softprompt.evaluation.intervals import Metric
@@ -120,7 +120,7 @@ class Standing:
     place: int
     results: list[Result]
     figure: Metric
-    to_best: Difference | None
+    to_best: Metric | None
 
     @property
     def task(self) -> Task:
@@ -155,7 +155,7 @@ class Standing:
         return Costs.model_validate({**means, **whole, "base_unchanged": all(c.base_unchanged for c in of_seeds)})
 
 
-def contains_zero(of: Difference) -> bool:
+def contains_zero(of: Metric) -> bool:
     """Tell whether two methods cannot be told apart."""
     return of.low <= 0 <= of.high  # not of figures that are no numbers
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 
 from softprompt.comparison.costs import measured
-from softprompt.comparison.method import Answers, Learned, Method, Protocol
+from softprompt.comparison.method import Answers, Learned, Method
 from softprompt.comparison.results import Point
 from softprompt.data.batching import draw
 from softprompt.training.loop import Loop, Pace, Weights, measure_pace
@@ -58,10 +59,7 @@ class Trained(Method):
     """
 
     rate: float | None = None
-
-    def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
-        super().__init__(protocol, seed, watcher)
-        self.settings: dict[str, object] = {}
+    settings: Mapping[str, object] = {}
 
     @abstractmethod
     def loop(self, plan: Plan, watcher: Watcher) -> Loop:

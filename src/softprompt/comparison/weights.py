@@ -18,6 +18,7 @@ from softprompt.errors import SettingsError
 from softprompt.evaluation.scoring import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
+from softprompt.packages import require_package
 from softprompt.training.loop import Cuts, Loop, Weights
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import RunFolder
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 RANK = 8
-
-
-def require_peft() -> None:
-    """Make sure that LoRA can be learned, before a long comparison begins.
-
-    Raises:
-        SettingsError: PEFT is not installed.
-    """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise SettingsError("lora needs a package: pip install 'softprompt[compare]'") from error
 
 
 @contextmanager
@@ -56,10 +45,10 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
         PEFT's wrapper, which can save the adapter.
 
     Raises:
-        SettingsError: PEFT is missing.
+        InputError: PEFT is not installed.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is there, PEFT loads it, and it talks
-    require_peft()
+    require_package("peft", "lora")
     from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from typing import Any, Literal, overload
 
 from softprompt.data.spool import SpooledRows, kept
 from softprompt.errors import DataError, nearest
+from softprompt.packages import require_package
 
 Task = Literal["classification", "completion", "text"]
 Row = dict[str, str]
@@ -171,11 +172,10 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise DataError(f"{path} needs the package pyarrow: pip install 'softprompt[parquet]'") from error
+    require_package("pyarrow", str(path))
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
     try:
         with path.open("rb") as file:
             # As pyarrow sets these, a whole column of a row group is read at once.
@@ -226,10 +226,9 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_hub(source: str) -> Iterator[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(f"hub:{source} needs the package datasets: pip install 'softprompt[hub]'") from error
+    require_package("datasets", f"hub:{source}")
+    from datasets import load_dataset
+
     name, _, split = source.partition(":")
     try:
         yield from _dictionaries(load_dataset(name, split=split or "train"))

@@ -57,9 +57,9 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
     return _part(data, ~chosen, known), _part(data, chosen, known)
 
 
-def sample(data: Rows, rows: int, seed: int) -> Rows:
-    """Return at most so many rows, drawn so that every label keeps its share, in their old order."""
-    if rows >= len(data):
+def sample(data: Rows, rows: int | None, seed: int) -> Rows:
+    """Return at most so many rows, drawn so that every label keeps its share, in their old order; None for all."""
+    if rows is None or rows >= len(data):
         return data
     drawn = _stratified(_keys(data)["label"], np.arange(len(data)), rows, np.random.default_rng(seed))
     return _part(data, drawn, tuple(data.labels))

@@ -28,32 +28,9 @@ def averaged(members: Sequence[_Scored]) -> _Scored:
     first = members[0]
     losses = -_log_mean([-member.losses for member in members])
     if isinstance(first, LabelScores):
-        shares = [_log_shares(member) for member in members if isinstance(member, LabelScores)]
+        shares = [member.log_shares() for member in members if isinstance(member, LabelScores)]
         return replace(first, losses=losses, log_likelihoods=_log_mean(shares))
     return replace(first, losses=losses)
-
-
-def voted(members: Sequence[LabelScores]) -> LabelScores:
-    """Return the scores of an ensemble whose members vote for labels; between equal votes the mean probability decides.
-
-    A label's probability is its share of the votes, the mean probability counting as one vote more. The losses are
-    those of `averaged`: a vote has none.
-
-    Args:
-        members: for each prompt, what scoring the same rows with it gave.
-    """
-    mean = averaged(members)
-    votes = np.stack([np.arange(len(mean.labels)) == member.predicted[:, None] for member in members]).sum(axis=0)
-    total = np.where(votes, np.log(np.maximum(votes, 1) + np.exp(mean.log_likelihoods)), mean.log_likelihoods)
-    return replace(mean, log_likelihoods=total - np.log(len(members) + 1))
-
-
-def _log_shares(scores: LabelScores) -> NDArray[np.float64]:
-    """Return the logarithm of each label's share, `[N, labels]`; small ones do not become 0."""
-    shares: NDArray[np.float64] = scores.log_likelihoods - np.logaddexp.reduce(
-        scores.log_likelihoods, axis=1, keepdims=True
-    )
-    return shares
 
 
 def _log_mean(logs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

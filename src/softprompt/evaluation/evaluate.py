@@ -18,7 +18,7 @@ from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scoring import Confusion, LabelScores, Scorer, tokens_at_once
+from softprompt.evaluation.scoring import Confusion, Scorer, tokens_at_once
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt, require_all_fit
 
@@ -95,7 +95,7 @@ def evaluate(
         rows=len(data),
         metrics=side.metrics(),
         without_prompt=None if prompt is None else untouched.metrics(),
-        confusion=side.scores.confusion() if isinstance(side.scores, LabelScores) else None,
+        confusion=side.scores.confusion(),
         seconds=time.monotonic() - began,
         predictions=side.predictions(),
         truncated=encoder.truncated,
@@ -136,10 +136,4 @@ class Side:
 
     def statistics(self) -> list[list[float]]:
         """Return what the task's first metric is made from, for each row or distinct input (`comparison.results`)."""
-        if self.completions:
-            return self.completions.bleu_statistics()
-        if isinstance(self.scores, LabelScores):
-            return [[float(right), 1.0] for right in self.scores.predicted == self.scores.gold]
-        return [
-            [float(loss), float(tokens)] for loss, tokens in zip(self.scores.losses, self.scores.tokens, strict=True)
-        ]
+        return self.completions.bleu_statistics() if self.completions else self.scores.statistics()

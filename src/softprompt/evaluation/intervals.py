@@ -27,14 +27,15 @@ def proportion(right: NDArray[np.bool_]) -> Metric:
     return Metric(value=float(right.mean()), low=float(interval.low), high=float(interval.high))
 
 
-def bootstrap(statistic: Callable[[NDArray[np.int64]], float], rows: int) -> Metric:
+def bootstrap(statistic: Callable[[NDArray[np.int64]], float], rows: int, resamples: int = _RESAMPLES) -> Metric:
     """Return a statistic with the percentile interval of a bootstrap over rows (Efron 1979).
 
     Args:
         statistic: computes the figure from row indices, some of which occur repeatedly.
         rows: how many rows there are.
+        resamples: how often they are drawn.
     """
     generator = np.random.default_rng(0)
-    drawn = [statistic(generator.integers(rows, size=rows)) for _ in range(_RESAMPLES)]
+    drawn = [statistic(generator.integers(rows, size=rows)) for _ in range(resamples)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Metric(value=statistic(np.arange(rows)), low=float(low), high=float(high))

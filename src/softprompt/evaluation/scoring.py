@@ -53,6 +53,14 @@ class Scores(ABC):
     def metrics(self) -> dict[str, Metric]:
         """Return the metrics with intervals."""
 
+    def confusion(self) -> Confusion | None:
+        """Return which labels were taken for which; None where there are no labels."""
+        return None
+
+    @abstractmethod
+    def statistics(self) -> list[list[float]]:
+        """Return for each row what the task's first metric is made from: a sum, and what it is divided by."""
+
     def better_than(self, other: Scores) -> bool:
         """Prefer the lower loss: on few rows, accuracy jumps up and down by more than prompts differ."""
         return self.loss() < other.loss()
@@ -68,6 +76,9 @@ class TextScores(Scores):
 
     def values(self) -> dict[str, float]:
         return {"loss": self.loss(), "perplexity": float(np.exp(self.loss()))}
+
+    def statistics(self) -> list[list[float]]:
+        return [[float(loss), float(tokens)] for loss, tokens in zip(self.losses, self.tokens, strict=True)]
 
     def metrics(self) -> dict[str, Metric]:
         scored = np.flatnonzero(self.tokens)
@@ -88,6 +99,11 @@ class Confusion(BaseModel):
     labels: list[str]
     counts: list[list[int]]
 
+    def mistakes(self) -> list[tuple[int, str, str]]:
+        """Return number of rows, right label and predicted label of what went wrong, the most frequent first."""
+        each = [(n, self.labels[i], self.labels[j]) for i, row in enumerate(self.counts) for j, n in enumerate(row)]
+        return sorted((m for m in each if m[0] and m[1] != m[2]), key=lambda mistake: -mistake[0])
+
 
 @dataclass(frozen=True)
 class LabelScores(Scores):
@@ -103,11 +119,16 @@ class LabelScores(Scores):
         best: NDArray[np.int64] = self.log_likelihoods.argmax(axis=1)
         return best
 
+    def log_shares(self) -> NDArray[np.float64]:
+        """Return the logarithm of each label's share, `[N, labels]`; small ones do not become 0."""
+        together = np.logaddexp.reduce(self.log_likelihoods, axis=1, keepdims=True)
+        shares: NDArray[np.float64] = self.log_likelihoods - together
+        return shares
+
     def probabilities(self) -> NDArray[np.float64]:
         """Return each label's share, `[N, labels]`."""
-        shifted = np.exp(self.log_likelihoods - self.log_likelihoods.max(axis=1, keepdims=True))
-        share: NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
-        return share
+        shares: NDArray[np.float64] = np.exp(self.log_shares())
+        return shares
 
     def macro_f1(self, rows: NDArray[np.int64] | slice = slice(None)) -> float:
         """Return the mean of the labels' F1, over labels that occur or are predicted (scikit-learn's definition)."""
@@ -117,8 +138,10 @@ class LabelScores(Scores):
         return float((2 * counts.diagonal()[there] / both[there]).mean())
 
     def confusion(self) -> Confusion:
-        """Return which labels were taken for which."""
         return Confusion(labels=self.labels, counts=self._counts(slice(None)).tolist())
+
+    def statistics(self) -> list[list[float]]:
+        return [[float(right), 1.0] for right in self.predicted == self.gold]
 
     def _counts(self, rows: NDArray[np.int64] | slice) -> NDArray[np.int64]:
         count = len(self.labels)

@@ -7,7 +7,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,22 @@ import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from softprompt.errors import ModelError, nearest
 from softprompt.launch import local_count, local_rank
-from softprompt.model.bundled import BUNDLED, fetch
+from softprompt.model.bundled import BUNDLED, DEFAULT_MODEL, fetch
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
+from softprompt.packages import require_package
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NO_ENCODER_DECODER = (
-    "{model} is an encoder-decoder model: its prompt sees the input, so it is not the same for every example. "
-    "softprompt runs decoder-only (causal) models"
-)
 
 
 def load_model(
-    model: str | Path = "smollm2-135m",
+    model: str | Path = DEFAULT_MODEL,
     *,
     revision: str | None = None,
     device: str = "auto",
@@ -72,7 +68,11 @@ def load_model(
     extra["trust_remote_code"] = trust_remote_code
     try:
         config = AutoConfig.from_pretrained(source, **extra)
-        _refuse_other_kinds(config, name)
+        if config.is_encoder_decoder:
+            raise ModelError(
+                f"{name} is an encoder-decoder model: its prompt sees the input, so it is not the same for every "
+                "example. softprompt runs decoder-only (causal) models"
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
         extra |= _quantized(quantization, place, resolve_dtype(dtype, place))
         split = device_map != "none"
@@ -117,19 +117,13 @@ def _commit(name: str, revision: str | None) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None  # …/snapshots/COMMIT/config.json
 
 
-def _refuse_other_kinds(config: PretrainedConfig, name: str) -> None:
-    if config.is_encoder_decoder:
-        raise ModelError(_NO_ENCODER_DECODER.format(model=name))
-
-
 def _quantized(quantization: str, place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return what `from_pretrained` takes to quantize a model as it is loaded."""
     if quantization == "none":
         return {}
     if quantization not in ("8bit", "4bit"):
         raise ModelError(f"unknown quantization {quantization!r}; allowed are none, 8bit and 4bit")
-    if find_spec("bitsandbytes") is None:
-        raise ModelError(f"quantization={quantization} needs bitsandbytes: pip install 'softprompt[quantization]'")
+    require_package("bitsandbytes", f"quantization={quantization}")
     if quantization == "4bit" and place.type == "cpu":
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 runs a kernel that has no gradient, or fails.
         raise ModelError("bitsandbytes cannot train through 4-bit weights on a CPU; take quantization=8bit, or a GPU")

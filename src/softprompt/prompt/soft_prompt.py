@@ -72,6 +72,19 @@ class Record(BaseModel):
     metrics: dict[str, float] = {}
     data: dict[str, str] = {}
 
+    @classmethod
+    def of(cls, model: FrozenModel, form: Format, max_length: int, **more: Any) -> Record:
+        """Return what is said of a prompt that was made for a model and a format."""
+        return cls(
+            base_model=base_model_record(model),
+            task=form.task,
+            template=form.template,
+            chat_template=form.chat_template,
+            verbalizers=dict(form.verbalizers),
+            max_length=max_length,
+            **more,
+        )
+
 
 @dataclass(frozen=True)
 class SoftPrompt:
@@ -193,17 +206,8 @@ def described(prompt: SoftPrompt, model: FrozenModel, task: Task, config: Format
     verbalizers = config.verbalizers or {}
     if task == "classification" and len(verbalizers) < 2:
         raise SettingsError('classification needs the labels: --set verbalizers=\'{"LABEL": "text", …}\'')
-    chat = bool(config.chat_template)
-    form = make_format(task, list(verbalizers), config.template, verbalizers, chat)
-    record = Record(
-        base_model=base_model_record(model),
-        task=task,
-        template=form.template,
-        chat_template=chat,
-        verbalizers=dict(form.verbalizers),
-        max_length=config.max_length,
-    )
-    return SoftPrompt(prompt.weights, record)
+    form = make_format(task, list(verbalizers), config.template, verbalizers, bool(config.chat_template))
+    return SoftPrompt(prompt.weights, Record.of(model, form, config.max_length))
 
 
 def load_soft_prompt(prompt: str | Path) -> SoftPrompt:

@@ -73,8 +73,7 @@ def tune_ensemble(
     began, given = time.monotonic(), config or TuneConfig()
     folder = None if out is None else Path(out)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
-    if given.train_rows is not None:
-        train = sample(train, given.train_rows, given.seed)
+    train = sample(train, given.train_rows, given.seed)
     minutes = None if given.max_minutes is None else given.max_minutes / members
     runs: list[TuneResult] = []
     for number in range(1, members + 1):

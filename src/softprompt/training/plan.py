@@ -113,8 +113,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
 
     _require_place(model, config)
     train, validation = split_rows(data, eval_data, config.eval_rows, config.seed)
-    if config.train_rows is not None:
-        train = sample(train, config.train_rows, config.seed)
+    train = sample(train, config.train_rows, config.seed)
     first = train[0]
     if data.task == "classification" and all(row["label"] == first["label"] for row in train):
         raise DataError(f"{data.name}: the training rows have one label only ({first['label']}); two are needed")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 from softprompt.config import TuneConfig, read_settings, to_yaml
 from softprompt.errors import InputError, SettingsError, StorageError
-from softprompt.storage import storage_errors, write_folder, write_text
+from softprompt.packages import require_package
+from softprompt.storage import storage_errors, write_folder, write_records, write_text
 
 _KEPT_STATES = 2
 
@@ -170,9 +171,9 @@ class RunFolder:
         """Also log to TensorBoard from now on; what was logged there after `step` is dropped.
 
         Raises:
-            SettingsError: the package is missing.
+            InputError: the package is not installed.
         """
-        require_tensorboard()
+        require_package("tensorboard", "tensorboard=true")
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
@@ -208,7 +209,7 @@ class RunFolder:
 
     def write_predictions(self, predictions: list[dict[str, Any]]) -> None:
         """Write `predictions.jsonl`, the best prompt's on the validation rows."""
-        write_predictions(self.path / "predictions.jsonl", predictions)
+        write_records(self.path / "predictions.jsonl", predictions)
 
 
 class SilentRunFolder(RunFolder):
@@ -225,23 +226,6 @@ class SilentRunFolder(RunFolder):
     def write_prompt(self, prompt: SoftPrompt) -> None: ...
 
     def write_predictions(self, predictions: list[dict[str, Any]]) -> None: ...
-
-
-def require_tensorboard() -> None:
-    """Make sure that a run can log to TensorBoard.
-
-    Raises:
-        SettingsError: the package is missing.
-    """
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise SettingsError("tensorboard=true needs a package: pip install 'softprompt[tensorboard]'") from error
-
-
-def write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
-    """Write a record a line."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions))
 
 
 def environment() -> dict[str, str]:

@@ -21,13 +21,14 @@ from softprompt.evaluation.scoring import Scores, TextScores, make_scorer
 from softprompt.launch import fewer_than_asked_for, stops_together
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
+from softprompt.packages import require_package
 from softprompt.processes import Processes, launched
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training import agreement
 from softprompt.training.loop import measure_pace
 from softprompt.training.plan import Plan, make_plan, most_steps
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder, require_tensorboard
+from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder
 from softprompt.training.search import evaluations, search
 from softprompt.training.watcher import Watcher
 
@@ -97,7 +98,7 @@ def tune(
         if processes.first and not resume:
             run.require_new()  # before minutes of searching
         if config is not None and config.tensorboard:
-            require_tensorboard()
+            require_package("tensorboard", "tensorboard=true")
         identity = _identity(model, data, eval_data)
         state = None
         given = config or TuneConfig()
@@ -216,14 +217,10 @@ def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[st
 
 
 def _record(model: FrozenModel, plan: Plan, progress: Progress, identity: dict[str, str]) -> Record:
-    form = plan.encoder.format
-    return Record(
-        base_model=base_model_record(model),
-        task=form.task,
-        template=form.template,
-        chat_template=form.chat_template,
-        verbalizers=dict(form.verbalizers),
-        max_length=plan.encoder.max_length,
+    return Record.of(
+        model,
+        plan.encoder.format,
+        plan.encoder.max_length,
         training={
             "settings": plan.config.model_dump(),
             "steps": progress.step,
