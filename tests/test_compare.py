@@ -13,8 +13,9 @@ import torch
 
 import softprompt as sp
 from conftest import Command
+from softprompt.comparison import USUAL
 from softprompt.comparison import compare as comparing
-from softprompt.comparison.compare import USUAL, ComparisonWatcher, compare
+from softprompt.comparison.compare import ComparisonWatcher, compare
 from softprompt.comparison.costs import general_perplexity, measured, weights_hash
 from softprompt.comparison.learned_prompts import MEMBERS
 from softprompt.comparison.method import Answers

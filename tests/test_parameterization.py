@@ -12,9 +12,7 @@ from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.parameterization import Residual, parameterize
 from softprompt.training.plan import make_plan
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.tune import tune
-from softprompt.training.watcher import Watcher
 from test_training import short
 
 
@@ -29,7 +27,7 @@ def test_a_residual_network_adds_nothing_at_first_and_is_the_same_for_a_seed() -
 
 def test_a_folded_prompt_gives_the_same_logits_as_its_parameterization(llama: FrozenModel, reviews: Path) -> None:
     plan = make_plan(llama, load_data(reviews), short(parameterization="residual", learning_rate=0.05))
-    loop = PromptLoop(llama, plan, SilentRunFolder(Path()), Watcher())
+    loop = PromptLoop(llama, plan)
     for _ in range(3):
         loop.step()
     made = loop.prompt

@@ -16,7 +16,6 @@ from softprompt.training import tune as tuning
 from softprompt.training.loop import Pace, measure_pace
 from softprompt.training.plan import make_plan
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.search import candidates, search
 from softprompt.training.tune import tune
 from softprompt.training.watcher import Watcher
@@ -123,11 +122,11 @@ def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -
     plan = make_plan(llama, load_data(reviews), short(**OPEN))
     losses = []
     for rungs in ((1, 3), (3,)):
-        loop = PromptLoop(llama, plan, SilentRunFolder(Path()), Watcher())
+        loop = PromptLoop(llama, plan)
         losses.append([loop.tried(steps) for steps in rungs][-1])
         assert loop.progress.step == 3
     assert losses[0] == losses[1]
-    alone = PromptLoop(llama, plan, SilentRunFolder(Path()), Watcher())
+    alone = PromptLoop(llama, plan)
     before = alone.evaluate().values()["loss"]
     for _ in range(3):
         alone.step()
@@ -138,7 +137,7 @@ def test_a_rate_whose_loss_is_not_finite_is_never_the_best(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(llama, load_data(reviews), short(**OPEN))
-    loop = PromptLoop(llama, plan, SilentRunFolder(Path()), Watcher())
+    loop = PromptLoop(llama, plan)
     monkeypatch.setattr(loop, "gradient", lambda _batch: float("nan"))
     assert loop.tried(3) == float("inf")
 
@@ -156,7 +155,7 @@ def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
 def test_a_short_run_times_fewer_steps(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
 ) -> None:
-    loop = PromptLoop(llama, make_plan(llama, load_data(reviews), short()), SilentRunFolder(Path()), Watcher())
+    loop = PromptLoop(llama, make_plan(llama, load_data(reviews), short()))
     before, taken, gradient = loop.weights(), [], loop.gradient
     monkeypatch.setattr(loop, "gradient", lambda batch: taken.append(len(batch)) or gradient(batch))
     pace = measure_pace(loop, seconds)

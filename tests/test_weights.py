@@ -20,8 +20,6 @@ from softprompt.errors import RunError
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.training.plan import make_plan
-from softprompt.training.run_folder import SilentRunFolder
-from softprompt.training.watcher import Watcher
 from test_training import short, weights_hash
 
 
@@ -37,7 +35,7 @@ def learning(model: FrozenModel, method: str, seed: int = 0) -> Iterator[FrozenM
 
 def loop_of(model: FrozenModel, reviews: Path, **settings: object) -> WeightsLoop:
     plan = make_plan(model, load_data(reviews), short(batch_size=6, micro_batch_tokens=40, **settings))
-    return WeightsLoop(model, plan, SilentRunFolder(Path()), Watcher())
+    return WeightsLoop(model, plan)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -146,9 +144,9 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
         monkeypatch.setattr(loop, "draw", noted)
         if method in ("lora", "full"):
             with learning(llama, method) as model:
-                WeightsLoop(model, make_plan(model, rows, short()), SilentRunFolder(Path()), Watcher()).run()
+                WeightsLoop(model, make_plan(model, rows, short())).run()
         else:
-            PromptLoop(llama, make_plan(llama, rows, short(method=method)), SilentRunFolder(Path()), Watcher()).run()
+            PromptLoop(llama, make_plan(llama, rows, short(method=method))).run()
     assert len(seen["lora"]) == 6
     assert all(drawn == seen["lora"] for drawn in seen.values())
 

@@ -9,13 +9,14 @@ import click
 
 from softprompt.cli.options import parse_map, say, tune_options
 from softprompt.cli.tune_verbs import prepare
-
-_METHODS = "zero-shot,few-shot,soft-prompt,deep-prefix,lora,full"
+from softprompt.comparison import USUAL
 
 
 @click.command()
 @tune_options
-@click.option("--methods", metavar="LIST", default=_METHODS, show_default=True, help="Which, with commas between.")
+@click.option(
+    "--methods", metavar="LIST", default=",".join(USUAL), show_default=True, help="Which, with commas between."
+)
 @click.option("--seeds", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each.")
 @click.option("--test-data", metavar="FILE", help="Rows that are scored; without it a fifth of DATA is held back.")
 @click.option(

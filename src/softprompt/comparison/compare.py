@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from softprompt.comparison import USUAL
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
 from softprompt.comparison.learned_prompts import Ensembles
 from softprompt.comparison.method import Equal, Learned, Method, Protocol
@@ -35,7 +36,6 @@ from softprompt.storage import storage_errors, write_records, write_text
 from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
 
-USUAL = ("zero-shot", "few-shot", "soft-prompt", "deep-prefix", "lora", "full")
 MINUTES = {"quick": 1.0, "normal": 5.0, "thorough": 15.0}
 _SAME = ("zero-shot",)  # with every seed
 _SWITCHED = 3  # times; the median counts

@@ -14,8 +14,7 @@ from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training.loop import Loop, Weights
 from softprompt.training.plan import Plan
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import SilentRunFolder
-from softprompt.training.watcher import Watcher
+from softprompt.training.watcher import UNWATCHED, Watcher
 
 MEMBERS = 3  # of an ensemble
 
@@ -44,8 +43,8 @@ class Prompts(_Kept, Trained):
 
     prompt: SoftPrompt
 
-    def loop(self, plan: Plan, watcher: Watcher) -> Loop:
-        return PromptLoop(self.protocol.model, plan, SilentRunFolder(Path()), watcher)
+    def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
+        return PromptLoop(self.protocol.model, plan, watcher=watcher)
 
     def answers(self, weights: Weights) -> Answers:
         encoder, training = self._plan.encoder, {"settings": self._plan.config.model_dump()}

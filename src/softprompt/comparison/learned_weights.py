@@ -13,8 +13,7 @@ from softprompt.comparison.weights import RANK, WeightsLoop, around, lora, unfro
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.loop import Loop, Weights
 from softprompt.training.plan import Plan
-from softprompt.training.run_folder import SilentRunFolder
-from softprompt.training.watcher import Watcher
+from softprompt.training.watcher import UNWATCHED, Watcher
 
 _OF_PROMPTS = ("method", "parameterization", "num_virtual_tokens", "init", "init_text")
 
@@ -25,8 +24,8 @@ class OwnWeights(Trained):
     changes_weights = True
     model: FrozenModel
 
-    def loop(self, plan: Plan, watcher: Watcher) -> Loop:
-        loop = WeightsLoop(self.model, plan, SilentRunFolder(Path()), watcher)
+    def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
+        loop = WeightsLoop(self.model, plan, watcher)
         loop.load(self._fresh)
         self._loop = loop
         return loop

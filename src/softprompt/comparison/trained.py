@@ -15,7 +15,7 @@ from softprompt.training.loop import Loop, Pace, Weights, measure_pace
 from softprompt.training.plan import Plan
 from softprompt.training.search import FACTORS
 from softprompt.training.tune import reproducible
-from softprompt.training.watcher import Watcher
+from softprompt.training.watcher import UNWATCHED, Watcher
 
 _SHARE = 0.1  # of the budget, for each learning rate that is tried
 _FEWEST = 3  # steps that tell something about a learning rate
@@ -62,7 +62,7 @@ class Trained(Method):
     settings: Mapping[str, object] = {}
 
     @abstractmethod
-    def loop(self, plan: Plan, watcher: Watcher) -> Loop:
+    def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
         """Return a loop that begins anew."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Trained(Method):
             rate = plan.config.learning_rate
             length, pace = {"max_steps": plan.config.max_steps}, None
             if protocol.equal == "time":
-                pace = measure_pace(self.loop(plan, Watcher()), protocol.seconds)
+                pace = measure_pace(self.loop(plan), protocol.seconds)
                 length = pace.fitting(protocol.seconds - (time.monotonic() - began))
             tried = self._tried(length["max_steps"], pace)
             if tried:
@@ -120,7 +120,7 @@ class Trained(Method):
         assert usual
         for number, factor in enumerate(FACTORS):
             config = plan.config.model_copy(update={"learning_rate": usual * factor, "max_steps": steps})
-            found.append((self.loop(replace(plan, config=config), Watcher()).tried(tried), number))
+            found.append((self.loop(replace(plan, config=config)).tried(tried), number))
         return usual * FACTORS[min(found)[1]]
 
 

@@ -21,8 +21,8 @@ from softprompt.model.prefix import Prefix
 from softprompt.packages import require_package
 from softprompt.training.loop import Cuts, Loop, Weights
 from softprompt.training.plan import Plan
-from softprompt.training.run_folder import RunFolder
-from softprompt.training.watcher import Watcher
+from softprompt.training.run_folder import NOWHERE
+from softprompt.training.watcher import UNWATCHED, Watcher
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -94,9 +94,9 @@ def around(hf_model: PreTrainedModel, like: FrozenModel) -> FrozenModel:
 class WeightsLoop(Loop):
     """Learns every weight of a model that takes a gradient, on the rows that prompts learn on, in the same order."""
 
-    def __init__(self, model: FrozenModel, plan: Plan, run: RunFolder, watcher: Watcher) -> None:
+    def __init__(self, model: FrozenModel, plan: Plan, watcher: Watcher = UNWATCHED) -> None:
         learned = {name: p for name, p in model.hf_model.named_parameters() if p.requires_grad}
-        super().__init__(model, plan, run, watcher, learned)
+        super().__init__(model, plan, NOWHERE, watcher, learned)
 
     def weights(self) -> Weights:
         """Return a copy of the learned weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 # Matrix products on a CPU reach their full rate at about a thousand rows; a GPU wants more.
-_USEFUL_TOKENS = {"cpu": 1024}
-_USEFUL_ON_GPU = 8192
+_USEFUL_ON_CPU, _USEFUL_ON_GPU = 1024, 8192
 _SHARE = 0.5  # of the free memory: other programs want some
 _TRIED = 32  # tokens of the longest text that is run to see what it keeps
 # What glibc's allocator comes to hold for every byte that is asked of it, but for large tensors, which get pages of
@@ -219,11 +219,8 @@ def micro_batch_tokens(
         lengths = [[min(each, tokens)] * max(1, tokens // each) for each in (shortest, longest)]
         return max(needed(texts, sum(texts) * target_share) for texts in lengths) <= free
 
-    fitting, too_many = 1, _USEFUL_TOKENS.get(device.type, _USEFUL_ON_GPU) + 1
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
-    return fitting
+    most = _USEFUL_ON_CPU if device.type == "cpu" else _USEFUL_ON_GPU
+    return max(1, bisect_left(range(1, most + 1), True, key=lambda tokens: not fits(tokens)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

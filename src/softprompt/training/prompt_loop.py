@@ -14,8 +14,8 @@ from softprompt.processes import ALONE, Processes
 from softprompt.prompt.parameterization import parameterize
 from softprompt.training.loop import Cuts, Loop, Weights
 from softprompt.training.plan import Plan
-from softprompt.training.run_folder import RunFolder, State
-from softprompt.training.watcher import Watcher
+from softprompt.training.run_folder import NOWHERE, RunFolder, State
+from softprompt.training.watcher import UNWATCHED, Watcher
 
 _PROMPT = "prompt"
 
@@ -27,8 +27,8 @@ class PromptLoop(Loop):
         self,
         model: FrozenModel,
         plan: Plan,
-        run: RunFolder,
-        watcher: Watcher,
+        run: RunFolder = NOWHERE,
+        watcher: Watcher = UNWATCHED,
         state: State | None = None,
         processes: Processes = ALONE,
     ) -> None:

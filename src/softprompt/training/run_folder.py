@@ -213,7 +213,7 @@ class RunFolder:
 
 
 class SilentRunFolder(RunFolder):
-    """Of a process that is not the first: it writes nothing."""
+    """Of a process that is not the first, or of a run that nothing is kept of: it writes nothing."""
 
     def begin(self, config: TuneConfig, identity: dict[str, str]) -> None: ...
 
@@ -226,6 +226,9 @@ class SilentRunFolder(RunFolder):
     def write_prompt(self, prompt: SoftPrompt) -> None: ...
 
     def write_predictions(self, predictions: list[dict[str, Any]]) -> None: ...
+
+
+NOWHERE = SilentRunFolder(Path())
 
 
 def environment() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from softprompt.config import TuneConfig
@@ -14,7 +13,6 @@ from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import SilentRunFolder
 from softprompt.training.watcher import Watcher
 
 FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
@@ -63,7 +61,7 @@ def search(
             assert plan.config.learning_rate
             rate = plan.config.learning_rate * factor
             plan = replace(plan, config=plan.config.model_copy(update={"learning_rate": rate}))
-            loop = PromptLoop(model, plan, SilentRunFolder(Path()), Watcher())
+            loop = PromptLoop(model, plan)
             running.append(({"learning_rate": rate, "init": init}, loop))
     for rung in _RUNGS if running[1:] else ():
         found = []

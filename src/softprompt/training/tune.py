@@ -149,7 +149,7 @@ def _plan(
         if seconds is not None:
             pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
             most = most_steps(pilot, config)
-            loop = PromptLoop(model, pilot, SilentRunFolder(Path()), Watcher(), processes=processes)
+            loop = PromptLoop(model, pilot, processes=processes)
             pace = measure_pace(loop, seconds)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.

@@ -28,3 +28,6 @@ class Watcher:
 
     def end(self) -> None:
         """No more steps follow: the run is done, was interrupted or failed."""
+
+
+UNWATCHED = Watcher()
