@@ -196,7 +196,8 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "Made by `benchmarks/defaults.py`, SmolLM2-135M-Instruct, 2 cores. Scored on rows that played no part in "
         "training or in choosing the best prompt; in brackets the 95 % interval. Seconds are those of the training "
-        "steps, on a shared machine, some of them beside other work: read them as an upper bound.",
+        "steps, on a shared machine, some of them beside other work: read them as an upper bound. Rows named "
+        "*defaults* are with the defaults of their day, *best by accuracy* with an earlier rule.",
     ]
     for case, described in CASES.items():
         mine = [r for r in records if r["case"] == case]

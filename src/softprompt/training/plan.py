@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softprompt.config import PROMPT, Method, TuneConfig, make_config
+from softprompt.config import Method, TuneConfig, make_config
 from softprompt.data.batching import taken
-from softprompt.data.examples import Encoder, Example, token_ids
+from softprompt.data.examples import Encoder, Example
 from softprompt.data.lazy import Extent, LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
-from softprompt.data.templates import Format, make_format
+from softprompt.data.templates import make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import Scorer, TextScorer, make_scorer
 from softprompt.launch import count
@@ -28,27 +26,13 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
 from softprompt.model.memory import Footprint, available_memory, give_back, measure, micro_batch_tokens
 from softprompt.model.prefix import is_deep
-from softprompt.prompt.initialization import (
-    EXAMPLE_TOKENS,
-    MANY_LABELS,
-    USUAL_TOKENS,
-    examples_text,
-    labels_prompt,
-    random_prompt,
-    repeated,
-    task_text,
-    text_prompt,
-    vocabulary_prompt,
-)
-from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_fit
+from softprompt.prompt.initialization import MANY_LABELS, USUAL_TOKENS
+from softprompt.training.start import Decide, first_prompt, source_prompt
 
 # A label is one target token or a few; of plain text nearly every token is one, and half as many steps do.
 STEPS = {"quick": 60, "normal": 200, "thorough": 600}
 TEXT_STEPS = {budget: steps // 2 for budget, steps in STEPS.items()}
 _LEARNING_RATE = 0.03
-_SHOWN = 5000  # training rows that a prompt's examples are drawn from
-_LONGEST_TEXT = 512  # tokens that a prompt is made as long as without being asked
-Decide = Callable[[str, object, str], None]
 EVALUATIONS = 8
 
 
@@ -117,7 +101,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     first = train[0]
     if data.task == "classification" and all(row["label"] == first["label"] for row in train):
         raise DataError(f"{data.name}: the training rows have one label only ({first['label']}); two are needed")
-    source = _source(model, config)
+    source = source_prompt(model, config)
     labels = data.labels
     if source is not None and source.format.task == data.task and set(labels) <= set(source.record.verbalizers):
         labels = list(source.record.verbalizers) or labels
@@ -138,7 +122,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     decide("max_steps", steps[config.budget], f"budget {config.budget}")
     decide("eval_every", math.ceil(chosen["max_steps"] / EVALUATIONS), f"{EVALUATIONS} evaluations a run")
     rows = taken(len(train), chosen["batch_size"], chosen["max_steps"], config.seed)
-    start = _start(model, config, source, form, train.pick(rows), decide)
+    start = first_prompt(model, config, source, form, train.pick(rows), decide)
     decide("num_virtual_tokens", virtual := start.shape[-2], "length of the initial text, 20 at least")
     decide("learning_rate", *_learning_rate(config.method, virtual))
     encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual))
@@ -205,15 +189,6 @@ def _max_length(model: FrozenModel, wanted: int, virtual: int) -> int:
     return min(wanted, positions - virtual)
 
 
-def _source(model: FrozenModel, config: TuneConfig) -> SoftPrompt | None:
-    """Return the prompt that another goes on from (SPoT, Vu et al. 2022), where the settings name one."""
-    if not config.init.startswith(PROMPT):
-        return None
-    source = load_soft_prompt(config.init.removeprefix(PROMPT))
-    require_fit(source, model)
-    return source
-
-
 def _at_once(model: FrozenModel, footprint: Footprint, extent: Extent) -> int:
     """Return how many text tokens of a step are run at once."""
     held = len(extent.text)
@@ -264,84 +239,3 @@ def _warn(model: FrozenModel, train: Rows, given: Rows | None, footprint: Footpr
             "max_length if memory runs out",
             stacklevel=3,
         )
-
-
-def _start(
-    model: FrozenModel, config: TuneConfig, source: SoftPrompt | None, form: Format, train: Rows, decide: Decide
-) -> Tensor:
-    length = config.num_virtual_tokens
-    if config.init_text is not None and config.init not in ("auto", "text"):
-        raise SettingsError(
-            f"init_text is read with init=text only, not with init={config.init}; leave one of them out"
-        )
-    if config.parameterization != "direct" and config.method != "soft-prompt":
-        raise SettingsError(f"parameterization={config.parameterization} is for method=soft-prompt")
-    if source is not None:
-        return _resized(_as(config.method, model, source.weights), length or source.num_virtual_tokens)
-    return _as(config.method, model, _soft_start(model, config, form, train, decide))
-
-
-def _as(method: Method, model: FrozenModel, weights: Tensor) -> Tensor:
-    """Return a prompt as what is to be learned: a deep prefix starts as what the model makes of a soft prompt.
-
-    Raises:
-        SettingsError: it is a deep prefix, and a soft prompt is to be learned.
-    """
-    if is_deep(weights) == (method == "deep-prefix"):
-        return weights
-    if is_deep(weights):
-        raise SettingsError("init: a soft prompt cannot start from a deep prefix; give method=deep-prefix")
-    with torch.no_grad():
-        return model.prefix(weights).stacked()
-
-
-def _resized(weights: Tensor, length: int) -> Tensor:
-    """Return a prompt with so many virtual tokens, beginning again where they run out."""
-    return torch.stack(repeated(weights.unbind(-2), length), dim=-2)
-
-
-def _at_most(model: FrozenModel, wanted: int) -> int:
-    """Return how many tokens of a text a prompt starts from: half of the model's positions are for what follows it."""
-    return min(wanted, (model.context_length or 2 * wanted) // 2)
-
-
-def _fits(model: FrozenModel, text: str, most: int) -> bool:
-    return len(token_ids(model.tokenizer, text)) <= most
-
-
-def _shown_best(method: Method, form: Format) -> bool:
-    """Tell whether a prompt learns more from examples than from a text; deep prefixes of labels do not."""
-    return form.task == "completion" or (form.task == "classification" and method == "soft-prompt")
-
-
-def _shows_all(model: FrozenModel, form: Format, text: str, rows: int, most: int) -> bool:
-    """Tell whether a text of so many rows has every label, and is short enough."""
-    return rows >= len(form.verbalizers) and _fits(model, text, most)
-
-
-def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
-    length, init = config.num_virtual_tokens, config.init
-    most = _at_most(model, length or EXAMPLE_TOKENS)
-    examples = cache(lambda: examples_text(model, form, train[:_SHOWN], config.seed, most))
-    if init == "auto":
-        init, why = "text", "a text that says what the task is"
-        if config.init_text is None:
-            if _shown_best(config.method, form) and _shows_all(model, form, *examples(), most):
-                init, why = "examples", "rows and their targets show more than words about them"
-            elif not _fits(model, task_text(form), _at_most(model, _LONGEST_TEXT)):
-                init, why = "labels", "too many labels for a text"
-        decide("init", init, why)
-    if init == "text":
-        text = config.init_text
-        if text is None:
-            text = task_text(form)
-            decide("init_text", text, "written from the task")
-        return text_prompt(model, length, text)
-    if init == "examples":
-        return text_prompt(model, length, examples()[0])
-    if init == "labels":
-        return labels_prompt(model, length, form.verbalizers.values())
-    if init == "vocabulary":
-        texts = (token_ids(model.tokenizer, form.input(row)) for row in train)
-        return vocabulary_prompt(model, length or USUAL_TOKENS, texts)
-    return random_prompt(model, length or USUAL_TOKENS, config.seed)
