@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **rates("deep-prefix", (0.003, 0.01, 0.03), init="text"),
     **rates("lora", (3e-4, 1e-3, 3e-3)),
     **rates("full", (1e-5, 5e-5, 2e-4)),
-    **rates("soft-prompt", (0.003, 0.01, 0.03), parameterization="residual"),
+    **rates("soft-prompt", (0.001, 0.003, 0.01), parameterization="residual"),
     **rates("soft-prompt", (0.01, 0.03, 0.1), init="a list of all labels"),
     **rates("deep-prefix", (0.01, 0.03, 0.1), init="a list of all labels"),
     **rates("soft-prompt", (0.01, 0.03, 0.1), init="examples"),

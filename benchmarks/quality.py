@@ -11,7 +11,11 @@ here are of one thread each, two processes at a time (which do not do the same w
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/quality.py --data FOLDER    # what is missing
     python benchmarks/quality.py --data FOLDER sst2 cb --methods lora soft-prompt --seeds 3
+    python benchmarks/quality.py --data FOLDER sst2 cb --methods soft-prompt --seeds 3 --keep PROMPTS
     python benchmarks/results_page.py                                     # write docs/results.md from what is there
+
+With `--keep`, prompts are kept there, and those of three seeds are also scored as an ensemble, which then had three
+times the time (`soft-prompt-of-3`).
 
 FOLDER holds a folder of `train.jsonl`, `validation.jsonl` and `test.jsonl` for each set: sst2 (Socher et al. 2013),
 rte, cb and boolq (of SuperGLUE, Wang et al. 2019), banking77 (Casanueva et al. 2020) and germeval18 (Wiegand et al.
@@ -35,9 +39,9 @@ from safetensors.torch import load_file, save_file
 
 import softprompt as sp
 from sides import collate, virtual_tokens
-from softprompt.comparison.compare import Base, run_method
+from softprompt.comparison.compare import TASKS, Base, run_method
 from softprompt.comparison.costs import measured
-from softprompt.comparison.learned_prompts import DeepPrefixes, SoftPrompts
+from softprompt.comparison.learned_prompts import MEMBERS, DeepPrefixes, SoftPrompts
 from softprompt.comparison.method import Answers, Learned, Method, Protocol
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.results import Point, Result
@@ -45,6 +49,8 @@ from softprompt.data.batching import draw
 from softprompt.data.examples import Example
 from softprompt.data.split import sample
 from softprompt.model.gradient import prompt_gradient
+from softprompt.prompt.ensemble import joined
+from softprompt.prompt.soft_prompt import load_soft_prompt
 from softprompt.training.watcher import Watcher
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
@@ -157,11 +163,43 @@ ORDER = (
 )
 
 
+def together(name: str, method: str, model: sp.FrozenModel, test: sp.Rows, kept_in: Path) -> None:
+    """Score the prompts of several seeds as an ensemble, where all of them are there."""
+    found = [read(path_of(name, method, seed)) for seed in range(MEMBERS) if path_of(name, method, seed).exists()]
+    folders = [kept_in / TASKS / f"{method}-{seed}" for seed in range(MEMBERS)]
+    path = path_of(name, of_several(method), 0)
+    if path.exists() or len(found) < MEMBERS or not all(folder.exists() for folder in folders):
+        return
+    ensemble = joined([load_soft_prompt(folder) for folder in folders], {})
+    answers = Answers(model, ensemble.format, ensemble.record.max_length, ensemble.members)
+    began = time.monotonic()
+    side = answers.side(test, answers.at_once(test))
+    summed = ("trainable_parameters", "stored_bytes", "train_seconds", "train_cpu_seconds", "train_tokens")
+    costs = {cost: sum(getattr(result.costs, cost) for result in found) for cost in summed}
+    costs["prediction_seconds"] = (time.monotonic() - began) / len(test)
+    result = found[0].model_copy(
+        update={
+            "method": of_several(method),
+            "metrics": side.metrics(),
+            "statistics": side.statistics(),
+            "costs": found[0].costs.model_copy(update=costs),
+            "curve": [],
+        }
+    )
+    path.write_text(json.dumps(kept(result)) + "\n")
+    print(path.stem, {metric: round(value.value, 3) for metric, value in result.metrics.items()}, flush=True)
+
+
 class Steps(Watcher):
     """Prints the validation figures as they come."""
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         print(f"  step {step}:", ", ".join(f"{name} {value:.3f}" for name, value in values.items()), flush=True)
+
+
+def of_several(method: str) -> str:
+    """Return what an ensemble of a method's runs is called."""
+    return f"{method}-of-{MEMBERS}"
 
 
 def path_of(name: str, method: str, seed: int) -> Path:
@@ -195,6 +233,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--methods", nargs="*", choices=list(ALL), default=ORDER)
     parser.add_argument("--seeds", type=int, help=f"default: 1, but {MORE_SEEDS}")
+    parser.add_argument("--keep", type=Path, help="a folder to keep prompts in; three seeds' become an ensemble")
     options = parser.parse_args()
     model = sp.load_model()
     base = Base(model)
@@ -212,12 +251,15 @@ def main() -> None:
                 protocol = early(protocol) if method in EARLY else protocol
                 print(f"{name} {method} {seed}, pace {pace:.2f}", flush=True)
                 with tempfile.TemporaryDirectory() as scratch:
-                    result = run_method(method, seed, protocol, base, Path(scratch), Steps(), ALL)
+                    place = options.keep / name if options.keep else Path(scratch)
+                    result = run_method(method, seed, protocol, base, place, Steps(), ALL)
                 result.settings["pace"] = pace
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(kept(result)) + "\n")
                 figures = ", ".join(f"{n} {m.value:.3f}" for n, m in result.metrics.items())
                 print(f"{name} {method} {seed}: {figures}; {time.monotonic() - began:.0f} s", flush=True)
+            if options.keep:
+                together(name, method, model, rows_of(name, options.data)[2], options.keep / name)
 
 
 if __name__ == "__main__":

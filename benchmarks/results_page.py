@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from quality import EARLY, FOLDER, MINUTES, ORDER, SETS, SHIPPED, read
+from quality import EARLY, FOLDER, MINUTES, ORDER, SETS, SHIPPED, of_several, read
 from softprompt.comparison.figures import count, duration, size
 from softprompt.comparison.results import PRIMARY, Result, statistic
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 CLASSIFICATION = SETS[:-1]
+SINGLE = ("soft-prompt", "deep-prefix")
 WHOLE = tuple(method for method in ORDER if method not in EARLY)
 _RESAMPLES = 2000
 Runs = dict[str, dict[str, list[Result]]]  # by set, by method
@@ -22,7 +23,7 @@ def load() -> Runs:
     """Return all results that are there."""
     found: Runs = {name: {} for name in SETS}
     for name in SETS:
-        for method in ORDER:
+        for method in (*ORDER, *map(of_several, SINGLE)):
             files = sorted((FOLDER / name).glob(f"{method}-[0-9]*.json"))
             if files:
                 found[name][method] = [read(file) for file in files]
@@ -153,6 +154,20 @@ def sooner(runs: Runs) -> list[str]:
     return lines
 
 
+def longer(runs: Runs) -> list[str]:
+    """Return what an ensemble of whole runs, which takes as many times the time, has over one of them and LoRA."""
+    there = [(name, method) for name in SETS for method in SINGLE if of_several(method) in runs[name]]
+    if not there:
+        return ["Not run yet."]
+    lines = ["| | | one run | ensemble | less one run | less lora |", "|---" * 6 + "|"]
+    for name, method in there:
+        several = of_several(method)
+        less = [signed(*differences(runs, several, other, [name])[:3]) for other in (method, "lora")]
+        one, all_of_them = points(runs[name][method]), points(runs[name][several])
+        lines.append(f"| {name} | {method} | {one:.1f} | {all_of_them:.1f} | {less[0]} | {less[1]} |")
+    return lines
+
+
 def page(runs: Runs) -> str:
     """Return the page."""
     some = next(r for name in SETS for results in runs[name].values() for r in results)
@@ -203,6 +218,12 @@ def page(runs: Runs) -> str:
             "the figure, the time it took, and the difference in points with its 95 % interval.",
             "",
             *sooner(runs),
+            "",
+            "## Ensembles of whole runs",
+            "",
+            "Three seeds' prompts as one: three times the time, where the ensembles above share the time of one run.",
+            "",
+            *longer(runs),
             "",
             "## Costs",
             "",

@@ -285,6 +285,12 @@ def test_a_long_soft_prompt_learns_at_a_lower_rate(
     assert given.config.learning_rate == 1
 
 
+def test_a_residual_network_learns_at_a_tenth_of_the_rate(llama: FrozenModel, reviews: Path) -> None:
+    for tokens, rate in ((20, 0.003), (180, 0.001)):
+        config = TuneConfig(parameterization="residual", num_virtual_tokens=tokens)
+        assert make_plan(llama, load_data(reviews), config).config.learning_rate == rate
+
+
 def test_without_tensorboard_nothing_is_begun(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,9 @@ class TuneConfig(FormatConfig):
     init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
     loss: Literal["target", "all"] | None = Field(None, description="which tokens are learned; all for plain text")
     learning_rate: float | None = Field(
-        None, gt=0, description="peak of the schedule; 0.03, of a soft prompt of P > 20 tokens 0.03·√(20/P)"
+        None,
+        gt=0,
+        description="peak of the schedule; 0.03, of a soft prompt of P > 20 tokens 0.03·√(20/P), residual a tenth",
     )
     warmup_ratio: float = Field(0.06, ge=0, le=1, description="share of the steps over which the rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls afterwards")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softprompt.config import Method, TuneConfig, make_config
+from softprompt.config import TuneConfig, make_config
 from softprompt.data.batching import taken
 from softprompt.data.examples import Encoder, Example
 from softprompt.data.lazy import Extent, LazyExamples
@@ -124,7 +124,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     rows = taken(len(train), chosen["batch_size"], chosen["max_steps"], config.seed)
     start = first_prompt(model, config, source, form, train.pick(rows), decide)
     decide("num_virtual_tokens", virtual := start.shape[-2], "length of the initial text, 20 at least")
-    decide("learning_rate", *_learning_rate(config.method, virtual))
+    decide("learning_rate", *_learning_rate(config, virtual))
     encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual))
     # The steps encode with a copy: what they cut has been counted here.
     learned = (chosen["loss"] == "all", int(is_deep(start)))
@@ -157,15 +157,19 @@ def _scorer(encoder: Encoder, validation: Rows, at_once: int) -> Scorer:
     return kind(encoder, validation, at_once)
 
 
-def _learning_rate(method: Method, virtual: int) -> tuple[float, str]:
+def _learning_rate(config: TuneConfig, virtual: int) -> tuple[float, str]:
     """Return the usual rate, and why.
 
     Every number of a prompt changes by about the rate (Adam), so a long soft prompt as a whole by more than a short
-    one: its rate is lower by the root of its length. Deep prefixes did not gain from that.
+    one: its rate is lower by the root of its length. Deep prefixes did not gain from that. A residual network's numbers
+    change all virtual tokens at once: a tenth.
     """
-    if method == "deep-prefix" or virtual <= USUAL_TOKENS:
-        return _LEARNING_RATE, f"default of {method}"
-    return float(f"{_LEARNING_RATE * math.sqrt(USUAL_TOKENS / virtual):.1g}"), f"{method} of {virtual} virtual tokens"
+    rate, why = _LEARNING_RATE, f"default of {config.method}"
+    if config.method == "soft-prompt" and virtual > USUAL_TOKENS:
+        rate, why = rate * math.sqrt(USUAL_TOKENS / virtual), f"soft-prompt of {virtual} virtual tokens"
+    if config.parameterization == "residual":
+        rate, why = rate / 10, f"{why}, residual"
+    return float(f"{rate:.1g}"), why
 
 
 def _require_place(model: FrozenModel, config: TuneConfig) -> None:
