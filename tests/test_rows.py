@@ -333,7 +333,7 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     write(tmp_path / "rows.parquet", "")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, package, None)  # an import of it then fails
+    monkeypatch.setitem(sys.modules, package, None)  # it is then not found
     with pytest.raises(InputError, match=rf"package {package}: pip install 'softprompt\[{extra}\]'"):
         load_data(source)
 

@@ -17,9 +17,9 @@ OPTIONAL = {
 }
 
 
-def missing() -> list[str]:
-    """Return the packages that are not installed."""
-    return [package for package in OPTIONAL if find_spec(package) is None]
+def installed(package: str) -> bool:
+    """Tell whether a package is there, without importing it."""
+    return find_spec(package) is not None
 
 
 def require_package(package: str, needed_by: str) -> None:
@@ -28,6 +28,6 @@ def require_package(package: str, needed_by: str) -> None:
     Raises:
         InputError: it is not installed.
     """
-    if find_spec(package) is None:
+    if not installed(package):
         extra, _ = OPTIONAL[package]
         raise InputError(f"{needed_by} needs the package {package}: pip install 'softprompt[{extra}]'")

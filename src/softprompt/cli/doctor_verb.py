@@ -38,7 +38,7 @@ def _findings() -> dict[str, Any]:
     from softprompt.model.bundled import SMOLLM2, kept_folder
     from softprompt.model.loading import resolve_device, resolve_threads
     from softprompt.model.memory import available_memory
-    from softprompt.packages import OPTIONAL, missing
+    from softprompt.packages import OPTIONAL, installed
     from softprompt.prompt.store import names, store_folder
     from softprompt.storage import home
     from softprompt.training.run_folder import environment
@@ -73,8 +73,8 @@ def _findings() -> dict[str, Any]:
         },
         "optional": [
             f"{purpose} need {package}: pip install 'softprompt[{extra}]'"
-            for package in missing()
-            for extra, purpose in [OPTIONAL[package]]
+            for package, (extra, purpose) in OPTIONAL.items()
+            if not installed(package)
         ],
         "problems": problems,
     }

@@ -73,7 +73,7 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
     length = {"max_steps": config.max_steps, "eval_every": config.eval_every}
     if given.max_minutes:
         length |= pace.fitting(60 * given.max_minutes, most_steps(plan, given))
-    evaluations = length["max_steps"] // length["eval_every"] + 1
+    evaluations = length["max_steps"] // (given.eval_every or length["eval_every"]) + 1
     needed = max(plan.step_bytes(part) for part in parts)
     return Forecast(
         way=model.way.name,
