@@ -46,6 +46,7 @@ bench-choices: .venv/.installed-dev
 	$(BIN)/python benchmarks/choices.py --data $(DATA) $(BENCH)
 
 bench-quality: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality_steps.py --data $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --data $(DATA) $(BENCH)
 	$(BIN)/python benchmarks/results_page.py
 

@@ -1,18 +1,19 @@
 """The quality of every method on seven tasks, in the same time on the same rows; `docs/results.md` is its table.
 
-Machines differ, and so does one machine from hour to hour: what is given to every method is so many minutes of a
-reference machine, one core of a Zen 5. Before each run a fixed piece of learning is timed, and where it takes longer
-than there, so does the run; `pace` in the result says by how much.
+Every method gets eight minutes of one core of a Zen 5. What learns takes as many steps as fit into them, which
+`quality_steps.py` counts; so its runs can be made on any machine, a GPU too, and with more seeds. Prompts are searched
+for (few-shot) by the clock: before it a fixed piece of learning is timed, and where that takes longer than on the
+reference machine, so does the search; `pace` in the result says by how much.
 
 Every result is one file below `results/quality`, and what is there is not run again, so this can be stopped at any
-time and goes on with what is missing. The texts of the data sets are not kept, nor what was written from them.
-With two threads, whatever else runs on two cores makes a run many times slower; with one it does not, so the results
-here are of one thread each, two processes at a time (which do not do the same work if their sets or methods differ):
+time and goes on with what is missing; several processes share the work. The texts of the data sets are not kept, nor
+what was written from them.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/quality.py --data FOLDER    # what is missing
-    python benchmarks/quality.py --data FOLDER sst2 cb --methods lora soft-prompt --seeds 3
-    python benchmarks/quality.py --data FOLDER sst2 cb --methods soft-prompt --seeds 3 --keep PROMPTS
-    python benchmarks/results_page.py                                     # write docs/results.md from what is there
+    python benchmarks/quality.py --data FOLDER                           # what is missing
+    python benchmarks/quality.py --data FOLDER sst2 cb --methods lora soft-prompt --seeds 1
+    python benchmarks/quality.py --data FOLDER --keep PROMPTS            # and ensembles of whole runs
+    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/quality.py --data FOLDER --methods few-shot --seeds 1
+    python benchmarks/results_page.py                                    # write docs/results.md from what is there
 
 With `--keep`, prompts are kept there, and those of three seeds are also scored as an ensemble, which then had three
 times the time (`soft-prompt-of-3`).
@@ -28,39 +29,45 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
 
 import softprompt as sp
 from sides import collate, virtual_tokens
 from softprompt.comparison.compare import TASKS, Base, run_method
-from softprompt.comparison.costs import measured
-from softprompt.comparison.learned_prompts import MEMBERS, DeepPrefixes, SoftPrompts
-from softprompt.comparison.method import Answers, Learned, Method, Protocol
+from softprompt.comparison.learned_prompts import MEMBERS, DeepPrefixes, Prompts, SoftPrompts
+from softprompt.comparison.learned_weights import Full, Lora
+from softprompt.comparison.method import Answers, Method, Protocol
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.results import Point, Result
-from softprompt.data.batching import draw
+from softprompt.comparison.results import Result
+from softprompt.comparison.trained import Trained
 from softprompt.data.examples import Example
 from softprompt.data.split import sample
+from softprompt.evaluation.scoring import Scores
+from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import joined
 from softprompt.prompt.soft_prompt import load_soft_prompt
-from softprompt.training.watcher import Watcher
+from softprompt.training.loop import TIMED, TIMING, Cuts, Loop, Pace, Weights
+from softprompt.training.plan import Plan
+from softprompt.training.run_folder import NOWHERE
+from softprompt.training.watcher import UNWATCHED, Watcher
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
-MORE_SEEDS = {"sst2": 3, "cb": 3}
+SEEDS = 3
 MINUTES = 8.0
-REFERENCE = 2.0  # seconds that `work` takes on the reference machine
+REFERENCE = 1.95  # seconds that `work` takes on the reference machine
+VALIDATION = 200  # rows to choose by: more would take time from learning
 FOLDER = Path(__file__).parent / "results" / "quality"
-_TRAIN, _VALIDATION, _TEST = 1000, 500, {"e2e": 300, "banking77": 1000}
-_EVALUATIONS = 4
-_CHOOSE = 200  # of the validation rows: more would take time from learning
+STEPS = FOLDER / "steps.json"
+_TRAIN, _TEST = 1000, {"e2e": 300, "banking77": 1000}
+_EARLY = 0.1  # of the time
 
 
 def rows_of(name: str, data: Path) -> tuple[sp.Rows, sp.Rows, sp.Rows]:
@@ -70,84 +77,84 @@ def rows_of(name: str, data: Path) -> tuple[sp.Rows, sp.Rows, sp.Rows]:
         file = data / name / f"{part}.jsonl"
         return sp.load_data(file if most is None else f"{file}[:{most}]")
 
-    return read("train", _TRAIN), read("validation", _VALIDATION), read("test", _TEST.get(name))
+    return read("train", _TRAIN), read("validation", 500), read("test", _TEST.get(name))
 
 
-def work(model: sp.FrozenModel) -> float:
-    """Return how many seconds a step of 16 rows of 40 tokens behind a prompt of 20 takes, the median of five."""
+def work(model: FrozenModel, times: int = 1) -> float:
+    """Return how many seconds a step of 16 rows of 40 tokens behind a prompt of 20 takes, the median of some."""
     rows = [Example(tuple((7919 * row + 104_729 * place) % 40_000 for place in range(40)), 38) for row in range(16)]
     prompt = torch.randn(20, model.embedding_width, generator=torch.Generator().manual_seed(0))
     taken = []
-    for _ in range(6):
+    for _ in range(times):
         began = time.monotonic()
         prompt_gradient(model, prompt, (), [rows], recompute=False)
         taken.append(time.monotonic() - began)
-    return median(taken[1:])  # the first one sets things up
+    return median(taken)
 
 
-class PeftAsShipped(Method):
+class PeftLoop(Loop):
+    """Learns a prompt from noise through PEFT's own model, with rows padded on the right."""
+
+    def __init__(self, model: FrozenModel, plan: Plan, watcher: Watcher = UNWATCHED) -> None:
+        torch.manual_seed(plan.config.seed)
+        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(plan.start))
+        self.peft = get_peft_model(model.hf_model, config)
+        self.prompt = virtual_tokens(self.peft)
+        super().__init__(model, plan, NOWHERE, watcher, {"prompt": self.prompt})
+
+    def weights(self) -> Weights:
+        """Return a copy of the prompt."""
+        return {"prompt": self.prompt.detach().clone()}
+
+    def evaluate(self, weights: Weights | None = None) -> Scores:
+        """Score the validation rows with our scorer."""
+        assert self.plan.scorer is not None
+        return self.plan.scorer.score(self.model, (weights or self.weights())["prompt"])
+
+    def backward(self, cuts: Cuts) -> float:
+        """Run the batch at once, as PEFT's users do."""
+        ((batch,),) = cuts
+        with torch.enable_grad():
+            loss: torch.Tensor = self.peft(**{k: v.to(self.model.device) for k, v in collate(batch).items()}).loss
+            loss.backward()
+        return float(loss.detach())
+
+
+class PeftAsShipped(Prompts):
     """PEFT's prompt tuning with the settings of its own example (its guide on prompt tuning a causal model).
 
-    8 virtual tokens drawn from N(0, 1), batches of 8, a learning rate of 0.03 that falls to zero, rows padded on the
-    right, the last prompt kept. Scored by our scorer, with the same template. Its evaluations are not counted as time.
+    8 virtual tokens drawn from N(0, 1), batches of 8, AdamW with a learning rate of 0.03 that falls to zero, the last
+    prompt kept. Scored by our scorer, with the same template.
     """
 
-    def learn(self) -> Learned:
-        protocol = self.protocol
-        plan = protocol.plan(seed=self.seed, batch_size=8, num_virtual_tokens=8, max_steps=100_000)
-        assert plan.scorer is not None
-        torch.manual_seed(self.seed)
-        model = get_peft_model(
-            protocol.model.hf_model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=8)
-        )
-        prompt = virtual_tokens(model)
-        optimizer = torch.optim.AdamW([prompt], 0.03)
-        curve: list[Point] = []
-        with measured(protocol.model.device) as effort:
-            spent, step, tokens, due = 0.0, 0, 0, 1
-            while spent < protocol.seconds:
-                began = time.monotonic()
-                batch = [plan.examples[i] for i in draw(len(plan.examples), 8, step, self.seed)]
-                optimizer.param_groups[0]["lr"] = 0.03 * max(0.0, 1 - spent / protocol.seconds)
-                loss = model(**collate(batch)).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                spent, step = spent + time.monotonic() - began, step + 1
-                tokens += sum(len(example.ids) for example in batch)
-                if spent >= due * protocol.seconds / _EVALUATIONS:
-                    due += 1
-                    scores = plan.scorer.score(protocol.model, prompt.detach().clone())
-                    curve.append(Point(step=step, seconds=spent, loss=float(loss.detach()), validation=scores.values()))
-        self._learned = prompt.detach().clone()
-        answers = Answers(protocol.model, plan.encoder.format, plan.encoder.max_length, (self._learned,))
-        effort.seconds = spent
-        settings: dict[str, object] = {
-            "max_steps": step,
-            "num_virtual_tokens": 8,
-            "batch_size": 8,
-            "learning_rate": 0.03,
-        }
-        self._answers = answers
-        return Learned(answers, prompt.numel(), effort, tokens, settings, curve)
+    rate = 0.03
+    settings = {  # noqa: RUF012 - never changed
+        "init": "random",
+        "num_virtual_tokens": 8,
+        "batch_size": 8,
+        "schedule": "linear",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1e9,
+        "micro_batch_tokens": 1_000_000,
+        "eval_rows": 0,
+    }
 
-    def store(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        save_file({"prompt_embeddings": self._learned}, folder / "adapter_model.safetensors")
-
-    def load(self, folder: Path) -> Answers:
-        return replace(self._answers, prompts=(load_file(folder / "adapter_model.safetensors")["prompt_embeddings"],))
-
-
-def early(protocol: Protocol) -> Protocol:
-    """Return a protocol with a tenth of the time, and no rows to choose by: that would take most of it."""
-    settings = {"max_minutes": protocol.seconds / 60 / 10, "eval_rows": 0}
-    return replace(protocol, config=protocol.config.model_copy(update=settings))
+    def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
+        return PeftLoop(self.protocol.model, plan, watcher)
 
 
 SHIPPED = "peft-prompt-tuning"
 EARLY: dict[str, type[Method]] = {"soft-prompt-early": SoftPrompts, "deep-prefix-early": DeepPrefixes}
 ALL: dict[str, type[Method]] = {**METHODS, SHIPPED: PeftAsShipped, **EARLY}
+# What is timed; the others take steps of the same kind.
+LEARNING: dict[str, type[Trained]] = {
+    "soft-prompt": SoftPrompts,
+    "deep-prefix": DeepPrefixes,
+    "lora": Lora,
+    "full": Full,
+    SHIPPED: PeftAsShipped,
+}
 # In the order in which they tell most, should there be no time for all.
 ORDER = (
     "zero-shot",
@@ -163,7 +170,67 @@ ORDER = (
 )
 
 
-def together(name: str, method: str, model: sp.FrozenModel, test: sp.Rows, kept_in: Path) -> None:
+@dataclass(frozen=True)
+class Timed:
+    """What a method takes on a set, in seconds of the reference machine.
+
+    Attributes:
+        step: for a step.
+        evaluation: for the validation rows.
+        plan: to make ready.
+        row: to answer a validation row.
+        peak_bytes: memory above the loaded model.
+        pace: how many times as long it took where it was timed.
+    """
+
+    step: float
+    evaluation: float
+    plan: float
+    row: float
+    peak_bytes: int
+    pace: float
+
+    def length(self, method: str) -> dict[str, int]:
+        """Return the settings by which a method takes as many steps as fit into its time."""
+        seconds = 60 * MINUTES
+        if method == SHIPPED:  # it does not have to know how long it takes
+            return Pace(self.step, 0).fitting(seconds)
+        if method in EARLY:  # no rows to choose by: they would take most of the time
+            return {"max_steps": self._within(_EARLY * seconds, 0)["max_steps"], "eval_rows": 0}
+        if method.endswith("-ensemble"):
+            found = self._within(seconds / MEMBERS, self.evaluation)
+            return {**found, "max_steps": MEMBERS * found["max_steps"]}
+        return self._within(seconds, self.evaluation)
+
+    def _within(self, seconds: float, evaluation: float) -> dict[str, int]:
+        """Return what fits beside making ready and finding out how much does, see `measure_pace`."""
+        steps = 1 + min(TIMED, int(TIMING * seconds / self.step) + 1)
+        return Pace(self.step, evaluation).fitting(seconds - self.plan - steps * self.step - evaluation)
+
+
+def timed() -> dict[str, dict[str, Timed]]:
+    """Return what was timed, by set and method."""
+    found = json.loads(STEPS.read_text()) if STEPS.exists() else {}
+    return {name: {method: Timed(**record) for method, record in ways.items()} for name, ways in found.items()}
+
+
+def protocol_of(name: str, method: str, model: FrozenModel, data: Path) -> tuple[Protocol, float | None]:
+    """Return what a method is given on a set, and the machine's pace where its time is a matter of the clock."""
+    train, validation, test = rows_of(name, data)
+    some = sample(validation, VALIDATION, 0)
+    way = next((way for way in LEARNING if method.startswith(way)), None)
+    if way is None:
+        pace = work(model, times=5) / REFERENCE
+        config = sp.TuneConfig(max_minutes=MINUTES * pace, eval_rows=VALIDATION)
+        return Protocol(model, train, some, test, config, search=False), pace
+    found = timed().get(name, {}).get(way)
+    if found is None:
+        raise SystemExit(f"{way} on {name} was not timed; run quality_steps.py")
+    config = sp.TuneConfig(**{"eval_rows": VALIDATION, **found.length(method)})
+    return Protocol(model, train, some, test, config, "examples", search=False), None
+
+
+def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in: Path) -> None:
     """Score the prompts of several seeds as an ensemble, where all of them are there."""
     found = [read(path_of(name, method, seed)) for seed in range(MEMBERS) if path_of(name, method, seed).exists()]
     folders = [kept_in / TASKS / f"{method}-{seed}" for seed in range(MEMBERS)]
@@ -226,40 +293,47 @@ def read(path: Path) -> Result:
     return Result.model_validate(record)
 
 
+def run(name: str, method: str, seed: int, model: FrozenModel, base: Base, data: Path, keep: Path | None) -> None:
+    """Run a method on a set, unless its result is there or another process is at it."""
+    path = path_of(name, method, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path(tempfile.gettempdir()) / f"softprompt-quality-{name}-{method}-{seed}.lock"
+    try:
+        with FileLock(lock, timeout=0), tempfile.TemporaryDirectory() as scratch:
+            if path.exists():
+                return
+            began = time.monotonic()
+            protocol, pace = protocol_of(name, method, model, data)
+            print(f"{name} {method} {seed}", flush=True)
+            place = keep / name if keep else Path(scratch)
+            result = run_method(method, seed, protocol, base, place, Steps(), ALL)
+            if pace is not None:
+                result.settings["pace"] = pace
+            path.write_text(json.dumps(kept(result)) + "\n")
+    except Timeout:
+        return
+    figures = ", ".join(f"{metric} {found.value:.3f}" for metric, found in result.metrics.items())
+    print(f"{name} {method} {seed}: {figures}; {time.monotonic() - began:.0f} s", flush=True)
+
+
 def main() -> None:
     """Run what is asked for and not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", choices=[*SETS, []], help="default: all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--methods", nargs="*", choices=list(ALL), default=ORDER)
-    parser.add_argument("--seeds", type=int, help=f"default: 1, but {MORE_SEEDS}")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--keep", type=Path, help="a folder to keep prompts in; three seeds' become an ensemble")
     options = parser.parse_args()
-    model = sp.load_model()
+    model = sp.load_model(dtype="float32")
     base = Base(model)
-    for method in options.methods:
-        for name in options.sets or SETS:
-            for seed in range(1 if method == "zero-shot" else options.seeds or MORE_SEEDS.get(name, 1)):
-                path = path_of(name, method, seed)
-                if path.exists():
-                    continue
-                began = time.monotonic()
-                pace = work(model) / REFERENCE
-                config = sp.TuneConfig(max_minutes=MINUTES * pace, eval_rows=_CHOOSE)
-                train, validation, test = rows_of(name, options.data)
-                protocol = Protocol(model, train, sample(validation, _CHOOSE, 0), test, config, search=False)
-                protocol = early(protocol) if method in EARLY else protocol
-                print(f"{name} {method} {seed}, pace {pace:.2f}", flush=True)
-                with tempfile.TemporaryDirectory() as scratch:
-                    place = options.keep / name if options.keep else Path(scratch)
-                    result = run_method(method, seed, protocol, base, place, Steps(), ALL)
-                result.settings["pace"] = pace
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(kept(result)) + "\n")
-                figures = ", ".join(f"{n} {m.value:.3f}" for n, m in result.metrics.items())
-                print(f"{name} {method} {seed}: {figures}; {time.monotonic() - began:.0f} s", flush=True)
-            if options.keep:
-                together(name, method, model, rows_of(name, options.data)[2], options.keep / name)
+    asked = [(name, method) for method in options.methods for name in options.sets or SETS]
+    for seed in range(options.seeds):
+        for name, method in asked:
+            if not seed or method != "zero-shot":
+                run(name, method, seed, model, base, options.data, options.keep)
+    for name, method in asked if options.keep else ():
+        together(name, method, model, rows_of(name, options.data)[2], options.keep / name)
 
 
 if __name__ == "__main__":

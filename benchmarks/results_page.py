@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from quality import EARLY, FOLDER, MINUTES, ORDER, SETS, SHIPPED, of_several, read
+from quality import EARLY, FOLDER, MINUTES, ORDER, SETS, SHIPPED, of_several, read, timed
 from softprompt.comparison.figures import count, duration, size
 from softprompt.comparison.results import PRIMARY, Result, statistic
 
@@ -103,53 +103,71 @@ def compared(runs: Runs, second: str, sets: Sequence[str]) -> list[str]:
     return lines
 
 
-def on_reference(result: Result, name: str) -> float:
-    """Return what a result took; times as they would be on the reference machine."""
-    value = float(getattr(result.costs, name))
-    return value / float(result.settings.get("pace", 1)) if name.endswith("_seconds") else value
+def shown(value: float | None, write: Callable[[float], str] = duration) -> str:
+    """Write a figure, if there is one."""
+    return "" if value is None else write(value)
 
 
 def costs(runs: Runs) -> list[str]:
-    """Return what each method takes, the mean over the sets that it was run on."""
+    """Return what each method takes, the mean over the sets; times and memory were measured on the reference machine.
+
+    Those of what learns are in `steps.json`; of prompts written by hand, which are searched for by the clock, in the
+    results.
+    """
     lines = [
-        "| | learned numbers | stored | learning | processor time | memory | a test row | switching | base weights | "
-        "perplexity of unrelated text |",
-        "|---" * 10 + "|",
+        "| | learned numbers | stored | a step | memory | a test row | base weights | perplexity of unrelated text |",
+        "|---" * 8 + "|",
     ]
+    steps = timed()
     for method in WHOLE:
         mine = [r for name in SETS for r in runs[name].get(method, [])]
         if not mine:
             continue
 
-        def mean(name: str, of: Sequence[Result] = mine) -> float:
-            return float(np.mean([on_reference(r, name) for r in of]))
+        def mean(values: Iterable[float]) -> float | None:
+            found = list(values)
+            return float(np.mean(found)) if found else None
 
-        changed = "the same" if all(r.costs.base_unchanged for r in mine) else "others"
-        lines.append(
-            f"| {method} | {count(round(mean('trainable_parameters')))} | {size(round(mean('stored_bytes')))} | "
-            f"{duration(mean('train_seconds'))} | {duration(mean('train_cpu_seconds'))} | "
-            f"{size(round(mean('peak_bytes')))} | {duration(mean('prediction_seconds'))} | "
-            f"{duration(mean('switch_seconds'))} | {changed} | "
-            f"{mean('perplexity_before'):.2f} → {mean('perplexity_after'):.2f} |"
+        learning = [steps[name][method] for name in SETS if method in steps.get(name, {})]
+        searched = [r for r in mine if "pace" in r.settings and method.endswith("-shot")]
+        row = mean(t.row for t in learning if t.row) or mean(
+            r.costs.prediction_seconds / r.settings["pace"] for r in searched
         )
+        peak = mean(t.peak_bytes for t in learning) or mean(r.costs.peak_bytes for r in searched)
+        changed = "the same" if all(r.costs.base_unchanged for r in mine) else "others"
+        before, after = (mean(getattr(r.costs, f"perplexity_{when}") for r in mine) for when in ("before", "after"))
+        lines.append(
+            f"| {method} | {shown(mean(r.costs.trainable_parameters for r in mine), lambda n: count(round(n)))} | "
+            f"{shown(mean(r.costs.stored_bytes for r in mine), lambda n: size(round(n)))} | "
+            f"{shown(mean(t.step for t in learning))} | {shown(peak, lambda n: size(round(n)))} | {shown(row)} | "
+            f"{changed} | {before:.2f} → {after:.2f} |"
+        )
+    return lines
+
+
+def steps_that_fit() -> list[str]:
+    """Return how many steps of each method fit into its time."""
+    methods = [method for method in WHOLE if any(method in ways for ways in timed().values())]
+    lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for name, ways in timed().items():
+        cells = [str(ways[method].length(method)["max_steps"]) if method in ways else "" for method in methods]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
 def sooner(runs: Runs) -> list[str]:
     """Return how good prompts are after a tenth of the time, less PEFT's as shipped after all of it."""
     there = [name for name in SETS if SHIPPED in runs[name]]
-    if not there:
-        return ["Not run yet."]
     methods = [m for m in EARLY if any(m in runs[name] for name in there)]
+    if not methods:
+        return ["Not run yet."]
     lines = ["| | PEFT at its end | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
     for name in there:
-        theirs = runs[name][SHIPPED]
-        cells = [f"{points(theirs):.1f} ({duration(on_reference(theirs[0], 'train_seconds'))})"]
+        cells = [f"{points(runs[name][SHIPPED]):.1f}"]
         for method in methods:
             mine = runs[name].get(method)
-            value, low, high, _ = differences(runs, method, SHIPPED, [name])
-            took = f" ({duration(on_reference(mine[0], 'train_seconds'))}): {signed(value, low, high)}" if mine else ""
-            cells.append(f"{points(mine):.1f}{took}" if mine else "")
+            less = f": {signed(*differences(runs, method, SHIPPED, [name])[:3])}" if mine else ""
+            cells.append(f"{points(mine):.1f}{less}" if mine else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -170,10 +188,13 @@ def longer(runs: Runs) -> list[str]:
 
 def page(runs: Runs) -> str:
     """Return the page."""
-    some = next(r for name in SETS for results in runs[name].values() for r in results)
-    machine = ", ".join(f"{k} {some.environment[k]}" for k in ("torch", "transformers") if k in some.environment)
-    learned = next((r for name in SETS for r in runs[name].get("lora", [])), None)
-    threads = "One core each" if learned is None or learned.settings.get("threads") == 1 else "Two cores"
+    keys = ("gpu", "processor", "torch", "transformers")
+    machines = {
+        ", ".join(value if key in keys[:2] else f"{key} {value}" for key in keys if (value := r.environment.get(key)))
+        for name in SETS
+        for results in runs[name].values()
+        for r in results
+    }
     return "\n".join(
         [
             "# Results",
@@ -182,13 +203,13 @@ def page(runs: Runs) -> str:
             "",
             "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows to choose by, the test rows",
             "for the figures (of banking77 the first 1,000, of e2e the first 300).",
-            f"{MINUTES:g} minutes of learning or searching each (`benchmarks/quality.py`) on one core of a Zen 5, on",
-            "another machine as much longer as a fixed piece of learning takes there; times are those of the first.",
+            f"{MINUTES:g} minutes of learning or searching each on one core of a Zen 5: what learns takes as many",
+            "steps as fit into them there (`benchmarks/quality_steps.py` counts them), on whatever machine it runs.",
             "Settings were chosen on validation rows of sst2, banking77 and e2e",
             "([how](../benchmarks/results/choices.md)); the other sets were run with what was chosen. All methods take",
             "the same rows, template, labels and scorer.",
             "",
-            f"{threads} of {some.environment.get('processor', 'an unknown processor')}, float32, {machine}.",
+            f"Run in float32 on: {'; '.join(sorted(machines))}.",
             f"One seed each where the table does not say more. `{SHIPPED}` is PEFT's prompt tuning with the",
             "settings of its own example: 8 virtual tokens from noise, in a plain loop, at its own speed.",
             "",
@@ -215,7 +236,7 @@ def page(runs: Runs) -> str:
             "## Time to quality",
             "",
             "Runs of a tenth of the time, which keep their last prompt, against PEFT's prompt tuning after all of it:",
-            "the figure, the time it took, and the difference in points with its 95 % interval.",
+            "the figure, and the difference in points with its 95 % interval.",
             "",
             *sooner(runs),
             "",
@@ -227,10 +248,14 @@ def page(runs: Runs) -> str:
             "",
             "## Costs",
             "",
-            "Means over the sets that each was run on. Memory is the peak above the loaded model while learning. The",
-            "processor time of `peft-prompt-tuning` has its evaluations in it, its time of learning has not.",
+            "Means over the sets, on one core of a Zen 5. Memory is the peak above the loaded model while learning; a",
+            "test row is one of the validation rows that prompts are chosen by.",
             "",
             *costs(runs),
+            "",
+            f"Steps that fit into {MINUTES:g} minutes with what stands around them:",
+            "",
+            *steps_that_fit(),
             "",
         ]
     )

@@ -18,6 +18,7 @@ from softprompt.data.batching import micro_batches
 from softprompt.data.examples import Example, shared_text
 from softprompt.errors import ModelError
 from softprompt.model import head
+from softprompt.model.attention import LIKE_ON_GPU
 from softprompt.model.cached import Cached
 from softprompt.model.choice import freeze
 from softprompt.model.concatenated import concatenated_loss
@@ -142,13 +143,26 @@ def test_every_architecture_gets_the_loss_and_gradient_of_concatenation(architec
             assert relative(gradient, wanted) < 1e-4
 
 
-def test_a_way_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Packed.text_pass
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_how_many_texts_have_their_attention_computed_together_changes_nothing(architecture: str) -> None:
+    model, prompt = frozen(architecture), start(frozen(architecture), 20)
+    found = []
+    for like in (1.0, LIKE_ON_GPU, 100.0):
+        model.way.like = like
+        found.append(prompt_gradient(model, prompt, (), [examples_of("mixed lengths")]))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert relative(gradient, found[0][1]) < 1e-4
 
-    def shifted(self: Packed, prefix, texts, wanted, **rest):  # type: ignore[no-untyped-def]
-        return right(self, prefix, texts, [w.clamp(min=0) for w in wanted], **rest)
 
-    monkeypatch.setattr(Packed, "text_pass", shifted)
+@pytest.mark.parametrize("run", ["text_pass", "joint_pass"])
+def test_a_way_that_is_wrong_is_not_taken(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(Packed, run)
+
+    def shifted(self: Packed, before, texts, wanted, *rest, **more):  # type: ignore[no-untyped-def]
+        return right(self, before, texts, [w.clamp(min=0) for w in wanted], *rest, **more)
+
+    monkeypatch.setattr(Packed, run, shifted)
     assert frozen("llama").way.name == "cached"
 
 

@@ -72,11 +72,12 @@ class Ensembles(_Kept):
 
     def learn(self) -> Learned:
         protocol = self.protocol
-        config = protocol.config.model_copy(update={"max_minutes": protocol.seconds / 60 / MEMBERS})
-        if protocol.equal == "examples":
+        if protocol.equal == "time":
+            share: dict[str, object] = {"max_minutes": protocol.seconds / 60 / MEMBERS}
+        else:
             steps = protocol.plan().config.max_steps or MEMBERS
-            config = config.model_copy(update={"max_steps": max(1, steps // MEMBERS), "epochs": None})
-        shared = replace(protocol, config=config)
+            share = {"max_steps": max(1, steps // MEMBERS), "epochs": None}
+        shared = replace(protocol, config=protocol.config.model_copy(update=share))
         members = [self.kind(shared, self.seed * MEMBERS + i, self.watcher) for i in range(MEMBERS)]
         parts = [member.learn() for member in members]
         self.prompt = joined([member.prompt for member in members], {})

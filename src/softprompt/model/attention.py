@@ -19,8 +19,9 @@ from softprompt.errors import ModelError
 from softprompt.model.ahead import Ahead
 from softprompt.model.prefix import Prefix
 
-# A text longer than this many times the shortest of its group begins another one.
-LIKE = 1.5
+# A text longer than this many times the shortest of its group begins another one: on a CPU what is padded costs most,
+# on a GPU the groups do, each of which starts some twenty kernels a layer.
+LIKE, LIKE_ON_GPU = 1.5, 8.0
 
 
 class Row:
@@ -31,6 +32,8 @@ class Row:
         lengths: tokens of each text.
         parents: per text, for each token the position of the token before it; None where all texts are chains.
         note: keep the keys and values of every layer in `noted`.
+        lead: tokens at the row's beginning that all texts stand behind; the prefixes give their number alone.
+        like: how unlike in length texts may be whose attention is computed together.
     """
 
     def __init__(
@@ -39,13 +42,17 @@ class Row:
         lengths: Sequence[int],
         parents: Sequence[Tensor] | None = None,
         note: bool = False,
+        lead: int = 0,
+        like: float = LIKE,
     ) -> None:
-        self.note = note
+        self.note, self.lead = note, lead
         self.noted: dict[int, tuple[Tensor, Tensor]] = {}
         self.groups = [
             Group(prefixes[begin:end], lengths[begin:end], None if parents is None else parents[begin:end])
-            for begin, end in like_lengths(lengths, [prefix.length for prefix in prefixes])
+            for begin, end in like_lengths(lengths, [prefix.length for prefix in prefixes], like)
         ]
+        if lead:
+            self.groups.insert(0, Group([Prefix()], [lead], None))
         self.sizes = [sum(group.lengths) for group in self.groups]
 
     def positions(self) -> Tensor:
@@ -53,12 +60,13 @@ class Row:
         return torch.cat([group.positions() for group in self.groups]).unsqueeze(0)
 
 
-def like_lengths(lengths: Sequence[int], aheads: Sequence[int]) -> list[tuple[int, int]]:
+def like_lengths(lengths: Sequence[int], aheads: Sequence[int], like: float = LIKE) -> list[tuple[int, int]]:
     """Cut texts into runs of like length, alone and with their prefixes, so that little of their attention is padding.
 
     Args:
         lengths: tokens of each text.
         aheads: positions of each text's prefix.
+        like: how many times as long as another one's a length may be.
     """
     cuts = [0]
     shortest = longest = lengths[0]
@@ -66,7 +74,7 @@ def like_lengths(lengths: Sequence[int], aheads: Sequence[int]) -> list[tuple[in
     for i in range(1, len(lengths)):
         shortest, longest = min(shortest, lengths[i]), max(longest, lengths[i])
         ahead, whole = max(ahead, aheads[i]), min(whole, aheads[i] + lengths[i])
-        if longest > LIKE * shortest or ahead + longest > LIKE * whole:
+        if longest > like * shortest or ahead + longest > like * whole:
             cuts.append(i)
             shortest = longest = lengths[i]
             ahead, whole = aheads[i], aheads[i] + lengths[i]
@@ -107,6 +115,7 @@ class Group:
             self._behind = torch.stack([pad(r, (0, n, 0, n)) for r, n in zip(reach, short, strict=True)])
         self.key_positions = self._key_positions(depths)
         self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _key_positions(self, depths: Tensor) -> Tensor:
         """Return `key_positions`: a token's is its prefix's length and its depth `[n or 1, t]` in the text."""
@@ -138,15 +147,19 @@ class Group:
         """`[heads, N, D]` to `[n, heads, t, D]`: every text takes the length of the longest."""
         tokens = row.transpose(0, 1)
         if not self._even:
-            tokens = _Spread.apply(  # type: ignore[no-untyped-call]
-                tokens, self._spread.to(row.device), self._gather.to(row.device)
-            )
+            tokens = _Spread.apply(tokens, *self._on(row.device))  # type: ignore[no-untyped-call]
         return tokens.view(len(self.lengths), self.longest, row.shape[0], -1).transpose(1, 2)
 
     def to_row(self, block: Tensor) -> Tensor:
         """`[n, heads, t, D]` back to `[N, heads, D]`."""
         tokens = block.transpose(1, 2).flatten(0, 1)
-        return tokens if self._even else tokens.index_select(0, self._gather.to(block.device))
+        return tokens if self._even else tokens.index_select(0, self._on(block.device)[1])
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return where tokens go and where they come from; copied once, not at every layer."""
+        if device not in self._places:
+            self._places[device] = (self._spread.to(device), self._gather.to(device))
+        return self._places[device]
 
 
 def _ancestors(parents: Tensor) -> Tensor:
@@ -212,12 +225,17 @@ def attention(
     if row.note:
         row.noted[layer] = (key, value)
     split = [states.squeeze(0).split(row.sizes, dim=1) for states in (query, key, value)]
-    made = []
+    made, lead = list[Tensor](), list[Tensor]()
     for group, *parts in zip(row.groups, *split, strict=True):
         queries, keys, values = (group.to_block(part) for part in parts)
-        if group.ahead.longest:
-            keys = torch.cat([group.ahead.keys(layer, keys.dtype), keys], dim=2)
-            values = torch.cat([group.ahead.values(layer, values.dtype), values], dim=2)
+        if row.lead and not made:
+            lead = [keys.float(), values.float()]  # so that their gradients are summed up in float32
+        elif group.ahead.longest:
+            if row.lead:
+                ahead = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in lead]
+            else:
+                ahead = [group.ahead.keys(layer, keys.dtype), group.ahead.values(layer, values.dtype)]
+            keys, values = torch.cat([ahead[0], keys], dim=2), torch.cat([ahead[1], values], dim=2)
         mask = group.mask(sliding_window, queries)
         if alibi_slopes is not None:
             places = group.key_positions.to(mask)[:, None, None, :]

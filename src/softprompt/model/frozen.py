@@ -89,7 +89,9 @@ class FrozenModel:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Return the input embeddings of token ids, `[T, H]`, through the model's own module (Gemma scales in it)."""
         with torch.no_grad():
-            embedded: Tensor = self.hf_model.get_input_embeddings()(torch.tensor(list(ids), device=self.device))
+            embedded: Tensor = self.hf_model.get_input_embeddings()(
+                torch.tensor(list(ids), dtype=torch.long, device=self.device)
+            )
         return embedded
 
     def prefix(self, prompt: Tensor | None, text: Sequence[int] = ()) -> Prefix:
@@ -108,15 +110,18 @@ class FrozenModel:
                 return prefix
             ids, nothing = torch.tensor(list(text)), torch.tensor([], dtype=torch.long)
             return self.way.text_pass(prefix, [ids], [nothing], extend=True).extended[0]
-        parts = []
-        if prompt is not None and len(prompt):
-            parts.append(prompt.to(self.device, self.hf_model.dtype))
-        if len(text):
-            parts.append(self.embed(text))
-        if not parts:
+        embeddings = self._embedded(prompt, text)
+        if not embeddings.shape[1]:
             return Prefix()
-        prefix = self.way.prompt_pass(torch.cat(parts).unsqueeze(0))
+        prefix = self.way.prompt_pass(embeddings)
         return Prefix(prefix.keys, prefix.values, prefix.last, prefix.length, tuple(text))
+
+    def _embedded(self, prompt: Tensor | None, text: Sequence[int]) -> Tensor:
+        """Return the embeddings of a soft prompt and of what all examples begin with, `[1, P, H]`."""
+        parts = [self.embed(text)] if len(text) or prompt is None else []
+        if prompt is not None:
+            parts.insert(0, prompt.to(self.device, self.hf_model.dtype))
+        return torch.cat(parts).unsqueeze(0)
 
     @torch.no_grad()
     def kept_prefix(self, prompt: Tensor | None) -> Prefix:
@@ -141,12 +146,21 @@ class FrozenModel:
             examples: they are run at once: a micro-batch.
             recompute: run each layer again in the backward pass, in less memory.
         """
-        held = [len(each.text) for each in one_each(prefix, len(examples))]
-        # What a text's last token is followed by is nobody's question, so it is not run; but one token always is.
-        texts = [torch.tensor(e.ids[h : max(len(e.ids) - 1, h + 1)]) for e, h in zip(examples, held, strict=True)]
-        wanted = [torch.arange(e.start - h - 1, len(e.ids) - h - 1) for e, h in zip(examples, held, strict=True)]
-        targets = torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
+        texts, wanted, targets = _asked(examples, [len(each.text) for each in one_each(prefix, len(examples))])
         return self.way.head.losses(self.way.text_pass(prefix, texts, wanted, recompute=recompute).hidden, targets)
+
+    def joint_loss(
+        self, prompt: Tensor, text: Sequence[int], examples: Sequence[Example], recompute: bool = False
+    ) -> Tensor:
+        """Return what `loss` gives behind `prefix(prompt, text)`, both in one pass; only where the way `joins`.
+
+        Args:
+            prompt: a soft prompt `[P, H]`; the loss is differentiable with respect to it.
+            text, examples, recompute: as there.
+        """
+        texts, wanted, targets = _asked(examples, [len(text)] * len(examples))
+        hidden = self.way.joint_pass(self._embedded(prompt, text), texts, wanted, recompute)
+        return self.way.head.losses(hidden, targets)
 
     @torch.no_grad()
     def read(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
@@ -158,3 +172,16 @@ class FrozenModel:
         ids = [torch.tensor(list(text)) for text in texts]
         done = self.way.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
         return self.way.head.logits(done.hidden), done.extended
+
+
+def _asked(examples: Sequence[Example], held: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Return the texts of examples, the positions that predict their targets, and all targets.
+
+    Args:
+        examples: whole.
+        held: how many of an example's first tokens stand before its text.
+    """
+    # What a text's last token is followed by is nobody's question, so it is not run; but one token always is.
+    texts = [torch.tensor(e.ids[h : max(len(e.ids) - 1, h + 1)]) for e, h in zip(examples, held, strict=True)]
+    wanted = [torch.arange(e.start - h - 1, len(e.ids) - h - 1) for e, h in zip(examples, held, strict=True)]
+    return texts, wanted, torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])

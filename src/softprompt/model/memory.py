@@ -53,6 +53,7 @@ class Footprint:
         logit: bytes that one logit takes while its gradient is found.
         vocabulary: V.
         pads: whether the way pads a micro-batch's texts to its longest.
+        like: how unlike in length texts may be whose attention is computed together, where it does not.
         cached: bytes that a position takes in the cache of all layers, 0 where the way has none.
         recompute: whether the layers run again in the backward pass.
         prefixes: how many different ones stand before a micro-batch's texts; measured is one.
@@ -66,6 +67,7 @@ class Footprint:
     logit: float
     vocabulary: int
     pads: bool
+    like: float = LIKE
     cached: float = 0.0
     recompute: bool = False
     prefixes: int = 1
@@ -105,8 +107,8 @@ class Footprint:
         """
         if self.prefixes > 1:
             longest = max(lengths)
-            return [(1, longest if self.pads else min(longest, int(LIKE * length))) for length in lengths]
-        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths, [self.ahead] * len(lengths))
+            return [(1, longest if self.pads else min(longest, int(self.like * length))) for length in lengths]
+        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths, [self.ahead] * len(lengths), self.like)
         return [(end - begin, max(lengths[begin:end])) for begin, end in groups]
 
     def _inputs(self, lengths: Sequence[int]) -> float:
@@ -169,6 +171,7 @@ def measure(model: FrozenModel, ahead: int) -> Footprint:
         logit=3 * 4 + 2 * kept.total / logits.numel(),
         vocabulary=logits.shape[-1],
         pads=model.way.pads,
+        like=model.way.like,
         cached=sum(t.numel() for t in prefix) / leaves.length * hidden.element_size() if model.way.pads else 0.0,
     )
 

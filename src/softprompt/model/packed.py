@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt.model.ahead import one_each
-from softprompt.model.attention import Row, attention, current
+from softprompt.model.attention import LIKE, LIKE_ON_GPU, Row, attention, current
 from softprompt.model.bloom import bloom_attention
 from softprompt.model.head import replaced
 from softprompt.model.prefix import Prefix
@@ -47,6 +47,7 @@ class Packed(Way):
 
     name = "packed"
     pads = False
+    joins = True
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         super().__init__(hf_model)
@@ -57,6 +58,7 @@ class Packed(Way):
         ]
         self._layers = [module for module in hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.recomputes = bool(self._layers)
+        self.like = LIKE if input_device(hf_model).type == "cpu" else LIKE_ON_GPU
 
     @contextmanager
     def _running(self, row: Row) -> Iterator[None]:
@@ -93,17 +95,23 @@ class Packed(Way):
                 stack.enter_context(replaced(layer, twice))
             yield
 
+    def _hidden(self, row: Row, recompute: bool = False, **inputs: Tensor) -> Tensor:
+        """Run a row, and return the output head's input at all of its positions, `[1, N, H]`."""
+        taken: list[Tensor] = []
+        positions = row.positions().to(input_device(self.hf_model))
+        recomputing = self._recomputing(row) if recompute else nullcontext()
+        with self._running(row), self.head.skipped(taken.append), recomputing:
+            self.hf_model(**inputs, position_ids=positions, use_cache=False)
+        return taken[0]
+
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]
         row = Row([Prefix()], [length], note=True)
-        taken: list[Tensor] = []
-        with self._running(row), self.head.skipped(taken.append):
-            positions = row.positions().to(embeddings.device)
-            self.hf_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        hidden = self._hidden(row, inputs_embeds=embeddings)
         return Prefix(
             keys=[row.noted[i][0] for i in range(len(row.noted))],
             values=[row.noted[i][1] for i in range(len(row.noted))],
-            last=taken[0][0, -1:],
+            last=hidden[0, -1:],
             length=length,
         )
 
@@ -116,24 +124,36 @@ class Packed(Way):
         extend: bool = False,
         recompute: bool = False,
     ) -> TextPass:
-        lengths = [len(text) for text in texts]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        device = input_device(self.hf_model)
+        lengths, starts = _lengths_and_starts(texts)
         prefixes = one_each(prefix, len(texts))
-        row = Row(prefixes, lengths, parents, note=extend)
-        taken: list[Tensor] = []
-        ids = torch.cat(list(texts)).unsqueeze(0).to(device)
-        recomputing = self._recomputing(row) if recompute else nullcontext()
-        with self._running(row), self.head.skipped(taken.append), recomputing:
-            self.hf_model(input_ids=ids, position_ids=row.positions().to(device), use_cache=False)
-        hidden = rows_of(taken[0], starts, wanted, prefixes)
+        row = Row(prefixes, lengths, parents, note=extend, like=self.like)
+        ids = torch.cat(list(texts)).unsqueeze(0).to(input_device(self.hf_model))
+        hidden = self._hidden(row, recompute, input_ids=ids)
+        wished = rows_of(hidden, starts, wanted, prefixes)
         if not extend:
-            return TextPass(hidden)
+            return TextPass(wished)
         extended = [
-            _extended(own, row.noted, slice(s, s + t), taken[0][0, s + t - 1 : s + t], text)
+            _extended(own, row.noted, slice(s, s + t), hidden[0, s + t - 1 : s + t], text)
             for own, s, t, text in zip(prefixes, starts, lengths, texts, strict=True)
         ]
-        return TextPass(hidden, extended)
+        return TextPass(wished, extended)
+
+    def joint_pass(
+        self, embeddings: Tensor, texts: Sequence[Tensor], wanted: Sequence[Tensor], recompute: bool = False
+    ) -> Tensor:
+        lead = embeddings.shape[1]
+        lengths, starts = _lengths_and_starts(texts, lead)
+        row = Row([Prefix(length=lead)] * len(texts), lengths, lead=lead, like=self.like)
+        ids = torch.cat(list(texts)).to(embeddings.device)
+        embedded = torch.cat([embeddings, self.hf_model.get_input_embeddings()(ids).unsqueeze(0)], dim=1)
+        hidden = self._hidden(row, recompute, inputs_embeds=embedded)
+        return rows_of(hidden, starts, wanted, [Prefix(last=hidden[0, lead - 1 : lead])] * len(texts))
+
+
+def _lengths_and_starts(texts: Sequence[Tensor], first: int = 0) -> tuple[list[int], list[int]]:
+    """Return how long texts are, and where each begins in their row."""
+    lengths = [len(text) for text in texts]
+    return lengths, [first + sum(lengths[:i]) for i in range(len(lengths))]
 
 
 def _extended(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.model.attention import LIKE
 from softprompt.model.head import Head
 from softprompt.model.prefix import Prefix
 from softprompt.model.products import products
@@ -40,6 +41,8 @@ class Way(ABC):
     name: str
     pads: bool  # whether the shorter texts of a pass cost as much as the longest
     recomputes = False  # whether the layers can run again in the backward pass
+    joins = False  # whether a prompt and texts can run in one pass
+    like = LIKE  # how unlike in length texts may be whose attention is computed together
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         self.hf_model = hf_model
@@ -78,6 +81,20 @@ class Way(ABC):
             recompute: keep the layers' inputs alone for the backward pass, and run each layer again there; only where
                 the way `recomputes`.
         """
+
+    def joint_pass(
+        self, embeddings: Tensor, texts: Sequence[Tensor], wanted: Sequence[Tensor], recompute: bool = False
+    ) -> Tensor:
+        """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where the way `joins`.
+
+        Args:
+            embeddings: what all texts stand behind.
+            texts, wanted, recompute: as of a text's pass.
+
+        Returns:
+            `[R, H]`, the output head's input at each wanted position, text by text.
+        """
+        raise NotImplementedError
 
 
 def input_device(hf_model: PreTrainedModel) -> torch.device:

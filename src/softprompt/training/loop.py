@@ -29,8 +29,8 @@ from softprompt.training.run_folder import Progress, RunFolder, State
 from softprompt.training.watcher import Watcher
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_TIMED = 4  # steps at most
-_TIMING = 0.05  # of the time, from which on no further step is timed
+TIMED = 4  # steps at most
+TIMING = 0.05  # of the time, from which on no further step is timed
 _EVALUATED = 0.25  # of the time
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
@@ -283,14 +283,14 @@ def measure_pace(loop: Loop, seconds: float) -> Pace:
     config, plan, evaluation = loop.plan.config, loop.plan, 0.0
     assert config.batch_size
     loop.optimizer.param_groups[0]["lr"] = 0.0
-    batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in range(_TIMED + 1)]
+    batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in range(TIMED + 1)]
     for number, rows in enumerate(batches):
         if number <= 1:  # the first one sets things up
             began = time.monotonic()
         loop.gradient([plan.examples[i] for i in rows])
         loop.optimizer.step()
         spent = time.monotonic() - began
-        if number and spent > _TIMING * seconds and loop.processes.count == 1:
+        if number and spent > TIMING * seconds and loop.processes.count == 1:
             break  # of several processes all have to take the same steps
     step = spent / number
     if plan.scorer:

@@ -1,0 +1,110 @@
+"""Time the steps of every learning method: how many of them `quality.py` takes is what fits in its minutes.
+
+Timed here are a few steps and an evaluation of some validation rows, in one thread; before and after each of them a
+fixed piece of learning is timed too, and what that takes longer than on the reference machine, one core of a Zen 5, is
+taken off. `results/quality/steps.json` has what they took there. With the steps counted, the runs themselves can be
+made on any machine, and with more seeds; `docs/results.md` has its costs from here.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/quality_steps.py --data FOLDER [sets] [--methods …]
+
+What is there is not timed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import softprompt as sp
+from quality import LEARNING, REFERENCE, SETS, STEPS, VALIDATION, Timed, rows_of, timed, work
+from softprompt.comparison.costs import measured
+from softprompt.comparison.method import Protocol
+from softprompt.data.batching import draw
+from softprompt.data.split import sample
+from softprompt.training.watcher import UNWATCHED
+
+_STEPS = 3
+_EVALUATED = 50  # validation rows; the time is taken as many times as there are more of them
+
+
+class Clock:
+    """Tells how long something would take on the reference machine."""
+
+    def __init__(self) -> None:
+        self.model = sp.load_model(dtype="float32", device="cpu")  # its own: LoRA changes the one that learns
+        self.before = work(self.model)
+        self.paces: list[float] = []
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        began = time.monotonic()
+        run()
+        taken, after = time.monotonic() - began, work(self.model)
+        self.paces.append((self.before + after) / 2 / REFERENCE)
+        self.before = after
+        return taken / self.paces[-1]
+
+
+def measure(clock: Clock, model: sp.FrozenModel, name: str, way: str, data: Path) -> Timed:
+    """Time a method on a set."""
+    train, validation, test = rows_of(name, data)
+    some = sample(validation, _EVALUATED, 0)
+    protocol = Protocol(model, train, some, test, sp.TuneConfig(eval_rows=len(some)), "examples", search=False)
+    method = LEARNING[way](protocol, 0, UNWATCHED)
+    try:
+        with measured(model.device) as effort:
+            began = time.monotonic()
+            plan = protocol.plan(seed=0, learning_rate=method.rate, **method.settings)
+            planned = time.monotonic() - began
+            loop = method.loop(plan)
+            loop.optimizer.param_groups[0]["lr"] = 0.0
+            assert plan.config.batch_size
+            batches = [draw(len(plan.examples), plan.config.batch_size, step, 0) for step in range(1 + _STEPS)]
+
+            def step(rows: Sequence[int]) -> None:
+                loop.gradient([plan.examples[i] for i in rows])
+                loop.optimizer.step()
+
+            clock.paces.clear()
+            _, *steps = [clock(partial(step, rows)) for rows in batches]  # the first one sets things up
+            evaluation = clock(loop.evaluate) if plan.scorer else 0.0
+    finally:
+        method.close()
+    pace = mean(clock.paces)
+    return Timed(
+        step=mean(steps),
+        evaluation=evaluation * min(VALIDATION, len(validation)) / len(some),
+        plan=planned / pace,
+        row=evaluation / len(some),
+        peak_bytes=effort.peak_bytes,
+        pace=pace,
+    )
+
+
+def main() -> None:
+    """Time what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", choices=[*SETS, []], help="default: all")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
+    parser.add_argument("--methods", nargs="*", choices=list(LEARNING), default=list(LEARNING))
+    options = parser.parse_args()
+    model, clock = sp.load_model(dtype="float32", device="cpu"), Clock()
+    for name in options.sets or SETS:
+        for way in options.methods:
+            if way in timed().get(name, {}):
+                continue
+            found = measure(clock, model, name, way, options.data)
+            record = {other: {w: asdict(t) for w, t in ways.items()} for other, ways in timed().items()}
+            record.setdefault(name, {})[way] = asdict(found)
+            STEPS.parent.mkdir(parents=True, exist_ok=True)
+            STEPS.write_text(json.dumps(record, indent=1) + "\n")
+            print(name, way, found, found.length(way), flush=True)
+
+
+if __name__ == "__main__":
+    main()
