@@ -134,11 +134,15 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
 }
 
 
-def tiny_model(architecture: str) -> PreTrainedModel:
-    """A random model, the same each time."""
+def tiny_model(architecture: str, **settings: object) -> PreTrainedModel:
+    """A random model, the same each time; some of its configuration's settings may be others."""
+    config = ARCHITECTURES[architecture][1]()
+    for name, value in settings.items():
+        setattr(config, name, value)
     torch.manual_seed(0)
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture][1]())
-    # Random weights of the usual size give nearly the same logits everywhere; larger ones tell positions apart.
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    # Random weights of the usual size give nearly the same logits everywhere; larger ones tell positions apart, and let
+    # no token stand between two experts, where rounding decides.
     for parameter in made.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(3)

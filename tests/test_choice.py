@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.model.attention import Group
@@ -18,11 +18,7 @@ LONG = 64  # no text of the load check is so long
 
 
 def long_window(architecture: str) -> PreTrainedModel:
-    config: PretrainedConfig = ARCHITECTURES[architecture][1]()
-    config.sliding_window = LONG
-    torch.manual_seed(0)
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return made
+    return tiny_model(architecture, sliding_window=LONG)
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)

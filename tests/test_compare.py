@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 
 import softprompt as sp
 from conftest import Command
-from softprompt.comparison import USUAL
+from softprompt.comparison import USUAL, learned_weights
 from softprompt.comparison import compare as comparing
 from softprompt.comparison.compare import ComparisonWatcher, compare
 from softprompt.comparison.costs import general_perplexity, measured, weights_hash
@@ -398,6 +400,26 @@ def test_a_method_that_fails_does_not_stop_the_others(
     monkeypatch.undo()
     done = compare(llama, films(60), methods=["soft-prompt", "zero-shot", "lora"], **common)
     assert len(done.results) == 3
+
+
+def test_a_method_s_copy_of_the_model_is_gone_when_the_next_begins(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, left, right = list[weakref.ref[Any]](), list[int](), learned_weights.unfrozen
+
+    def noted(model: FrozenModel) -> FrozenModel:
+        left.append(sum(copy() is not None for copy in copies))
+        made = right(model)
+        copies.append(weakref.ref(made.hf_model))
+        return made
+
+    monkeypatch.setattr(learned_weights, "unfrozen", noted)
+    gc.disable()  # it would come by sooner or later: a large model does not fit until then
+    try:
+        compare(llama, films(60), methods=["full"], seeds=3, config=settings(), equal="examples")
+    finally:
+        gc.enable()
+    assert left == [0, 0, 0]
 
 
 def test_a_result_that_is_not_finite_comes_back(compared: tuple[Path, list[Result]], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -273,6 +274,7 @@ def run_method(
     methods: Mapping[str, type[Method]] = METHODS,
 ) -> Result:
     """Let a method learn, and measure what it gives and takes."""
+    gc.collect()  # what the one before held, a copy of the model perhaps, holds itself in cycles
     method = methods[name](protocol, seed, watcher)
     try:
         learned = method.learn()
