@@ -145,14 +145,24 @@ def costs(runs: Runs) -> list[str]:
     return lines
 
 
-def steps_that_fit() -> list[str]:
-    """Return how many steps of each method fit into its time."""
-    methods = [method for method in WHOLE if any(method in ways for ways in timed().values())]
+def steps_taken(runs: Runs) -> list[str]:
+    """Return how many steps the runs of each method took, seed by seed."""
+    methods = [m for m in (*WHOLE, *EARLY) if any("max_steps" in r.settings for n in SETS for r in runs[n].get(m, []))]
     lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for name, ways in timed().items():
-        cells = [str(ways[method].length(method)["max_steps"]) if method in ways else "" for method in methods]
+    for name in SETS:
+        cells = [", ".join(steps_of(name, r) for r in runs[name].get(method, [])) for method in methods]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def steps_of(name: str, result: Result) -> str:
+    """Write how many steps a run took, of an ensemble each member; in brackets the count, where the clock said so."""
+    steps = result.settings["max_steps"]
+    if isinstance(steps, list):
+        return f"{len(steps)} × {steps[0]}"
+    if result.settings["equal"] == "examples":
+        return str(steps)
+    return f"{steps} ({timed()[name][result.method.removesuffix('-early')].length(result.method)['max_steps']})"
 
 
 def sooner(runs: Runs) -> list[str]:
@@ -204,7 +214,8 @@ def page(runs: Runs) -> str:
             "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows to choose by, the test rows",
             "for the figures (of banking77 the first 1,000, of e2e the first 300).",
             f"{MINUTES:g} minutes of learning or searching each on one core of a Zen 5: what learns takes as many",
-            "steps as fit into them there (`benchmarks/quality_steps.py` counts them), on whatever machine it runs.",
+            "steps as fit into them there (`benchmarks/quality_steps.py` counts them), on whatever machine it runs;",
+            "older runs went by the clock (see the steps at the end).",
             "Settings were chosen on validation rows of sst2, banking77 and e2e",
             "([how](../benchmarks/results/choices.md)); the other sets were run with what was chosen. All methods take",
             "the same rows, template, labels and scorer.",
@@ -248,14 +259,16 @@ def page(runs: Runs) -> str:
             "",
             "## Costs",
             "",
-            "Means over the sets, on one core of a Zen 5. Memory is the peak above the loaded model while learning; a",
-            "test row is one of the validation rows that prompts are chosen by.",
+            "Means over the sets, on one core of a Zen 4, with times as they would be on a Zen 5 (`REFERENCE` in",
+            "`benchmarks/quality.py`). Memory is the peak above the loaded model while learning. Of what learns, a test",
+            "row is one of the validation rows that prompts are chosen by.",
             "",
             *costs(runs),
             "",
-            f"Steps that fit into {MINUTES:g} minutes with what stands around them:",
+            "Steps that the runs took, seed by seed. Those with brackets are older and went by the clock, on machines",
+            "that did something else besides; in the brackets is what would have been counted.",
             "",
-            *steps_that_fit(),
+            *steps_taken(runs),
             "",
         ]
     )

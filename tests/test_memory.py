@@ -130,8 +130,7 @@ def test_a_steps_peak_is_predicted(architecture: str, ahead: int, loss: str, mon
         with Live() as live:
             prompt_gradient(model, prompt, (), [examples])
         predicted = footprint.step([tokens] * texts, sum(e.targets for e in examples))
-        # Few layers: one of them counts for much, and in one pass with a prompt the first keeps a little more.
-        assert 0.94 * live.most < predicted < 1.6 * live.most
+        assert 0.97 * live.most < predicted < 1.6 * live.most  # few layers: one of them counts for much
 
 
 def test_scoring_takes_far_less_than_training(llama: FrozenModel) -> None:

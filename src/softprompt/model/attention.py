@@ -229,13 +229,11 @@ def attention(
     for group, *parts in zip(row.groups, *split, strict=True):
         queries, keys, values = (group.to_block(part) for part in parts)
         if row.lead and not made:
+            # As views they would keep the whole row's queries, keys and values for the backward pass.
+            queries, keys, values = queries.clone(), keys.clone(), values.clone()
             lead = [keys.float(), values.float()]  # so that their gradients are summed up in float32
-        elif group.ahead.longest:
-            if row.lead:
-                ahead = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in lead]
-            else:
-                ahead = [group.ahead.keys(layer, keys.dtype), group.ahead.values(layer, values.dtype)]
-            keys, values = torch.cat([ahead[0], keys], dim=2), torch.cat([ahead[1], values], dim=2)
+        else:
+            keys, values = _behind(group, lead, layer, keys, values)
         mask = group.mask(sliding_window, queries)
         if alibi_slopes is not None:
             places = group.key_positions.to(mask)[:, None, None, :]
@@ -246,6 +244,21 @@ def attention(
             out = _plain(queries, keys, values, mask, scaling, softcap, s_aux)
         made.append(group.to_row(out))
     return torch.cat(made).unsqueeze(0), None
+
+
+def _behind(group: Group, lead: Sequence[Tensor], layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Put before a group's keys and values, `[n, K, t, D]`, those of what its texts stand behind.
+
+    Args:
+        lead: keys and values `[1, K, P, D]` of the row's beginning; empty where the group has prefixes, or nothing.
+    """
+    if lead:
+        ahead = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in lead]
+    elif group.ahead.longest:
+        ahead = [group.ahead.keys(layer, keys.dtype), group.ahead.values(layer, values.dtype)]
+    else:
+        return keys, values
+    return torch.cat([ahead[0], keys], dim=2), torch.cat([ahead[1], values], dim=2)
 
 
 def _plain(

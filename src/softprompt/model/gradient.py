@@ -41,16 +41,16 @@ def prompt_gradient(
         if len(micro_batches) == 1 and model.way.joins and not is_deep(prompt):
             loss = model.joint_loss(prompt, text, micro_batches[0], recompute).sum()
             loss.backward()
-            assert prompt.grad is not None
-            return float(loss.detach()) / targets, prompt.grad / targets
-        prefix = model.prefix(prompt, text)
-        leaves = prefix.leaves()
-        total = 0.0
-        for part in micro_batches:
-            # The sum: divided by the number of targets, half precision would lose the gradients of most logits.
-            loss = model.loss(leaves, part, recompute).sum()
-            loss.backward()
-            total += float(loss.detach())
-        prefix.backward(leaves)
+            total = float(loss.detach())
+        else:
+            prefix = model.prefix(prompt, text)
+            leaves = prefix.leaves()
+            total = 0.0
+            for part in micro_batches:
+                # The sum: divided by the number of targets, half precision would lose the gradients of most logits.
+                loss = model.loss(leaves, part, recompute).sum()
+                loss.backward()
+                total += float(loss.detach())
+            prefix.backward(leaves)
     assert prompt.grad is not None
     return total / targets, prompt.grad / targets
