@@ -49,7 +49,7 @@ from softprompt.comparison.results import Result
 from softprompt.comparison.trained import Trained
 from softprompt.data.examples import Example
 from softprompt.data.split import sample
-from softprompt.evaluation.scoring import Scores
+from softprompt.evaluation.scoring import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import joined
@@ -106,10 +106,11 @@ class PeftLoop(Loop):
         """Return a copy of the prompt."""
         return {"prompt": self.prompt.detach().clone()}
 
-    def evaluate(self, weights: Weights | None = None) -> Scores:
-        """Score the validation rows with our scorer."""
-        assert self.plan.scorer is not None
-        return self.plan.scorer.score(self.model, (weights or self.weights())["prompt"])
+    def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
+        """Score rows with our scorer."""
+        scorer = scorer or self.plan.scorer
+        assert scorer is not None
+        return scorer.score(self.model, (weights or self.weights())["prompt"])
 
     def backward(self, cuts: Cuts) -> float:
         """Run the batch at once, as PEFT's users do."""
@@ -181,6 +182,7 @@ class Timed:
         row: to answer a validation row.
         peak_bytes: memory above the loaded model.
         pace: how many times as long it took where it was timed.
+        last: to score all of many labels of the validation rows, at the end.
     """
 
     step: float
@@ -189,6 +191,7 @@ class Timed:
     row: float
     peak_bytes: int
     pace: float
+    last: float = 0.0
 
     def length(self, method: str) -> dict[str, int]:
         """Return the settings by which a method takes as many steps as fit into its time."""
@@ -205,7 +208,8 @@ class Timed:
     def _within(self, seconds: float, evaluation: float) -> dict[str, int]:
         """Return what fits beside making ready and finding out how much does, see `measure_pace`."""
         steps = 1 + min(TIMED, int(TIMING * seconds / self.step) + 1)
-        return Pace(self.step, evaluation).fitting(seconds - self.plan - steps * self.step - evaluation)
+        pace = Pace(self.step, evaluation, self.last if evaluation else 0.0)
+        return pace.fitting(seconds - self.plan - steps * self.step - evaluation)
 
 
 def timed() -> dict[str, dict[str, Timed]]:

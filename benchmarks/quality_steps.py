@@ -75,6 +75,8 @@ def measure(clock: Clock, model: sp.FrozenModel, name: str, way: str, data: Path
             clock.paces.clear()
             _, *steps = [clock(partial(step, rows)) for rows in batches]  # the first one sets things up
             evaluation = clock(loop.evaluate) if plan.scorer else 0.0
+            labels = plan.label_scorer()
+            last = clock(partial(loop.evaluate, scorer=labels)) if labels else 0.0
     finally:
         method.close()
     pace = mean(clock.paces)
@@ -85,6 +87,7 @@ def measure(clock: Clock, model: sp.FrozenModel, name: str, way: str, data: Path
         row=evaluation / len(some),
         peak_bytes=effort.peak_bytes,
         pace=pace,
+        last=last * min(VALIDATION, len(validation)) / len(some),
     )
 
 

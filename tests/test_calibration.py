@@ -1,21 +1,37 @@
-"""Contextual calibration: what the model makes of each label behind texts that say nothing is taken off."""
+"""Calibration: what makes a label more likely whatever the text says is taken off."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import SHORT, Command, frozen
+from softprompt.config import TuneConfig
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import make_format
-from softprompt.errors import SettingsError
-from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, calibrated_or_plain, content_free
+from softprompt.errors import PromptError, SettingsError
+from softprompt.evaluation.calibration import (
+    CalibratedScorer,
+    CalibratedScores,
+    calibrated_or_plain,
+    content_free,
+    prior_matching,
+    shifted,
+)
+from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer
+from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer, make_scorer
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import load_prompt
+from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt
+from softprompt.training.ensemble import tune_ensemble
+from softprompt.training.tune import tune
 from test_evaluation import ONE_TOKEN, SEVERAL_TOKENS, TEXTS, labelled, prompt_for, soft_prompt, token_losses
 from test_work import counted
 
@@ -153,3 +169,121 @@ def test_the_command_calibrates_with_a_prompt_and_without(
         "calibration = always: Input should be 'none' or 'contextual'"
         in fails("evaluate", "none", reviews, "--model", llama_folder, "--set", "calibration=always").err
     )
+
+
+def likelihoods(rows: int, labels: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(scale=2.0, size=(rows, labels))
+
+
+def scores_of(log_likelihoods: np.ndarray, labels: list[str]) -> LabelScores:
+    count = len(log_likelihoods)
+    rows = load_data([{"text": f"a parcel {n}", "label": labels[n % len(labels)]} for n in range(count)])
+    gold = np.arange(count) % len(labels)
+    return LabelScores(rows, np.ones(count), np.ones(count, dtype=np.int64), log_likelihoods, labels, gold)
+
+
+def test_prior_matching_makes_labels_as_likely_as_they_are_frequent() -> None:
+    labels = ["a", "b", "c"]
+    train = load_data([{"text": str(n), "label": "aaaaabbc"[n % 8]} for n in range(800)])
+    scores = scores_of(likelihoods(300, 3) + np.array([4.0, 0.0, -3.0]), labels)
+    bias = prior_matching(scores, train)
+    shares = shifted(scores, bias).probabilities().mean(axis=0)
+    assert shares == pytest.approx([501 / 803, 201 / 803, 101 / 803], abs=0.01)
+    assert sum(bias.values()) == pytest.approx(0)
+
+
+def test_prior_matching_takes_off_what_is_added_to_a_label_everywhere() -> None:
+    labels = [f"label {n}" for n in range(20)]
+    train = load_data([{"text": str(n), "label": labels[n % 20]} for n in range(200)])
+    fair = scores_of(likelihoods(400, 20), labels)
+    fair = shifted(fair, prior_matching(fair, train))
+    added = dict(zip(labels, np.linspace(-2, 2, 20).tolist(), strict=True))
+    bias = prior_matching(shifted(fair, added), train)
+    assert [bias[label] + added[label] for label in labels] == pytest.approx([0.0] * 20, abs=0.1)
+
+
+def test_prior_matching_does_not_read_the_rows_own_labels() -> None:
+    labels = ["a", "b", "c"]
+    train = load_data([{"text": str(n), "label": labels[n % 3]} for n in range(30)])
+    scores = scores_of(likelihoods(50, 3), labels)
+    other = replace(scores, gold=(scores.gold + 1) % 3)
+    assert prior_matching(scores, train) == prior_matching(other, train)
+
+
+def test_a_label_that_no_row_is_taken_for_gets_a_bounded_bias() -> None:
+    labels = ["a", "b", "c"]
+    train = load_data([{"text": str(n), "label": labels[n % 3]} for n in range(30)])
+    never = likelihoods(50, 3)
+    never[:, 2] = -1e4
+    bias = prior_matching(scores_of(never, labels), train)
+    assert all(np.isfinite(list(bias.values())))
+    assert bias["c"] < 10 * np.log(51) + 1
+
+
+MANY = [f"team_{name}" for name in "abcdefghijkl"]
+
+
+def parcels(first: int, behind: int) -> Rows:
+    return load_data([{"text": f"a parcel for {n}", "label": MANY[n % 12]} for n in range(first, behind)])
+
+
+@pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])
+def test_a_prompt_of_many_labels_keeps_its_bias_and_is_evaluated_with_it(
+    llama: FrozenModel, tmp_path: Path, method: str
+) -> None:
+    rows, held_back = parcels(0, 120), parcels(120, 180)
+    config = TuneConfig(method=method, max_length=64, max_steps=3)  # type: ignore[arg-type]
+    made = tune(llama, rows, config, eval_data=held_back).prompt
+    prompt = load_soft_prompt(made.save(tmp_path / "prompt"))
+    assert prompt.record.label_bias == made.record.label_bias
+    plain = make_scorer(Encoder(llama.tokenizer, prompt.format, 64), held_back, 1024).score(llama, prompt.weights)
+    assert isinstance(plain, LabelScores)
+    assert prompt.record.label_bias == pytest.approx(prior_matching(plain, rows), abs=1e-3)
+    done = evaluate(llama, held_back, prompt)
+    assert {name: value.value for name, value in done.metrics.items()} == pytest.approx(made.record.metrics, rel=1e-4)
+    right = shifted(plain, prompt.record.label_bias).predicted
+    assert [record["prediction"] for record in done.predictions] == [MANY[i] for i in right]
+    assert right.tolist() != plain.predicted.tolist()
+    # Without the prompt there is no bias, and another calibration takes its place.
+    assert done.without_prompt == evaluate(llama, held_back, **vars_of(prompt)).metrics
+    unbiased = SoftPrompt(prompt.weights, prompt.record.model_copy(update={"label_bias": {}}))
+    contextual = [evaluate(llama, held_back, p, calibration="contextual").metrics for p in (prompt, unbiased)]
+    assert contextual[0] == contextual[1]
+
+
+def vars_of(prompt: SoftPrompt) -> dict[str, Any]:
+    record = prompt.record
+    return {"template": record.template, "verbalizers": record.verbalizers, "max_length": record.max_length}
+
+
+def test_few_labels_have_no_bias(llama: FrozenModel) -> None:
+    rows = load_data([{"text": f"a parcel for {n}", "label": MANY[n % 10]} for n in range(60)])
+    assert not tune(llama, rows, TuneConfig(max_length=64, max_steps=2)).prompt.record.label_bias
+
+
+def test_without_validation_rows_there_is_no_bias(llama: FrozenModel) -> None:
+    assert not tune(llama, parcels(0, 60), TuneConfig(max_length=64, max_steps=2, eval_rows=0)).prompt.record.label_bias
+
+
+def test_every_member_of_an_ensemble_has_its_own_bias(llama: FrozenModel, tmp_path: Path) -> None:
+    rows, held_back = parcels(0, 120), parcels(120, 180)
+    config = TuneConfig(max_length=64, max_steps=2)
+    result = tune_ensemble(llama, rows, config, members=2, eval_data=held_back, out=tmp_path / "run")
+    members = result.prompt.prompts
+    assert members[0].record.label_bias != members[1].record.label_bias
+    scorer = make_scorer(Encoder(llama.tokenizer, result.prompt.format, 64), held_back, 1024)
+    each = [shifted(scorer.score(llama, one.weights), one.record.label_bias) for one in members]
+    expected = averaged(each)
+    assert isinstance(expected, LabelScores)
+    assert result.metrics["accuracy"] == pytest.approx(expected.values()["accuracy"])
+    done = evaluate(llama, held_back, load_prompt(tmp_path / "run" / "prompt"))
+    assert [record["prediction"] for record in done.predictions] == [MANY[i] for i in expected.predicted]
+
+
+@pytest.mark.parametrize("bias", [{"team_a": "much"}, {"team_a": float("nan")}, ["team_a"]])
+def test_a_damaged_bias_is_refused(llama: FrozenModel, tmp_path: Path, bias: object) -> None:
+    folder = soft_prompt(llama, MANY).save(tmp_path / "prompt")
+    record = json.loads((folder / "softprompt.json").read_text())
+    (folder / "softprompt.json").write_text(json.dumps({**record, "label_bias": bias}))
+    with pytest.raises(PromptError, match="is damaged: "):
+        load_soft_prompt(folder)

@@ -26,6 +26,7 @@ from softprompt.comparison.results import Result, read_result, statistic
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import DataError, InputError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate
+from softprompt.evaluation.scoring import LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.watcher import Watcher
 from test_training import short
@@ -114,19 +115,29 @@ def test_what_was_kept_answers_as_the_figures_say(
     assert done.metrics["loss"].value == pytest.approx(result.metrics["loss"].value, rel=1e-5)
 
 
+@pytest.mark.parametrize("labels", [2, 12])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_stored_method_answers_as_before_when_it_is_loaded(llama: FrozenModel, tmp_path: Path, name: str) -> None:
-    rows = films(60)
-    protocol = comparing._protocol(llama, rows, None, None, settings(), "examples", False)
+def test_a_stored_method_answers_as_before_when_it_is_loaded(
+    llama: FrozenModel, tmp_path: Path, name: str, labels: int
+) -> None:
+    rows = load_data([{"text": f"a film {n}", "label": f"of the year {n % labels}"} for n in range(30 * labels)])
+    protocol = comparing._protocol(llama, rows, None, None, settings(eval_rows=24), "examples", False)
     method = METHODS[name](protocol, 0, Watcher())
     try:
         learned = method.learn()
-        before = learned.answers.side(protocol.test, 64).scores.losses
+        matched = learned.settings["prior_matching"]
+        assert matched == any(learned.answers.biases)
+        assert not matched if labels == 2 else matched or name in ("zero-shot", "few-shot")
+        before = learned.answers.side(protocol.test, 64).scores
+        assert isinstance(before, LabelScores)
         method.store(tmp_path / "task")
         for _ in range(2):
             answers = method.load(tmp_path / "task")
             assert isinstance(answers, Answers)
-            np.testing.assert_allclose(answers.side(protocol.test, 64).scores.losses, before, rtol=1e-4, atol=1e-5)
+            after = answers.side(protocol.test, 64).scores
+            assert isinstance(after, LabelScores)
+            np.testing.assert_allclose(after.losses, before.losses, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(after.log_likelihoods, before.log_likelihoods, rtol=1e-4, atol=1e-4)
     finally:
         method.close()
     assert not any(p.requires_grad for p in llama.hf_model.parameters())

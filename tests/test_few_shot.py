@@ -18,9 +18,9 @@ from softprompt.data.rows import Row, Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation import completions
-from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores
+from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, prior_matching, shifted
 from softprompt.evaluation.completions import complete
-from softprompt.evaluation.scoring import LabelScorer, TextScorer, make_scorer
+from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer, make_scorer
 from softprompt.model.frozen import FrozenModel
 from test_chat_template import with_chat
 from test_evaluation import TEXTS, prompt_for, token_losses
@@ -361,11 +361,27 @@ def test_zero_shot_decides_by_the_validation_rows_whether_to_calibrate(llama: Fr
     assert scores.predicted.tolist() != scores.plain.predicted.tolist()
     for calibration, right in (("contextual", scores.predicted), ("none", scores.plain.predicted)):
         validation = load_data([{**row, "label": LABELS[i]} for row, i in zip(rows, right, strict=True)])
-        done = zero_shot(llama, form, validation, max_length=64)
+        done = zero_shot(llama, form, rows, validation, max_length=64)
         assert (done.best.calibration, done.best.metrics["accuracy"]) == (calibration, 1)
         assert (done.best.k, done.rows, len(done.trials)) == (0, 14, 1)
-    texts = zero_shot(llama, make_format("text", []), load_data([{"text": "a film"}]), max_length=64)
+    one = load_data([{"text": "a film"}])
+    texts = zero_shot(llama, make_format("text", []), one, one, max_length=64)
     assert (texts.best.calibration, texts.best.max_length, texts.rows, texts.trials) == ("none", 64, 0, ())
+
+
+def test_of_many_labels_prior_matching_is_a_third_way_to_calibrate(llama: FrozenModel) -> None:
+    labels = [f"team {name}" for name in "abcdefghijkl"]
+    form = make_format("classification", labels)
+    train = load_data([{"text": text, "label": labels[0]} for text in TEXTS])
+    rows = load_data([{"text": text, "label": labels[0]} for text in (*TEXTS, *WORDS)])
+    plain = LabelScorer(Encoder(llama.tokenizer, form, 64), rows, 1024).score(llama, None)
+    assert isinstance(plain, LabelScores)
+    found = prior_matching(plain, train)
+    right = shifted(plain, found).predicted
+    validation = load_data([{**row, "label": labels[i]} for row, i in zip(rows, right, strict=True)])
+    best = zero_shot(llama, form, train, validation, max_length=64).best
+    assert (best.calibration, best.metrics["accuracy"]) == ("none", 1)
+    assert best.label_bias == pytest.approx(found, abs=1e-4)
 
 
 def test_a_search_needs_one_budget_that_is_large_enough(llama: FrozenModel) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from softprompt.comparison.costs import measured
 from softprompt.comparison.few_shot import FewShot, search, zero_shot
 from softprompt.comparison.method import Answers, Learned, Method
+from softprompt.config import Calibration
 from softprompt.data.rows import Rows
 from softprompt.data.templates import Format
 
@@ -25,14 +27,15 @@ class Engineering(Method):
         form, most = plan.encoder.format, config.max_length
         with measured(protocol.model.device) as effort:
             if not self.shots:
-                found = zero_shot(protocol.model, form, rows, max_length=most)
+                found = zero_shot(protocol.model, form, protocol.train, rows, max_length=most)
             elif protocol.equal == "time":
                 found = self._search(form, rows, most, seconds=protocol.seconds)
             else:
                 found = self._search(form, rows, most, rows=max(len(rows), config.batch_size * config.max_steps))
         best = found.best
-        self._answers = Answers(protocol.model, best.format, best.max_length, calibration=best.calibration)
+        self._answers = self._with(best.format, best.max_length, best.calibration, best.label_bias)
         settings = {"template": form.template, "demonstrations": best.k, "calibration": best.calibration}
+        settings["prior_matching"] = bool(best.label_bias)
         return Learned(self._answers, 0, effort, settings={**settings, "rows_scored": found.rows})
 
     def _search(self, form: Format, validation: Rows, most: int, **budget: float) -> FewShot:
@@ -56,6 +59,7 @@ class Engineering(Method):
             "chat_template": form.chat_template,
             "demonstrations": [dict(row) for row in form.demonstrations],
             "calibration": answers.calibration,
+            "label_bias": answers.biases[0],
             "max_length": answers.max_length,
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,12 @@ class Engineering(Method):
             record["chat_template"],
             demonstrations=tuple(record["demonstrations"]),
         )
-        return Answers(self.protocol.model, form, record["max_length"], calibration=record["calibration"])
+        return self._with(form, record["max_length"], record["calibration"], record["label_bias"])
+
+    def _with(
+        self, form: Format, max_length: int, calibration: Calibration, label_bias: Mapping[str, float]
+    ) -> Answers:
+        return Answers(self.protocol.model, form, max_length, calibration=calibration, biases=(label_bias,))
 
 
 class ZeroShot(Engineering):

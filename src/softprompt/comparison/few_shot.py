@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 
 import numpy as np
@@ -16,9 +16,10 @@ from softprompt.data.rows import Rows
 from softprompt.data.split import labels_in_turn, sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
-from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain
+from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain, prior_matching, shifted
 from softprompt.evaluation.scoring import LabelScores, Scores, tokens_at_once
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.initialization import MANY_LABELS
 
 SIZES = (1, 2, 4, 8, 16)
 _WIDTHS = (16, 4, 1)  # candidates of a round: a quarter of them goes on, each to four times the rows
@@ -33,6 +34,7 @@ class Trial:
     Attributes:
         format: with its demonstrations.
         calibration: the better of the two on these rows.
+        label_bias: what is added to labels' log-likelihoods where there are many labels and it does better than either.
         max_length: what the encoder needs, so that demonstrations take nothing from a row's own room.
         rows: how many validation rows it was judged on.
         metrics: on them.
@@ -46,6 +48,7 @@ class Trial:
     rows: int
     metrics: dict[str, float]
     merit: tuple[float, float]
+    label_bias: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def k(self) -> int:
@@ -73,16 +76,17 @@ class FewShot:
 Progress = Callable[[Trial, float], None]
 
 
-def zero_shot(model: FrozenModel, form: Format, validation: Rows, *, max_length: int) -> FewShot:
+def zero_shot(model: FrozenModel, form: Format, train: Rows, validation: Rows, *, max_length: int) -> FewShot:
     """Decide by the validation rows whether labels are calibrated; other tasks have nothing to choose.
 
     Args:
         model: the frozen model.
         form: how rows become text.
+        train: rows that tell how frequent labels are.
         validation: rows to choose by.
         max_length: the most tokens of a row.
     """
-    judge = _Judge(model, validation, max_length, _Budget(seconds=math.inf))
+    judge = _Judge(model, train, validation, max_length, _Budget(seconds=math.inf))
     if form.task != "classification":
         return judge.result(Trial(form, "none", judge.max_length(form), 0, {}, (0, 0)))
     return judge.result(judge.trial(form, validation))
@@ -128,7 +132,7 @@ def search(
             f"the choice is judged on all {len(validation)} validation rows, and the budget is {rows} rows; "
             "raise it, or give fewer validation rows"
         )
-    judge = _Judge(model, validation, max_length, _Budget(seconds, rows), progress)
+    judge = _Judge(model, train, validation, max_length, _Budget(seconds, rows), progress)
     best = judge.trial(form, validation)
     generator = np.random.default_rng(seed)
     draws = _draws(judge, form, sample(train, _POOL, seed), generator)
@@ -197,12 +201,13 @@ class _Judge:
     def __init__(
         self,
         model: FrozenModel,
+        train: Rows,
         validation: Rows,
         max_length: int,
         budget: _Budget,
         progress: Progress | None = None,
     ) -> None:
-        self.model, self.validation, self.most = model, validation, max_length
+        self.model, self.train, self.validation, self.most = model, train, validation, max_length
         self.budget, self.progress = budget, progress
         self.trials: list[Trial] = []
         self.at_once = tokens_at_once(model, validation, 0, max_length)
@@ -231,14 +236,22 @@ class _Judge:
         return 0
 
     def trial(self, form: Format, rows: Rows) -> Trial:
-        """Score rows with a candidate; labels both plain and calibrated, of which the better one counts."""
+        """Score rows with a candidate; labels plain and calibrated, of which the best counts."""
         length = self.max_length(form)
         encoder = Encoder(self.model.tokenizer, form, length)
         calibration: Calibration = "contextual" if form.task == "classification" else "none"
         scores = calibrated_or_plain(encoder, rows, self.at_once, calibration).score(self.model, None)
-        if isinstance(scores, CalibratedScores) and _merit(scores.plain) >= _merit(scores):
-            calibration, scores = "none", scores.plain
-        trial = Trial(form, calibration, length, len(rows), scores.values(), _merit(scores))
+        label_bias: dict[str, float] = {}
+        if isinstance(scores, CalibratedScores):
+            plain = scores.plain
+            if _merit(plain) >= _merit(scores):
+                calibration, scores = "none", plain
+            if len(plain.labels) > MANY_LABELS:
+                found = prior_matching(plain, self.train)
+                matched = shifted(plain, found)
+                if _merit(matched) > _merit(scores):
+                    calibration, scores, label_bias = "none", matched, found
+        trial = Trial(form, calibration, length, len(rows), scores.values(), _merit(scores), label_bias)
         self.trials.append(trial)
         self.budget.spent += len(rows)
         if self.progress:

@@ -35,7 +35,8 @@ class _Kept(Method):
         return self._with(load_prompt(folder))
 
     def _with(self, prompt: Prompt) -> Answers:
-        return Answers(self.protocol.model, prompt.format, prompt.record.max_length, prompt.members)
+        record = prompt.record
+        return Answers(self.protocol.model, prompt.format, record.max_length, prompt.members, biases=prompt.biases)
 
 
 class Prompts(_Kept, Trained):
@@ -46,9 +47,10 @@ class Prompts(_Kept, Trained):
     def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
         return PromptLoop(self.protocol.model, plan, watcher=watcher)
 
-    def answers(self, weights: Weights) -> Answers:
+    def answers(self, weights: Weights, label_bias: dict[str, float]) -> Answers:
         encoder, training = self._plan.encoder, {"settings": self._plan.config.model_dump()}
-        record = Record.of(self.protocol.model, encoder.format, encoder.max_length, training=training)
+        own = {"label_bias": label_bias, "training": training}
+        record = Record.of(self.protocol.model, encoder.format, encoder.max_length, **own)
         self.prompt = SoftPrompt(weights["prompt"], record)
         return self._with(self.prompt)
 

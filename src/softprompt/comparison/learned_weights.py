@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -38,10 +39,10 @@ class OwnWeights(Trained):
     def noted(self) -> dict[str, object]:
         return {name: value for name, value in super().noted().items() if name not in _OF_PROMPTS}
 
-    def answers(self, weights: Weights) -> Answers:
+    def answers(self, weights: Weights, label_bias: dict[str, float]) -> Answers:
         self._loop.load(weights)
         encoder = self._plan.encoder
-        return Answers(self.model, encoder.format, encoder.max_length)
+        return Answers(self.model, encoder.format, encoder.max_length, biases=(label_bias,))
 
 
 class Lora(OwnWeights):
@@ -85,4 +86,4 @@ class Full(OwnWeights):
         hf_model: PreTrainedModel = own.from_pretrained(folder, dtype=self.model.hf_model.dtype)
         hf_model = hf_model.eval().requires_grad_(False)
         model = around(hf_model.to(self.model.device), self.model)  # type: ignore[arg-type]
-        return Answers(model, self._answers.format, self._answers.max_length)
+        return replace(self._answers, model=model)

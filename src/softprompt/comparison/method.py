@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,7 @@ class Answers:
         prompts: what stands before them, `[P, H]` or `[L, 2, K, P, D]` each: nothing, one, or an ensemble's.
         format, max_length: how they become tokens.
         calibration: of labels.
+        biases: for each prompt, or for none, what is added to labels' log-likelihoods.
     """
 
     model: FrozenModel
@@ -77,6 +79,7 @@ class Answers:
     max_length: int
     prompts: tuple[Tensor, ...] = ()
     calibration: Calibration = "none"
+    biases: tuple[Mapping[str, float], ...] = ()
 
     def at_once(self, rows: Rows) -> int:
         """Predict how many text tokens of rows can be run together."""
@@ -87,7 +90,7 @@ class Answers:
         """Answer rows, so many text tokens together."""
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
-        return Side(self.model, encoder, scorer, self.prompts or (None,))
+        return Side(self.model, encoder, scorer, self.prompts or (None,), self.biases)
 
 
 @dataclass

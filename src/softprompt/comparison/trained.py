@@ -66,7 +66,7 @@ class Trained(Method):
         """Return a loop that begins anew."""
 
     @abstractmethod
-    def answers(self, weights: Weights) -> Answers:
+    def answers(self, weights: Weights, label_bias: dict[str, float]) -> Answers:
         """Return how rows are answered with what was learned."""
 
     def learn(self) -> Learned:
@@ -93,13 +93,15 @@ class Trained(Method):
             loop = self.loop(self._plan, curve)
             curve.begin(self._plan, 0)
             try:
-                best, progress, _ = loop.run()
+                best, progress, scores = loop.run()
             finally:
                 curve.end()
-        self._answers = self.answers(best)
+            _, label_bias = loop.matched(best, scores)
+        self._answers = self.answers(best, label_bias)
         tokens += _tokens(self._plan, progress.step)
         parameters = sum(parameter.numel() for parameter in loop.learned.values())
         settings = {**self.noted(), "search": bool(tried), "best_step": progress.best_step}
+        settings["prior_matching"] = bool(label_bias)
         return Learned(self._answers, parameters, effort, tokens, settings, curve.points)
 
     def noted(self) -> dict[str, object]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from softprompt.data.examples import Example
 from softprompt.errors import SettingsError
-from softprompt.evaluation.scoring import Scores
+from softprompt.evaluation.scoring import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.packages import require_package
@@ -108,12 +108,13 @@ class WeightsLoop(Loop):
         for name, parameter in self.learned.items():
             parameter.copy_(weights[name])
 
-    def evaluate(self, weights: Weights | None = None) -> Scores:
-        """Score the validation rows with weights, which the model has afterwards, or with those that it has."""
-        assert self.plan.scorer is not None
+    def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
+        """Score rows with weights, which the model has afterwards, or with those that it has."""
+        scorer = scorer or self.plan.scorer
+        assert scorer is not None
         if weights is not None:
             self.load(weights)
-        return self.plan.scorer.score(self.model, None)
+        return scorer.score(self.model, None)
 
     def backward(self, cuts: Cuts) -> float:
         """Run the micro-batches; a text's first token is not learned, for nothing predicts it."""

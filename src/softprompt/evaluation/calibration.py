@@ -1,9 +1,14 @@
-"""Contextual calibration: what a model makes of each label behind a text that says nothing is taken off its score."""
+"""Calibration: what makes a label more likely whatever the text says is taken off its score.
+
+Contextual calibration finds it behind texts that say nothing, prior matching behind real ones.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +18,11 @@ from softprompt.data.examples import Encoder
 from softprompt.data.rows import Row, Rows
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, Scorer, make_scorer
+from softprompt.evaluation.scoring import LabelScorer, LabelScores, Scorer, Scores, make_scorer
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # those of Zhao et al. 2021
+_ROUNDS = 10  # of prior matching; more change nothing to speak of
+_Scored = TypeVar("_Scored", bound=Scores)
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,34 @@ def calibrated_or_plain(encoder: Encoder, rows: Rows, at_once: int, calibration:
     if calibration not in get_args(Calibration):
         raise SettingsError(f"calibration {calibration!r} is unknown; allowed are {', '.join(get_args(Calibration))}")
     return (make_scorer if calibration == "none" else CalibratedScorer)(encoder, rows, at_once)
+
+
+def prior_matching(scores: LabelScores, train: Rows) -> dict[str, float]:
+    """Return the nats to add to each label's log-likelihood so that on average it is as likely as it is frequent.
+
+    The rows are used without their labels: each label's mean share among all is brought to its frequency in the
+    training rows, by dividing by it what it is too large, again and again (Liusie et al. 2023, "Mitigating word bias in
+    zero-shot prompt-based classifiers"; one round of it, for equally frequent labels, is the batch calibration of Zhou
+    et al. 2024).
+
+    Args:
+        scores: of rows like those that will be asked.
+        train: rows that tell how frequent labels are; each counts once more.
+    """
+    counts = Counter(row["label"] for row in train)
+    frequencies = np.array([counts[label] + 1.0 for label in scores.labels])
+    frequencies /= frequencies.sum()
+    bias, rows = np.zeros(len(frequencies)), len(scores.rows)
+    for _ in range(_ROUNDS):
+        shares = replace(scores, log_likelihoods=scores.log_likelihoods + bias).probabilities().mean(axis=0)
+        # One more row with the labels' frequencies: what no row takes for a label at all says little about it.
+        bias -= np.log((rows * shares / frequencies + 1) / (rows + 1))
+    return dict(zip(scores.labels, (bias - bias.mean()).tolist(), strict=True))
+
+
+def shifted(scores: _Scored, label_bias: Mapping[str, float]) -> _Scored:
+    """Return scores with so many nats added to labels' log-likelihoods; none for labels that are not named."""
+    if not label_bias or not isinstance(scores, LabelScores):
+        return scores
+    bias = np.array([label_bias.get(label, 0.0) for label in scores.labels])
+    return replace(scores, log_likelihoods=scores.log_likelihoods + bias)

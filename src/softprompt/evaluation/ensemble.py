@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from softprompt.evaluation.scoring import LabelScores, Scores
+from softprompt.evaluation.calibration import shifted
+from softprompt.evaluation.scoring import LabelScores, Scorer, Scores
+from softprompt.model.frozen import FrozenModel
 
 _Scored = TypeVar("_Scored", bound=Scores)
+
+
+def scored(
+    scorer: Scorer,
+    model: FrozenModel,
+    prompts: Sequence[Tensor | None],
+    biases: Sequence[Mapping[str, float]] = (),
+) -> Scores:
+    """Score a scorer's rows with one prompt, or with an ensemble's.
+
+    Args:
+        scorer: of the rows.
+        model: the frozen model.
+        prompts: `[P, H]` or `[L, 2, K, P, D]` each, or None for the untouched model.
+        biases: for each prompt, the nats that are added to labels' log-likelihoods; none where it is empty.
+    """
+    each = scorer.score_all(model, prompts)
+    if biases:
+        each = [shifted(scores, bias) for scores, bias in zip(each, biases, strict=True)]
+    return averaged(each) if len(each) > 1 else each[0]
 
 
 def averaged(members: Sequence[_Scored]) -> _Scored:

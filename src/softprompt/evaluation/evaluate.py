@@ -16,7 +16,7 @@ from softprompt.data.templates import make_format
 from softprompt.errors import DataError
 from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.completions import complete
-from softprompt.evaluation.ensemble import averaged
+from softprompt.evaluation.ensemble import scored
 from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scoring import Confusion, Scorer, tokens_at_once
 from softprompt.model.frozen import FrozenModel
@@ -67,7 +67,7 @@ def evaluate(
         prompt: None for the untouched model.
         template, verbalizers, chat_template, max_length: for the untouched model; a prompt brings its own.
         calibration: `contextual` to make labels less likely that are likely whatever the text says, with the prompt and
-            without.
+            without; a prompt's own label bias is then left out.
 
     Raises:
         PromptError: the prompt was trained on another model.
@@ -89,7 +89,9 @@ def evaluate(
     encoder = Encoder(model.tokenizer, form, most)
     scorer = calibrated_or_plain(encoder, data, tokens_at_once(model, data, virtual, most), calibration)
     untouched = Side(model, encoder, scorer)
-    side = untouched if prompt is None else Side(model, encoder, scorer, prompt.members)
+    side = untouched
+    if prompt is not None:  # contextual calibration stands in for what the prompt itself has learned of its labels
+        side = Side(model, encoder, scorer, prompt.members, prompt.biases if calibration == "none" else ())
     return Evaluation(
         task=data.task,
         rows=len(data),
@@ -110,14 +112,18 @@ class Side:
         encoder: how rows become tokens.
         scorer: of the rows.
         prompts: one, None for the untouched model; or several, an ensemble whose probabilities are averaged.
+        biases: for each prompt, what is added to labels' log-likelihoods.
     """
 
     def __init__(
-        self, model: FrozenModel, encoder: Encoder, scorer: Scorer, prompts: Sequence[Tensor | None] = (None,)
+        self,
+        model: FrozenModel,
+        encoder: Encoder,
+        scorer: Scorer,
+        prompts: Sequence[Tensor | None] = (None,),
+        biases: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        self.scores = (
-            averaged(scorer.score_all(model, prompts)) if len(prompts) > 1 else scorer.score(model, prompts[0])
-        )
+        self.scores = scored(scorer, model, prompts, biases)
         completion = encoder.format.task == "completion"
         self.completions = complete(model, prompts, encoder, scorer.rows) if completion else None
 

@@ -49,6 +49,11 @@ class Ensemble:
         return tuple(prompt.weights for prompt in self.prompts)
 
     @property
+    def biases(self) -> tuple[dict[str, float], ...]:
+        """For each member, what is added to labels' log-likelihoods."""
+        return tuple(prompt.record.label_bias for prompt in self.prompts)
+
+    @property
     def format(self) -> Format:
         """How rows become text."""
         return self.prompts[0].format

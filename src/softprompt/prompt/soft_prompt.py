@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,6 +54,7 @@ class Record(BaseModel):
         format_version: of the folder.
         base_model: the model it was trained on.
         task, template, chat_template, verbalizers, max_length: how rows become tokens.
+        label_bias: nats that are added to labels' log-likelihoods where one of them is chosen (prior matching).
         training: settings and how far it went.
         metrics: on the validation rows, with the prompt.
         data: hashes of the training and validation rows.
@@ -68,6 +69,7 @@ class Record(BaseModel):
     chat_template: bool = False
     verbalizers: dict[str, str] = {}
     max_length: int = Field(512, ge=2)
+    label_bias: dict[str, FiniteFloat] = {}
     training: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     data: dict[str, str] = {}
@@ -114,6 +116,11 @@ class SoftPrompt:
     def members(self) -> tuple[Tensor, ...]:
         """What texts are run behind: one prompt. An ensemble has several."""
         return (self.weights,)
+
+    @property
+    def biases(self) -> tuple[dict[str, float], ...]:
+        """For each member, what is added to labels' log-likelihoods."""
+        return (self.record.label_bias,)
 
     @property
     def method(self) -> Method:

@@ -11,7 +11,7 @@ from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, split_rows
 from softprompt.errors import SettingsError
-from softprompt.evaluation.ensemble import averaged
+from softprompt.evaluation.ensemble import scored
 from softprompt.evaluation.scoring import make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.processes import launched
@@ -85,7 +85,7 @@ def tune_ensemble(
     if validation is not None:
         encoder = Encoder(model.tokenizer, made.format, made.record.max_length)
         at_once = min(run.settings.micro_batch_tokens or 1 for run in runs)
-        scores = averaged(make_scorer(encoder, validation, at_once).score_all(model, made.members))
+        scores = scored(make_scorer(encoder, validation, at_once), model, made.members, made.biases)
         made = joined(made.prompts, scores.values())
         if folder is not None:
             RunFolder(folder).write_predictions(scores.predictions())

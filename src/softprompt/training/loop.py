@@ -20,7 +20,8 @@ from softprompt.config import TuneConfig
 from softprompt.data.batching import deal, draw, micro_batches
 from softprompt.data.examples import Example
 from softprompt.errors import RunError
-from softprompt.evaluation.scoring import Scores
+from softprompt.evaluation.calibration import prior_matching, shifted
+from softprompt.evaluation.scoring import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory, is_out_of_memory
 from softprompt.processes import ALONE, Processes
@@ -32,6 +33,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 TIMED = 4  # steps at most
 TIMING = 0.05  # of the time, from which on no further step is timed
 _EVALUATED = 0.25  # of the time
+_FEW = 16  # validation rows that all labels are timed on
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
 # Of each process, the micro-batches of its share of a batch.
@@ -83,8 +85,8 @@ class Loop(ABC):
         """Return a copy of what a run gives, as it stands."""
 
     @abstractmethod
-    def evaluate(self, weights: Weights | None = None) -> Scores:
-        """Score the validation rows with weights, or with what is learned as it stands."""
+    def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
+        """Score rows with weights, or with what is learned as it stands; the plan's validation rows, or a scorer's."""
 
     def run(self) -> tuple[Weights, Progress, Scores | None]:
         """Take all steps that are left.
@@ -113,6 +115,23 @@ class Loop(ABC):
         if not self.plan.scorer:
             self._keep(None)
         return self.best, progress, scores
+
+    def matched(self, weights: Weights, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
+        """Find the bias that labels are chosen with, where there are many of them (`prior_matching`).
+
+        What few rows of each label teach about it differs by chance, so that some are chosen far more often than they
+        occur. Few labels learn their frequencies.
+
+        Returns:
+            The validation rows' scores with it, and the bias; the given scores and nothing where labels are few.
+        """
+        scorer = self.plan.label_scorer()
+        if scorer is None:
+            return scores, {}
+        found = self.evaluate(weights, scorer)
+        assert isinstance(found, LabelScores)
+        label_bias = prior_matching(found, self.plan.train)
+        return shifted(found, label_bias), label_bias
 
     def tried(self, steps: int) -> float:
         """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.
@@ -257,16 +276,19 @@ class Pace:
     Attributes:
         step: for a step.
         evaluation: for an evaluation of the validation rows.
+        last: for what follows the last step, see `Loop.matched`.
     """
 
     step: float
     evaluation: float
+    last: float = 0.0
 
     def fitting(self, seconds: float, most: int | None = None) -> dict[str, int]:
         """Return `max_steps` and `eval_every` of a run that takes about so much time: one step at least, or at `most`.
 
         Evaluations take a quarter of it at most: where they are slow there are fewer, though not less than two.
         """
+        seconds -= self.last
         affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
         evaluations = round(min(max(affordable, 2), EVALUATIONS))
         steps = max(1, int((seconds - (evaluations + 1) * self.evaluation) / self.step))
@@ -280,7 +302,7 @@ def measure_pace(loop: Loop, seconds: float) -> Pace:
     Args:
         loop: what is to run for so many `seconds`.
     """
-    config, plan, evaluation = loop.plan.config, loop.plan, 0.0
+    config, plan, evaluation, last = loop.plan.config, loop.plan, 0.0, 0.0
     assert config.batch_size
     loop.optimizer.param_groups[0]["lr"] = 0.0
     batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in range(TIMED + 1)]
@@ -297,7 +319,12 @@ def measure_pace(loop: Loop, seconds: float) -> Pace:
         began = time.monotonic()
         loop.evaluate()
         evaluation = time.monotonic() - began
-    return Pace(step, evaluation)
+        scorer = plan.label_scorer(_FEW)
+        if scorer is not None:
+            began = time.monotonic()
+            loop.evaluate(scorer=scorer)
+            last = (time.monotonic() - began) * len(plan.scorer.rows) / len(scorer.rows)
+    return Pace(step, evaluation, last)
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:

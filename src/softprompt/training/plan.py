@@ -20,7 +20,7 @@ from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, SettingsError
-from softprompt.evaluation.scoring import Scorer, TextScorer, make_scorer
+from softprompt.evaluation.scoring import LabelScorer, Scorer, TextScorer, make_scorer
 from softprompt.launch import count
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.loading import resolve_threads
@@ -64,6 +64,15 @@ class Plan:
     start: Tensor
     scorer: Scorer | None
     footprint: Footprint
+
+    def label_scorer(self, most: int | None = None) -> LabelScorer | None:
+        """Return a scorer of all labels where the best prompt is chosen without it, or None; of `most` rows."""
+        if not isinstance(self.scorer, TextScorer) or not self.encoder.format.verbalizers:
+            return None
+        rows = self.scorer.rows if most is None else sample(self.scorer.rows, most, self.config.seed)
+        scorer = LabelScorer(copy(self.encoder), rows, self.scorer.at_once)
+        scorer.processes = self.scorer.processes
+        return scorer
 
     def step_bytes(self, part: Sequence[Example]) -> float:
         """Predict the memory that a step takes whose largest micro-batch this is."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softprompt.data.examples import Example
-from softprompt.evaluation.scoring import Scores
+from softprompt.evaluation.scoring import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory, give_back
@@ -41,9 +41,10 @@ class PromptLoop(Loop):
         with torch.no_grad():
             return {_PROMPT: self.prompt().clone()}
 
-    def evaluate(self, weights: Weights | None = None) -> Scores:
-        assert self.plan.scorer is not None
-        return self.plan.scorer.score(self.model, (weights or self.weights())[_PROMPT])
+    def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
+        scorer = scorer or self.plan.scorer
+        assert scorer is not None
+        return scorer.score(self.model, (weights or self.weights())[_PROMPT])
 
     def backward(self, cuts: Cuts) -> float:
         prompt = self.prompt()

@@ -8,16 +8,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows
-from softprompt.evaluation.scoring import Scores, TextScores, make_scorer
 from softprompt.launch import fewer_than_asked_for, stops_together
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
@@ -116,14 +113,15 @@ def tune(
         watcher.begin(plan, done)
         try:
             with reproducible(plan.config.threads), stops_together():
-                best, progress, scores = PromptLoop(model, plan, run, watcher, state, processes).run()
-                if isinstance(scores, TextScores) and plan.encoder.format.verbalizers:
-                    scores = _label_scores(model, plan, best["prompt"])
+                loop = PromptLoop(model, plan, run, watcher, state, processes)
+                best, progress, scores = loop.run()
+                scores, label_bias = loop.matched(best, scores)
+                if scores is not None:
                     progress.best = scores.values()
         finally:
             watcher.end()
             run.close_board()
-        made = SoftPrompt(best["prompt"], _record(model, plan, progress, identity))
+        made = SoftPrompt(best["prompt"], _record(model, plan, progress, identity, label_bias))
         run.write_prompt(made)
         if scores is not None:
             run.write_predictions(scores.predictions())
@@ -180,15 +178,6 @@ def _plan(
     return replace(plan, reasons={**plan.reasons, **reasons})
 
 
-def _label_scores(model: FrozenModel, plan: Plan, prompt: Tensor) -> Scores:
-    """Score every label of the validation rows, which was left out while the best prompt was chosen."""
-    assert plan.scorer is not None
-    assert plan.validation is not None
-    scorer = make_scorer(copy(plan.encoder), plan.validation, plan.scorer.at_once)
-    scorer.processes = plan.scorer.processes
-    return scorer.score(model, prompt)
-
-
 @contextmanager
 def reproducible(threads: int | None) -> Iterator[None]:
     """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
@@ -216,11 +205,14 @@ def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[st
     }
 
 
-def _record(model: FrozenModel, plan: Plan, progress: Progress, identity: dict[str, str]) -> Record:
+def _record(
+    model: FrozenModel, plan: Plan, progress: Progress, identity: dict[str, str], label_bias: dict[str, float]
+) -> Record:
     return Record.of(
         model,
         plan.encoder.format,
         plan.encoder.max_length,
+        label_bias=label_bias,
         training={
             "settings": plan.config.model_dump(),
             "steps": progress.step,
