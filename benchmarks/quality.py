@@ -242,7 +242,7 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
     if path.exists() or len(found) < MEMBERS or not all(folder.exists() for folder in folders):
         return
     ensemble = joined([load_soft_prompt(folder) for folder in folders], {})
-    answers = Answers(model, ensemble.format, ensemble.record.max_length, ensemble.members)
+    answers = Answers(model, ensemble.format, ensemble.record.max_length, ensemble.members, biases=ensemble.biases)
     began = time.monotonic()
     side = answers.side(test, answers.at_once(test))
     summed = ("trainable_parameters", "stored_bytes", "train_seconds", "train_cpu_seconds", "train_tokens")

@@ -186,14 +186,35 @@ def longer(runs: Runs) -> list[str]:
     """Return what an ensemble of whole runs, which takes as many times the time, has over one of them and LoRA."""
     there = [(name, method) for name in SETS for method in SINGLE if of_several(method) in runs[name]]
     if not there:
-        return ["Not run yet."]
-    lines = ["| | | one run | ensemble | less one run | less lora |", "|---" * 6 + "|"]
+        return []
+    lines = [
+        "## Ensembles of whole runs",
+        "",
+        "Three seeds' prompts as one: three times the time, where the ensembles above share the time of one run.",
+        "",
+        "| | | one run | ensemble | less one run | less lora |",
+        "|---" * 6 + "|",
+    ]
     for name, method in there:
         several = of_several(method)
         less = [signed(*differences(runs, several, other, [name])[:3]) for other in (method, "lora")]
         one, all_of_them = points(runs[name][method]), points(runs[name][several])
         lines.append(f"| {name} | {method} | {one:.1f} | {all_of_them:.1f} | {less[0]} | {less[1]} |")
-    return lines
+    return [*lines, ""]
+
+
+def matching(runs: Runs) -> str:
+    """Say of which runs on the set of many labels the labels were matched to their frequency, and which are older."""
+    name = "banking77"
+    asked = [method for method in (*WHOLE, *EARLY) if method in runs[name] and method != SHIPPED]
+    older = [m for m in asked if any("prior_matching" not in r.settings for r in runs[name][m])]
+    without = [m for m in asked if m not in older and not any(r.settings["prior_matching"] for r in runs[name][m])]
+    said = f"On {name} each label is made as likely on average as it is frequent ([why](decisions.md))"
+    if without:
+        said += f"; {', '.join(without)} had no rows to find that out by, or the search preferred another way"
+    if older:
+        said += f"; the runs of {', '.join(older)} are older and go without"
+    return f"{said}. `{SHIPPED}` stays as PEFT has it."
 
 
 def page(runs: Runs) -> str:
@@ -224,6 +245,8 @@ def page(runs: Runs) -> str:
             f"One seed each where the table does not say more. `{SHIPPED}` is PEFT's prompt tuning with the",
             "settings of its own example: 8 virtual tokens from noise, in a plain loop, at its own speed.",
             "",
+            matching(runs),
+            "",
             "## Quality",
             "",
             "Accuracy in per cent; of e2e BLEU. In brackets the 95 % interval over test rows.",
@@ -251,12 +274,7 @@ def page(runs: Runs) -> str:
             "",
             *sooner(runs),
             "",
-            "## Ensembles of whole runs",
-            "",
-            "Three seeds' prompts as one: three times the time, where the ensembles above share the time of one run.",
-            "",
             *longer(runs),
-            "",
             "## Costs",
             "",
             "Means over the sets, on one core of a Zen 4, with times as they would be on a Zen 5 (`REFERENCE` in",

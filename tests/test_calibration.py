@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import SHORT, Command, frozen
-from softprompt.config import TuneConfig
+from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import make_format
@@ -27,10 +27,10 @@ from softprompt.evaluation.calibration import (
 from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer, make_scorer
+from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import load_prompt
+from softprompt.prompt.ensemble import joined, load_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt
-from softprompt.training.ensemble import tune_ensemble
 from softprompt.training.tune import tune
 from test_evaluation import ONE_TOKEN, SEVERAL_TOKENS, TEXTS, labelled, prompt_for, soft_prompt, token_losses
 from test_work import counted
@@ -227,28 +227,42 @@ def parcels(first: int, behind: int) -> Rows:
     return load_data([{"text": f"a parcel for {n}", "label": MANY[n % 12]} for n in range(first, behind)])
 
 
+@pytest.mark.parametrize("matched", [True, False])
 @pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])
 def test_a_prompt_of_many_labels_keeps_its_bias_and_is_evaluated_with_it(
-    llama: FrozenModel, tmp_path: Path, method: str
+    llama: FrozenModel, tmp_path: Path, method: str, matched: bool
 ) -> None:
+    """The bias is taken where more of the validation rows are right with it."""
     rows, held_back = parcels(0, 120), parcels(120, 180)
-    config = TuneConfig(method=method, max_length=64, max_steps=3)  # type: ignore[arg-type]
-    made = tune(llama, rows, config, eval_data=held_back).prompt
-    prompt = load_soft_prompt(made.save(tmp_path / "prompt"))
-    assert prompt.record.label_bias == made.record.label_bias
-    plain = make_scorer(Encoder(llama.tokenizer, prompt.format, 64), held_back, 1024).score(llama, prompt.weights)
+    config = TuneConfig(method=method, max_length=64, max_steps=1, learning_rate=1e-9)  # type: ignore[arg-type]
+    first = tune(llama, rows, config, eval_data=held_back).prompt
+    scorer = make_scorer(Encoder(llama.tokenizer, first.format, 64), held_back, 1024)
+    plain = scorer.score(llama, first.weights)
     assert isinstance(plain, LabelScores)
-    assert prompt.record.label_bias == pytest.approx(prior_matching(plain, rows), abs=1e-3)
+    found = prior_matching(plain, rows)
+    right = (shifted(plain, found) if matched else plain).predicted
+    assert shifted(plain, found).predicted.tolist() != plain.predicted.tolist()
+    held_back = load_data([{**row, "label": MANY[i]} for row, i in zip(held_back, right, strict=True)])
+    result = tune(llama, rows, config, eval_data=held_back, out=tmp_path / "run")
+    prompt = load_soft_prompt(tmp_path / "run" / "prompt")
+    assert prompt.record.label_bias == (pytest.approx(found, abs=1e-3) if matched else {})
+    assert result.metrics["accuracy"] == prompt.record.metrics["accuracy"] == 1
     done = evaluate(llama, held_back, prompt)
-    assert {name: value.value for name, value in done.metrics.items()} == pytest.approx(made.record.metrics, rel=1e-4)
-    right = shifted(plain, prompt.record.label_bias).predicted
+    assert {name: value.value for name, value in done.metrics.items()} == pytest.approx(result.metrics, rel=1e-4)
     assert [record["prediction"] for record in done.predictions] == [MANY[i] for i in right]
-    assert right.tolist() != plain.predicted.tolist()
     # Without the prompt there is no bias, and another calibration takes its place.
     assert done.without_prompt == evaluate(llama, held_back, **vars_of(prompt)).metrics
     unbiased = SoftPrompt(prompt.weights, prompt.record.model_copy(update={"label_bias": {}}))
     contextual = [evaluate(llama, held_back, p, calibration="contextual").metrics for p in (prompt, unbiased)]
     assert contextual[0] == contextual[1]
+    if matched:  # what is generated is chosen so, too, but not where decoding rules are given
+        texts, words = [row["text"] for row in held_back], list(prompt.record.verbalizers.values())
+        assert generate(llama, texts, prompt) == [words[i] for i in right]
+        rules = GenerateConfig(max_new_tokens=3)
+        assert generate(llama, texts, prompt, rules) == generate(llama, texts, unbiased, rules)
+        assert generate(llama, texts, prompt, virtual_tokens=False) == generate(
+            llama, texts, unbiased, virtual_tokens=False
+        )
 
 
 def vars_of(prompt: SoftPrompt) -> dict[str, Any]:
@@ -266,21 +280,30 @@ def test_without_validation_rows_there_is_no_bias(llama: FrozenModel) -> None:
 
 
 def test_every_member_of_an_ensemble_has_its_own_bias(llama: FrozenModel, tmp_path: Path) -> None:
-    rows, held_back = parcels(0, 120), parcels(120, 180)
-    config = TuneConfig(max_length=64, max_steps=2)
-    result = tune_ensemble(llama, rows, config, members=2, eval_data=held_back, out=tmp_path / "run")
-    members = result.prompt.prompts
-    assert members[0].record.label_bias != members[1].record.label_bias
-    scorer = make_scorer(Encoder(llama.tokenizer, result.prompt.format, 64), held_back, 1024)
-    each = [shifted(scorer.score(llama, one.weights), one.record.label_bias) for one in members]
-    expected = averaged(each)
+    plain = soft_prompt(llama, MANY)
+    biases = [dict(zip(MANY, bias, strict=True)) for bias in likelihoods(2, 12).tolist()]
+    weights = [plain.weights, plain.weights.flip(0)]
+    members = [
+        SoftPrompt(w, plain.record.model_copy(update={"label_bias": bias}))
+        for w, bias in zip(weights, biases, strict=True)
+    ]
+    ensemble = joined(members, {})
+    assert not ensemble.record.label_bias
+    rows = parcels(0, 60)
+    scorer = make_scorer(Encoder(llama.tokenizer, ensemble.format, 64), rows, 1024)
+    expected = averaged([shifted(scorer.score(llama, w), bias) for w, bias in zip(weights, biases, strict=True)])
     assert isinstance(expected, LabelScores)
-    assert result.metrics["accuracy"] == pytest.approx(expected.values()["accuracy"])
-    done = evaluate(llama, held_back, load_prompt(tmp_path / "run" / "prompt"))
+    loaded = load_prompt(ensemble.save(tmp_path / "ensemble"))
+    done = evaluate(llama, rows, loaded)
     assert [record["prediction"] for record in done.predictions] == [MANY[i] for i in expected.predicted]
+    assert generate(llama, [row["text"] for row in rows], loaded) == [MANY[i] for i in expected.predicted]
+    without = joined([plain, SoftPrompt(weights[1], plain.record)], {})
+    assert [r["prediction"] for r in evaluate(llama, rows, without).predictions] != [
+        r["prediction"] for r in done.predictions
+    ]
 
 
-@pytest.mark.parametrize("bias", [{"team_a": "much"}, {"team_a": float("nan")}, ["team_a"]])
+@pytest.mark.parametrize("bias", [{"team_a": "much"}, {"team_a": float("nan")}, ["team_a"], {"team_z": 1.0}])
 def test_a_damaged_bias_is_refused(llama: FrozenModel, tmp_path: Path, bias: object) -> None:
     folder = soft_prompt(llama, MANY).save(tmp_path / "prompt")
     record = json.loads((folder / "softprompt.json").read_text())

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder, leading_tokens, token_ids
+from softprompt.data.rows import Row, Rows
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.decoding import continue_ids
 from softprompt.errors import SettingsError
+from softprompt.evaluation.ensemble import scored
+from softprompt.evaluation.scoring import LabelScorer, LabelScores, tokens_at_once
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt, require_all_fit
 
@@ -26,6 +29,9 @@ def generate(
     virtual_tokens: bool = True,
 ) -> list[str]:
     """Continue texts.
+
+    A prompt with a label bias chooses among its labels by their likelihoods and the bias, as `evaluate` does, unless
+    decoding rules are given.
 
     Args:
         model: the frozen model.
@@ -67,8 +73,21 @@ def generate(
         inputs = [list(ids) for ids in encoder.inputs(rows)]
         if encoder.truncated:
             warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {longest} tokens", stacklevel=2)
+        if virtual_tokens and any(prompt.biases) and config == GenerateConfig(batch_size=config.batch_size):
+            return _chosen(model, prompt, encoder, rows)
     room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
     return [_label(text, labels) for text in continue_ids(model, prompts, inputs, room, config)]
+
+
+def _chosen(model: FrozenModel, prompt: Prompt, encoder: Encoder, rows: Sequence[Row]) -> list[str]:
+    """Return the most probable label of each row."""
+    verbalizers = prompt.record.verbalizers
+    some = next(iter(verbalizers))  # every row has one; it is not read
+    asked = Rows([{**row, "label": some} for row in rows], "classification", "texts")
+    at_once = tokens_at_once(model, asked, prompt.num_virtual_tokens, encoder.max_length)
+    scores = scored(LabelScorer(encoder, asked, at_once), model, prompt.members, prompt.biases)
+    assert isinstance(scores, LabelScores)
+    return [verbalizers[scores.labels[best]] for best in scores.predicted]
 
 
 def _label(text: str, labels: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""Prompt engineering by search: which demonstrations stand before the input, in which order, calibrated or not."""
+"""Prompt engineering by search: which demonstrations stand before the input, in which order, calibrated how."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Trial:
 
     Attributes:
         format: with its demonstrations.
-        calibration: the better of the two on these rows.
+        calibration: none where `label_bias` does better, or nothing does.
         label_bias: what is added to labels' log-likelihoods where there are many labels and it does better than either.
         max_length: what the encoder needs, so that demonstrations take nothing from a row's own room.
         rows: how many validation rows it was judged on.
@@ -77,7 +77,7 @@ Progress = Callable[[Trial, float], None]
 
 
 def zero_shot(model: FrozenModel, form: Format, train: Rows, validation: Rows, *, max_length: int) -> FewShot:
-    """Decide by the validation rows whether labels are calibrated; other tasks have nothing to choose.
+    """Decide by the validation rows how labels are calibrated, if at all; other tasks have nothing to choose.
 
     Args:
         model: the frozen model.

@@ -88,7 +88,8 @@ Prompt: TypeAlias = SoftPrompt | Ensemble
 def joined(prompts: Sequence[SoftPrompt], metrics: Mapping[str, float]) -> Ensemble:
     """Return an ensemble of prompts for the same task and model, and what it reached."""
     room = min(prompt.record.max_length for prompt in prompts)  # a text has to fit behind the longest
-    return Ensemble(tuple(prompts), prompts[0].record.model_copy(update={"metrics": dict(metrics), "max_length": room}))
+    own = {"metrics": dict(metrics), "max_length": room, "label_bias": {}}  # the members have theirs
+    return Ensemble(tuple(prompts), prompts[0].record.model_copy(update=own))
 
 
 def load_prompt(prompt: str | Path) -> Prompt:

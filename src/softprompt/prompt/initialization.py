@@ -68,8 +68,8 @@ def labels_prompt(model: FrozenModel, length: int | None, verbalizers: Iterable[
 def task_text(format: Format) -> str:
     """Say what a task is about, with all its labels, as a start for its prompt.
 
-    The list of 77 labels brought a deep prefix's loss to a third of what it was from the labels' mean embeddings
-    (benchmarks/results/choices.md).
+    The list of 77 labels brought a soft prompt's loss to half of what it was from the labels' mean embeddings, and a
+    deep prefix's to a third (benchmarks/results/choices.md).
     """
     if format.task == "classification":
         names = list(format.verbalizers.values())
@@ -84,8 +84,7 @@ def task_text(format: Format) -> str:
 def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed: int, most: int) -> tuple[str, int]:
     """Say what a task is about and show rows with their targets, every label in turn, in `most` tokens or little more.
 
-    That is a few-shot prompt; what is learned begins with what it can do. Many labels are not listed: the rows say more
-    in the same number of tokens.
+    That is a few-shot prompt; what is learned begins with what it can do.
 
     Args:
         model: its tokenizer counts.
@@ -97,7 +96,7 @@ def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed:
     Returns:
         The text, and how many rows it shows.
     """
-    text, shown = "Classify the text:\n" if len(format.verbalizers) > MANY_LABELS else task_text(format), 0
+    text, shown = task_text(format), 0
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     for i in labels_in_turn(rows, order) if format.task == "classification" else order:
         more = text + format.demonstration(rows[i])

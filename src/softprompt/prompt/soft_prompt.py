@@ -315,6 +315,9 @@ def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
         raise PromptError(f"{path / RECORD} is damaged: {reason}") from error
     if record.task == "classification" and not record.verbalizers:
         raise PromptError(f"{path / RECORD} is damaged: a classification prompt without verbalizers")
+    unknown = [label for label in record.label_bias if label not in record.verbalizers]
+    if unknown:
+        raise PromptError(f"{path / RECORD} is damaged: label_bias names {unknown[0]!r}, which is no label")
     return record
 
 

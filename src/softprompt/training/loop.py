@@ -119,19 +119,22 @@ class Loop(ABC):
     def matched(self, weights: Weights, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
         """Find the bias that labels are chosen with, where there are many of them (`prior_matching`).
 
-        What few rows of each label teach about it differs by chance, so that some are chosen far more often than they
-        occur. Few labels learn their frequencies.
+        Until much is learned of them, some are chosen far more often than they occur. Later it does harm: by then the
+        model knows better how often a label occurs than its frequency says. So it is taken where more rows are right.
 
         Returns:
-            The validation rows' scores with it, and the bias; the given scores and nothing where labels are few.
+            The validation rows' scores with it, and the bias, empty where it is not taken; the given scores where
+            labels are few.
         """
         scorer = self.plan.label_scorer()
         if scorer is None:
             return scores, {}
-        found = self.evaluate(weights, scorer)
-        assert isinstance(found, LabelScores)
-        label_bias = prior_matching(found, self.plan.train)
-        return shifted(found, label_bias), label_bias
+        plain = self.evaluate(weights, scorer)
+        assert isinstance(plain, LabelScores)
+        label_bias = prior_matching(plain, self.plan.train)
+        found = shifted(plain, label_bias)
+        better = found.values()["accuracy"] > plain.values()["accuracy"]
+        return (found, label_bias) if better else (plain, {})
 
     def tried(self, steps: int) -> float:
         """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.
@@ -286,9 +289,10 @@ class Pace:
     def fitting(self, seconds: float, most: int | None = None) -> dict[str, int]:
         """Return `max_steps` and `eval_every` of a run that takes about so much time: one step at least, or at `most`.
 
-        Evaluations take a quarter of it at most: where they are slow there are fewer, though not less than two.
+        Evaluations take a quarter of it at most: where they are slow there are fewer, though not less than two. So does
+        what follows the last step; what it takes beyond that comes on top.
         """
-        seconds -= self.last
+        seconds -= min(self.last, _EVALUATED * seconds)
         affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
         evaluations = round(min(max(affordable, 2), EVALUATIONS))
         steps = max(1, int((seconds - (evaluations + 1) * self.evaluation) / self.step))

@@ -17,7 +17,6 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_deep
 from softprompt.prompt.initialization import (
     EXAMPLE_TOKENS,
-    MANY_LABELS,
     USUAL_TOKENS,
     examples_text,
     labels_prompt,
@@ -30,7 +29,6 @@ from softprompt.prompt.initialization import (
 from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_fit
 
 _SHOWN = 5000  # training rows that a prompt's examples are drawn from
-_SOME_ROWS = 5
 _LONGEST_TEXT = 512  # tokens that a prompt is made as long as without being asked
 Decide = Callable[[str, object, str], None]
 
@@ -105,10 +103,9 @@ def _shown_best(method: Method, form: Format) -> bool:
     return form.task == "completion" or (form.task == "classification" and method == "soft-prompt")
 
 
-def _shows_enough(model: FrozenModel, form: Format, text: str, rows: int, most: int) -> bool:
-    """Tell whether a text of so many rows has every label, or some of many, and is short enough."""
-    labels = len(form.verbalizers)
-    return rows >= (_SOME_ROWS if labels > MANY_LABELS else labels) and _fits(model, text, most)
+def _shows_all(model: FrozenModel, form: Format, text: str, rows: int, most: int) -> bool:
+    """Tell whether a text of so many rows has every label, and is short enough."""
+    return rows >= len(form.verbalizers) and _fits(model, text, most)
 
 
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
@@ -118,7 +115,7 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
     if init == "auto":
         init, why = "text", "a text that says what the task is"
         if config.init_text is None:
-            if _shown_best(config.method, form) and _shows_enough(model, form, *examples(), most):
+            if _shown_best(config.method, form) and _shows_all(model, form, *examples(), most):
                 init, why = "examples", "rows and their targets show more than words about them"
             elif not _fits(model, task_text(form), _at_most(model, _LONGEST_TEXT)):
                 init, why = "labels", "too many labels for a text"
