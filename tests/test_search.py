@@ -149,6 +149,9 @@ def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
     assert Pace(step=0.5, evaluation=10).fitting(60) == {"max_steps": 60, "eval_every": 30}
     assert Pace(step=100, evaluation=10).fitting(60) == {"max_steps": 1, "eval_every": 1}
     assert Pace(step=0.5, evaluation=0).fitting(60, 16) == {"max_steps": 16, "eval_every": 2}
+    # All of many labels are scored at the end; a quarter of the time is left for that at most.
+    assert Pace(step=0.5, evaluation=0, last=10).fitting(60) == {"max_steps": 100, "eval_every": 13}
+    assert Pace(step=0.5, evaluation=0, last=100).fitting(60) == {"max_steps": 90, "eval_every": 12}
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1e6, 5), (0.0, 2)])
