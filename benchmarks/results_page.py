@@ -209,9 +209,9 @@ def matching(runs: Runs) -> str:
     asked = [method for method in (*WHOLE, *EARLY) if method in runs[name] and method != SHIPPED]
     older = [m for m in asked if any("prior_matching" not in r.settings for r in runs[name][m])]
     without = [m for m in asked if m not in older and not any(r.settings["prior_matching"] for r in runs[name][m])]
-    said = f"On {name} each label is made as likely on average as it is frequent ([why](decisions.md))"
+    said = f"On {name} labels are made as likely on average as they are frequent where that helps ([why](decisions.md))"
     if without:
-        said += f"; {', '.join(without)} had no rows to find that out by, or the search preferred another way"
+        said += f"; on the validation rows it did not help {', '.join(without)}"
     if older:
         said += f"; the runs of {', '.join(older)} are older and go without"
     return f"{said}. `{SHIPPED}` stays as PEFT has it."

@@ -116,19 +116,18 @@ class Loop(ABC):
             self._keep(None)
         return self.best, progress, scores
 
-    def matched(self, weights: Weights, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
+    def matched(self, weights: Weights) -> tuple[LabelScores, dict[str, float]] | None:
         """Find the bias that labels are chosen with, where there are many of them (`prior_matching`).
 
         Until much is learned of them, some are chosen far more often than they occur. Later it does harm: by then the
         model knows better how often a label occurs than its frequency says. So it is taken where more rows are right.
 
         Returns:
-            The validation rows' scores with it, and the bias, empty where it is not taken; the given scores where
-            labels are few.
+            The validation rows' scores with it, and the bias, empty where it is not taken; None where labels are few.
         """
         scorer = self.plan.label_scorer()
         if scorer is None:
-            return scores, {}
+            return None
         plain = self.evaluate(weights, scorer)
         assert isinstance(plain, LabelScores)
         label_bias = prior_matching(plain, self.plan.train)
