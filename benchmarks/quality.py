@@ -191,7 +191,7 @@ class Timed:
     row: float
     peak_bytes: int
     pace: float
-    last: float = 0.0
+    last: float
 
     def length(self, method: str) -> dict[str, int]:
         """Return the settings by which a method takes as many steps as fit into its time."""
