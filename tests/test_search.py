@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from softprompt.data.batching import draw
 from softprompt.data.rows import Task, load_data
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
+from softprompt.training.forecast import make_forecast
 from softprompt.training.loop import Pace, measure_pace
-from softprompt.training.plan import make_plan
+from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.search import candidates, search
 from softprompt.training.tune import tune
@@ -152,6 +155,23 @@ def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
     # All of many labels are scored at the end; a quarter of the time is left for that at most.
     assert Pace(step=0.5, evaluation=0, last=10).fitting(60) == {"max_steps": 100, "eval_every": 13}
     assert Pace(step=0.5, evaluation=0, last=100).fitting(60) == {"max_steps": 90, "eval_every": 12}
+
+
+def test_a_forecast_counts_the_labels_that_are_scored_at_the_end(llama: FrozenModel) -> None:
+    rows = load_data([{"text": f"a film {n}", "label": f"of the year {n % 12}"} for n in range(120)])
+    given = short()
+    plan = make_plan(llama, rows, given)
+    scorer = plan.label_scorer()
+    assert scorer is not None
+
+    def steps(plan: Plan) -> float:
+        forecast = make_forecast(llama, plan, given)
+        return 60 * forecast.minutes / forecast.step_seconds
+
+    assert plan.config.batch_size
+    batch = draw(len(plan.examples), plan.config.batch_size, 0, plan.config.seed)
+    tokens, a_step = sum(len(tree.ids) for tree in scorer.trees), sum(len(plan.examples[i].ids) for i in batch)
+    assert steps(plan) - steps(replace(plan, scorer=None)) == pytest.approx(tokens / (3 * a_step))
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1e6, 5), (0.0, 2)])

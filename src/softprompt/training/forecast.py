@@ -69,7 +69,9 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
     mean = extent.tokens / extent.rows
     per_token = seconds / sum(len(e.ids) for e in batch)
     scored = len(plan.validation) if plan.validation is not None else 0
-    pace = Pace(seconds, scored * mean / _BACKWARD * per_token)
+    last = plan.label_scorer()
+    tree_tokens = sum(len(tree.ids) for tree in last.trees) if last else 0
+    pace = Pace(seconds, scored * mean / _BACKWARD * per_token, tree_tokens / _BACKWARD * per_token)
     length = {"max_steps": config.max_steps, "eval_every": config.eval_every}
     if given.max_minutes:
         length |= pace.fitting(60 * given.max_minutes, most_steps(plan, given))
@@ -87,7 +89,7 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
         free_gigabytes=available_memory(model.device) / 1e9,
         step_seconds=seconds,
         steps=length["max_steps"],
-        minutes=(length["max_steps"] * pace.step + evaluations * pace.evaluation) / 60,
+        minutes=(length["max_steps"] * pace.step + evaluations * pace.evaluation + pace.last) / 60,
     )
 
 
