@@ -17,6 +17,7 @@ import softprompt as sp
 from conftest import Command
 from softprompt.comparison import USUAL, learned_weights
 from softprompt.comparison import compare as comparing
+from softprompt.comparison import trained as learning
 from softprompt.comparison.compare import ComparisonWatcher, compare
 from softprompt.comparison.costs import general_perplexity, measured, weights_hash
 from softprompt.comparison.learned_prompts import MEMBERS
@@ -47,7 +48,9 @@ def settings(**more: Any) -> sp.TuneConfig:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, llama: FrozenModel) -> tuple[Path, list[Result]]:
     folder = tmp_path_factory.mktemp("compared") / "out"
-    done = compare(llama, films(60), methods=ALL, out=folder, config=settings(), equal="examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "_FEWEST", 3)  # steps of a learning rate
+        done = compare(llama, films(60), methods=ALL, out=folder, config=settings(), equal="examples")
     assert done.report == folder / "report.html"
     return folder, done.results
 
@@ -222,15 +225,15 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
 def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.comparison import trained as methods
     from softprompt.training.loop import Pace
 
-    monkeypatch.setattr(methods, "measure_pace", lambda *_: Pace(step=0.5, evaluation=0.0))
+    monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=0.02, evaluation=0.0))
     watcher = Notes()
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1)
     done = compare(llama, films(60), methods=["soft-prompt", "few-shot"], config=config, watcher=watcher)
     steps = done.results[0].settings["max_steps"]
-    assert 9 <= steps <= 12  # of 12 that fit; trying the learning rates takes a little
+    assert done.results[0].settings["search"]
+    assert 1 <= steps < 300  # of 300 that fit; trying the learning rates takes a little
     assert watcher.told == ["begin 2", "soft-prompt", "soft-prompt done", "few-shot", "few-shot done"]
     assert done.report is None
     given = compare(llama, films(60), methods=["soft-prompt"], config=config.model_copy(update={"learning_rate": 0.5}))
@@ -271,8 +274,7 @@ def test_memory_is_the_peak_above_what_was_held() -> None:
 def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch, evaluation: float, searched: bool
 ) -> None:
-    """A minute: six seconds for each of three rates, of which 5.5 for scoring leave too few steps to tell."""
-    from softprompt.comparison import trained as methods
+    """Four minutes: 24 seconds for each of three rates, of which 5.5 for scoring leave too few steps to tell."""
     from softprompt.training.loop import Loop, Pace
 
     tried: list[int] = []
@@ -282,12 +284,12 @@ def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share
         tried.append(steps)
         return alone(loop, steps)
 
-    monkeypatch.setattr(methods, "measure_pace", lambda *_: Pace(step=1.0, evaluation=evaluation))
+    monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=1.0, evaluation=evaluation))
     monkeypatch.setattr(Loop, "tried", noted)
-    config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=1)
+    config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=4)
     done = compare(llama, films(60), methods=["soft-prompt"], config=config)
     assert done.results[0].settings["search"] == searched
-    assert tried == ([int(6 - evaluation)] * 3 if searched else [])
+    assert tried == ([int(24 - evaluation)] * 3 if searched else [])
 
 
 def test_a_label_that_no_row_is_left_of_can_still_be_the_answer(llama: FrozenModel) -> None:

@@ -18,7 +18,7 @@ from softprompt.training.tune import reproducible
 from softprompt.training.watcher import UNWATCHED, Watcher
 
 _SHARE = 0.1  # of the budget, for each learning rate that is tried
-_FEWEST = 3  # steps that tell something about a learning rate
+_FEWEST = 20  # steps that tell which learning rate ends best; after fewer a low one seems better than it is
 
 
 class _Curve(Watcher):
