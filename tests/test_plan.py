@@ -254,6 +254,24 @@ def test_a_soft_prompt_starts_from_examples_if_one_of_every_label_is_short_enoug
     assert init(init_text="Good or bad?") == "text"
 
 
+def test_where_rows_are_long_one_of_every_label_is_shown(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load_data([{"text": f"a film {i}", "label": str(i % 3)} for i in range(30)])
+
+    def start(usual: int, longest: int = 512) -> tuple[str, int]:
+        monkeypatch.setattr("softprompt.training.start.EXAMPLE_TOKENS", usual)
+        monkeypatch.setattr("softprompt.training.start._LONGEST_TEXT", longest)
+        plan = make_plan(llama, rows, TuneConfig(max_length=64))
+        ids = [int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in plan.start]
+        assert len(ids) == plan.start.shape[0] == plan.config.num_virtual_tokens
+        return plan.config.init, llama.tokenizer.decode(ids).count("Label:")
+
+    init, as_many_as_fit = start(usual=120)
+    assert init == "examples"
+    assert as_many_as_fit > 3
+    assert start(usual=40) == ("examples", 3)
+    assert start(usual=40, longest=45) == ("text", 0)
+
+
 def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
     plan = make_plan(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from softprompt.data.rows import Rows
 
 _SHOWN = 6
-_STEPS = 80  # what fits in a few minutes on two cores
+_STEPS = 60  # what fits in a few minutes on two cores
 
 
 @click.command()

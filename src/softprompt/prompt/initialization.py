@@ -81,7 +81,9 @@ def task_text(format: Format) -> str:
     return "The following is a text of the same kind as the others, written in the same style:\n"
 
 
-def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed: int, most: int) -> tuple[str, int]:
+def examples_text(
+    model: FrozenModel, format: Format, rows: Sequence[Row], seed: int, most: int, most_rows: int | None = None
+) -> tuple[str, int]:
     """Say what a task is about and show rows with their targets, every label in turn, in `most` tokens or little more.
 
     That is a few-shot prompt; what is learned begins with what it can do.
@@ -92,6 +94,7 @@ def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed:
         rows: to draw from.
         seed: of the draw.
         most: tokens; one row is shown in any case.
+        most_rows: rows, where fewer are wanted than fit.
 
     Returns:
         The text, and how many rows it shows.
@@ -100,7 +103,7 @@ def examples_text(model: FrozenModel, format: Format, rows: Sequence[Row], seed:
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     for i in labels_in_turn(rows, order) if format.task == "classification" else order:
         more = text + format.demonstration(rows[i])
-        if shown and len(token_ids(model.tokenizer, more)) > most:
+        if shown == most_rows or (shown and len(token_ids(model.tokenizer, more)) > most):
             break
         text, shown = more, shown + 1
     return text, shown

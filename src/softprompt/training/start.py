@@ -108,14 +108,26 @@ def _shows_all(model: FrozenModel, form: Format, text: str, rows: int, most: int
     return rows >= len(form.verbalizers) and _fits(model, text, most)
 
 
+def _examples(model: FrozenModel, form: Format, rows: Rows, seed: int, length: int | None) -> tuple[str, int]:
+    """Return a text of rows, and how many: as many as fit in the usual length, or else one of every label."""
+    text, shown = examples_text(model, form, rows, seed, _at_most(model, length or EXAMPLE_TOKENS))
+    labels = len(form.verbalizers)
+    if length is None and shown < labels:
+        longest = _at_most(model, _LONGEST_TEXT)
+        longer, every = examples_text(model, form, rows, seed, longest, labels)
+        if _shows_all(model, form, longer, every, longest):
+            return longer, every
+    return text, shown
+
+
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
-    most = _at_most(model, length or EXAMPLE_TOKENS)
-    examples = cache(lambda: examples_text(model, form, train[:_SHOWN], config.seed, most))
+    examples = cache(lambda: _examples(model, form, train[:_SHOWN], config.seed, length))
     if init == "auto":
         init, why = "text", "a text that says what the task is"
         if config.init_text is None:
-            if _shown_best(config.method, form) and _shows_all(model, form, *examples(), most):
+            longest = _at_most(model, length or _LONGEST_TEXT)
+            if _shown_best(config.method, form) and _shows_all(model, form, *examples(), longest):
                 init, why = "examples", "rows and their targets show more than words about them"
             elif not _fits(model, task_text(form), _at_most(model, _LONGEST_TEXT)):
                 init, why = "labels", "too many labels for a text"
