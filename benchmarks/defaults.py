@@ -106,6 +106,8 @@ CASES = {
         {
             "as in the demo": {"max_steps": 80},
             "defaults": {},
+            "from a row of every label": {"max_steps": 60, "init": "examples"},
+            "from words": {"max_steps": 80, "init": "text"},  # in the same time
             "labels": {"init": "labels"},
             "random": {"init": "random"},
         },

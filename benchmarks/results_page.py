@@ -108,6 +108,12 @@ def shown(value: float | None, write: Callable[[float], str] = duration) -> str:
     return "" if value is None else write(value)
 
 
+def mean(values: Iterable[float]) -> float | None:
+    """Return the mean, if there is one."""
+    found = list(values)
+    return float(np.mean(found)) if found else None
+
+
 def costs(runs: Runs) -> list[str]:
     """Return what each method takes, the mean over the sets; times and memory were measured on the reference machine.
 
@@ -120,13 +126,10 @@ def costs(runs: Runs) -> list[str]:
     ]
     steps = timed()
     for method in WHOLE:
-        mine = [r for name in SETS for r in runs[name].get(method, [])]
+        by_set = [runs[name][method] for name in SETS if method in runs[name]]
+        mine = [r for results in by_set for r in results]
         if not mine:
             continue
-
-        def mean(values: Iterable[float]) -> float | None:
-            found = list(values)
-            return float(np.mean(found)) if found else None
 
         learning = [steps[name][method] for name in SETS if method in steps.get(name, {})]
         searched = [r for r in mine if "pace" in r.settings and method.endswith("-shot")]
@@ -135,10 +138,12 @@ def costs(runs: Runs) -> list[str]:
         )
         peak = mean(t.peak_bytes for t in learning) or mean(r.costs.peak_bytes for r in searched)
         changed = "the same" if all(r.costs.base_unchanged for r in mine) else "others"
-        before, after = (mean(getattr(r.costs, f"perplexity_{when}") for r in mine) for when in ("before", "after"))
+        names = ("trainable_parameters", "stored_bytes", "perplexity_before", "perplexity_after")
+        each = (mean(np.mean([getattr(r.costs, name) for r in results]) for results in by_set) for name in names)
+        learned, stored, before, after = each
         lines.append(
-            f"| {method} | {shown(mean(r.costs.trainable_parameters for r in mine), lambda n: count(round(n)))} | "
-            f"{shown(mean(r.costs.stored_bytes for r in mine), lambda n: size(round(n)))} | "
+            f"| {method} | {shown(learned, lambda n: count(round(n)))} | "
+            f"{shown(stored, lambda n: size(round(n)))} | "
             f"{shown(mean(t.step for t in learning))} | {shown(peak, lambda n: size(round(n)))} | {shown(row)} | "
             f"{changed} | {before:.2f} → {after:.2f} |"
         )
@@ -195,11 +200,13 @@ def longer(runs: Runs) -> list[str]:
         "| | | one run | ensemble | less one run | less lora |",
         "|---" * 6 + "|",
     ]
-    for name, method in there:
-        several = of_several(method)
-        less = [signed(*differences(runs, several, other, [name])[:3]) for other in (method, "lora")]
-        one, all_of_them = points(runs[name][method]), points(runs[name][several])
-        lines.append(f"| {name} | {method} | {one:.1f} | {all_of_them:.1f} | {less[0]} | {less[1]} |")
+    for method in SINGLE:
+        sets, several = [name for name, run in there if run == method], of_several(method)
+        for part in [*([name] for name in sets), *([sets] if len(sets) > 1 else [])]:
+            less = [signed(*differences(runs, several, other, part)[:3]) for other in (method, "lora")]
+            one, together = (np.mean([points(runs[name][way]) for name in part]) for way in (method, several))
+            called = part[0] if len(part) == 1 else f"**mean of {len(part)}**"
+            lines.append(f"| {called} | {method} | {one:.1f} | {together:.1f} | {less[0]} | {less[1]} |")
     return [*lines, ""]
 
 
@@ -215,6 +222,21 @@ def matching(runs: Runs) -> str:
     if older:
         said += f"; the runs of {', '.join(older)} are older and go without"
     return f"{said}. `{SHIPPED}` stays as PEFT has it."
+
+
+def starts(runs: Runs) -> str:
+    """Say which soft prompts are from when they started from words where rows are long."""
+    ways = [method for method in (*WHOLE, *EARLY) if method.startswith("soft-prompt")]
+    older = [
+        f"{method} on {name}"
+        for name in set(CLASSIFICATION) - {"banking77"}
+        for method in ways
+        if any(r.settings["init"] == "text" for r in runs[name].get(method, ()))
+    ]
+    if not older:
+        return ""
+    now = "Soft prompts start from a row of every label now, also where rows are long"
+    return f"{now}; older, from words: {', '.join(sorted(older))}."
 
 
 def page(runs: Runs) -> str:
@@ -246,6 +268,8 @@ def page(runs: Runs) -> str:
             "settings of its own example: 8 virtual tokens from noise, in a plain loop, at its own speed.",
             "",
             matching(runs),
+            "",
+            starts(runs),
             "",
             "## Quality",
             "",
