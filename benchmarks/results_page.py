@@ -224,7 +224,7 @@ def matching(runs: Runs) -> str:
     return f"{said}. `{SHIPPED}` stays as PEFT has it."
 
 
-def starts(runs: Runs) -> str:
+def starts(runs: Runs) -> list[str]:
     """Say which soft prompts are from when they started from words where rows are long."""
     ways = [method for method in (*WHOLE, *EARLY) if method.startswith("soft-prompt")]
     older = [
@@ -233,10 +233,8 @@ def starts(runs: Runs) -> str:
         for method in ways
         if any(r.settings["init"] == "text" for r in runs[name].get(method, ()))
     ]
-    if not older:
-        return ""
     now = "Soft prompts start from a row of every label now, also where rows are long"
-    return f"{now}; older, from words: {', '.join(sorted(older))}."
+    return [f"{now}; older, from words: {', '.join(sorted(older))}.", ""] if older else []
 
 
 def page(runs: Runs) -> str:
@@ -269,8 +267,7 @@ def page(runs: Runs) -> str:
             "",
             matching(runs),
             "",
-            starts(runs),
-            "",
+            *starts(runs),
             "## Quality",
             "",
             "Accuracy in per cent; of e2e BLEU. In brackets the 95 % interval over test rows.",

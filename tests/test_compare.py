@@ -225,15 +225,17 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
 def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.training.loop import Pace
+    from softprompt.training.loop import Loop, Pace
 
+    tried: list[int] = []
     monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=0.02, evaluation=0.0))
+    monkeypatch.setattr(Loop, "tried", lambda _loop, steps: tried.append(steps) or 1.0)
     watcher = Notes()
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1)
     done = compare(llama, films(60), methods=["soft-prompt", "few-shot"], config=config, watcher=watcher)
     steps = done.results[0].settings["max_steps"]
-    assert done.results[0].settings["search"]
-    assert 1 <= steps < 300  # of 300 that fit; trying the learning rates takes a little
+    assert tried == [30] * 3
+    assert 225 <= steps < 300  # of 300 that fit; making ready takes a little
     assert watcher.told == ["begin 2", "soft-prompt", "soft-prompt done", "few-shot", "few-shot done"]
     assert done.report is None
     given = compare(llama, films(60), methods=["soft-prompt"], config=config.model_copy(update={"learning_rate": 0.5}))
