@@ -211,17 +211,21 @@ def longer(runs: Runs) -> list[str]:
 
 
 def matching(runs: Runs) -> str:
-    """Say of which runs on the set of many labels the labels were matched to their frequency, and which are older."""
-    name = "banking77"
-    asked = [method for method in (*WHOLE, *EARLY) if method in runs[name] and method != SHIPPED]
-    older = [m for m in asked if any("prior_matching" not in r.settings for r in runs[name][m])]
-    without = [m for m in asked if m not in older and not any(r.settings["prior_matching"] for r in runs[name][m])]
-    said = f"On {name} labels are made as likely on average as they are frequent where that helps ([why](decisions.md))"
-    if without:
-        said += f"; on the validation rows it did not help {', '.join(without)}"
+    """Say in which runs labels were matched to their frequency, and which are from before that was tried."""
+    taken, older = [], []
+    for name in CLASSIFICATION:
+        asked = [method for method in WHOLE if method in runs[name] and method != SHIPPED]
+        before = [m for m in asked if any("prior_matching" not in r.settings for r in runs[name][m])]
+        with_bias = [m for m in asked if any(r.settings.get("prior_matching") for r in runs[name][m])]
+        taken += [f"{name} ({', '.join(with_bias)})"] if with_bias else []
+        older += [name if before == asked else f"{name} ({', '.join(before)})"] if before else []
+    said = (
+        "Where clearly more validation rows are right then, labels are made as likely on average as they are frequent"
+        f" ([why](decisions.md)): so they were on {', '.join(taken) or 'none of the sets'}."
+    )
     if older:
-        said += f"; the runs of {', '.join(older)} are older and go without"
-    return f"{said}. `{SHIPPED}` stays as PEFT has it."
+        said += f" Runs from before that was tried: {', '.join(older)}."
+    return f"{said} `{SHIPPED}` stays as PEFT has it."
 
 
 def starts(runs: Runs) -> list[str]:

@@ -19,6 +19,7 @@ from softprompt.evaluation.calibration import (
     CalibratedScorer,
     CalibratedScores,
     calibrated_or_plain,
+    clearly_better,
     content_free,
     prior_matching,
     shifted,
@@ -219,20 +220,34 @@ def test_a_label_that_no_row_is_taken_for_gets_a_bounded_bias() -> None:
     assert bias["c"] < 10 * np.log(51) + 1
 
 
+def test_a_bias_is_taken_where_clearly_more_rows_are_right() -> None:
+    wrong, right = np.eye(2)[np.arange(20) % 2][:, ::-1], np.eye(2)[np.arange(20) % 2]
+
+    def scores(won: int, lost: int) -> tuple[LabelScores, LabelScores]:
+        after = np.concatenate([right[:won], wrong[won : won + lost], right[won + lost :]])
+        before = np.concatenate([wrong[:won], right[won:]])
+        return scores_of(after, ["a", "b"]), scores_of(before, ["a", "b"])
+
+    # McNemar's statistic, (won - lost)² / (won + lost), has to be more than 1.
+    assert [clearly_better(*scores(won, 0)) for won in (0, 1, 2)] == [False, False, True]
+    assert [clearly_better(*scores(won, 3)) for won in (2, 3, 5, 6, 7)] == [False, False, False, False, True]
+
+
 MANY = [f"team_{name}" for name in "abcdefghijkl"]
 
 
-def parcels(first: int, behind: int) -> Rows:
-    return load_data([{"text": f"a parcel for {n}", "label": MANY[n % 12]} for n in range(first, behind)])
+def parcels(first: int, behind: int, labels: int) -> Rows:
+    return load_data([{"text": f"a parcel for {n}", "label": MANY[n % labels]} for n in range(first, behind)])
 
 
+@pytest.mark.parametrize("labels", [3, 12])  # a few are scored at each evaluation, many once
 @pytest.mark.parametrize("matched", [True, False])
 @pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])
-def test_a_prompt_of_many_labels_keeps_its_bias_and_is_evaluated_with_it(
-    llama: FrozenModel, tmp_path: Path, method: str, matched: bool
+def test_a_prompt_of_labels_keeps_its_bias_and_is_evaluated_with_it(
+    llama: FrozenModel, tmp_path: Path, method: str, matched: bool, labels: int
 ) -> None:
     """The bias is taken where more of the validation rows are right with it."""
-    rows, held_back = parcels(0, 120), parcels(120, 180)
+    rows, held_back = parcels(0, 120, labels), parcels(120, 180, labels)
     config = TuneConfig(method=method, max_length=64, max_steps=1, learning_rate=1e-9)  # type: ignore[arg-type]
     first = tune(llama, rows, config, eval_data=held_back).prompt
     scorer = make_scorer(Encoder(llama.tokenizer, first.format, 64), held_back, 1024)
@@ -264,13 +279,9 @@ def test_a_prompt_of_many_labels_keeps_its_bias_and_is_evaluated_with_it(
         )
 
 
-def test_few_labels_have_no_bias(llama: FrozenModel) -> None:
-    rows = load_data([{"text": f"a parcel for {n}", "label": MANY[n % 10]} for n in range(60)])
-    assert not tune(llama, rows, TuneConfig(max_length=64, max_steps=2)).prompt.record.label_bias
-
-
 def test_without_validation_rows_there_is_no_bias(llama: FrozenModel) -> None:
-    assert not tune(llama, parcels(0, 60), TuneConfig(max_length=64, max_steps=2, eval_rows=0)).prompt.record.label_bias
+    config = TuneConfig(max_length=64, max_steps=2, eval_rows=0)
+    assert not tune(llama, parcels(0, 60, 12), config).prompt.record.label_bias
 
 
 def test_every_member_of_an_ensemble_has_its_own_bias(llama: FrozenModel, tmp_path: Path) -> None:
@@ -283,7 +294,7 @@ def test_every_member_of_an_ensemble_has_its_own_bias(llama: FrozenModel, tmp_pa
     ]
     ensemble = joined(members, {})
     assert not ensemble.record.label_bias
-    rows = parcels(0, 60)
+    rows = parcels(0, 60, 12)
     scorer = make_scorer(Encoder(llama.tokenizer, ensemble.format, 64), rows, 1024)
     expected = averaged([shifted(scorer.score(llama, w), bias) for w, bias in zip(weights, biases, strict=True)])
     assert isinstance(expected, LabelScores)

@@ -94,6 +94,20 @@ def test_tune_evaluate_generate_and_check_follow_on_each_other(
     assert sorted(Path().rglob("*")) == before, "check writes nothing"
 
 
+def test_tune_tells_of_a_label_bias(command: Command, llama_folder: Path) -> None:
+    """An untrained model takes one label for all rows, which is the frequent one or the rare one."""
+    told = []
+    for often, seldom in (("positive", "negative"), ("negative", "positive")):
+        rows = [f"a film {i},{seldom if i % 10 == 0 else often}" for i in range(200)]
+        Path(f"{often}.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
+        still = ["--set", "learning_rate=1e-9"]
+        tuned = command("tune", f"{often}.csv", "--model", llama_folder, "--out", often, *SHORT, *still)
+        biased = bool(json.loads(Path(often, "prompt", "softprompt.json").read_text(encoding="utf-8"))["label_bias"])
+        assert (", with a label bias" in tuned.out) == biased
+        told.append(biased)
+    assert sorted(told) == [False, True]
+
+
 def test_tune_json_is_one_object_with_the_keys_that_scripts_read(
     command: Command, llama_folder: Path, reviews: Path
 ) -> None:

@@ -74,7 +74,7 @@ def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_jso
     if as_json:
         print_json({"run": str(out), "prompt": str(out / "prompt"), **({"kept": kept} if kept else {}), **record})
     else:
-        _say_done(out, kept, record)
+        _say_done(out, kept, record, biased=any(made.biases))
 
 
 def _run_record(result: TuneResult) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _ensemble_record(result: EnsembleResult) -> dict[str, Any]:
     }
 
 
-def _say_done(out: Path, kept: str | None, record: dict[str, Any]) -> None:
+def _say_done(out: Path, kept: str | None, record: dict[str, Any], *, biased: bool) -> None:
     """Say what was learned, and what can be done with it."""
     from softprompt.cli.show import figures
     from softprompt.cli.show import out as console
@@ -106,7 +106,8 @@ def _say_done(out: Path, kept: str | None, record: dict[str, Any]) -> None:
     of = (
         f"; {len(record['members'])} prompts" if "members" in record else f"; best after step {record.get('best_step')}"
     )
-    best = f"{of}: validation {figures(record['metrics'])}" if record["metrics"] else ""
+    how = ", with a label bias" if biased else ""
+    best = f"{of}: validation {figures(record['metrics'])}{how}" if record["metrics"] else ""
     for line in (
         f"{record['steps']} steps in {record['seconds']:.0f} s{best}",
         f"prompt: {out / 'prompt'}" + (f", kept as {kept}" if kept else ""),

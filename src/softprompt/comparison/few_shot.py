@@ -19,7 +19,6 @@ from softprompt.errors import SettingsError
 from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain, prior_matching, shifted
 from softprompt.evaluation.scoring import LabelScores, Scores, tokens_at_once
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.initialization import MANY_LABELS
 
 SIZES = (1, 2, 4, 8, 16)
 _WIDTHS = (16, 4, 1)  # candidates of a round: a quarter of them goes on, each to four times the rows
@@ -34,7 +33,7 @@ class Trial:
     Attributes:
         format: with its demonstrations.
         calibration: none where `label_bias` does better, or nothing does.
-        label_bias: what is added to labels' log-likelihoods where there are many labels and it does better than either.
+        label_bias: what is added to labels' log-likelihoods where that does better than either.
         max_length: what the encoder needs, so that demonstrations take nothing from a row's own room.
         rows: how many validation rows it was judged on.
         metrics: on them.
@@ -246,11 +245,10 @@ class _Judge:
             plain = scores.plain
             if _merit(plain) >= _merit(scores):
                 calibration, scores = "none", plain
-            if len(plain.labels) > MANY_LABELS:
-                found = prior_matching(plain, self.train)
-                matched = shifted(plain, found)
-                if _merit(matched) > _merit(scores):
-                    calibration, scores, label_bias = "none", matched, found
+            found = prior_matching(plain, self.train)
+            matched = shifted(plain, found)
+            if _merit(matched) > _merit(scores):
+                calibration, scores, label_bias = "none", matched, found
         trial = Trial(form, calibration, length, len(rows), scores.values(), _merit(scores), label_bias)
         self.trials.append(trial)
         self.budget.spent += len(rows)

@@ -93,10 +93,10 @@ class Trained(Method):
             loop = self.loop(self._plan, curve)
             curve.begin(self._plan, 0)
             try:
-                best, progress, _ = loop.run()
+                best, progress, scores = loop.run()
             finally:
                 curve.end()
-            _, label_bias = loop.matched(best) or (None, {})
+            _, label_bias = loop.matched(best, scores)
         self._answers = self.answers(best, label_bias)
         tokens += _tokens(self._plan, progress.step)
         parameters = sum(parameter.numel() for parameter in loop.learned.values())

@@ -112,3 +112,9 @@ def shifted(scores: _Scored, label_bias: Mapping[str, float]) -> _Scored:
         return scores
     bias = np.array([label_bias.get(label, 0.0) for label in scores.labels])
     return replace(scores, log_likelihoods=scores.log_likelihoods + bias)
+
+
+def clearly_better(scores: LabelScores, than: LabelScores) -> bool:
+    """Tell whether more rows are right, by more than one standard error of the change (McNemar 1947)."""
+    change = (scores.predicted == scores.gold).astype(int) - (than.predicted == than.gold)
+    return bool(change.sum() > np.sqrt(np.abs(change).sum()))

@@ -20,7 +20,7 @@ from softprompt.config import TuneConfig
 from softprompt.data.batching import deal, draw, micro_batches
 from softprompt.data.examples import Example
 from softprompt.errors import RunError
-from softprompt.evaluation.calibration import prior_matching, shifted
+from softprompt.evaluation.calibration import clearly_better, prior_matching, shifted
 from softprompt.evaluation.scoring import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory, is_out_of_memory
@@ -116,24 +116,27 @@ class Loop(ABC):
             self._keep(None)
         return self.best, progress, scores
 
-    def matched(self, weights: Weights) -> tuple[LabelScores, dict[str, float]] | None:
-        """Find the bias that labels are chosen with, where there are many of them (`prior_matching`).
+    def matched(self, weights: Weights, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
+        """Find the bias that labels are chosen with, where one is of use (`prior_matching`).
 
-        Until much is learned of them, some are chosen far more often than they occur. Later it does harm: by then the
-        model knows better how often a label occurs than its frequency says. So it is taken where more rows are right.
+        Until much is learned of them, some labels are chosen far more often than they occur. Later it does harm: by
+        then the model knows better how often a label occurs than its frequency says. So it is taken where clearly more
+        rows are right.
+
+        Args:
+            weights: what was learned.
+            scores: its validation scores; None without validation rows.
 
         Returns:
-            The validation rows' scores with it, and the bias, empty where it is not taken; None where labels are few.
+            The scores, with the bias if it is taken, of many labels for the first time; and the bias, empty if not.
         """
-        scorer = self.plan.label_scorer()
-        if scorer is None:
-            return None
-        plain = self.evaluate(weights, scorer)
-        assert isinstance(plain, LabelScores)
+        many = self.plan.label_scorer()
+        plain = self.evaluate(weights, many) if many else scores
+        if not isinstance(plain, LabelScores):
+            return plain, {}
         label_bias = prior_matching(plain, self.plan.train)
         found = shifted(plain, label_bias)
-        better = found.values()["accuracy"] > plain.values()["accuracy"]
-        return (found, label_bias) if better else (plain, {})
+        return (found, label_bias) if clearly_better(found, plain) else (plain, {})
 
     def tried(self, steps: int) -> float:
         """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.

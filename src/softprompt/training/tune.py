@@ -115,9 +115,8 @@ def tune(
             with reproducible(plan.config.threads), stops_together():
                 loop = PromptLoop(model, plan, run, watcher, state, processes)
                 best, progress, scores = loop.run()
-                label_bias: dict[str, float] = {}
-                if (matched := loop.matched(best)) is not None:
-                    scores, label_bias = matched
+                scores, label_bias = loop.matched(best, scores)
+                if scores is not None:
                     progress.best = scores.values()
         finally:
             watcher.end()
