@@ -25,8 +25,9 @@ install: .venv/.installed
 demo: install
 	$(BIN)/softprompt demo
 
+# Two processes of one thread each take half as long as one of two threads: small models gain nothing from a second one.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

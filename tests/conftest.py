@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never wait for a hub
+os.environ.pop("COLUMNS", None)  # readline, which pytest imports, sets it for the processes that share the tests
 
 import pytest
 import torch
@@ -32,6 +33,12 @@ WORDS = (
     "the parcel never came and I want my money back please classify this text as good or bad label sentiment "
     "positive negative delivery billing returns hello world a fine film a dull film what a waste of time"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that run the real model: they take longest, and two processes are to end together."""
+    long = {item.path for item in items if item.get_closest_marker("real")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 # Of a run that tests wait for.

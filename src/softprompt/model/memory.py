@@ -184,11 +184,15 @@ class _Kept:
         self._sizes: dict[int, int] = {}
 
     def note(self, tensor: Tensor) -> Tensor:
-        """Note a tensor; what it is a view of is kept whole."""
+        """Note a tensor; what it is a view of is kept whole.
+
+        Returns:
+            What is to be kept instead: an operation's own result would hold the operation, and neither was ever freed.
+        """
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._own:
             self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()
 
     @property
     def total(self) -> int:

@@ -115,9 +115,9 @@ def tune(
             with reproducible(plan.config.threads), stops_together():
                 loop = PromptLoop(model, plan, run, watcher, state, processes)
                 best, progress, scores = loop.run()
-                scores, label_bias = loop.matched(best, scores)
-                if scores is not None:
-                    progress.best = scores.values()
+                last, label_bias = loop.matched(best, scores)
+                if last is not None and last is not scores:
+                    scores, progress.best = last, last.values()
         finally:
             watcher.end()
             run.close_board()
