@@ -114,6 +114,11 @@ def mean(values: Iterable[float]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def over_sets(by_set: Sequence[list[Result]], cost: str, of: Callable[[float], float] = float) -> float:
+    """Return the mean over the sets of the mean over the seeds."""
+    return float(np.mean([np.mean([of(getattr(r.costs, cost)) for r in results]) for results in by_set]))
+
+
 def costs(runs: Runs) -> list[str]:
     """Return what each method takes, the mean over the sets; times and memory were measured on the reference machine.
 
@@ -138,12 +143,12 @@ def costs(runs: Runs) -> list[str]:
         )
         peak = mean(t.peak_bytes for t in learning) or mean(r.costs.peak_bytes for r in searched)
         changed = "the same" if all(r.costs.base_unchanged for r in mine) else "others"
-        names = ("trainable_parameters", "stored_bytes", "perplexity_before", "perplexity_after")
-        each = (mean(np.mean([getattr(r.costs, name) for r in results]) for results in by_set) for name in names)
-        learned, stored, before, after = each
+
+        learned, stored = over_sets(by_set, "trainable_parameters"), over_sets(by_set, "stored_bytes")
+        # A perplexity is the exponential of a loss, and losses are what has a mean.
+        before, after = (np.exp(over_sets(by_set, f"perplexity_{when}", np.log)) for when in ("before", "after"))
         lines.append(
-            f"| {method} | {shown(learned, lambda n: count(round(n)))} | "
-            f"{shown(stored, lambda n: size(round(n)))} | "
+            f"| {method} | {count(round(learned))} | {size(round(stored))} | "
             f"{shown(mean(t.step for t in learning))} | {shown(peak, lambda n: size(round(n)))} | {shown(row)} | "
             f"{changed} | {before:.2f} → {after:.2f} |"
         )
@@ -304,7 +309,7 @@ def page(runs: Runs) -> str:
             "",
             "Means over the sets, on one core of a Zen 4, with times as they would be on a Zen 5 (`REFERENCE` in",
             "`benchmarks/quality.py`). Memory is the peak above the loaded model while learning. Of what learns, a",
-            "test row is one of the validation rows that prompts are chosen by.",
+            "test row is one of the validation rows that prompts are chosen by. Perplexities are geometric means.",
             "",
             *costs(runs),
             "",
