@@ -246,7 +246,7 @@ def parcels(first: int, behind: int, labels: int) -> Rows:
 def test_a_prompt_of_labels_keeps_its_bias_and_is_evaluated_with_it(
     llama: FrozenModel, tmp_path: Path, method: str, matched: bool, labels: int
 ) -> None:
-    """The bias is taken where more of the validation rows are right with it."""
+    """The bias is taken where clearly more of the validation rows are right with it."""
     rows, held_back = parcels(0, 120, labels), parcels(120, 180, labels)
     config = TuneConfig(method=method, max_length=64, max_steps=1, learning_rate=1e-9)  # type: ignore[arg-type]
     first = tune(llama, rows, config, eval_data=held_back).prompt

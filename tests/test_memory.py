@@ -277,7 +277,6 @@ def test_what_the_allocator_holds_is_given_back_before_less_is_run_at_once(
     assert watcher.seen == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is Linux's")
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_what_was_measured_is_freed_with_the_model(name: str) -> None:
     model = frozen(name)
@@ -288,6 +287,7 @@ def test_what_was_measured_is_freed_with_the_model(name: str) -> None:
     assert [ref() is None for ref in weights] == [True] * len(weights)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is Linux's")
 def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) -> None:
     """For real, in 500 MB: the step would take twice that, and an allocation that fails is not caught here."""
     shape = {"vocab_size": 400, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}

@@ -117,7 +117,8 @@ def tune(
                 best, progress, scores = loop.run()
                 last, label_bias = loop.matched(best, scores)
                 if last is not None and last is not scores:
-                    scores, progress.best = last, last.values()
+                    # A bias changes no loss; what is scored once more, by other processes, may be rounded differently.
+                    scores, progress.best = last, {**last.values(), "loss": progress.best["loss"]}
         finally:
             watcher.end()
             run.close_board()
