@@ -131,6 +131,7 @@ class PeftAsShipped(Prompts):
     rate = 0.03
     settings = {  # noqa: RUF012 - never changed
         "init": "random",
+        "loss": "target",
         "num_virtual_tokens": 8,
         "batch_size": 8,
         "schedule": "linear",

@@ -234,15 +234,15 @@ def matching(runs: Runs) -> str:
 
 
 def starts(runs: Runs) -> list[str]:
-    """Say which soft prompts are from when they started from words where rows are long."""
+    """Say which soft prompts are from when they started from words where rows are long or labels many."""
     ways = [method for method in (*WHOLE, *EARLY) if method.startswith("soft-prompt")]
     older = [
         f"{method} on {name}"
-        for name in set(CLASSIFICATION) - {"banking77"}
+        for name in CLASSIFICATION
         for method in ways
         if any(r.settings["init"] == "text" for r in runs[name].get(method, ()))
     ]
-    now = "Soft prompts start from a row of every label now, also where rows are long"
+    now = "Soft prompts start from rows now, also where rows are long or labels many"
     return [f"{now}; older, from words: {', '.join(sorted(older))}.", ""] if older else []
 
 

@@ -32,7 +32,8 @@ WHY = {
         "3.2); examples and lists of labels take what they need",
         "init": "words start where the model is at home; noise learns slowly (Lester et al. 2021, section 3.2)",
         "init_text": "it names the labels, so that they are near from the first step",
-        "loss": "an input is given, so predicting it would be learned for nothing; plain text is all target",
+        "loss": "an input is given, so predicting it would be learned for nothing; plain text is all target. Where "
+        "labels are many, a soft prompt chooses better if it learns to tell them apart",
         "learning_rate": "the best or nearly so on the tasks that were [tried](../benchmarks/results/choices.md)",
         "warmup_ratio": "Adam's first steps have the size of the rate, however sure it is of the direction",
         "schedule": "small steps at the end settle what large ones found",

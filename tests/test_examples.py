@@ -227,6 +227,30 @@ def test_stem_and_tail_are_the_whole_text_for_every_label(tokenizer: PreTrainedT
         assert len(choice.stem) == len(leading) + min(borders)
 
 
+@pytest.mark.parametrize("template", ["{{ text }}\nLabel:", "{{ text }}\n", "{{ text }}"])
+def test_a_target_is_told_from_what_other_labels_go_on_with(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    draw = random.Random(4)
+    labels = ["card lost", "card stolen", "card lost abroad", "top up", "want my money back"]
+    rows = labelled(*(("x" + random_text(draw, draw.randint(2, 40)), draw.choice(labels)) for _ in range(40)))
+    encoder = Encoder(tokenizer, label_format(labels, template), 30)
+    examples = encoder.examples(rows)
+    cut = encoder.truncated
+    told = [encoder.among_labels(row, example) for row, example in zip(rows, examples, strict=True)]
+    assert encoder.truncated == cut > 0
+    whole = Encoder(tokenizer, encoder.format, LONG)
+    for row, example, uncut, choice in zip(rows, told, whole.examples(rows), whole.choices(rows), strict=True):
+        own = choice.tails[labels.index(row["label"])]
+        assert len(example.among) == example.targets
+        if example.ids[example.start :] != uncut.ids[uncut.start :]:  # behind a cut column a space can fall away
+            assert template == "{{ text }}"
+            continue
+        for place in range(1, example.targets + 1):
+            known = own[: len(own) - place]
+            goes_on = {tail[len(known)] for tail in choice.tails if tail[: len(known)] == known}
+            assert set(example.among[-place]) == goes_on
+            assert example.ids[-place] in goes_on
+
+
 def test_inputs_are_how_the_examples_begin() -> None:
     rows = labelled(("a film", "good"), ("the parcel never came", "bad"))
     for tokenizer in (tiny_tokenizer(), bos_tokenizer()):

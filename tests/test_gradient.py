@@ -27,6 +27,11 @@ from softprompt.model.gradient import prompt_gradient
 from softprompt.model.loading import load_model
 from softprompt.model.packed import Packed
 
+AMONG = [
+    Example((9, 8, 7, 40, 41), 3, ((40, 50, 60), (41, 42))),
+    Example((9, 8, 7, 6, 5, 50), 5, ((40, 50, 60),)),
+    Example((9, 3, 60, 61, 2), 2, ((40, 50, 60), (61,), (2, 70, 71, 72))),
+]
 WAYS = [
     ("llama", Packed),
     ("llama", Cached),
@@ -69,6 +74,57 @@ def start(model: FrozenModel, length: int) -> Tensor:
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def told_apart(logits: list[Tensor], examples: list[Example]) -> Tensor:
+    """Return the mean loss of targets, half among all tokens and half among their own, from logits row by row."""
+    losses = []
+    for row, example in zip(logits, examples, strict=True):
+        for place, others in zip(range(example.start, len(example.ids)), example.among, strict=True):
+            before, target = row[place - 1].float(), example.ids[place]
+            there = torch.full_like(before, -torch.inf)
+            there[list(others)] = before[list(others)]
+            losses.append(-(before.softmax(dim=0)[target].log() + there.softmax(dim=0)[target].log()) / 2)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("at_once", [2**25, 400], ids=["one piece", "a piece a row"])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("architecture", "way"), WAYS)
+def test_targets_are_told_from_what_other_labels_go_on_with(
+    architecture: str, way: type[Packed] | type[Cached], parts: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
+    model = model_by(architecture, way)
+    prompt = start(model, 4)
+    cut = [AMONG] if parts == 1 else [AMONG[:1], AMONG[1:]]
+    loss, gradient = prompt_gradient(model, prompt, (9,), cut)
+    learned = prompt.clone().requires_grad_()
+    whole = [torch.cat([learned, model.embed(e.ids)]).unsqueeze(0) for e in AMONG]
+    expected = told_apart([model.hf_model(inputs_embeds=each).logits[0, 4:] for each in whole], AMONG)
+    expected.backward()
+    assert learned.grad is not None
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert relative(gradient, learned.grad) < 1e-3
+
+
+def test_a_head_that_learns_has_the_loss_of_one_that_does_not() -> None:
+    model = model_by("llama", Packed)
+    model.loss(model.prefix(start(model, 2)), AMONG)  # the head is run as the whole model is
+    hidden = torch.randn(4, model.embedding_width, generator=torch.Generator().manual_seed(3))
+    targets, among = (
+        torch.tensor([40, 41, 50, 2]),
+        torch.tensor([[40, 50, -1], [41, -1, -1], [40, 50, 60], [2, 70, 71]]),
+    )
+    found = []
+    for learns in (False, True):
+        model.hf_model.get_output_embeddings().requires_grad_(learns)
+        own = hidden.clone().requires_grad_()
+        losses = model.way.head.losses(own, targets, among)
+        losses.sum().backward()
+        assert own.grad is not None
+        found.append((losses.detach(), own.grad))
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("budget", [10_000, 10], ids=["one micro-batch", "several micro-batches"])

@@ -18,6 +18,7 @@ from softprompt.data.lazy import LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, InputError, PromptError, SettingsError
+from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt import store
 from softprompt.prompt.reading import nearest_tokens
@@ -205,21 +206,54 @@ def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, mon
         assert [[token for token, _ in row] for row in nearest_tokens(llama, prompt)] == expected
 
 
-def test_a_prompt_starts_from_a_text_that_lists_all_labels_while_they_fit(llama: FrozenModel) -> None:
+def test_a_deep_prefix_starts_from_a_text_that_lists_all_labels_while_they_fit(llama: FrozenModel) -> None:
     """From the labels' mean embeddings a prompt learned 77 labels at half the pace: benchmarks/results/choices.md."""
     names = [f"team_{n}" for n in range(12)]
     rows = load_data([{"text": f"a parcel {n}", "label": names[n % 12]} for n in range(120)])
-    plan = make_plan(llama, rows, TuneConfig(max_length=64))
+    config = TuneConfig(max_length=64, method="deep-prefix")
+    plan = make_plan(llama, rows, config)
     assert plan.config.init == "text"
     assert plan.config.init_text is not None
     assert all(name.replace("_", " ") in plan.config.init_text for name in names)
     ids = llama.tokenizer(plan.config.init_text)["input_ids"]
-    assert torch.equal(plan.start, llama.embed(ids).float())
+    assert torch.equal(plan.start, llama.prefix(llama.embed(ids)).stacked())
     many = [f"a team of the name of {n}" for n in range(60)]
     rows = load_data([{"text": f"a parcel {n}", "label": many[n % 60]} for n in range(600)])
-    plan = make_plan(llama, rows, TuneConfig(max_length=64))
+    plan = make_plan(llama, rows, config)
     assert plan.config.init == "labels"
-    assert plan.start.shape[0] == 60
+    assert plan.config.num_virtual_tokens == plan.start.shape[-2] == 60
+
+
+@pytest.mark.parametrize(("words", "rows"), [(2, 9), (20, 5), (40, 5), (110, 0)])
+def test_a_soft_prompt_of_many_labels_starts_from_rows_of_some(words: int, rows: int) -> None:
+    model = freeze(tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer(), "tiny")
+    records = [{"text": f"parcel {n}" + " never" * words, "label": f"team {n % 40}"} for n in range(200)]
+    plan = make_plan(model, load_data(records), TuneConfig(max_length=200))
+    text = model.tokenizer.decode([int((model.embed(range(400)) - token).norm(dim=1).argmin()) for token in plan.start])
+    shown = [part.partition("Label: ")[2] for part in text.split("\n\n") if "Label: " in part]
+    assert plan.config.init == ("examples" if rows else "text")
+    assert text.startswith("Classify the text:\n" if rows else "Classify the text as")
+    assert len(set(shown)) == len(shown) == rows
+    deep = make_plan(model, load_data(records), TuneConfig(max_length=200, method="deep-prefix"))
+    assert deep.config.init == "text"
+
+
+@pytest.mark.parametrize(("labels", "loss"), [(3, "target"), (10, "target"), (11, "labels"), (40, "labels")])
+def test_many_labels_are_told_from_each_other(llama: FrozenModel, labels: int, loss: str) -> None:
+    rows = load_data([{"text": f"a parcel {n}", "label": f"team {n % labels}"} for n in range(max(60, 4 * labels))])
+    plan = make_plan(llama, rows, TuneConfig(max_length=64))
+    assert plan.config.loss == loss
+    assert all(bool(plan.examples[i].among) == (loss == "labels") for i in plan.taken)
+    plain = make_plan(llama, rows, TuneConfig(max_length=64, loss="target"))
+    assert not any(plain.examples[i].among for i in plain.taken)
+    assert make_plan(llama, rows, TuneConfig(max_length=64, loss="labels")).examples[0].among
+    assert make_plan(llama, rows, TuneConfig(max_length=64, method="deep-prefix")).config.loss == "target"
+
+
+def test_what_has_no_labels_has_none_to_be_told_from(llama: FrozenModel) -> None:
+    rows = load_data([{"input": f"{i} and {i}", "target": str(2 * i)} for i in range(30)])
+    with pytest.raises(SettingsError, match="loss=labels is for classification, and completion has none"):
+        make_plan(llama, rows, TuneConfig(max_length=64, loss="labels"))
 
 
 @pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])

@@ -20,6 +20,7 @@ from softprompt.errors import RunError
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.training.plan import make_plan
+from test_gradient import told_apart
 from test_training import short, weights_hash
 
 
@@ -38,9 +39,12 @@ def loop_of(model: FrozenModel, reviews: Path, **settings: object) -> WeightsLoo
     return WeightsLoop(model, plan)
 
 
+@pytest.mark.parametrize("loss_of", ["target", "labels"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "falcon-rotary"])
-def test_gradients_are_those_of_peft_and_transformers(architecture: str, method: str, reviews: Path) -> None:
+def test_gradients_are_those_of_peft_and_transformers(
+    architecture: str, method: str, loss_of: str, reviews: Path
+) -> None:
     """Row by row, on a second model of the same weights, with all logits."""
     reference = tiny_model(architecture)
     if method == "lora":
@@ -52,7 +56,7 @@ def test_gradients_are_those_of_peft_and_transformers(architecture: str, method:
         reference.requires_grad_(True)
         plain = dict(reference.named_parameters())
     with learning(frozen(architecture), method, 3) as model:
-        loop = loop_of(model, reviews)
+        loop = loop_of(model, reviews, loss=loss_of)
         for name, parameter in loop.learned.items():  # away from zero, where LoRA's second factors start
             parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
             plain[name].data.copy_(parameter.data)
@@ -61,8 +65,11 @@ def test_gradients_are_those_of_peft_and_transformers(architecture: str, method:
         total = torch.zeros(())
         for example in batch:
             ids = torch.tensor([example.ids])
-            logits = reference(input_ids=ids).logits[0, example.start - 1 : -1]
-            total = total + cross_entropy(logits, ids[0, example.start :], reduction="sum")
+            logits = reference(input_ids=ids).logits[0]
+            if loss_of == "labels":
+                total = total + told_apart([logits], [example]) * example.targets
+                continue
+            total = total + cross_entropy(logits[example.start - 1 : -1], ids[0, example.start :], reduction="sum")
         expected = total / sum(example.targets for example in batch)
         expected.backward()
         assert loss == pytest.approx(float(expected.detach()), rel=1e-5)

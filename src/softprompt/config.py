@@ -82,7 +82,11 @@ class TuneConfig(FormatConfig):
         "prefix learns labels or it is plain text, or labels where there are hundreds",
     )
     init_text: str | None = Field(None, description="the text that init=text starts from; written from the task")
-    loss: Literal["target", "all"] | None = Field(None, description="which tokens are learned; all for plain text")
+    loss: Literal["target", "labels", "all"] | None = Field(
+        None,
+        description="what is learned: the target's tokens; labels: the same, half of it among the tokens that some "
+        "label goes on with, of soft prompts of more than ten labels; all tokens, of plain text",
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,

@@ -25,6 +25,11 @@ class OwnWeights(Trained):
     changes_weights = True
     model: FrozenModel
 
+    def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
+        super().__init__(protocol, seed, watcher)
+        if protocol.train.task == "classification" and protocol.config.loss is None:
+            self.settings = {"loss": "target"}  # to be told from other labels helps soft prompts alone
+
     def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
         loop = WeightsLoop(self.model, plan, watcher)
         loop.load(self._fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +15,14 @@ from softprompt.errors import DataError, ModelError, SettingsError, nearest
 
 
 class Example(NamedTuple):
-    """Token ids, of which those from `start` on are the target."""
+    """Token ids, of which those from `start` on are the target.
+
+    Where `among` is not empty, it holds for each target token those that some label goes on with there, itself too.
+    """
 
     ids: tuple[int, ...]
     start: int
+    among: tuple[tuple[int, ...], ...] = ()
 
     @property
     def targets(self) -> int:
@@ -65,6 +70,7 @@ class Encoder:
         if self.format.chat_template and not self.tokenizer.chat_template:
             raise SettingsError("this model's tokenizer has no chat template; leave chat_template out")
         self.leading = () if self.format.chat_template else leading_tokens(self.tokenizer)
+        self._among: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.ends = self.format.task == "completion" or self._one_begins_another()
         if self.ends and not self.format.end and self.tokenizer.eos_token_id is None:
             raise ModelError(
@@ -103,16 +109,35 @@ class Encoder:
         target = self.format.target(row)
         return self._fitted(row, lambda text: [self._joined(text, target)], where)[0]
 
+    def among_labels(self, row: Row, example: Example) -> Example:
+        """Return a row's example along with what labels go on with, which is the same behind all inputs.
+
+        But for a token that straddles the border: of a target that is not known, no token is told from others.
+        """
+        target = example.ids[example.start :]
+        if target not in self._among:
+            text = self._input(row)
+            variants = [self._joined(text, label) for label in self.format.verbalizers.values()]
+            _, tails = _parted(variants)
+            begun = defaultdict(set)
+            for tail in tails:
+                for place, token in enumerate(tail):
+                    begun[tail[:place]].add(token)
+            goes_on = {beginning: tuple(sorted(tokens)) for beginning, tokens in begun.items()}
+            for variant, tail in zip(variants, tails, strict=True):
+                places = range(len(tail) - variant.targets, len(tail))
+                self._among[variant.ids[variant.start :]] = tuple(goes_on[tail[:place]] for place in places)
+            self._among.setdefault(target, tuple((token,) for token in target))
+        return example._replace(among=self._among[target])
+
     def choices(self, rows: Rows) -> list[Choices]:
         """Return, for each row, its input and the tokens of every label behind it."""
         self._check_labels(rows)
         made = []
         for number, row in enumerate(rows, start=1):
-            variants = self._variants(row, f"{rows.name}, row {number}")
-            stem = common_start([v.ids[: v.start] for v in variants])
+            stem, tails = _parted(self._variants(row, f"{rows.name}, row {number}"))
             if not stem:
                 raise DataError(f"{rows.name}, row {number}: the template leaves no text before the label")
-            tails = tuple(variant.ids[len(stem) :] for variant in variants)
             if len(set(tails)) < len(tails):
                 raise SettingsError("two labels have the same tokens in this model; give them other verbalizers")
             made.append(Choices(stem, tails))
@@ -195,6 +220,12 @@ class Encoder:
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         inside = sum(1 for _, end in encoded["offset_mapping"] if end <= border)
         return (*self.leading, *encoded["input_ids"]), len(self.leading) + inside
+
+
+def _parted(variants: Sequence[Example]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Return what comes before all targets of one input, and what follows that in each variant."""
+    stem = common_start([variant.ids[: variant.start] for variant in variants])
+    return stem, tuple(variant.ids[len(stem) :] for variant in variants)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

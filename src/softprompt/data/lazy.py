@@ -20,12 +20,14 @@ class LazyExamples(Sequence[Example]):
         rows: the rows.
         learn_all: whether all tokens are targets, up to those that come before every text.
         first: the first token that can be one: 1 where nothing predicts a text's very first token.
+        among: whether targets are also to be told from other labels.
     """
 
     encoder: Encoder
     rows: Rows
     learn_all: bool
     first: int = 0
+    among: bool = False
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -41,7 +43,8 @@ class LazyExamples(Sequence[Example]):
             raise DataError(
                 f"{self.rows.name}, row {index + 1}: one token alone, and nothing before it to learn it from"
             )
-        return Example(example.ids, start)
+        example = example._replace(start=start)
+        return self.encoder.among_labels(self.rows[index], example) if self.among else example
 
     def __len__(self) -> int:
         return len(self.rows)

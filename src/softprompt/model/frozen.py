@@ -9,6 +9,7 @@ from hashlib import sha256
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.examples import Example
@@ -147,7 +148,8 @@ class FrozenModel:
             recompute: run each layer again in the backward pass, in less memory.
         """
         texts, wanted, targets = _asked(examples, [len(each.text) for each in one_each(prefix, len(examples))])
-        return self.way.head.losses(self.way.text_pass(prefix, texts, wanted, recompute=recompute).hidden, targets)
+        hidden = self.way.text_pass(prefix, texts, wanted, recompute=recompute).hidden
+        return self.way.head.losses(hidden, targets, _among(examples))
 
     def joint_loss(
         self, prompt: Tensor, text: Sequence[int], examples: Sequence[Example], recompute: bool = False
@@ -160,7 +162,7 @@ class FrozenModel:
         """
         texts, wanted, targets = _asked(examples, [len(text)] * len(examples))
         hidden = self.way.joint_pass(self._embedded(prompt, text), texts, wanted, recompute)
-        return self.way.head.losses(hidden, targets)
+        return self.way.head.losses(hidden, targets, _among(examples))
 
     @torch.no_grad()
     def read(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
@@ -185,3 +187,10 @@ def _asked(examples: Sequence[Example], held: Sequence[int]) -> tuple[list[Tenso
     texts = [torch.tensor(e.ids[h : max(len(e.ids) - 1, h + 1)]) for e, h in zip(examples, held, strict=True)]
     wanted = [torch.arange(e.start - h - 1, len(e.ids) - h - 1) for e, h in zip(examples, held, strict=True)]
     return texts, wanted, torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
+
+
+def _among(examples: Sequence[Example]) -> Tensor | None:
+    """Return the tokens that each target is told from, filled up with -1; None where examples name none."""
+    if not all(example.among for example in examples):
+        return None
+    return pad_sequence([torch.tensor(tokens) for e in examples for tokens in e.among], True, -1)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from softprompt.errors import ModelError
@@ -65,17 +64,25 @@ class Head:
                 handle.remove()
         return made
 
-    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, hidden: Tensor, targets: Tensor, among: Tensor | None = None) -> Tensor:
         """Return the loss of each target token `[R]` in nats, from the head's inputs `[R, H]` at its position.
+
+        Args:
+            hidden: `[R, H]`.
+            targets: `[R]`.
+            among: `[R, A]`, tokens that each target is to be told from, itself one of them, filled up with -1. The
+                loss is then half that among all tokens and half that among these.
 
         No more than `LOGITS_AT_ONCE` logits are held. A row's gradient is found along with its loss, while its
         logits are there, as in Liger Kernel's fused cross-entropy (Hsu et al. 2024).
         """
         if any(weight.requires_grad for weight in self._module.parameters()):  # its own gradients are wanted as well
             pieces = [self.logits(piece).float() for _, piece in _pieces(hidden, self._model)]
-            return cross_entropy(torch.cat(pieces), targets.to(hidden.device), reduction="none")
-        losses: Tensor = _Losses.apply(hidden, targets, self)  # type: ignore[no-untyped-call]
-        return losses
+            logs = torch.cat(pieces).log_softmax(dim=-1)
+            losses = -logs.gather(1, targets[:, None].to(logs.device)).squeeze(1)
+            return losses if among is None else losses + _near(logs, among.to(logs.device)).logsumexp(dim=1) / 2
+        made: Tensor = _Losses.apply(hidden, targets, among, self)  # type: ignore[no-untyped-call]
+        return made
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ class _Losses(torch.autograd.Function):
     """Cross-entropy in pieces, whose gradients are computed in the forward pass: logits are made once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, among: Tensor | None, head: Head) -> Tensor:
         needed = ctx.needs_input_grad[0]
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
@@ -113,18 +120,32 @@ class _Losses(torch.autograd.Function):
                 logits = head.logits(inputs)
             logs = logits.detach().float().log_softmax(dim=-1)
             wanted = targets[begin : begin + len(piece), None].to(logs.device)
-            losses.append(-logs.gather(1, wanted).squeeze(1))
+            loss = -logs.gather(1, wanted).squeeze(1)
+            if among is not None:
+                others = among[begin : begin + len(piece)].to(logs.device)
+                near = _near(logs, others)
+                # Half of -log p(target), and half of -log p(target) / p(others): in both, the first is the same.
+                loss += near.logsumexp(dim=1) / 2
+            losses.append(loss)
             if needed:  # a loss's gradient on the logits: the probabilities, less one where the target is
-                share = logs.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=logs.dtype))
+                share = logs.exp_()
+                if among is not None:
+                    share.div_(2).scatter_add_(1, others.clamp(min=0), near.softmax(dim=1) / 2)
+                share.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=logs.dtype))
                 gradients.extend(torch.autograd.grad(logits, inputs, share.to(logits.dtype)))
         if needed:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
-        return gradients * grad[:, None].to(gradients), None, None
+        return gradients * grad[:, None].to(gradients), None, None, None
+
+
+def _near(logs: Tensor, among: Tensor) -> Tensor:
+    """Return the log-probabilities `[R, A]` of the tokens `among`; of -1, none."""
+    return logs.gather(1, among.clamp(min=0)).masked_fill(among < 0, -torch.inf)
 
 
 def _pieces(hidden: Tensor, hf_model: PreTrainedModel) -> Iterator[tuple[int, Tensor]]:

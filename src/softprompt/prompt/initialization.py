@@ -26,6 +26,7 @@ MANY_LABELS = 10
 USUAL_TOKENS = 20
 EXAMPLE_TOKENS = 200
 _MOST_LABELS = 100
+_CLASSIFY = "Classify the text:\n"
 
 
 def random_prompt(model: FrozenModel, length: int, seed: int) -> Tensor:
@@ -73,9 +74,7 @@ def task_text(format: Format) -> str:
     """
     if format.task == "classification":
         names = list(format.verbalizers.values())
-        return (
-            f"Classify the text as {', '.join(names[:-1])} or {names[-1]}:\n" if names[1:] else "Classify the text:\n"
-        )
+        return f"Classify the text as {', '.join(names[:-1])} or {names[-1]}:\n" if names[1:] else _CLASSIFY
     if format.task == "completion":
         return "Read the input and write the output that belongs to it, in the same way every time:\n"
     return "The following is a text of the same kind as the others, written in the same style:\n"
@@ -86,7 +85,7 @@ def examples_text(
 ) -> tuple[str, int]:
     """Say what a task is about and show rows with their targets, every label in turn, in `most` tokens or little more.
 
-    That is a few-shot prompt; what is learned begins with what it can do.
+    That is a few-shot prompt; what is learned begins with what it can do. Many labels are not listed besides.
 
     Args:
         model: its tokenizer counts.
@@ -99,7 +98,7 @@ def examples_text(
     Returns:
         The text, and how many rows it shows.
     """
-    text, shown = task_text(format), 0
+    text, shown = _CLASSIFY if len(format.verbalizers) > MANY_LABELS else task_text(format), 0
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     for i in labels_in_turn(rows, order) if format.task == "classification" else order:
         more = text + format.demonstration(rows[i])

@@ -18,7 +18,7 @@ from softprompt.data.examples import Encoder, Example
 from softprompt.data.lazy import Extent, LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
-from softprompt.data.templates import make_format
+from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import LabelScorer, Scorer, TextScorer, make_scorer
 from softprompt.launch import count
@@ -121,7 +121,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     decide("template", form.template, f"default of {form.task}")
     if form.task == "classification":
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
-    decide("loss", "all" if form.task == "text" else "target", f"default of {form.task}")
+    decide("loss", *_loss(config, form))
     decide("batch_size", 16 if form.task == "classification" else 8, f"default of {form.task}")
     if config.epochs is not None:
         passes = math.ceil(config.epochs * len(train) / chosen["batch_size"])
@@ -136,7 +136,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     decide("learning_rate", *_learning_rate(config, virtual))
     encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual))
     # The steps encode with a copy: what they cut has been counted here.
-    learned = (chosen["loss"] == "all", int(is_deep(start)))
+    learned = (chosen["loss"] == "all", int(is_deep(start)), chosen["loss"] == "labels")
     counted, examples = (LazyExamples(e, train, *learned) for e in (encoder, copy(encoder)))
     extent = Extent.of(counted[i] for i in rows)
     footprint = _footprint(model, config, extent, virtual, decide)
@@ -164,6 +164,20 @@ def _scorer(encoder: Encoder, validation: Rows, at_once: int) -> Scorer:
     """
     kind = TextScorer if len(encoder.format.verbalizers) > MANY_LABELS else make_scorer
     return kind(encoder, validation, at_once)
+
+
+def _loss(config: TuneConfig, form: Format) -> tuple[str, str]:
+    """Return what is learned where nobody says so, and why.
+
+    Raises:
+        SettingsError: labels are to be told apart where there are none.
+    """
+    if form.task != "classification":
+        if config.loss == "labels":
+            raise SettingsError(f"loss=labels is for classification, and {form.task} has none; leave it out")
+        return "all" if form.task == "text" else "target", f"default of {form.task}"
+    many = len(form.verbalizers) > MANY_LABELS and config.method == "soft-prompt"
+    return ("labels", "soft-prompt of more than ten labels") if many else ("target", "default of classification")
 
 
 def _learning_rate(config: TuneConfig, virtual: int) -> tuple[float, str]:

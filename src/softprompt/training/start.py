@@ -17,6 +17,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_deep
 from softprompt.prompt.initialization import (
     EXAMPLE_TOKENS,
+    MANY_LABELS,
     USUAL_TOKENS,
     examples_text,
     labels_prompt,
@@ -29,6 +30,7 @@ from softprompt.prompt.initialization import (
 from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_fit
 
 _SHOWN = 5000  # training rows that a prompt's examples are drawn from
+_OF_MANY = 5  # rows that show what a task of many labels is; nine do for 77 (benchmarks/results/many_labels.jsonl)
 _LONGEST_TEXT = 512  # tokens that a prompt is made as long as without being asked
 Decide = Callable[[str, object, str], None]
 
@@ -103,31 +105,34 @@ def _shown_best(method: Method, form: Format) -> bool:
     return form.task == "completion" or (form.task == "classification" and method == "soft-prompt")
 
 
-def _shows_all(model: FrozenModel, form: Format, text: str, rows: int, most: int) -> bool:
-    """Tell whether a text of so many rows has every label, and is short enough."""
-    return rows >= len(form.verbalizers) and _fits(model, text, most)
+def _needed(form: Format) -> int:
+    """Return how many rows show what a task is: one of every label; of many labels a few."""
+    labels = len(form.verbalizers)
+    return labels if labels <= MANY_LABELS else _OF_MANY
 
 
 def _examples(model: FrozenModel, form: Format, rows: Rows, seed: int, length: int | None) -> tuple[str, int]:
-    """Return a text of rows, and how many: as many as fit in the usual length, or else one of every label."""
+    """Return a text of rows, and how many: as many as fit in the usual length, or else as many as are needed."""
     text, shown = examples_text(model, form, rows, seed, _at_most(model, length or EXAMPLE_TOKENS))
-    labels = len(form.verbalizers)
-    if length is None and shown < labels:
+    if length is None and shown < _needed(form):
         longest = _at_most(model, _LONGEST_TEXT)
-        longer, every = examples_text(model, form, rows, seed, longest, labels)
-        if _shows_all(model, form, longer, every, longest):
-            return longer, every
+        longer, more = examples_text(model, form, rows, seed, longest, _needed(form))
+        if more >= _needed(form) and _fits(model, longer, longest):
+            return longer, more
     return text, shown
 
 
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
     examples = cache(lambda: _examples(model, form, train[:_SHOWN], config.seed, length))
+
+    def shows_enough(text: str, rows: int) -> bool:
+        return rows >= _needed(form) and _fits(model, text, _at_most(model, length or _LONGEST_TEXT))
+
     if init == "auto":
         init, why = "text", "a text that says what the task is"
         if config.init_text is None:
-            longest = _at_most(model, length or _LONGEST_TEXT)
-            if _shown_best(config.method, form) and _shows_all(model, form, *examples(), longest):
+            if _shown_best(config.method, form) and shows_enough(*examples()):
                 init, why = "examples", "rows and their targets show more than words about them"
             elif not _fits(model, task_text(form), _at_most(model, _LONGEST_TEXT)):
                 init, why = "labels", "too many labels for a text"

@@ -1,0 +1,97 @@
+"""What helps where labels are many: starts and losses, tried on Banking77's validation rows alone.
+
+Soft prompts take as many steps as fit into the eight minutes of `quality.py`, deep prefixes and LoRA a third of that,
+enough to see what a loss does. Of 500 validation rows, 200 choose the best prompt and say how likely each label is to
+be made (prior matching); the other 300 are scored. Results are appended to `results/many_labels.jsonl`, where older
+ones are too, some of variants that lost and are no longer in the program.
+
+    python benchmarks/many_labels.py --data FOLDER                # what is missing
+    python benchmarks/many_labels.py --data FOLDER "deep prefix*"
+
+FOLDER is described in `quality.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import softprompt as sp
+from quality import VALIDATION, rows_of
+from softprompt.comparison.method import Protocol
+from softprompt.comparison.methods import METHODS
+from softprompt.data.rows import Rows
+from softprompt.data.split import sample
+from softprompt.evaluation.calibration import prior_matching, shifted
+from softprompt.evaluation.scoring import LabelScores
+from softprompt.training.watcher import Watcher
+
+FILE = Path(__file__).parent / "results" / "many_labels.jsonl"
+SET = "banking77"
+# Name to method and settings; those left open are the method's defaults.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "soft prompt, list, target": ("soft-prompt", {"init": "text", "loss": "target", "max_steps": 117}),
+    "soft prompt, list, labels": ("soft-prompt", {"init": "text", "loss": "labels", "max_steps": 117}),
+    "soft prompt, rows, target": ("soft-prompt", {"init": "examples", "loss": "target", "max_steps": 180}),
+    "soft prompt, rows, labels": ("soft-prompt", {"init": "examples", "loss": "labels", "max_steps": 180}),
+    "deep prefix, target": ("deep-prefix", {"loss": "target", "max_steps": 93}),
+    "deep prefix, labels": ("deep-prefix", {"loss": "labels", "max_steps": 93}),
+    "lora, target": ("lora", {"loss": "target", "max_steps": 101}),
+    "lora, labels": ("lora", {"loss": "labels", "max_steps": 101}),
+}
+
+
+def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
+    """Learn once, and return how the validation rows went."""
+    method, settings = VARIANTS[variant]
+    train, validation, test = rows_of(SET, data)
+    some = sample(validation, VALIDATION, 0)
+    others = Rows([row for row in validation if row not in list(some)], validation.task, validation.name)
+    config = sp.TuneConfig(**settings, eval_rows=VALIDATION)
+    began = time.monotonic()
+    made = METHODS[method](Protocol(model, train, some, test, config, "examples", search=False), 0, Watcher())
+    try:
+        learned = made.learn()
+        answers = replace(learned.answers, biases=())
+        chosen_by, plain = (answers.side(rows, answers.at_once(rows)).scores for rows in (some, others))
+    finally:
+        made.close()
+    assert isinstance(chosen_by, LabelScores)
+    assert isinstance(plain, LabelScores)
+    matched = shifted(plain, prior_matching(chosen_by, train))
+    return {
+        "variant": variant,
+        "set": SET,
+        "method": method,
+        "settings": {**settings, **{k: learned.settings[k] for k in ("learning_rate", "batch_size", "seed")}},
+        "validation_rows": [len(some), len(others)],
+        "nats_a_label": round(float(plain.losses.mean()), 3),
+        "accuracy": round(plain.values()["accuracy"], 4),
+        "accuracy_prior_matching": round(matched.values()["accuracy"], 4),
+        "seconds": round(time.monotonic() - began),
+    }
+
+
+def main() -> None:
+    """Run what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", default=["*"], help="one that ends in * stands for all that begin so")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
+    options = parser.parse_args()
+    done = {json.loads(line).get("variant") for line in FILE.read_text().splitlines()}
+    model = sp.load_model(dtype="float32")
+    for name in VARIANTS:
+        asked = any(name == a or (a.endswith("*") and name.startswith(a[:-1])) for a in options.variants)
+        if asked and name not in done:
+            record = run(model, name, options.data)
+            with FILE.open("a") as out:
+                out.write(json.dumps(record) + "\n")
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
