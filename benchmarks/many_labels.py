@@ -50,7 +50,8 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
     method, settings = VARIANTS[variant]
     train, validation, test = rows_of(SET, data)
     some = sample(validation, VALIDATION, 0)
-    others = Rows([row for row in validation if row not in list(some)], validation.task, validation.name)
+    chosen = list(some)
+    others = Rows([row for row in validation if row not in chosen], validation.task, validation.name)
     config = sp.TuneConfig(**settings, eval_rows=VALIDATION)
     began = time.monotonic()
     made = METHODS[method](Protocol(model, train, some, test, config, "examples", search=False), 0, Watcher())

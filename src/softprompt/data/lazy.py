@@ -36,7 +36,8 @@ class LazyExamples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        example = self.encoder.example(self.rows[index], f"{self.rows.name}, row {index + 1}")
+        row = self.rows[index]
+        example = self.encoder.example(row, f"{self.rows.name}, row {index + 1}")
         start = len(self.encoder.leading) if self.learn_all else example.start
         start = max(start, self.first)
         if start == len(example.ids):
@@ -44,7 +45,7 @@ class LazyExamples(Sequence[Example]):
                 f"{self.rows.name}, row {index + 1}: one token alone, and nothing before it to learn it from"
             )
         example = example._replace(start=start)
-        return self.encoder.among_labels(self.rows[index], example) if self.among else example
+        return self.encoder.among_labels(row, example) if self.among else example
 
     def __len__(self) -> int:
         return len(self.rows)

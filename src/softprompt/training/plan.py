@@ -136,8 +136,8 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     decide("learning_rate", *_learning_rate(config, virtual))
     encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual))
     # The steps encode with a copy: what they cut has been counted here.
-    learned = (chosen["loss"] == "all", int(is_deep(start)), chosen["loss"] == "labels")
-    counted, examples = (LazyExamples(e, train, *learned) for e in (encoder, copy(encoder)))
+    counted = LazyExamples(encoder, train, chosen["loss"] == "all", int(is_deep(start)))
+    examples = replace(counted, encoder=copy(encoder), among=chosen["loss"] == "labels")
     extent = Extent.of(counted[i] for i in rows)
     footprint = _footprint(model, config, extent, virtual, decide)
     at_once = _at_once(model, footprint, extent)

@@ -111,13 +111,18 @@ def _needed(form: Format) -> int:
     return labels if labels <= MANY_LABELS else _OF_MANY
 
 
+def _shows_enough(model: FrozenModel, form: Format, text: str, rows: int, most: int) -> bool:
+    """Tell whether a text of so many rows shows what a task is, and is short enough."""
+    return rows >= _needed(form) and _fits(model, text, most)
+
+
 def _examples(model: FrozenModel, form: Format, rows: Rows, seed: int, length: int | None) -> tuple[str, int]:
     """Return a text of rows, and how many: as many as fit in the usual length, or else as many as are needed."""
     text, shown = examples_text(model, form, rows, seed, _at_most(model, length or EXAMPLE_TOKENS))
     if length is None and shown < _needed(form):
         longest = _at_most(model, _LONGEST_TEXT)
         longer, more = examples_text(model, form, rows, seed, longest, _needed(form))
-        if more >= _needed(form) and _fits(model, longer, longest):
+        if _shows_enough(model, form, longer, more, longest):
             return longer, more
     return text, shown
 
@@ -125,14 +130,11 @@ def _examples(model: FrozenModel, form: Format, rows: Rows, seed: int, length: i
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
     examples = cache(lambda: _examples(model, form, train[:_SHOWN], config.seed, length))
-
-    def shows_enough(text: str, rows: int) -> bool:
-        return rows >= _needed(form) and _fits(model, text, _at_most(model, length or _LONGEST_TEXT))
-
     if init == "auto":
         init, why = "text", "a text that says what the task is"
         if config.init_text is None:
-            if _shown_best(config.method, form) and shows_enough(*examples()):
+            longest = _at_most(model, length or _LONGEST_TEXT)
+            if _shown_best(config.method, form) and _shows_enough(model, form, *examples(), longest):
                 init, why = "examples", "rows and their targets show more than words about them"
             elif not _fits(model, task_text(form), _at_most(model, _LONGEST_TEXT)):
                 init, why = "labels", "too many labels for a text"
