@@ -38,6 +38,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "soft prompt, list, labels": ("soft-prompt", {"init": "text", "loss": "labels", "max_steps": 117}),
     "soft prompt, rows, target": ("soft-prompt", {"init": "examples", "loss": "target", "max_steps": 180}),
     "soft prompt, rows, labels": ("soft-prompt", {"init": "examples", "loss": "labels", "max_steps": 180}),
+    "soft prompt, rows, labels, rate 0.005": (
+        "soft-prompt",
+        {"init": "examples", "loss": "labels", "max_steps": 180, "learning_rate": 0.005},
+    ),
+    "soft prompt, rows, labels, rate 0.02": (
+        "soft-prompt",
+        {"init": "examples", "loss": "labels", "max_steps": 180, "learning_rate": 0.02},
+    ),
     "deep prefix, target": ("deep-prefix", {"loss": "target", "max_steps": 93}),
     "deep prefix, labels": ("deep-prefix", {"loss": "labels", "max_steps": 93}),
     "lora, target": ("lora", {"loss": "target", "max_steps": 101}),

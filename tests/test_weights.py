@@ -90,11 +90,11 @@ def test_it_learns_and_the_model_is_as_it_was(llama: FrozenModel, method: str, r
     with learning(llama, method) as model:
         loop = loop_of(model, reviews, max_steps=20, learning_rate=0.003)
         first = loop.evaluate(loop.weights())
-        best, progress, scores = loop.run()
-        assert scores is not None
-        assert scores.loss() < first.loss() - 0.3
-        assert progress.best == scores.values()
-        assert loop.evaluate(best).loss() == pytest.approx(scores.loss())
+        found = loop.run()
+        assert found.scores is not None
+        assert found.scores.loss() < first.loss() - 0.3
+        assert found.progress.best == found.scores.values()
+        assert loop.evaluate(found.weights).loss() == pytest.approx(found.scores.loss())
     assert weights_hash(llama) == before
     assert set(llama.hf_model.state_dict()) == names
     assert not any(p.requires_grad for p in llama.hf_model.parameters())

@@ -93,15 +93,14 @@ class Trained(Method):
             loop = self.loop(self._plan, curve)
             curve.begin(self._plan, 0)
             try:
-                best, progress, scores = loop.run()
+                outcome = loop.run()
             finally:
                 curve.end()
-            _, label_bias = loop.matched(best, scores)
-        self._answers = self.answers(best, label_bias)
-        tokens += _tokens(self._plan, progress.step)
+        self._answers = self.answers(outcome.weights, outcome.label_bias)
+        tokens += _tokens(self._plan, outcome.progress.step)
         parameters = sum(parameter.numel() for parameter in loop.learned.values())
-        settings = {**self.noted(), "search": bool(tried), "best_step": progress.best_step}
-        settings["prior_matching"] = bool(label_bias)
+        settings = {**self.noted(), "search": bool(tried), "best_step": outcome.progress.best_step}
+        settings["prior_matching"] = bool(outcome.label_bias)
         return Learned(self._answers, parameters, effort, tokens, settings, curve.points)
 
     def noted(self) -> dict[str, object]:

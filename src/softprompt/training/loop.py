@@ -40,6 +40,23 @@ Weights = dict[str, Tensor]
 Cuts = list[list[list[Example]]]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a loop's run gave.
+
+    Attributes:
+        weights: the best ones.
+        progress: where the run stands.
+        scores: the best weights' validation scores, with the label bias; None without validation rows.
+        label_bias: the nats that labels are chosen with, empty if none.
+    """
+
+    weights: Weights
+    progress: Progress
+    scores: Scores | None
+    label_bias: dict[str, float]
+
+
 class Loop(ABC):
     """Takes a plan's steps, from the beginning or from a saved state.
 
@@ -88,11 +105,8 @@ class Loop(ABC):
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
         """Score rows with weights, or with what is learned as it stands; the plan's validation rows, or a scorer's."""
 
-    def run(self) -> tuple[Weights, Progress, Scores | None]:
-        """Take all steps that are left.
-
-        Returns:
-            The best weights, where the run stands, and the best weights' scores; None without validation rows.
+    def run(self) -> Outcome:
+        """Take all steps that are left, and find the bias that labels are chosen with.
 
         Raises:
             RunError: the loss is not finite, or one row does not fit in memory.
@@ -114,9 +128,13 @@ class Loop(ABC):
             raise
         if not self.plan.scorer:
             self._keep(None)
-        return self.best, progress, scores
+        found, label_bias = self._matched(scores)
+        if found is not None and found is not scores:
+            # A bias changes no loss; what is scored once more, by other processes, may be rounded differently.
+            progress.best = {**found.values(), "loss": progress.best["loss"]}
+        return Outcome(self.best, progress, found, label_bias)
 
-    def matched(self, weights: Weights, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
+    def _matched(self, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
         """Find the bias that labels are chosen with, where one is of use (`prior_matching`).
 
         Until much is learned of them, some labels are chosen far more often than they occur. Later it does harm: by
@@ -124,14 +142,13 @@ class Loop(ABC):
         rows are right.
 
         Args:
-            weights: what was learned.
-            scores: its validation scores; None without validation rows.
+            scores: the best weights'; None without validation rows.
 
         Returns:
             The scores, with the bias if it is taken, of many labels for the first time; and the bias, empty if not.
         """
         many = self.plan.label_scorer()
-        plain = self.evaluate(weights, many) if many else scores
+        plain = self.evaluate(self.best, many) if many else scores
         if not isinstance(plain, LabelScores):
             return plain, {}
         label_bias = prior_matching(plain, self.plan.train)
@@ -281,7 +298,7 @@ class Pace:
     Attributes:
         step: for a step.
         evaluation: for an evaluation of the validation rows.
-        last: for what follows the last step, see `Loop.matched`.
+        last: for the label bias, after the last step.
     """
 
     step: float

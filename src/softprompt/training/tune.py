@@ -22,10 +22,10 @@ from softprompt.packages import require_package
 from softprompt.processes import Processes, launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training import agreement
-from softprompt.training.loop import measure_pace
+from softprompt.training.loop import Outcome, measure_pace
 from softprompt.training.plan import Plan, make_plan, most_steps
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder
+from softprompt.training.run_folder import RunFolder, SilentRunFolder
 from softprompt.training.search import evaluations, search
 from softprompt.training.watcher import Watcher
 
@@ -107,28 +107,23 @@ def tune(
         plan = agreement.agree(processes, plan, identity)
         if not resume:
             run.begin(plan.config, identity)
-        done = state.progress.step if state else 0
+        step = state.progress.step if state else 0
         if plan.config.tensorboard:
-            run.open_board(done)
-        watcher.begin(plan, done)
+            run.open_board(step)
+        watcher.begin(plan, step)
         try:
             with reproducible(plan.config.threads), stops_together():
-                loop = PromptLoop(model, plan, run, watcher, state, processes)
-                best, progress, scores = loop.run()
-                last, label_bias = loop.matched(best, scores)
-                if last is not None and last is not scores:
-                    # A bias changes no loss; what is scored once more, by other processes, may be rounded differently.
-                    scores, progress.best = last, {**last.values(), "loss": progress.best["loss"]}
+                found = PromptLoop(model, plan, run, watcher, state, processes).run()
         finally:
             watcher.end()
             run.close_board()
-        made = SoftPrompt(best["prompt"], _record(model, plan, progress, identity, label_bias))
+        made = SoftPrompt(found.weights["prompt"], _record(model, plan, found, identity))
         run.write_prompt(made)
-        if scores is not None:
-            run.write_predictions(scores.predictions())
+        if found.scores is not None:
+            run.write_predictions(found.scores.predictions())
         processes.share(b"written")  # what a process does with the result, it finds the files there
     seconds = time.monotonic() - began
-    place = run.path if out is not None else None
+    place, progress = run.path if out is not None else None, found.progress
     return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
 
 
@@ -206,21 +201,19 @@ def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[st
     }
 
 
-def _record(
-    model: FrozenModel, plan: Plan, progress: Progress, identity: dict[str, str], label_bias: dict[str, float]
-) -> Record:
+def _record(model: FrozenModel, plan: Plan, found: Outcome, identity: dict[str, str]) -> Record:
     return Record.of(
         model,
         plan.encoder.format,
         plan.encoder.max_length,
-        label_bias=label_bias,
+        label_bias=found.label_bias,
         training={
             "settings": plan.config.model_dump(),
-            "steps": progress.step,
-            "best_step": progress.best_step,
+            "steps": found.progress.step,
+            "best_step": found.progress.best_step,
             "train_rows": len(plan.train),
             "validation_rows": len(plan.validation) if plan.validation is not None else 0,
         },
-        metrics=progress.best,
+        metrics=found.progress.best,
         data={name: identity[name] for name in ("training_data", "validation_data")},
     )
