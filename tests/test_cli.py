@@ -9,17 +9,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import SHORT, Command, tiny_model, tiny_tokenizer
 from softprompt.cli.main import main, softprompt
+from softprompt.cli.show import confusion_table
+from softprompt.evaluation.scoring import Confusion
 from softprompt.model.frozen import FrozenModel
 
 WEIGHTS = "adapter_model.safetensors"
@@ -667,3 +671,11 @@ def test_the_bundled_models_are_listed(command: Command, monkeypatch: pytest.Mon
     (model,) = command("models", "list", "--json").record["models"]
     assert (model["name"], model["license"], model["folder"]) == ("smollm2-135m", "Apache-2.0", None)
     assert "not fetched yet" in command("models", "list").out
+
+
+def test_labels_are_shown_as_they_are_whatever_they_look_like() -> None:
+    labels = ["[ham]", "[/b]", ":smile:"]
+    console = Console(file=StringIO(), width=100)
+    console.print(confusion_table(Confusion(labels=labels, counts=[[3, 0, 0], [0, 2, 1], [0, 0, 4]])))
+    heading = console.file.getvalue().splitlines()[2]  # type: ignore[attr-defined]
+    assert [cell.strip() for cell in heading.split("┃")[2:-1]] == labels

@@ -24,6 +24,7 @@ from softprompt.prompt import store
 from softprompt.prompt.reading import nearest_tokens
 from softprompt.prompt.soft_prompt import Record, base_model_record
 from softprompt.training import plan as planning
+from softprompt.training import start as starting
 from softprompt.training.plan import make_plan
 
 SHORT = {"max_steps": 4, "batch_size": 4, "num_virtual_tokens": 3}
@@ -322,6 +323,16 @@ def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel
     assert torch.equal(plan.start, again.start)
     assert plan.start.shape != other.start.shape or not torch.equal(plan.start, other.start)
     assert len(make_plan(llama, rows, TuneConfig(init="examples", num_virtual_tokens=30)).start) == 30
+
+
+def test_of_a_large_file_that_is_sorted_by_label_every_label_is_shown(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "_SHOWN", 8)
+    rows = load_data([{"text": "film", "label": label} for label in ("good", "bad", "dull") for _ in range(20)])
+    plan = make_plan(llama, rows, TuneConfig(init="examples", eval_rows=0, max_steps=20, max_length=64))
+    text = llama.tokenizer.decode([int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in plan.start])
+    assert {label for label in ("good", "bad", "dull") if f"Label: {label}" in text} == {"good", "bad", "dull"}
 
 
 @pytest.mark.parametrize(

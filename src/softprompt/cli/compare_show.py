@@ -38,7 +38,9 @@ class TerminalComparison(ComparisonWatcher):
     def method(self, name: str, seed: int) -> Watcher:
         self.began = time.monotonic()
         left = sum(_QUICK if n == "zero-shot" else self.protocol.seconds + _QUICK for n, _ in self.todo)
-        err.print(f"\n{name}, seed {seed}: {len(self.todo)} left, about {max(1, round(left / 60))} min")
+        # So many examples take as long as they take.
+        about = f", about {max(1, round(left / 60))} min" if self.protocol.equal == "time" else ""
+        err.print(f"\n{name}, seed {seed}: {len(self.todo)} left{about}")
         return TerminalWatcher(None)
 
     def failed(self, name: str, seed: int, reason: str) -> None:

@@ -46,7 +46,7 @@ def plain_table(
     """Return a table of texts, shown as they are; the first `whole` columns are as wide as they need to be."""
     table = Table(title=title, title_justify="left", show_header=any(headers))
     for place, header in enumerate(headers):
-        table.add_column(header, overflow="fold", no_wrap=place < whole)
+        table.add_column(Text(header), overflow="fold", no_wrap=place < whole)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

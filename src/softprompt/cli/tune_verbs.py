@@ -151,7 +151,7 @@ def check(
     console.print(rows_line(plan))
     for number, rendered in enumerate(forecast.rendered, start=1):
         console.print(f"\nrow {number}: {rendered.tokens} tokens, {rendered.targets} of them learned", markup=False)
-        console.print(f"{rendered.input!r} → {rendered.target!r}", markup=False)
+        console.print(f"{rendered.input!r} → {rendered.target!r}", markup=False, emoji=False)
     twice = " (layers run once more in the backward pass, to save some)" if plan.config.gradient_checkpointing else ""
     console.print(
         f"\ntokens a row: {forecast.mean_tokens:.0f} on average, {forecast.longest} at most\n"

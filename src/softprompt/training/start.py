@@ -11,6 +11,7 @@ from torch import Tensor
 from softprompt.config import PROMPT, Method, TuneConfig
 from softprompt.data.examples import token_ids
 from softprompt.data.rows import Rows
+from softprompt.data.split import sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
@@ -129,7 +130,7 @@ def _examples(model: FrozenModel, form: Format, rows: Rows, seed: int, length: i
 
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
-    examples = cache(lambda: _examples(model, form, train[:_SHOWN], config.seed, length))
+    examples = cache(lambda: _examples(model, form, sample(train, _SHOWN, config.seed), config.seed, length))
     if init == "auto":
         init, why = "text", "a text that says what the task is"
         if config.init_text is None:
