@@ -22,6 +22,7 @@ from typing import Any
 
 import softprompt as sp
 from quality import VALIDATION, rows_of, timed
+from softprompt.comparison.learned_prompts import MEMBERS
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample
@@ -31,7 +32,6 @@ from softprompt.prompt.ensemble import joined
 from softprompt.prompt.initialization import MANY_LABELS
 
 FILE = Path(__file__).parent / "results" / "ensembles.jsonl"
-MEMBERS = 3
 # Name to the share of the steps that members take together, at a rate that does not fall, before each goes its own way.
 VARIANTS: dict[str, float | None] = {"one": None, "three": 0.0, "60 % together": 0.6, "80 % together": 0.8}
 
