@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import softprompt as sp
-from quality import VALIDATION, rows_of, timed
+from quality import apart, rows_of, timed
 from softprompt.comparison.learned_prompts import MEMBERS
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
-from softprompt.data.split import sample
 from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.scoring import TextScorer, make_scorer
 from softprompt.prompt.ensemble import joined
@@ -58,9 +57,7 @@ def learned(
 def run(model: sp.FrozenModel, name: str, method: str, variant: str, data: Path) -> dict[str, Any]:
     """Learn, and return how the rows that nothing was chosen by went."""
     train, validation, _ = rows_of(name, data)
-    some = sample(validation, VALIDATION, 0)
-    chosen = list(some)
-    others = Rows([row for row in validation if row not in chosen], validation.task, validation.name)
+    some, others = apart(validation)
     steps = timed()[name][method].length(method)["max_steps"]
     began = time.monotonic()
     prompts = learned(model, variant, {"method": method, "max_steps": steps}, train, some)

@@ -1,9 +1,9 @@
 """What helps where labels are many: starts and losses, tried on Banking77's validation rows alone.
 
-Soft prompts take as many steps as fit into the eight minutes of `quality.py`, deep prefixes and LoRA a third of that,
-enough to see what a loss does. Of 500 validation rows, 200 choose the best prompt and say how likely each label is to
-be made (prior matching); the other 300 are scored. Results are appended to `results/many_labels.jsonl`, where older
-ones are too, some of variants that lost and are no longer in the program.
+Soft prompts take as many steps as fit into the eight minutes of `quality.py`; deep prefixes and LoRA a third of that,
+enough to see what a loss does, or all of them where the name says how many. Of 500 validation rows, 200 choose the best
+prompt and say how likely each label is to be made (prior matching); the other 300 are scored. Results are appended to
+`results/many_labels.jsonl`, where older ones are too, some of variants that lost and are no longer in the program.
 
     python benchmarks/many_labels.py --data FOLDER                # what is missing
     python benchmarks/many_labels.py --data FOLDER "deep prefix*"
@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import softprompt as sp
-from quality import VALIDATION, rows_of
+from quality import VALIDATION, apart, rows_of
 from softprompt.comparison.method import Protocol
 from softprompt.comparison.methods import METHODS
-from softprompt.data.rows import Rows
-from softprompt.data.split import sample
 from softprompt.evaluation.calibration import prior_matching, shifted
 from softprompt.evaluation.scoring import LabelScores
 from softprompt.training.watcher import Watcher
@@ -50,6 +48,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deep prefix, labels": ("deep-prefix", {"loss": "labels", "max_steps": 93}),
     "lora, target": ("lora", {"loss": "target", "max_steps": 101}),
     "lora, labels": ("lora", {"loss": "labels", "max_steps": 101}),
+    "deep prefix, list, 279 steps": ("deep-prefix", {"loss": "target", "max_steps": 279}),
+    "deep prefix, list, labels, 279 steps": ("deep-prefix", {"loss": "labels", "max_steps": 279}),
+    "lora, 302 steps": ("lora", {"loss": "target", "max_steps": 302}),
 }
 
 
@@ -57,9 +58,7 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
     """Learn once, and return how the validation rows went."""
     method, settings = VARIANTS[variant]
     train, validation, test = rows_of(SET, data)
-    some = sample(validation, VALIDATION, 0)
-    chosen = list(some)
-    others = Rows([row for row in validation if row not in chosen], validation.task, validation.name)
+    some, others = apart(validation)
     config = sp.TuneConfig(**settings, eval_rows=VALIDATION)
     began = time.monotonic()
     made = METHODS[method](Protocol(model, train, some, test, config, "examples", search=False), 0, Watcher())
@@ -82,6 +81,7 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
         "accuracy": round(plain.values()["accuracy"], 4),
         "accuracy_prior_matching": round(matched.values()["accuracy"], 4),
         "seconds": round(time.monotonic() - began),
+        "device": model.device.type,
     }
 
 

@@ -80,6 +80,13 @@ def rows_of(name: str, data: Path) -> tuple[sp.Rows, sp.Rows, sp.Rows]:
     return read("train", _TRAIN), read("validation", 500), read("test", _TEST.get(name))
 
 
+def apart(validation: sp.Rows) -> tuple[sp.Rows, sp.Rows]:
+    """Return the validation rows that methods choose by, and the others, to choose among methods by."""
+    some = sample(validation, VALIDATION, 0)
+    chosen = list(some)
+    return some, sp.Rows([row for row in validation if row not in chosen], validation.task, validation.name)
+
+
 def work(model: FrozenModel, times: int = 1) -> float:
     """Return how many seconds a step of 16 rows of 40 tokens behind a prompt of 20 takes, the median of some."""
     rows = [Example(tuple((7919 * row + 104_729 * place) % 40_000 for place in range(40)), 38) for row in range(16)]
@@ -222,7 +229,7 @@ def timed() -> dict[str, dict[str, Timed]]:
 def protocol_of(name: str, method: str, model: FrozenModel, data: Path) -> tuple[Protocol, float | None]:
     """Return what a method is given on a set, and the machine's pace where its time is a matter of the clock."""
     train, validation, test = rows_of(name, data)
-    some = sample(validation, VALIDATION, 0)
+    some, _ = apart(validation)
     way = next((way for way in LEARNING if method.startswith(way)), None)
     if way is None:
         pace = work(model, times=5) / REFERENCE
