@@ -16,7 +16,7 @@ from conftest import SHORT, Command
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import Rows, load_data
 from softprompt.decoding import continue_ids
-from softprompt.errors import PromptError, SettingsError
+from softprompt.errors import InputError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Ensemble, joined, load_prompt
@@ -132,18 +132,52 @@ def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path,
 
     with pytest.raises(StoppedError):
         tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "parts", watcher=Stopper())
+    begun = tmp_path / "parts"
+    with pytest.raises(SettingsError, match="begun with seed = 0, not 1"):
+        tune_ensemble(llama, rows, short(seed=1), members=2, out=begun, resume=True)
+    with pytest.raises(InputError, match="holds an ensemble; resume it with --ensemble 2"):
+        tune_ensemble(llama, rows, None, members=3, out=begun, resume=True)
+    with pytest.raises(InputError, match="holds an ensemble; resume it with"):
+        tune(llama, rows, None, out=begun, resume=True)
+    with pytest.raises(InputError, match="holds one run; resume it without --ensemble"):
+        tune_ensemble(llama, rows, None, members=2, out=begun / "member-1", resume=True)
+    with pytest.raises(InputError, match="or --resume to go on with it"):
+        tune_ensemble(llama, rows, short(), members=2, out=begun)
     counted = Stopper()
     counted.steps = 100
-    tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "parts", resume=True, watcher=counted)
+    tune_ensemble(llama, rows, None, members=2, out=begun, resume=True, watcher=counted)
     assert counted.steps == 104  # the second member's last four
+    assert not (begun / "metrics.jsonl").exists()
     for n in (1, 2):
         assert prompt_bytes(tmp_path / "parts" / f"member-{n}") == prompt_bytes(tmp_path / "whole" / f"member-{n}")
+
+
+def test_a_member_that_was_not_begun_takes_the_settings_that_the_first_one_took(
+    llama: FrozenModel, reviews: Path, tmp_path: Path
+) -> None:
+    class StoppedError(Exception): ...
+
+    class Stopper(sp.Watcher):
+        def step(self, step: int, loss: float) -> None:
+            raise StoppedError
+
+    rows, given = load_data(reviews), short(eval_rows=10, train_rows=20, learning_rate=0.02)
+    with pytest.raises(StoppedError):
+        tune_ensemble(llama, rows, given, members=2, out=tmp_path / "run", watcher=Stopper())
+    assert not (tmp_path / "run" / "member-2").exists()
+    result = tune_ensemble(llama, rows, None, members=2, out=tmp_path / "run", resume=True)
+    for number, run in enumerate(result.runs):
+        settings = run.settings.model_dump(include=given.model_fields_set | {"seed"})
+        assert settings == {**given.model_dump(include=given.model_fields_set), "seed": number}
 
 
 def test_what_is_no_ensemble_is_refused(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     rows = load_data(reviews)
     with pytest.raises(SettingsError, match="give two members or more"):
         tune_ensemble(llama, rows, short(), members=1)
+    with pytest.raises(SettingsError, match="verbalizer"):
+        tune_ensemble(llama, rows, short(verbalizers={"good": "yes"}), members=2, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     folder = tune_ensemble(llama, rows, short(max_steps=1), members=2).prompt.save(tmp_path / "prompt")
     with pytest.raises(PromptError, match="is an ensemble; give one of its members"):
         sp.tune(llama, rows, short(init=f"prompt:{folder}"))

@@ -40,17 +40,17 @@ def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_jso
     """
     from softprompt.cli.show import TerminalWatcher, print_json
     from softprompt.launch import rank
-    from softprompt.prompt.store import keep, member_name, new_version
+    from softprompt.prompt.store import keep, new_version
     from softprompt.training.run_folder import RunFolder
 
-    first, begun = rank() == 0, out / member_name(1) if ensemble else out
+    first = rank() == 0
     if name is not None:
         new_version(name)  # a name that cannot be kept is said now, not after the night
     if first and resume:
-        RunFolder(begun).require_begun()
+        RunFolder(out).require_begun()
     elif first:
         RunFolder(out).require_new()
-    model, rows, held, config, origins = prepare(**options, begun=begun / "config.yaml" if resume else None)
+    model, rows, held, config, origins = prepare(**options, begun=out / "config.yaml" if resume else None)
     if resume:
         origins = dict.fromkeys(type(config).model_fields, "as the run was begun")
     common: dict[str, Any] = {"eval_data": held, "out": out, "resume": resume, "watcher": TerminalWatcher(origins)}
@@ -67,7 +67,7 @@ def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_jso
             several = tune_ensemble(model, rows, config, members=ensemble, **common)
             made, record = several.prompt, _ensemble_record(several)
     except KeyboardInterrupt:
-        saved = any(begun.glob("state/step-*"))
+        saved = any(out.rglob("state/step-*"))
         say("\nstopped; " + ("the same command with --resume goes on from here" if saved else "no step was done yet"))
         raise
     kept = keep(made, name) if first and name is not None else None

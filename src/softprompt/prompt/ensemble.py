@@ -86,7 +86,14 @@ Prompt: TypeAlias = SoftPrompt | Ensemble
 
 
 def joined(prompts: Sequence[SoftPrompt], metrics: Mapping[str, float]) -> Ensemble:
-    """Return an ensemble of prompts for the same task and model, and what it reached."""
+    """Return an ensemble of prompts, and what it reached.
+
+    Raises:
+        PromptError: they are for different tasks or models.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if (prompt.format, prompt.record.base_model) != (prompts[0].format, prompts[0].record.base_model):
+            raise PromptError(f"{member_name(number)} is for another task or model than {member_name(1)}")
     room = min(prompt.record.max_length for prompt in prompts)  # a text has to fit behind the longest
     own = {"metrics": dict(metrics), "max_length": room, "label_bias": {}}  # the members have theirs
     return Ensemble(tuple(prompts), prompts[0].record.model_copy(update=own))
@@ -114,12 +121,11 @@ def load_prompt(prompt: str | Path) -> Prompt:
     known = all(_MEMBER.fullmatch(name) and (path / name).is_dir() for name in names)
     if not (known and len(set(names)) == len(names) >= 2):
         raise PromptError(f"{file} is damaged: it must name two or more folders beside it, member-1 and so on")
-    prompts = tuple(load_soft_prompt(path / name) for name in names)
-    first = prompts[0].record
-    for name, one in zip(names, prompts, strict=True):
-        if one.format != prompts[0].format or one.record.base_model != first.base_model:
-            raise PromptError(f"{path / name} is for another task or model than {names[0]}")
-    return joined(prompts, metrics)
+    prompts = [load_soft_prompt(path / name) for name in names]
+    try:
+        return joined(prompts, metrics)
+    except PromptError as error:
+        raise PromptError(f"{path}: {error}") from error
 
 
 def require_all_fit(prompt: Prompt, model: FrozenModel) -> None:

@@ -17,8 +17,9 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.processes import launched
 from softprompt.prompt.ensemble import Ensemble, joined
 from softprompt.prompt.store import member_name
+from softprompt.training.plan import make_plan
 from softprompt.training.run_folder import RunFolder
-from softprompt.training.tune import TuneResult, tune
+from softprompt.training.tune import TuneResult, identity_of, tune
 from softprompt.training.watcher import Watcher
 
 
@@ -59,7 +60,7 @@ def tune_ensemble(
         model: the frozen model.
         data, config, eval_data: as for `tune`; the members' seeds count from `config.seed` on.
         members: how many, two at least.
-        out: the folder: a run a member in `member-1`, `member-2`, …, and the ensemble in `prompt`.
+        out: the folder: the settings as given, a run a member in `member-1`, `member-2`, …, the ensemble in `prompt`.
         resume: go on with what is in `out`.
         watcher: told of every step of every member.
 
@@ -71,14 +72,20 @@ def tune_ensemble(
     if launched().count > 1:
         raise SettingsError("an ensemble is learned by one process; start it without torchrun, or learn one prompt")
     began, given = time.monotonic(), config or TuneConfig()
-    folder = None if out is None else Path(out)
+    folder = None if out is None else RunFolder(Path(out))
+    identity = identity_of(model, data, eval_data)
+    if folder is not None and resume:
+        given, _ = folder.resume(given, identity, members)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
     train = sample(train, given.train_rows, given.seed)
+    if folder is not None and not resume:
+        make_plan(model, train, given, validation)  # what does not fit together is said before anything is written
+        folder.begin(given, identity, members)
     minutes = None if given.max_minutes is None else given.max_minutes / members
     runs: list[TuneResult] = []
     for number in range(1, members + 1):
         settings = given.model_copy(update={"seed": given.seed + number - 1, "max_minutes": minutes})
-        place = None if folder is None else folder / member_name(number)
+        place = None if folder is None else folder.path / member_name(number)
         begun = resume and place is not None and (place / "config.yaml").exists()
         runs.append(tune(model, train, settings, eval_data=validation, out=place, resume=begun, watcher=watcher))
     made = joined([run.prompt for run in runs], {})
@@ -88,7 +95,7 @@ def tune_ensemble(
         scores = scored(make_scorer(encoder, validation, at_once), model, made.members, made.biases)
         made = joined(made.prompts, scores.values())
         if folder is not None:
-            RunFolder(folder).write_predictions(scores.predictions())
+            folder.write_predictions(scores.predictions())
     if folder is not None:
-        made.save(RunFolder(folder).prompt)
+        made.save(folder.prompt)
     return EnsembleResult(made, runs, time.monotonic() - began, made.record.metrics)

@@ -27,6 +27,7 @@ from softprompt.packages import require_package
 from softprompt.storage import storage_errors, write_folder, write_records, write_text
 
 _KEPT_STATES = 2
+_MEMBERS = "members"
 
 
 class Progress(BaseModel):
@@ -80,15 +81,17 @@ class RunFolder:
         self._states = path / "state"
         self._board: SummaryWriter | None = None
 
-    def begin(self, config: TuneConfig, identity: dict[str, str]) -> None:
-        """Write a new run's settings.
+    def begin(self, config: TuneConfig, identity: dict[str, str], members: int = 1) -> None:
+        """Write the settings of a new run, or of an ensemble of several.
 
         Raises:
             InputError: the folder holds another run, or something else.
         """
         self.require_new()
-        write_text(self.path / "environment.json", json.dumps({**environment(), **identity}, indent=2) + "\n")
-        write_text(self._metrics, "")
+        noted = {**environment(), **identity, **({_MEMBERS: members} if members > 1 else {})}
+        write_text(self.path / "environment.json", json.dumps(noted, indent=2) + "\n")
+        if members == 1:
+            write_text(self._metrics, "")
         write_text(self.path / "config.yaml", to_yaml(config))
 
     def require_new(self) -> None:
@@ -111,7 +114,7 @@ class RunFolder:
         if not (self.path / "config.yaml").exists():
             raise InputError(f"{self.path} holds no run to resume; leave --resume out to begin one")
 
-    def resume(self, given: TuneConfig, identity: dict[str, str]) -> tuple[TuneConfig, State | None]:
+    def resume(self, given: TuneConfig, identity: dict[str, str], members: int = 1) -> tuple[TuneConfig, State | None]:
         """Return the settings of a run that was begun, and its newest state; None if it saved none.
 
         Raises:
@@ -127,6 +130,9 @@ class RunFolder:
             if now not in (before, None, "auto"):
                 raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")
         noted = self._read_environment()
+        if members != (of := noted.get(_MEMBERS, 1)):
+            held = f"an ensemble; resume it with --ensemble {of}" if of > 1 else "one run; resume it without --ensemble"
+            raise InputError(f"{self.path} holds {held}")
         for name, value in identity.items():
             if noted.get(name) != value:
                 raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
@@ -159,10 +165,10 @@ class RunFolder:
         except (OSError, ValueError, SafetensorError):
             return None
 
-    def _read_environment(self) -> dict[str, str]:
+    def _read_environment(self) -> dict[str, Any]:
         file = self.path / "environment.json"
         try:
-            noted: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+            noted: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StorageError(f"cannot read {file}: {error}; begin a new run") from error
         return noted
@@ -193,9 +199,10 @@ class RunFolder:
 
     def _cut_metrics(self, step: int) -> None:
         """Drop what was logged after a state was saved, also a line that was written by half."""
+        if not self._metrics.exists():  # of an ensemble
+            return
         kept = []
-        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else []
-        for line in lines:
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
@@ -215,7 +222,7 @@ class RunFolder:
 class SilentRunFolder(RunFolder):
     """Of a process that is not the first, or of a run that nothing is kept of: it writes nothing."""
 
-    def begin(self, config: TuneConfig, identity: dict[str, str]) -> None: ...
+    def begin(self, config: TuneConfig, identity: dict[str, str], members: int = 1) -> None: ...
 
     def save_state(self, state: State) -> None: ...
 

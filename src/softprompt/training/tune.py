@@ -96,7 +96,7 @@ def tune(
             run.require_new()  # before minutes of searching
         if config is not None and config.tensorboard:
             require_package("tensorboard", "tensorboard=true")
-        identity = _identity(model, data, eval_data)
+        identity = identity_of(model, data, eval_data)
         state = None
         given = config or TuneConfig()
         if resume:
@@ -191,7 +191,7 @@ def reproducible(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(cores)
 
 
-def _identity(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:
+def identity_of(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:
     """Return what has to be the same for a run to go on."""
     return {
         "training_data": data.sha256,
