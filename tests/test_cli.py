@@ -246,6 +246,7 @@ def test_check_json_is_one_object(command: Command, llama_folder: Path, reviews:
     done = command("check", reviews, "--model", llama_folder, "--json", *SHORT)
     assert done.record["virtual_tokens"] == 5
     assert done.record["steps"] == done.record["settings"]["max_steps"] == 3
+    assert done.record["eval_every"] == done.record["settings"]["eval_every"]
     assert list(Path().iterdir()) == [reviews.relative_to(Path.cwd())]
 
 
@@ -354,6 +355,7 @@ def test_a_missing_data_file_is_named_with_the_nearest(fails: Command, llama_fol
         (["--set", "device=gpu"], "unknown device 'gpu'"),
         (["--config", "nowhere.yaml"], "no such settings file: nowhere.yaml"),
         (["--eval-data", "nowhere.csv"], "no such file: nowhere.csv"),
+        (["--eval-data", "nowhere.csv", "--set", "eval_rows=0"], "reads no --eval-data; leave one of them out"),
         (["--model", "./nowhere"], "no such folder: ./nowhere"),
         (["--model", "nowhere.gguf"], "no such file: nowhere.gguf"),
         (["--model", "smollm2-135"], "no such model: smollm2-135"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from softprompt.config import TuneConfig
 from softprompt.data.batching import draw
 from softprompt.data.rows import Task, load_data
 from softprompt.errors import SettingsError
@@ -110,6 +111,11 @@ def test_a_start_that_does_not_fit_is_none(llama: FrozenModel) -> None:
     assert {s["init"] for s, *_ in notes.tried} == {"auto"}
 
 
+def test_without_validation_rows_to_choose_by_it_is_said(llama: FrozenModel, reviews: Path) -> None:
+    with pytest.warns(UserWarning, match="no search: eval_rows=0"):
+        tune(llama, load_data(reviews), short(budget="thorough", learning_rate=None, eval_rows=0))
+
+
 def test_where_scoring_takes_all_the_time_nothing_is_searched(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +158,27 @@ def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
     assert Pace(step=0.5, evaluation=10).fitting(60) == {"max_steps": 60, "eval_every": 30}
     assert Pace(step=100, evaluation=10).fitting(60) == {"max_steps": 1, "eval_every": 1}
     assert Pace(step=0.5, evaluation=0).fitting(60, 16) == {"max_steps": 16, "eval_every": 2}
+    # Where it is given how often to evaluate, that is included: 60 steps of 0.5 s, 30 evaluations and one before.
+    assert Pace(step=0.5, evaluation=1).fitting(61, eval_every=2) == {"max_steps": 60, "eval_every": 2}
+    assert Pace(step=0.5, evaluation=70).fitting(60, eval_every=2) == {"max_steps": 1, "eval_every": 2}
     # All of many labels are scored at the end; a quarter of the time is left for that at most.
     assert Pace(step=0.5, evaluation=0, last=10).fitting(60) == {"max_steps": 100, "eval_every": 13}
     assert Pace(step=0.5, evaluation=0, last=100).fitting(60) == {"max_steps": 90, "eval_every": 12}
+
+
+def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None:
+    rows, given = load_data(reviews), short(budget="thorough", learning_rate=None, max_steps=400, eval_every=None)
+
+    def steps(given: TuneConfig) -> float:
+        """Of the whole time, evaluations left out; all of it is counted in steps, and the clock plays no part."""
+        plan = replace(make_plan(llama, rows, given), validation=None, scorer=None)
+        forecast = make_forecast(llama, plan, given)
+        return 60 * forecast.minutes / forecast.step_seconds
+
+    # Two starts and three rates each run a fortieth of the steps, the better three three fortieths.
+    assert steps(given) == pytest.approx(400 * (1 + 6 * 0.025 + 3 * 0.05))
+    assert steps(given.model_copy(update={"budget": "normal"})) == pytest.approx(400)
+    assert steps(given.model_copy(update={"learning_rate": 0.1, "init": "text"})) == pytest.approx(400)
 
 
 def test_a_forecast_counts_the_labels_that_are_scored_at_the_end(llama: FrozenModel) -> None:

@@ -141,9 +141,10 @@ def check(
     if config.max_minutes:
         config = config.model_copy(update={"max_minutes": config.max_minutes / members})
     forecast = make_forecast(model, plan, config)
-    if forecast.steps != plan.config.max_steps:
-        settings = plan.config.model_copy(update={"max_steps": forecast.steps})
-        plan = replace(plan, config=settings, reasons={**plan.reasons, "max_steps": "what fits in max_minutes"})
+    length = {"max_steps": forecast.steps, "eval_every": forecast.eval_every}
+    fitting = {name: value for name, value in length.items() if getattr(plan.config, name) != value}
+    reasons = plan.reasons | dict.fromkeys(fitting, "what fits in max_minutes")
+    plan = replace(plan, config=plan.config.model_copy(update=fitting), reasons=reasons)
     if as_json:
         print_json({**forecast.model_dump(), "settings": plan.config.model_dump()})
         return
@@ -153,13 +154,14 @@ def check(
         console.print(f"\nrow {number}: {rendered.tokens} tokens, {rendered.targets} of them learned", markup=False)
         console.print(f"{rendered.input!r} → {rendered.target!r}", markup=False, emoji=False)
     twice = " (layers run once more in the backward pass, to save some)" if plan.config.gradient_checkpointing else ""
+    searched = " and a search" if forecast.search_minutes else ""
     console.print(
         f"\ntokens a row: {forecast.mean_tokens:.0f} on average, {forecast.longest} at most\n"
         f"way: {forecast.way}; learned: {forecast.parameters:,} numbers "
         f"({forecast.virtual_tokens} virtual tokens)\n"
         f"memory: about {forecast.step_gigabytes:.1f} GB for a step{twice}, {forecast.free_gigabytes:.1f} GB free\n"
         f"time: {forecast.step_seconds:.1f} s a step, about {forecast.minutes:.0f} min for "
-        f"{forecast.steps} steps with evaluations" + (f", for each of {members} prompts" if ensemble else "")
+        f"{forecast.steps} steps with evaluations{searched}" + (f", for each of {members} prompts" if ensemble else "")
     )
 
 
@@ -183,9 +185,12 @@ def prepare(
     """
     from softprompt.config import PROMPT, TuneConfig, read_settings
     from softprompt.data.rows import load_data
+    from softprompt.errors import SettingsError
     from softprompt.prompt.soft_prompt import load_soft_prompt
 
     config, origins = read_settings(TuneConfig, file, assignments, budget=budget, init=init)
+    if eval_data and config.eval_rows == 0:
+        raise SettingsError("eval_rows=0 keeps the last prompt and reads no --eval-data; leave one of them out")
     rows = load_data(data, parse_map(mapping), cast("Task | None", task))
     held = load_data(eval_data, parse_map(mapping), rows.task) if eval_data else None
     place = config

@@ -72,7 +72,7 @@ class Trained(Method):
     def learn(self) -> Learned:
         protocol, began = self.protocol, time.monotonic()
         rate = protocol.config.learning_rate or self.rate
-        curve, tokens = _Curve(self.watcher), 0
+        curve, tokens, every = _Curve(self.watcher), 0, protocol.config.eval_every
         with measured(protocol.model.device) as effort, reproducible(protocol.config.threads):
             plan = protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
             assert plan.config.max_steps
@@ -80,13 +80,13 @@ class Trained(Method):
             length, pace = {"max_steps": plan.config.max_steps}, None
             if protocol.equal == "time":
                 pace = measure_pace(self.loop(plan), protocol.seconds)
-                length = pace.fitting(protocol.seconds - (time.monotonic() - began))
+                length = pace.fitting(protocol.seconds - (time.monotonic() - began), eval_every=every)
             tried = self._tried(length["max_steps"], pace)
             if tried:
                 rate = self._searched(plan, length["max_steps"], tried)
                 tokens += len(FACTORS) * _tokens(plan, tried)
                 if pace is not None:
-                    length = pace.fitting(protocol.seconds - (time.monotonic() - began))
+                    length = pace.fitting(protocol.seconds - (time.monotonic() - began), eval_every=every)
                 else:
                     length = {"max_steps": length["max_steps"] - len(FACTORS) * tried}
             self._plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)

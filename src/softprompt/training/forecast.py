@@ -13,6 +13,7 @@ from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory
 from softprompt.training.loop import Pace
 from softprompt.training.plan import Plan, most_steps
+from softprompt.training.search import effort, hindrance
 
 _SHOWN = 3
 _BACKWARD = 3.0  # a training step costs about three times the forward pass that scoring a row is
@@ -33,7 +34,7 @@ class RenderedRow(BaseModel):
 
 
 class Forecast(BaseModel):
-    """What a run would do; `step_seconds` is measured on one step, `steps` and `minutes` extrapolate from it."""
+    """What a run would do; `step_seconds` is measured on one step, what follows extrapolates from it."""
 
     way: str
     virtual_tokens: int
@@ -46,6 +47,8 @@ class Forecast(BaseModel):
     free_gigabytes: float
     step_seconds: float
     steps: int
+    eval_every: int
+    search_minutes: float
     minutes: float
 
 
@@ -64,18 +67,24 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
     began = time.monotonic()
     parts, recompute = [[batch[i] for i in part] for part in cut], bool(config.gradient_checkpointing)
     prompt_gradient(model, plan.start, plan.text, parts, recompute)
-    seconds = time.monotonic() - began
+    a_step = time.monotonic() - began
 
     mean = extent.tokens / extent.rows
-    per_token = seconds / sum(len(e.ids) for e in batch)
+    per_token = a_step / sum(len(e.ids) for e in batch)
     scored = len(plan.validation) if plan.validation is not None else 0
     last = plan.label_scorer()
     tree_tokens = sum(len(tree.ids) for tree in last.trees) if last else 0
-    pace = Pace(seconds, scored * mean / _BACKWARD * per_token, tree_tokens / _BACKWARD * per_token)
+    pace = Pace(a_step, scored * mean / _BACKWARD * per_token, tree_tokens / _BACKWARD * per_token)
     length = {"max_steps": config.max_steps, "eval_every": config.eval_every}
-    if given.max_minutes:
-        length |= pace.fitting(60 * given.max_minutes, most_steps(plan, given))
-    evaluations = length["max_steps"] // (given.eval_every or length["eval_every"]) + 1
+    seconds, most = 60 * (given.max_minutes or 0), most_steps(plan, given)
+    if seconds:
+        length |= pace.fitting(seconds, most, given.eval_every)
+    searching = given.budget == "thorough" and hindrance(given, plan.train.task, pace.evaluation) is None
+    share, times = effort(given, plan.train.task) if searching else (0.0, 0)
+    searched = share * length["max_steps"] * pace.step + times * pace.evaluation
+    if seconds and searched:
+        length |= pace.fitting(seconds - searched, most, given.eval_every)
+    evaluations = length["max_steps"] // length["eval_every"] + 1
     needed = max(plan.step_bytes(part) for part in parts)
     return Forecast(
         way=model.way.name,
@@ -87,9 +96,11 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
         rendered=[_rendered(model, plan, i) for i in range(min(_SHOWN, len(examples)))],
         step_gigabytes=needed / 1e9,
         free_gigabytes=available_memory(model.device) / 1e9,
-        step_seconds=seconds,
+        step_seconds=a_step,
         steps=length["max_steps"],
-        minutes=(length["max_steps"] * pace.step + evaluations * pace.evaluation + pace.last) / 60,
+        eval_every=length["eval_every"],
+        search_minutes=searched / 60,
+        minutes=(searched + length["max_steps"] * pace.step + evaluations * pace.evaluation + pace.last) / 60,
     )
 
 

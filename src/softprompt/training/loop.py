@@ -305,18 +305,22 @@ class Pace:
     evaluation: float
     last: float = 0.0
 
-    def fitting(self, seconds: float, most: int | None = None) -> dict[str, int]:
+    def fitting(self, seconds: float, most: int | None = None, eval_every: int | None = None) -> dict[str, int]:
         """Return `max_steps` and `eval_every` of a run that takes about so much time: one step at least, or at `most`.
 
-        Evaluations take a quarter of it at most: where they are slow there are fewer, though not less than two. So does
-        what follows the last step; what it takes beyond that comes on top.
+        Unless it is given how often to evaluate, evaluations take a quarter of the time at most: where they are slow
+        there are fewer, though not less than two. So does what follows the last step; what it takes beyond that comes
+        on top.
         """
         seconds -= min(self.last, _EVALUATED * seconds)
         affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
         evaluations = round(min(max(affordable, 2), EVALUATIONS))
-        steps = max(1, int((seconds - (evaluations + 1) * self.evaluation) / self.step))
-        steps = min(steps, most or steps)
-        return {"max_steps": steps, "eval_every": math.ceil(steps / evaluations)}
+        if eval_every is None:
+            steps = int((seconds - (evaluations + 1) * self.evaluation) / self.step)
+        else:
+            steps = int((seconds - self.evaluation) / (self.step + self.evaluation / eval_every))
+        steps = min(max(1, steps), most or max(1, steps))
+        return {"max_steps": steps, "eval_every": eval_every or math.ceil(steps / evaluations)}
 
 
 def measure_pace(loop: Loop, seconds: float) -> Pace:

@@ -16,6 +16,7 @@ from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.watcher import Watcher
 
 FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
+_SCORING = 0.25  # of max_minutes, at most, goes into scoring what is tried
 _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
 
 
@@ -27,10 +28,30 @@ def candidates(config: TuneConfig, task: Task) -> list[tuple[str, float]]:
     return list(product(("auto", other) if open_start else (config.init,), factors))
 
 
-def evaluations(config: TuneConfig, task: Task) -> int:
-    """Return how many times a search scores the validation rows, at most."""
+def effort(config: TuneConfig, task: Task) -> tuple[float, int]:
+    """Return what a search takes at most: the share of a run's steps, and how many times it scores the validation rows.
+
+    Both are 0 where there is nothing to choose.
+    """
     tried = len(candidates(config, task))
-    return tried + (tried + 1) // 2 if tried > 1 else 0
+    half = (tried + 1) // 2
+    return (tried * _RUNGS[0] + half * (_RUNGS[1] - _RUNGS[0]), tried + half) if tried > 1 else (0.0, 0)
+
+
+def hindrance(config: TuneConfig, task: Task, evaluation: float) -> str | None:
+    """Return why a search would choose by nothing, or take too much of the time; an `evaluation` takes so many seconds.
+
+    None where there is nothing to choose, too.
+    """
+    _, times = effort(config, task)
+    if times and config.eval_rows == 0:
+        return "eval_rows=0 leaves no validation rows to choose by"
+    if config.max_minutes and times * evaluation > _SCORING * 60 * config.max_minutes:
+        return (
+            f"scoring the validation rows takes {evaluation:.0f} s each time; give a higher max_minutes, or a lower "
+            "eval_rows"
+        )
+    return None
 
 
 def search(

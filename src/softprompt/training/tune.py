@@ -26,10 +26,8 @@ from softprompt.training.loop import Outcome, measure_pace
 from softprompt.training.plan import Plan, make_plan, most_steps
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import RunFolder, SilentRunFolder
-from softprompt.training.search import evaluations, search
+from softprompt.training.search import hindrance, search
 from softprompt.training.watcher import Watcher
-
-_SEARCHED = 0.25  # of the time, at most, goes into scoring what a search tries
 
 
 @dataclass(frozen=True)
@@ -147,23 +145,17 @@ def _plan(
             pace = measure_pace(loop, seconds)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
-            steps = config.max_steps if seconds is None else pace.fitting(seconds, most)["max_steps"]
-            whole = config.model_copy(update={"max_steps": steps})
-            scoring = 0.0 if seconds is None else evaluations(config, data.task) * pace.evaluation
-            if seconds is None or scoring <= _SEARCHED * seconds:
-                chosen = search(model, data, whole, eval_data, watcher)
+            steps = config.max_steps if seconds is None else pace.fitting(seconds, most, config.eval_every)["max_steps"]
+            chosen, why = {}, hindrance(config, data.task, pace.evaluation if seconds else 0.0)
+            if why is None:
+                chosen = search(model, data, config.model_copy(update={"max_steps": steps}), eval_data, watcher)
             else:
-                chosen = {}
-                warnings.warn(
-                    f"no search: scoring the validation rows takes {pace.evaluation:.0f} s each time; give a higher "
-                    "max_minutes, or a lower eval_rows",
-                    stacklevel=3,
-                )
+                warnings.warn(f"no search: {why}", stacklevel=3)
             chosen = json.loads(processes.share(json.dumps(chosen).encode()))
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
         if seconds is not None:
-            fitting = pace.fitting(seconds - (time.monotonic() - began), most)
+            fitting = pace.fitting(seconds - (time.monotonic() - began), most, config.eval_every)
             if config.eval_every is not None:
                 del fitting["eval_every"]
             if fitting["max_steps"] == most:
