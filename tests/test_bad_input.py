@@ -36,6 +36,12 @@ FILES: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
     "another ending": ("rows.xlsx", "PK", [], ["ends in '.xlsx'; allowed are .csv, .jsonl, .ndjson, .parquet"]),
     "no known column": ("rows.csv", "a,b\n1,2\n", [], ["rows.csv has the columns a, b", "--map text=… --map label=…"]),
     "an empty value": ("rows.csv", f"text,label\n{GOOD} ,positive\n", [], ["row 41: the column 'text' is empty"]),
+    "half a character": (
+        "rows.jsonl",
+        '{"text": "a", "label": "b"}\n{"text": "fine \\ud83d", "label": "c"}\n',
+        [],
+        ["rows.jsonl, row 2: the text has half of a character, or a byte that is not UTF-8 ('\\ud83d')"],
+    ),
     "a single class": (
         "rows.csv",
         "text,label\n" + "".join(f"a {i},b\n" for i in range(40)),
@@ -48,6 +54,12 @@ FILES: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
         '{"input": "a", "target": "' + "the parcel " * 30 + '"}\n',
         ["--set", "max_length=20", "--set", "eval_rows=0"],
         ["rows.jsonl, row 1: the target alone has", "max_length is 20; raise max_length, or shorten the target"],
+    ),
+    "a long target among rows of which some are held back": (
+        "rows.jsonl",
+        "".join(f'{{"input": "a {n}", "target": "{"the parcel " * (30 if n == 40 else 1)}"}}\n' for n in range(60)),
+        ["--set", "max_length=20", "--set", "max_steps=20"],  # all rows are taken
+        ["rows.jsonl, row 41: the target alone has"],
     ),
     "a target longer than the context": (
         "rows.jsonl",
@@ -83,6 +95,11 @@ def test_an_unknown_label_among_the_validation_rows_is_named(fails: Command, lla
     assert "held.csv, row 2: the label 'positiv' is not one that was learned: negative, positive" in done.err
     assert "(did you mean 'positive'?)" in done.err
     assert not Path("run").exists()
+
+
+def test_a_text_that_is_not_utf_8_is_refused(fails: Command, llama_folder: Path) -> None:
+    done = fails("generate", "none", "fine", "caf\udce9", "--model", llama_folder)
+    assert "text 2: the text has half of a character, or a byte that is not UTF-8 ('\\udce9')" in done.err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(fails: Command, llama_folder: Path) -> None:

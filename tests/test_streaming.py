@@ -37,7 +37,7 @@ from softprompt.training.forecast import make_forecast
 from softprompt.training.plan import make_plan
 
 FEW, MANY = 5_000, 25_000
-ODD = ["a fine film", " Ä 日本 😀 ", "two\nlines\u2028\x85", 'a "quote", \\', "\ud83d\ude00 \udcff", "{{ x }}"]
+ODD = ["a fine film", " Ä 日本 😀 ", "two\nlines\u2028\x85", 'a "quote", \\', "{{ x }}"]
 
 
 def write_rows(path: Path, count: int) -> Path:

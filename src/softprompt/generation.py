@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder, leading_tokens, token_ids
-from softprompt.data.rows import Row, Rows
+from softprompt.data.rows import Row, Rows, require_characters
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.decoding import continue_ids
 from softprompt.errors import SettingsError
@@ -47,9 +47,12 @@ def generate(
 
     Raises:
         PromptError: the prompt was trained on another model.
+        DataError: a text has a character that is not whole.
         SettingsError: the texts do not fit the template, or leave no room for new tokens.
     """
     config = config or GenerateConfig()
+    for number, text in enumerate(texts, start=1):
+        require_characters({"text": text} if isinstance(text, str) else text, f"text {number}")
     if prompt is not None:
         require_all_fit(prompt, model)
     prompts: Sequence[Tensor | None] = prompt.members if prompt is not None and virtual_tokens else (None,)

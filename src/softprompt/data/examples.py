@@ -100,7 +100,7 @@ class Encoder:
             DataError: a label without a verbalizer, or a target that does not fit in `max_length`.
         """
         self._check_labels(rows)
-        return [self.example(row, f"{rows.name}, row {n}") for n, row in enumerate(rows, 1)]
+        return [self.example(row, rows.where(i)) for i, row in enumerate(rows)]
 
     def example(self, row: Row, where: str) -> Example:
         """Return the example of one row, whose label has a verbalizer; errors name it by `where`."""
@@ -134,10 +134,10 @@ class Encoder:
         """Return, for each row, its input and the tokens of every label behind it."""
         self._check_labels(rows)
         made = []
-        for number, row in enumerate(rows, start=1):
-            stem, tails = _parted(self._variants(row, f"{rows.name}, row {number}"))
+        for i, row in enumerate(rows):
+            stem, tails = _parted(self._variants(row, rows.where(i)))
             if not stem:
-                raise DataError(f"{rows.name}, row {number}: the template leaves no text before the label")
+                raise DataError(f"{rows.where(i)}: the template leaves no text before the label")
             if len(set(tails)) < len(tails):
                 raise SettingsError("two labels have the same tokens in this model; give them other verbalizers")
             made.append(Choices(stem, tails))
@@ -156,10 +156,10 @@ class Encoder:
         if self.format.task != "classification":
             return
         known = self.format.verbalizers
-        for number, row in enumerate(rows, start=1):
+        for i, row in enumerate(rows):
             if row["label"] not in known:
                 raise DataError(
-                    f"{rows.name}, row {number}: the label {row['label']!r} is not one that was learned: "
+                    f"{rows.where(i)}: the label {row['label']!r} is not one that was learned: "
                     f"{', '.join(known)}{nearest(row['label'], known)}"
                 )
 

@@ -37,13 +37,11 @@ class LazyExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.rows[index]
-        example = self.encoder.example(row, f"{self.rows.name}, row {index + 1}")
+        example = self.encoder.example(row, self.rows.where(index))
         start = len(self.encoder.leading) if self.learn_all else example.start
         start = max(start, self.first)
         if start == len(example.ids):
-            raise DataError(
-                f"{self.rows.name}, row {index + 1}: one token alone, and nothing before it to learn it from"
-            )
+            raise DataError(f"{self.rows.where(index)}: one token alone, and nothing before it to learn it from")
         example = example._replace(start=start)
         return self.encoder.among_labels(row, example) if self.among else example
 

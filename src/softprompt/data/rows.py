@@ -10,10 +10,13 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from softprompt.data.spool import SpooledRows, kept
 from softprompt.errors import DataError, nearest
@@ -26,6 +29,7 @@ TARGET_COLUMN: dict[Task, str | None] = {"classification": "label", "completion"
 INPUT_COLUMN: dict[Task, str] = {"classification": "text", "completion": "input", "text": "text"}
 _MAPPABLE = ("text", "label", "input", "target")
 _AT_ONCE = 1000  # rows of a table that are turned into dictionaries together
+_SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one; JSON can name it, arguments hold odd bytes so
 _RANGE = re.compile(r"^(?P<path>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
 
 
@@ -39,21 +43,21 @@ class Rows(Sequence[Row]):
         task: what is to be learned from them.
         name: where they come from, for messages and reports.
         known: labels that occur in what these rows are a part of.
+        numbers: as which these rows were counted where they were read, from 1 on; None where they are all of them.
     """
 
     rows: Sequence[Row]
     task: Task
     name: str
     known: tuple[str, ...] = ()
+    numbers: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
     @overload
     def __getitem__(self, index: slice) -> Rows: ...
     def __getitem__(self, index: int | slice) -> Row | Rows:
-        if isinstance(index, slice):
-            return replace(self, rows=self.rows[index])
-        return self.rows[index]
+        return self.pick(range(*index.indices(len(self)))) if isinstance(index, slice) else self.rows[index]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,9 +71,13 @@ class Rows(Sequence[Row]):
 
     def pick(self, indices: Iterable[int]) -> Rows:
         """Return the rows at some indices, in that order."""
-        if isinstance(self.rows, SpooledRows):
-            return replace(self, rows=self.rows.pick(indices))
-        return replace(self, rows=tuple(self.rows[i] for i in indices))
+        places = np.fromiter(indices, np.int64)
+        picked = self.rows.pick(places) if isinstance(self.rows, SpooledRows) else tuple(self.rows[i] for i in places)
+        return replace(self, rows=picked, numbers=places + 1 if self.numbers is None else self.numbers[places])
+
+    def where(self, index: int) -> str:
+        """Name a row in a message, by its number where it was read."""
+        return f"{self.name}, row {index + 1 if self.numbers is None else self.numbers[index]}"
 
     @property
     def labels(self) -> list[str]:
@@ -269,9 +277,24 @@ def _rows(records: Iterable[dict[str, Any]], names: Mapping[str, str], name: str
         for column, held in names.items():
             if not row[column].strip():
                 raise DataError(f"{name}, row {number}: the column {held!r} is empty")
+        require_characters(row, f"{name}, row {number}")
         if "label" in names:
             row["label"] = row["label"].strip()  # a space that nobody sees is no other label
         yield row
+
+
+def require_characters(row: Mapping[str, str], where: str) -> None:
+    """Make sure that all characters of a row's texts are whole.
+
+    Raises:
+        DataError: one is not.
+    """
+    for column, value in row.items():
+        if surrogate := _SURROGATE.search(value):
+            raise DataError(
+                f"{where}: the {column} has half of a character, or a byte that is not UTF-8 ({surrogate.group()!a}); "
+                "repair it where it comes from"
+            )
 
 
 def _text(value: Any) -> str:

@@ -88,7 +88,7 @@ def _keys(data: Rows) -> NDArray[np.void]:
 
     def each() -> Iterator[tuple[int, int]]:
         for row in data:
-            question = data.question(row).encode("utf-8", "surrogatepass")
+            question = data.question(row).encode()
             label = row["label"] if data.task == "classification" else ""
             # 64 bits: among a million questions, two are taken for one with a probability of 3e-8.
             digest = hashlib.blake2b(question, digest_size=8).digest()

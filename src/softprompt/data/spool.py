@@ -94,7 +94,7 @@ class _Spool:
         weakref.finalize(self, self._file.close)
 
     def append(self, row: dict[str, str]) -> None:
-        line = f"{_encode(row)}\n".encode("utf-8", "surrogatepass")
+        line = f"{_encode(row)}\n".encode()
         try:
             self._file.write(line)
         except OSError as error:
@@ -120,7 +120,7 @@ class _Spool:
             with self._turn:
                 self._file.seek(start)
                 line = self._file.read(end - start)
-        row: dict[str, str] = json.loads(line.decode("utf-8", "surrogatepass"))
+        row: dict[str, str] = json.loads(line.decode())
         return row
 
 
