@@ -8,6 +8,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -346,6 +347,37 @@ def test_a_folder_of_an_older_version_goes_on(llama: FrozenModel, tmp_path: Path
     assert compare(llama, films(60), config=settings(), **common).results == before.results
     with pytest.raises(InputError, match="with other settings"):
         compare(llama, films(60), config=settings(parameterization="residual"), **common)
+
+
+def test_a_mistake_in_the_first_command_leaves_nothing_behind(
+    llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {"methods": ["zero-shot"], "out": tmp_path / "out"}
+    with pytest.raises(SettingsError, match="'txet'"):
+        compare(llama, films(60), config=settings(template="{{ txet }}"), **common)
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "run_method", interrupted := Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compare(llama, films(60), config=settings(template="{{ text }} is"), **common)
+    assert interrupted.called
+    done = compare(llama, films(62), config=settings(), **common)  # nothing was compared so far
+    assert done.results[0].rows["test"] == len(load_data(tmp_path / "out" / "test-rows.jsonl"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_texts_of_one_token_are_left_out(llama: FrozenModel, method: str) -> None:
+    """No method but a soft prompt has anything before them; "a" is such a token."""
+    texts = [{"text": "a" if n % 2 else f"the parcel {n} never came"} for n in range(80)]
+    common: dict[str, Any] = {"methods": [method], "equal": "examples", "search": False}
+    common["config"] = settings().model_copy(update={"max_steps": 3})
+    test = [{"text": "a"}, {"text": "the letter came"}]
+    with pytest.warns(UserWarning, match="texts have one token alone and are left out"):
+        done = compare(llama, load_data(texts), test_data=load_data(test), **common)
+    rows = done.results[0].rows
+    assert (rows["train"] + rows["validation"], done.rows) == (40, test[1:])
+    with pytest.raises(DataError, match="no text has a second token"):
+        compare(llama, load_data(texts[::2]), test_data=load_data(test[:1]), **common)
 
 
 def test_a_comparison_that_was_stopped_before_it_began_begins(llama: FrozenModel, tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from softprompt.comparison.results import Costs, Result, read_result
 from softprompt.comparison.trained import Trained
 from softprompt.comparison.weights import require_whole
 from softprompt.config import PROMPT, TuneConfig
+from softprompt.data.examples import Encoder
 from softprompt.data.rows import Row, Rows
 from softprompt.data.split import sample, seen_before, split_rows
+from softprompt.data.templates import make_format
 from softprompt.errors import DataError, InputError, RunError, SettingsError, nearest
 from softprompt.evaluation.evaluate import Side
 from softprompt.launch import count
@@ -202,6 +204,8 @@ def _protocol(
             stacklevel=3,
         )
     train = sample(train, config.train_rows, config.seed)
+    if train.task == "text":
+        train, validation, test_data = (_predicted(model, config, rows) for rows in (train, validation, test_data))
     minutes = config.max_minutes or MINUTES[config.budget]
     settings = {"max_minutes": minutes, "eval_rows": len(validation), "train_rows": None}
     return Protocol(model, train, validation, test_data, config.model_copy(update=settings), equal, search)
@@ -217,6 +221,21 @@ def _held_back(data: Rows, other: Rows | None, most: int, seed: int, option: str
         raise DataError(f"{data.name}: of its {len(data)} rows too few can be held back; give {option}") from error
     assert held is not None
     return train, held
+
+
+def _predicted(model: FrozenModel, config: TuneConfig, texts: Rows) -> Rows:
+    """Leave out texts of one token: most methods have nothing before it to predict it from."""
+    form = make_format("text", [], config.template, None, bool(config.chat_template))
+    encoder = Encoder(model.tokenizer, form, config.max_length)
+    examples = (encoder.example(text, texts.where(i)) for i, text in enumerate(texts))
+    longer = [i for i, example in enumerate(examples) if len(example.ids) > max(example.start, 1)]
+    if not longer:
+        raise DataError(f"{texts.name}: no text has a second token, so there is nothing to predict")
+    if len(longer) == len(texts):
+        return texts
+    left_out = len(texts) - len(longer)
+    warnings.warn(f"{texts.name}: {left_out} of {len(texts)} texts have one token alone and are left out", stacklevel=4)
+    return texts.pick(longer)
 
 
 def _begin(folder: Path, protocol: Protocol) -> None:
@@ -237,10 +256,12 @@ def _begin(folder: Path, protocol: Protocol) -> None:
         "search": protocol.search,
     }
     file = folder / PROTOCOL
-    if not file.exists():
-        begun = {ROWS, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # by a command that was stopped at once
-        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - begun):
+    if not (file.exists() and any((folder / RESULTS).glob("*.json"))):
+        ours = {ROWS, PROTOCOL, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # by a command that was stopped before a result
+        ours |= {RESULTS, TASKS} if file.exists() else set()
+        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - ours):
             raise InputError(f"{folder} exists and holds no comparison; give a new folder")
+        protocol.plan()  # what does not fit together is said before anything is written
         write_records(folder / ROWS, protocol.test)
         write_text(file, json.dumps(record, indent=1) + "\n")
         return
