@@ -343,6 +343,7 @@ def test_a_missing_data_file_is_named_with_the_nearest(fails: Command, llama_fol
         (["--set", "learning_rte=1"], "unknown setting 'learning_rte' (did you mean 'learning_rate'?)"),
         (["--set", "learning_rate=-1"], "setting learning_rate = -1"),
         (["--set", "num_virtual_tokens=5000"], "less than or equal to 1000"),
+        (["--set", f"init_text={'a ' * 2000}"], "tokens, and a prompt 1000 at most; shorten it"),
         (["--set", "learning_rate=fast"], "setting learning_rate = fast"),
         (["--set", "learning_rate=inf"], "setting learning_rate = inf"),
         (["--set", "learning_rate"], "write NAME=VALUE"),

@@ -15,6 +15,7 @@ from softprompt.errors import SettingsError, nearest
 Init = Literal["auto", "random", "vocabulary", "text", "labels", "examples"]
 Method = Literal["soft-prompt", "deep-prefix"]
 Parameterization = Literal["direct", "residual"]
+MOST_TOKENS = 1000  # of a prompt
 PROMPT = "prompt:"  # what an `init` that names another prompt begins with
 Budget = Literal["quick", "normal", "thorough"]
 Calibration = Literal["none", "contextual"]
@@ -73,7 +74,7 @@ class TuneConfig(FormatConfig):
         "direct", description="residual: learn a soft prompt through a small network that is folded into it at the end"
     )
     num_virtual_tokens: int | None = Field(
-        None, ge=1, le=1000, description="P; the length of the initial text or examples, 20 at least"
+        None, ge=1, le=MOST_TOKENS, description="P; the length of the initial text or examples, 20 at least"
     )
     init: Annotated[str, AfterValidator(_known_init)] = Field(
         "auto",

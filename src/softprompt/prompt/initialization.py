@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softprompt.config import MOST_TOKENS
 from softprompt.data.examples import token_ids
 from softprompt.data.rows import Row
 from softprompt.data.split import labels_in_turn
@@ -53,6 +54,11 @@ def text_prompt(model: FrozenModel, length: int | None, text: str) -> Tensor:
     ids = token_ids(model.tokenizer, text)
     if not ids:
         raise SettingsError(f"init_text {text!r} has no tokens; describe the task in a few words")
+    if length is None and len(ids) > MOST_TOKENS:
+        raise SettingsError(
+            f"init_text has {len(ids)} tokens, and a prompt {MOST_TOKENS} at most; shorten it, or take its first ones "
+            f"with num_virtual_tokens={MOST_TOKENS}"
+        )
     return model.embed(repeated(ids, length or max(len(ids), USUAL_TOKENS))).float().cpu()
 
 
