@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
+from softprompt.errors import ModelError
 from softprompt.model.attention import Group
 from softprompt.model.choice import freeze, largest_difference
 from softprompt.model.frozen import FrozenModel
@@ -56,6 +57,21 @@ def test_a_miniature_is_of_the_models_kind_and_small(architecture: str) -> None:
     assert next(small.parameters()).dtype == torch.float32
     if (window := sliding_window(model.config)) is not None:
         assert sliding_window(small.config) == min(window, WINDOW)
+
+
+def test_a_model_that_takes_no_embeddings_but_those_of_tokens_is_refused() -> None:
+    """As Gemma 4 does where its layers have embeddings of their own: it looks up which token each one is."""
+    model = tiny_model("llama")
+    table = model.get_input_embeddings().weight
+
+    def looked_up(_module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        given = kwargs.get("inputs_embeds")
+        if isinstance(given, torch.Tensor) and not all((table == each).all(dim=1).any() for each in given[0]):
+            raise RuntimeError("these are no embeddings of tokens")
+
+    model.model.register_forward_pre_hook(looked_up, with_kwargs=True)
+    with pytest.raises(ModelError):
+        freeze(model, tiny_tokenizer())
 
 
 def test_building_a_miniature_leaves_the_random_state() -> None:

@@ -25,11 +25,14 @@ from softprompt.comparison.learned_prompts import MEMBERS
 from softprompt.comparison.method import Answers
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.results import Result, read_result, statistic
+from softprompt.data.batching import draw
 from softprompt.data.rows import Rows, load_data
-from softprompt.errors import DataError, InputError, RunError, SettingsError, StorageError
+from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.scoring import LabelScores
 from softprompt.model.frozen import FrozenModel
+from softprompt.training.loop import Loop, Pace
+from softprompt.training.plan import STEPS
 from softprompt.training.watcher import Watcher
 from test_training import short
 
@@ -227,8 +230,6 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
 def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.training.loop import Loop, Pace
-
     tried: list[int] = []
     monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=0.02, evaluation=0.0))
     monkeypatch.setattr(Loop, "tried", lambda _loop, steps: tried.append(steps) or 1.0)
@@ -279,8 +280,6 @@ def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch, evaluation: float, searched: bool
 ) -> None:
     """Four minutes: 24 seconds for each of three rates, of which 5.5 for scoring leave too few steps to tell."""
-    from softprompt.training.loop import Loop, Pace
-
     tried: list[int] = []
     alone = Loop.tried
 
@@ -363,6 +362,50 @@ def test_a_mistake_in_the_first_command_leaves_nothing_behind(
     assert interrupted.called
     done = compare(llama, films(62), config=settings(), **common)  # nothing was compared so far
     assert done.results[0].rows["test"] == len(load_data(tmp_path / "out" / "test-rows.jsonl"))
+
+
+def test_a_comparison_whose_results_were_removed_begins_anew(llama: FrozenModel, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"methods": ["zero-shot"], "out": tmp_path / "out"}
+    compare(llama, films(60), config=settings(), **common)
+    (tmp_path / "out" / "results" / "zero-shot-0.json").unlink()
+    assert compare(llama, films(62), config=settings(), **common).report is not None
+
+
+def test_deep_prefixes_that_the_model_cannot_have_are_refused_at_once(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlike = property(Mock(side_effect=ModelError("this model's layers are not alike")))
+    monkeypatch.setattr(FrozenModel, "prefix_shape", unlike)
+    with pytest.raises(SettingsError, match="not alike; leave deep prefixes out of --methods"):
+        compare(llama, films(60), methods=["zero-shot", "deep-prefix"])
+
+
+def test_in_the_same_time_no_more_steps_are_taken_than_were_asked_for(llama: FrozenModel) -> None:
+    config = settings().model_copy(update={"max_steps": 3, "max_minutes": 0.1})
+    done = compare(llama, films(60), methods=["soft-prompt"], config=config, search=False)
+    assert done.results[0].settings["max_steps"] == 3
+
+
+def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning that all rows share is run once; a row that begins otherwise must not lose its first tokens."""
+    rows = [{"text": f"please classify this film number {n}", "label": ("bad", "good")[n % 2]} for n in range(280)]
+    rows += [{"text": f"hi {n}", "label": ("bad", "good")[n % 2]} for n in range(20)]
+    monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=0.02, evaluation=0.0))
+    monkeypatch.setitem(STEPS, "normal", 2)  # so few rows are counted before it is known how many steps fit
+    config = short(max_steps=None, eval_every=None, learning_rate=None, batch_size=2, max_minutes=0.1, eval_rows=20)
+    taken = set[bool]()
+
+    def noted(loop: Loop, steps: int) -> float:
+        plan = loop.plan
+        drawn = {i for step in range(steps) for i in draw(len(plan.examples), 2, step, plan.config.seed)}
+        taken.update(plan.examples[i].ids[: len(plan.text)] == plan.text for i in drawn)
+        return 1.0
+
+    monkeypatch.setattr(Loop, "tried", noted)
+    compare(llama, load_data(rows), methods=["soft-prompt"], config=config)
+    assert taken == {True}
 
 
 @pytest.mark.parametrize("method", METHODS)

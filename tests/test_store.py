@@ -127,6 +127,8 @@ def test_the_verbs_of_a_kept_prompt(
 
     assert command("evaluate", "film@1", reviews, "--json").record["rows"] == 40
     assert (tmp_path / "test-predictions.jsonl").exists()
+    (tmp_path / "film").mkdir()  # a folder that happens to bear the name
+    assert command("evaluate", "film", reviews, "--json").record["predictions"] == "test-predictions.jsonl"
     (tmp_path / "taken").mkdir()
     failed = command("evaluate", "film@1", reviews, "--predictions", "taken")
     assert failed.code == 1  # a folder cannot be written as a file: the figures are there all the same

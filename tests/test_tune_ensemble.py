@@ -190,6 +190,10 @@ def test_what_is_no_ensemble_is_refused(llama: FrozenModel, reviews: Path, tmp_p
     (folder / "ensemble.json").write_text(json.dumps(record))
     with pytest.raises(PromptError, match="is for another task or model"):
         load_prompt(folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(PromptError, match="is not an ensemble"):
+        tune_ensemble(llama, rows, short(max_steps=1), members=2).prompt.save(folder)
+    assert (folder / "notes.txt").exists()
     with pytest.raises(PromptError, match="is not an ensemble"):
         tune_ensemble(llama, rows, short(max_steps=1), members=2).prompt.save(folder / "member-1")
 
@@ -205,6 +209,8 @@ def test_the_command_learns_keeps_and_uses_an_ensemble(
     assert [member["settings"]["seed"] for member in done.record["members"]] == [0, 1]
     assert command("evaluate", "two", reviews, "--json").record["metrics"]["accuracy"]["value"] >= 0
     assert command("generate", "run/prompt", "a fine film").code == 0
+    beside = command("evaluate", "run/prompt/member-1", reviews, "--json").record["predictions"]
+    assert Path(beside) == Path("run/test-predictions.jsonl").resolve()
     assert command("prompts", "list", "--json").record["prompts"][0]["members"] == 2
     shown = command("prompts", "show", "two")
     assert (shown.code, "ensemble" in shown.out) == (0, True)

@@ -17,11 +17,13 @@ from softprompt.data.batching import draw
 from softprompt.data.examples import Example
 from softprompt.data.rows import load_data
 from softprompt.errors import RunError
+from softprompt.model import head
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.training.plan import make_plan
 from test_gradient import told_apart
 from test_training import short, weights_hash
+from test_work import Made
 
 
 @contextmanager
@@ -156,6 +158,31 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
             PromptLoop(llama, make_plan(llama, rows, short(method=method))).run()
     assert len(seen["lora"]) == 6
     assert all(drawn == seen["lora"] for drawn in seen.values())
+
+
+def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = unfrozen(llama)
+    generator = torch.Generator().manual_seed(0)
+    hidden, targets = torch.randn(100, 32, generator=generator), torch.randint(400, (100,), generator=generator)
+    among = torch.stack([targets, (targets + 1) % 400, torch.full_like(targets, -1)], dim=1)
+
+    copy.loss(Prefix(), [Example((5, 6, 7), 1)])  # a model's logits are made as it makes them, which is seen then
+
+    def found(others: torch.Tensor | None) -> list[torch.Tensor]:
+        given = hidden.clone().requires_grad_()
+        losses = copy.way.head.losses(given, targets, others)
+        weight = copy.hf_model.get_output_embeddings().weight
+        return [losses, *torch.autograd.grad(losses.sum(), [given, weight])]
+
+    for others in (None, among):
+        whole = found(others)
+        with monkeypatch.context() as patch, Made(copy) as made:
+            patch.setattr(head, "LOGITS_AT_ONCE", 2 * copy.vocabulary_size)
+            pieces = found(others)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(pieces, whole, strict=True))
+        assert made.most == copy.hf_model.get_output_embeddings().weight.numel()  # its gradient is the widest
 
 
 def test_a_weight_that_text_does_not_come_by_has_no_moments(reviews: Path) -> None:

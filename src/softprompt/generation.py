@@ -30,8 +30,7 @@ def generate(
 ) -> list[str]:
     """Continue texts.
 
-    A prompt with a label bias chooses among its labels by their likelihoods and the bias, as `evaluate` does, unless
-    decoding rules are given.
+    A prompt of labels chooses among them by their likelihoods, as `evaluate` does, unless decoding rules are given.
 
     Args:
         model: the frozen model.
@@ -51,6 +50,8 @@ def generate(
         SettingsError: the texts do not fit the template, or leave no room for new tokens.
     """
     config = config or GenerateConfig()
+    if isinstance(texts, str):
+        raise SettingsError("give a list of texts, not one text")
     for number, text in enumerate(texts, start=1):
         require_characters({"text": text} if isinstance(text, str) else text, f"text {number}")
     if prompt is not None:
@@ -76,7 +77,8 @@ def generate(
         inputs = [list(ids) for ids in encoder.inputs(rows)]
         if encoder.truncated:
             warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {longest} tokens", stacklevel=2)
-        if virtual_tokens and any(prompt.biases) and config == GenerateConfig(batch_size=config.batch_size):
+        labelled, free = prompt.record.task == "classification", GenerateConfig(batch_size=config.batch_size)
+        if labelled and virtual_tokens and config == free:
             return _chosen(model, prompt, encoder, rows)
     room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
     return [_label(text, labels) for text in continue_ids(model, prompts, inputs, room, config)]
@@ -87,7 +89,7 @@ def _chosen(model: FrozenModel, prompt: Prompt, encoder: Encoder, rows: Sequence
     verbalizers = prompt.record.verbalizers
     some = next(iter(verbalizers))  # every row has one; it is not read
     asked = Rows([{**row, "label": some} for row in rows], "classification", "texts")
-    at_once = tokens_at_once(model, asked, prompt.num_virtual_tokens, encoder.max_length)
+    at_once = tokens_at_once(model, asked, prompt.num_virtual_tokens, encoder.max_length, len(prompt.members))
     scores = scored(LabelScorer(encoder, asked, at_once), model, prompt.members, prompt.biases)
     assert isinstance(scores, LabelScores)
     return [verbalizers[scores.labels[best]] for best in scores.predicted]
@@ -107,7 +109,7 @@ def _plain(model: FrozenModel, text: str | Mapping[str, str]) -> list[int]:
 
 def _row(prompt: Prompt, text: str | Mapping[str, str]) -> dict[str, str]:
     if not isinstance(text, str):
-        return dict(text)
+        return {column: str(value) for column, value in text.items()}
     columns = prompt.format.columns
     if len(columns) > 1:
         raise SettingsError(

@@ -56,6 +56,7 @@ def evaluate(
     from softprompt.config import EvaluateConfig, FormatConfig, ModelConfig, read_settings
     from softprompt.data.rows import load_data
     from softprompt.evaluation.evaluate import evaluate as run
+    from softprompt.prompt.soft_prompt import ENSEMBLE
     from softprompt.prompt.store import find
     from softprompt.storage import write_records
 
@@ -66,8 +67,10 @@ def evaluate(
         raise InputError(f"the prompt brings its own {', '.join(sorted(own))}; leave --set {min(own)} out")
     rows = load_data(data, parse_map(mapping), soft.record.task if soft else None)
     if predictions is None:
-        beside = soft is not None and Path(prompt).is_dir()
-        predictions = (find(prompt).resolve().parent if beside else Path()) / "test-predictions.jsonl"
+        place = Path() if soft is None or (folder := find(prompt)) != Path(prompt) else folder.resolve().parent
+        if (place / ENSEMBLE).is_file():  # a member's: an ensemble's folder holds nothing else
+            place = place.resolve().parent
+        predictions = place / "test-predictions.jsonl"
     if not predictions.parent.is_dir():
         raise InputError(f"--predictions {predictions}: no such folder: {predictions.parent}")
     frozen = load_for(soft, model, config, revision, trust_remote_code)
@@ -128,7 +131,10 @@ def generate(
     config, _ = read_settings(GenerateConfig, assignments=[a for a in assignments if a not in placing])
     if not texts and sys.stdin.isatty():
         say("reading texts from the keyboard, one a line; end with Ctrl-D")
-    given = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        given = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError("what comes on stdin is not UTF-8; convert it first") from error
     if not given:
         raise InputError("no text to continue; give one or more, or lines on stdin")
     frozen = load_for(soft, model, place, revision, trust_remote_code)

@@ -16,10 +16,10 @@ import numpy as np
 
 from softprompt.comparison import USUAL
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
-from softprompt.comparison.learned_prompts import Ensembles
+from softprompt.comparison.learned_prompts import DeepEnsembles, DeepPrefixes, Ensembles
 from softprompt.comparison.method import Equal, Learned, Method, Protocol
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.report import write_report
+from softprompt.comparison.report import MARKDOWN, PAGE, PICTURE, write_report
 from softprompt.comparison.results import Costs, Result, read_result
 from softprompt.comparison.trained import Trained
 from softprompt.comparison.weights import require_whole
@@ -28,7 +28,7 @@ from softprompt.data.examples import Encoder
 from softprompt.data.rows import Row, Rows
 from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import make_format
-from softprompt.errors import DataError, InputError, RunError, SettingsError, nearest
+from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, nearest
 from softprompt.evaluation.evaluate import Side
 from softprompt.launch import count
 from softprompt.model.fingerprint import fingerprint
@@ -103,7 +103,7 @@ def compare(
             it, asked for now or before. None keeps nothing.
         eval_data, test_data: rows to choose by, and rows that play no part but in the figures.
         config: settings, for all methods; `max_minutes` is the budget of each, and `max_steps` where `equal` is
-            `examples`.
+            `examples`. The seed is the split's; methods count theirs from 0.
         equal: whether all methods get the same wall time, or see the same number of examples.
         search: whether trained methods spend a part of their budget on finding the learning rate; not where the
             settings name one.
@@ -165,6 +165,11 @@ def _require(model: FrozenModel, methods: Sequence[str], config: TuneConfig | No
         require_package("peft", "lora")
     if "full" in methods:
         require_whole(model)
+    if any(METHODS[name] in (DeepPrefixes, DeepEnsembles) for name in methods):
+        try:
+            _ = model.prefix_shape
+        except ModelError as error:
+            raise SettingsError(f"{error}; leave deep prefixes out of --methods") from error
     trained = [METHODS[name] for name in methods if issubclass(METHODS[name], Trained | Ensembles)]
     if config is not None and config.learning_rate is not None and len({m.changes_weights for m in trained}) > 1:
         raise SettingsError(
@@ -258,7 +263,8 @@ def _begin(folder: Path, protocol: Protocol) -> None:
     file = folder / PROTOCOL
     if not (file.exists() and any((folder / RESULTS).glob("*.json"))):
         ours = {ROWS, PROTOCOL, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # by a command that was stopped before a result
-        ours |= {RESULTS, TASKS} if file.exists() else set()
+        if file.exists():
+            ours |= {RESULTS, TASKS, PAGE, MARKDOWN, PICTURE}
         if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - ours):
             raise InputError(f"{folder} exists and holds no comparison; give a new folder")
         protocol.plan()  # what does not fit together is said before anything is written

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from softprompt.comparison.costs import measured
-from softprompt.comparison.few_shot import FewShot, search, zero_shot
+from softprompt.comparison.few_shot import FewShot, Trial, search, zero_shot
 from softprompt.comparison.method import Answers, Learned, Method
 from softprompt.config import Calibration
 from softprompt.data.rows import Rows
@@ -40,6 +40,11 @@ class Engineering(Method):
 
     def _search(self, form: Format, validation: Rows, most: int, **budget: float) -> FewShot:
         protocol = self.protocol
+
+        def progress(trial: Trial, spent: float) -> None:
+            if trial.rows == len(validation):
+                self.watcher.trial(trial.k, trial.metrics, spent)
+
         return search(
             protocol.model,
             form,
@@ -47,6 +52,7 @@ class Engineering(Method):
             validation,
             max_length=most,
             seed=self.seed,
+            progress=progress,
             **budget,  # type: ignore[arg-type]
         )
 

@@ -55,10 +55,7 @@ class Protocol:
 
     def plan(self, **settings: object) -> Plan:
         """Make the plan of a method: the same rows, template and batches for all."""
-        own: dict[str, object] = {"max_minutes": None}
-        if self.equal == "time":
-            own["epochs"] = None
-        config = self.config.model_copy(update={**own, **settings})
+        config = self.config.model_copy(update={"max_minutes": None, **settings})
         return make_plan(self.model, self.train, config, self.validation)
 
 
@@ -84,7 +81,7 @@ class Answers:
     def at_once(self, rows: Rows) -> int:
         """Predict how many text tokens of rows can be run together."""
         virtual = max((prompt.shape[-2] for prompt in self.prompts), default=0)
-        return tokens_at_once(self.model, rows, virtual, self.max_length)
+        return tokens_at_once(self.model, rows, virtual, self.max_length, max(1, len(self.prompts)))
 
     def side(self, rows: Rows, at_once: int) -> Side:
         """Answer rows, so many text tokens together."""

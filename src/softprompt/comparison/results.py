@@ -139,7 +139,8 @@ def read_result(path: Path) -> Result:
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, ValidationError) as error:
-        raise InputError(f"cannot read {path}: {error}; remove it, and the method is run again") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot read {path}: {reason}; remove it, and the method is run again") from error
 
 
 def statistic(task: Task, sums: NDArray[np.float64]) -> float:

@@ -12,7 +12,7 @@ from softprompt.comparison.method import Answers, Learned, Method
 from softprompt.comparison.results import Point
 from softprompt.data.batching import draw
 from softprompt.training.loop import Loop, Pace, Weights, measure_pace
-from softprompt.training.plan import Plan
+from softprompt.training.plan import Plan, most_steps
 from softprompt.training.search import FACTORS
 from softprompt.training.tune import reproducible
 from softprompt.training.watcher import UNWATCHED, Watcher
@@ -77,16 +77,17 @@ class Trained(Method):
             plan = protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
             assert plan.config.max_steps
             rate = plan.config.learning_rate
-            length, pace = {"max_steps": plan.config.max_steps}, None
+            length, pace, most = {"max_steps": plan.config.max_steps}, None, most_steps(plan, protocol.config)
             if protocol.equal == "time":
                 pace = measure_pace(self.loop(plan), protocol.seconds)
-                length = pace.fitting(protocol.seconds - (time.monotonic() - began), eval_every=every)
+                length = pace.fitting(protocol.seconds - (time.monotonic() - began), most, every)
             tried = self._tried(length["max_steps"], pace)
             if tried:
+                plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)
                 rate = self._searched(plan, length["max_steps"], tried)
                 tokens += len(FACTORS) * _tokens(plan, tried)
                 if pace is not None:
-                    length = pace.fitting(protocol.seconds - (time.monotonic() - began), eval_every=every)
+                    length = pace.fitting(protocol.seconds - (time.monotonic() - began), most, every)
                 else:
                     length = {"max_steps": length["max_steps"] - len(FACTORS) * tried}
             self._plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)
@@ -121,7 +122,9 @@ class Trained(Method):
         assert usual
         for number, factor in enumerate(FACTORS):
             config = plan.config.model_copy(update={"learning_rate": usual * factor, "max_steps": steps})
-            found.append((self.loop(replace(plan, config=config)).tried(tried), number))
+            loss = self.loop(replace(plan, config=config)).tried(tried)
+            self.watcher.candidate({"learning_rate": config.learning_rate}, tried, loss)
+            found.append((loss, number))
         return usual * FACTORS[min(found)[1]]
 
 

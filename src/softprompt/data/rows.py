@@ -283,14 +283,14 @@ def _rows(records: Iterable[dict[str, Any]], names: Mapping[str, str], name: str
         yield row
 
 
-def require_characters(row: Mapping[str, str], where: str) -> None:
+def require_characters(row: Mapping[str, object], where: str) -> None:
     """Make sure that all characters of a row's texts are whole.
 
     Raises:
         DataError: one is not.
     """
     for column, value in row.items():
-        if surrogate := _SURROGATE.search(value):
+        if surrogate := _SURROGATE.search(str(value)):
             raise DataError(
                 f"{where}: the {column} has half of a character, or a byte that is not UTF-8 ({surrogate.group()!a}); "
                 "repair it where it comes from"

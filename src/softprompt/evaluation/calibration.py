@@ -53,7 +53,9 @@ class CalibratedScorer(LabelScorer):
     def __init__(self, encoder: Encoder, rows: Rows, at_once: int) -> None:
         if rows.task != "classification":
             raise SettingsError(f"calibration is for labels, and {rows.task} has none; leave calibration out")
-        super().__init__(encoder, Rows([*rows, *content_free(encoder.format)], rows.task, rows.name), at_once)
+        free = content_free(encoder.format)
+        numbers = None if rows.numbers is None else np.append(rows.numbers, np.zeros(len(free), np.int64))
+        super().__init__(encoder, replace(rows, rows=[*rows, *free], numbers=numbers), at_once)
         self.rows = rows
 
     def _scores(self, found: NDArray[np.float64]) -> CalibratedScores:

@@ -87,7 +87,8 @@ def evaluate(
     # So long that the model has positions for it, without the prompt too: both read the same.
     most = min(max_length, (model.context_length or max_length + virtual) - virtual)
     encoder = Encoder(model.tokenizer, form, most)
-    scorer = calibrated_or_plain(encoder, data, tokens_at_once(model, data, virtual, most), calibration)
+    at_once = tokens_at_once(model, data, virtual, most, 1 if prompt is None else len(prompt.members))
+    scorer = calibrated_or_plain(encoder, data, at_once, calibration)
     untouched = Side(model, encoder, scorer)
     side = untouched
     if prompt is not None:  # contextual calibration stands in for what the prompt itself has learned of its labels

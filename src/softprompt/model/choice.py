@@ -89,7 +89,10 @@ def largest_difference(model: FrozenModel) -> float:
     lead, texts = ids[:2], [ids[2:8], ids[8:11], ids[11:12]]
     examples = [Example((*lead, *text), len(lead) + i % 2) for i, text in enumerate(texts[:2])]
     examples.append(Example((*lead, *texts[2]), len(lead)))
-    prompt = model.embed(ids[12:16]).float().requires_grad_()
+    # Between tokens, where learning takes it: some models look up which token an embedding is.
+    prompt = model.embed(ids[12:16]).float()
+    noise = torch.randn(prompt.shape, generator=generator).to(prompt.device)
+    prompt = (prompt + 0.3 * prompt.std() * noise).requires_grad_()
     reference = concatenated_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
     (wanted,) = torch.autograd.grad(reference, prompt)
     expected, differences = float(reference.detach()), list[float]()

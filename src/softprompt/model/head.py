@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from softprompt.errors import ModelError
@@ -77,12 +78,19 @@ class Head:
         logits are there, as in Liger Kernel's fused cross-entropy (Hsu et al. 2024).
         """
         if any(weight.requires_grad for weight in self._module.parameters()):  # its own gradients are wanted as well
-            pieces = [self.logits(piece).float() for _, piece in _pieces(hidden, self._model)]
-            logs = torch.cat(pieces).log_softmax(dim=-1)
-            losses = -logs.gather(1, targets[:, None].to(logs.device)).squeeze(1)
-            return losses if among is None else losses + _near(logs, among.to(logs.device)).logsumexp(dim=1) / 2
+            parts = []
+            for begin, piece in _pieces(hidden, self._model):  # whose logits are made once more for the gradients
+                own = slice(begin, begin + len(piece))
+                others = None if among is None else among[own]
+                parts.append(checkpoint(self._plain_losses, piece, targets[own], others, use_reentrant=False))
+            return torch.cat(parts)
         made: Tensor = _Losses.apply(hidden, targets, among, self)  # type: ignore[no-untyped-call]
         return made
+
+    def _plain_losses(self, hidden: Tensor, targets: Tensor, among: Tensor | None) -> Tensor:
+        logs = self.logits(hidden).float().log_softmax(dim=-1)
+        losses = -logs.gather(1, targets[:, None].to(logs.device)).squeeze(1)
+        return losses if among is None else losses + _near(logs, among.to(logs.device)).logsumexp(dim=1) / 2
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:

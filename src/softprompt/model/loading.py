@@ -14,11 +14,11 @@ import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from softprompt.errors import ModelError, nearest
 from softprompt.launch import local_count, local_rank
-from softprompt.model.bundled import BUNDLED, DEFAULT_MODEL, fetch
+from softprompt.model.bundled import BUNDLED, DEFAULT_MODEL, fetch, plain_model
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.packages import require_package
@@ -78,7 +78,11 @@ def load_model(
         split = device_map != "none"
         if split or quantization != "none":
             extra["device_map"] = device_map if split else {"": place}
-        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **extra)
+        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=resolve_dtype(dtype, place), **extra
+        )
+        if "gguf_file" in extra:
+            hf_model = plain_model(hf_model, config)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"cannot load {name!r}: {reason}") from error

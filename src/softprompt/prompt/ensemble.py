@@ -71,7 +71,7 @@ class Ensemble:
             StorageError: it cannot be written.
         """
         path = Path(folder)
-        if path.exists() and not (path / ENSEMBLE).is_file():
+        if path.exists() and not ((path / ENSEMBLE).is_file() and all(_ours(file.name) for file in path.iterdir())):
             raise PromptError(f"{path} exists and is not an ensemble; give a new folder")
         names = [member_name(number) for number, _ in enumerate(self.prompts, start=1)]
         with write_folder(path) as aside:
@@ -80,6 +80,10 @@ class Ensemble:
             record = {"format_version": FORMAT_VERSION, "members": names, "metrics": self.record.metrics}
             write_text(aside / ENSEMBLE, json.dumps(record, indent=2) + "\n")
         return path
+
+
+def _ours(name: str) -> bool:
+    return name == ENSEMBLE or bool(_MEMBER.fullmatch(name))
 
 
 Prompt: TypeAlias = SoftPrompt | Ensemble

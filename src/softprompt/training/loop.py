@@ -26,7 +26,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory, is_out_of_memory
 from softprompt.processes import ALONE, Processes
 from softprompt.training.plan import EVALUATIONS, Plan
-from softprompt.training.run_folder import Progress, RunFolder, State
+from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder, State
 from softprompt.training.watcher import Watcher
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -233,9 +233,10 @@ class Loop(ABC):
         loss = self.gradient(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), config.max_grad_norm)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
+            kept = "" if isinstance(self.folder, SilentRunFolder) else "; the state of the last saved step is kept"
             raise RunError(
-                f"the loss is not finite at step {progress.step + 1} (loss {loss}); the state of the last saved step "
-                "is kept. Try a lower learning_rate, or dtype=float32"
+                f"the loss is not finite at step {progress.step + 1} (loss {loss}){kept}. Try a lower "
+                "learning_rate, or dtype=float32"
             )
         rate = learning_rate(config, progress.step)
         self.optimizer.param_groups[0]["lr"] = rate
@@ -330,9 +331,11 @@ def measure_pace(loop: Loop, seconds: float) -> Pace:
         loop: what is to run for so many `seconds`.
     """
     config, plan, evaluation, last = loop.plan.config, loop.plan, 0.0, 0.0
-    assert config.batch_size
+    assert config.batch_size and config.max_steps
     loop.optimizer.param_groups[0]["lr"] = 0.0
-    batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in range(TIMED + 1)]
+    # Rows that no step takes may not begin as the others do.
+    steps = [number % config.max_steps for number in range(TIMED + 1)]
+    batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in steps]
     for number, rows in enumerate(batches):
         if number <= 1:  # the first one sets things up
             began = time.monotonic()
