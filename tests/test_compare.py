@@ -33,6 +33,7 @@ from softprompt.evaluation.scoring import LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.loop import Loop, Pace
 from softprompt.training.plan import STEPS
+from softprompt.training.search import FACTORS
 from softprompt.training.watcher import Watcher
 from test_training import short
 
@@ -384,6 +385,29 @@ def test_in_the_same_time_no_more_steps_are_taken_than_were_asked_for(llama: Fro
     config = settings().model_copy(update={"max_steps": 3, "max_minutes": 0.1})
     done = compare(llama, films(60), methods=["soft-prompt"], config=config, search=False)
     assert done.results[0].settings["max_steps"] == 3
+
+
+def test_a_search_tells_what_it_finds(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Watcher):
+        def __init__(self) -> None:
+            self.better_ones: list[tuple[int, float, float]] = []
+            self.rates: list[float] = []
+
+        def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
+            self.better_ones.append((demonstrations, values["accuracy"], spent))
+
+        def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
+            self.rates.append(settings["learning_rate"])
+
+    monkeypatch.setattr(learning, "_FEWEST", 3)
+    protocol, told = comparing._protocol(llama, films(60), None, None, settings(), "examples", True), Told()
+    learned = METHODS["few-shot"](protocol, 0, told).learn()
+    shown, accuracies, spent = zip(*told.better_ones, strict=True)
+    assert (shown[0], shown[-1]) == (0, learned.settings["demonstrations"])
+    assert list(accuracies) == sorted(accuracies)
+    assert list(spent) == sorted(spent)
+    METHODS["soft-prompt"](protocol, 0, told).learn()
+    assert told.rates == pytest.approx([0.03 * factor for factor in FACTORS])
 
 
 def test_a_search_takes_no_rows_that_its_plan_has_not_counted(

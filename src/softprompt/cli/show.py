@@ -171,8 +171,9 @@ class TerminalWatcher(Watcher):
         )
         err.print(f"search: {tried}: validation loss {loss:.3f} after {step} steps")
 
-    def trial(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
-        err.print(f"{demonstrations} examples: {validation_text(values)}; {min(spent, 1):.0%} of the budget spent")
+    def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
+        shown = "1 example" if demonstrations == 1 else f"{demonstrations} examples"
+        err.print(f"best so far: {shown}, {validation_text(values)}; {min(spent, 1):.0%} of the budget spent")
 
     def begin(self, plan: Plan, step: int) -> None:
         if self.origins is not None:

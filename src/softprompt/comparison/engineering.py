@@ -39,11 +39,12 @@ class Engineering(Method):
         return Learned(self._answers, 0, effort, settings={**settings, "rows_scored": found.rows})
 
     def _search(self, form: Format, validation: Rows, most: int, **budget: float) -> FewShot:
-        protocol = self.protocol
+        protocol, best = self.protocol, list[Trial]()
 
         def progress(trial: Trial, spent: float) -> None:
-            if trial.rows == len(validation):
-                self.watcher.trial(trial.k, trial.metrics, spent)
+            if trial.rows == len(validation) and (not best or trial.merit > best[-1].merit):
+                best.append(trial)
+                self.watcher.better(trial.k, trial.metrics, spent)
 
         return search(
             protocol.model,

@@ -14,8 +14,8 @@ class Watcher:
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
         """A candidate of the search has taken `step` steps; `loss` is what it then has on validation rows."""
 
-    def trial(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
-        """A prompt with so many demonstrations was scored on all validation rows; a share of the budget is spent."""
+    def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
+        """A prompt with so many demonstrations does better than those before; a share of the budget is spent."""
 
     def begin(self, plan: Plan, step: int) -> None:
         """The plan is made, and `step` steps were done before."""
