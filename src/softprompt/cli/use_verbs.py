@@ -56,8 +56,6 @@ def evaluate(
     from softprompt.config import EvaluateConfig, FormatConfig, ModelConfig, read_settings
     from softprompt.data.rows import load_data
     from softprompt.evaluation.evaluate import evaluate as run
-    from softprompt.prompt.soft_prompt import ENSEMBLE
-    from softprompt.prompt.store import find
     from softprompt.storage import write_records
 
     soft = _prompt(prompt)
@@ -67,10 +65,7 @@ def evaluate(
         raise InputError(f"the prompt brings its own {', '.join(sorted(own))}; leave --set {min(own)} out")
     rows = load_data(data, parse_map(mapping), soft.record.task if soft else None)
     if predictions is None:
-        place = Path() if soft is None or (folder := find(prompt)) != Path(prompt) else folder.resolve().parent
-        if (place / ENSEMBLE).is_file():  # a member's: an ensemble's folder holds nothing else
-            place = place.resolve().parent
-        predictions = place / "test-predictions.jsonl"
+        predictions = (Path() if soft is None else _beside(prompt)) / "test-predictions.jsonl"
     if not predictions.parent.is_dir():
         raise InputError(f"--predictions {predictions}: no such folder: {predictions.parent}")
     frozen = load_for(soft, model, config, revision, trust_remote_code)
@@ -150,6 +145,18 @@ def generate(
         click.echo(given[0] + made[0] if soft is None or soft.record.task == "text" or raw else made[0])
     else:
         console.print(side_by_side(given, base, made))
+
+
+def _beside(prompt: str) -> Path:
+    """Return where predictions go: beside a prompt's folder, of a member beside its ensemble; of a kept name, here."""
+    from softprompt.prompt.soft_prompt import ENSEMBLE
+    from softprompt.prompt.store import find
+
+    folder = find(prompt)
+    if folder != Path(prompt):
+        return Path()
+    place = folder.resolve().parent
+    return place.parent if (place / ENSEMBLE).is_file() else place
 
 
 def _prompt(name: str) -> Prompt | None:

@@ -233,7 +233,7 @@ def _predicted(model: FrozenModel, config: TuneConfig, texts: Rows) -> Rows:
     form = make_format("text", [], config.template, None, bool(config.chat_template))
     encoder = Encoder(model.tokenizer, form, config.max_length)
     examples = (encoder.example(text, texts.where(i)) for i, text in enumerate(texts))
-    longer = [i for i, example in enumerate(examples) if len(example.ids) > max(example.start, 1)]
+    longer = [i for i, example in enumerate(examples) if example.predicted.targets]
     if not longer:
         raise DataError(f"{texts.name}: no text has a second token, so there is nothing to predict")
     if len(longer) == len(texts):

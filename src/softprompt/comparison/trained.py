@@ -83,8 +83,9 @@ class Trained(Method):
                 length = pace.fitting(protocol.seconds - (time.monotonic() - began), most, every)
             tried = self._tried(length["max_steps"], pace)
             if tried:
-                plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)
-                rate = self._searched(plan, length["max_steps"], tried)
+                if pace is not None:
+                    plan = protocol.plan(seed=self.seed, learning_rate=rate, **length, **self.settings)
+                rate = self._searched(plan, tried)
                 tokens += len(FACTORS) * _tokens(plan, tried)
                 if pace is not None:
                     length = pace.fitting(protocol.seconds - (time.monotonic() - began), most, every)
@@ -116,12 +117,12 @@ class Trained(Method):
         share = _SHARE * steps if pace is None else (_SHARE * protocol.seconds - pace.evaluation) / pace.step
         return int(share) if share >= _FEWEST else 0
 
-    def _searched(self, plan: Plan, steps: int, tried: int) -> float:
-        """Return the learning rate with the lowest validation loss after the first steps of a run of `steps`."""
+    def _searched(self, plan: Plan, tried: int) -> float:
+        """Return the learning rate with the lowest validation loss after the first steps of a plan's run."""
         usual, found = plan.config.learning_rate, []
         assert usual
         for number, factor in enumerate(FACTORS):
-            config = plan.config.model_copy(update={"learning_rate": usual * factor, "max_steps": steps})
+            config = plan.config.model_copy(update={"learning_rate": usual * factor})
             loss = self.loop(replace(plan, config=config)).tried(tried)
             self.watcher.candidate({"learning_rate": config.learning_rate}, tried, loss)
             found.append((loss, number))

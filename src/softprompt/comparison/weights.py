@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.data.examples import Example
 from softprompt.errors import SettingsError
 from softprompt.evaluation.scoring import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
@@ -119,7 +118,7 @@ class WeightsLoop(Loop):
     def backward(self, cuts: Cuts) -> float:
         """Run the micro-batches; a text's first token is not learned, for nothing predicts it."""
         (parts,), recompute, total = cuts, bool(self.plan.config.gradient_checkpointing), 0.0
-        learnable = [[e if e.start else Example(e.ids, 1, e.among[1:]) for e in part] for part in parts]
+        learnable = [[example.predicted for example in part] for part in parts]
         targets = sum(example.targets for part in learnable for example in part)
         with torch.enable_grad():
             for part in learnable:

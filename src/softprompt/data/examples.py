@@ -29,6 +29,11 @@ class Example(NamedTuple):
         """How many tokens are predicted."""
         return len(self.ids) - self.start
 
+    @property
+    def predicted(self) -> Example:
+        """Itself without a target that nothing predicts: a text's very first token, where no prompt stands before."""
+        return self if self.start else self._replace(start=1, among=self.among[1:])
+
 
 @dataclass(frozen=True)
 class Choices:

@@ -247,7 +247,7 @@ class TextScorer(Scorer):
 
     def __init__(self, encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> None:
         self.rows, self.at_once = rows, at_once
-        self.examples = [Example(e.ids, max(e.start, 1)) for e in encoder.examples(rows)]
+        self.examples = [example.predicted for example in encoder.examples(rows)]
         self.scored = [i for i, e in enumerate(self.examples) if e.targets]
         if not self.scored:
             raise DataError(f"{rows.name}: no text has a second token, so there is nothing to predict")

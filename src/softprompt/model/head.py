@@ -78,8 +78,10 @@ class Head:
         logits are there, as in Liger Kernel's fused cross-entropy (Hsu et al. 2024).
         """
         if any(weight.requires_grad for weight in self._module.parameters()):  # its own gradients are wanted as well
-            parts = []
-            for begin, piece in _pieces(hidden, self._model):  # whose logits are made once more for the gradients
+            pieces, parts = list(_pieces(hidden, self._model)), []
+            if len(pieces) == 1:
+                return self._plain_losses(hidden, targets, among)
+            for begin, piece in pieces:  # whose logits are made once more for the gradients
                 own = slice(begin, begin + len(piece))
                 others = None if among is None else among[own]
                 parts.append(checkpoint(self._plain_losses, piece, targets[own], others, use_reentrant=False))

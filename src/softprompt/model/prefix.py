@@ -52,7 +52,7 @@ class Prefix:
         tensors = [tensor[0].float().cpu() for pair in zip(self.keys, self.values, strict=True) for tensor in pair]
         if len({tensor.shape for tensor in tensors}) != 1:
             raise ModelError(
-                "a deep prefix needs layers whose keys and values are all alike; this model's are not: take "
+                "a deep prefix needs layers whose keys and values are all alike; this model's are not: use "
                 "method=soft-prompt"
             )
         stacked: Tensor = torch.stack(tensors).unflatten(0, (-1, 2))

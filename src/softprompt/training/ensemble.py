@@ -73,14 +73,15 @@ def tune_ensemble(
         raise SettingsError("an ensemble is learned by one process; start it without torchrun, or learn one prompt")
     began, given = time.monotonic(), config or TuneConfig()
     folder = None if out is None else RunFolder(Path(out))
-    identity = identity_of(model, data, eval_data)
-    if folder is not None and resume:
-        given, _ = folder.resume(given, identity, members)
+    if folder is not None:
+        identity = identity_of(model, data, eval_data)
+        if resume:
+            given, _ = folder.resume(given, identity, members)
+        else:
+            make_plan(model, data, given, eval_data)  # what does not fit together is said before anything is written
+            folder.begin(given, identity, members)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
     train = sample(train, given.train_rows, given.seed)
-    if folder is not None and not resume:
-        make_plan(model, train, given, validation)  # what does not fit together is said before anything is written
-        folder.begin(given, identity, members)
     minutes = None if given.max_minutes is None else given.max_minutes / members
     runs: list[TuneResult] = []
     for number in range(1, members + 1):

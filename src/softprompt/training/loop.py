@@ -320,7 +320,8 @@ class Pace:
             steps = int((seconds - (evaluations + 1) * self.evaluation) / self.step)
         else:
             steps = int((seconds - self.evaluation) / (self.step + self.evaluation / eval_every))
-        steps = min(max(1, steps), most or max(1, steps))
+        steps = max(1, steps)
+        steps = min(steps, most or steps)
         return {"max_steps": steps, "eval_every": eval_every or math.ceil(steps / evaluations)}
 
 
