@@ -26,6 +26,7 @@ from softprompt.comparison.method import Answers
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.results import Result, read_result, statistic
 from softprompt.data.batching import draw
+from softprompt.data.examples import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate
@@ -110,6 +111,29 @@ def test_all_trained_methods_see_the_same_tokens(compared: tuple[Path, list[Resu
         assert result.curve[-1].step == 21
     rates = {r.method: r.settings["learning_rate"] for r in trained}
     assert rates["lora"] in (pytest.approx(1e-3), 3e-3, pytest.approx(9e-3))
+
+
+def test_all_trained_methods_learn_from_the_same_rows_in_the_same_order(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = comparing._protocol(llama, films(60), None, None, settings(), "examples", False)
+    seen: dict[str, list[list[tuple[int, ...]]]] = {}
+    alone = Loop.gradient
+    for name in ("soft-prompt", "deep-prefix", "lora", "full"):
+        taken = seen.setdefault(name, [])
+
+        def noted(loop: Loop, batch: list[Example], into: list[list[tuple[int, ...]]] = taken) -> float:
+            into.append([example.ids for example in batch])
+            return alone(loop, batch)
+
+        monkeypatch.setattr(Loop, "gradient", noted)
+        method = METHODS[name](protocol, 0, Watcher())
+        try:
+            method.learn()
+        finally:
+            method.close()
+    assert len(seen["lora"]) == 30
+    assert all(taken == seen["lora"] for taken in seen.values())
 
 
 @pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix", "soft-prompt-ensemble"])
