@@ -211,6 +211,9 @@ def test_generate_reads_lines_of_stdin(command: Command, prompt: Path) -> None:
     typed = command("generate", prompt, "a fine film", "what a waste ☕", "--json").record
     assert command("generate", prompt, "--json", stdin="a fine film\nwhat a waste ☕\n").record == typed
     assert command("generate", prompt, "--json", stdin="a fine film\nwhat a waste ☕").record == typed
+    blank = command("generate", prompt, "--json", stdin="a fine film\n\n  \nwhat a waste ☕\n")
+    assert blank.record == typed
+    assert "2 of 4 lines of stdin are blank and are left out" in blank.err
 
 
 def test_raw_text_is_not_put_through_the_template(command: Command, prompt: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel
 
 from softprompt.config import GenerateConfig, TuneConfig, make_config, read_settings, to_yaml
 from softprompt.errors import SettingsError
@@ -202,3 +203,29 @@ def test_settings_cannot_be_changed_by_accident() -> None:
 def test_a_line_break_can_be_typed_in_a_shell() -> None:
     config, _ = read_settings(TuneConfig, assignments=[r"template={{ text }}\nLabel:\t"])
     assert config.template == "{{ text }}\nLabel:\t"
+
+
+@pytest.mark.parametrize("name", ["quantization", "device_map", "calibration"])
+def test_none_is_a_value_where_it_is_one_of_those_allowed(name: str) -> None:
+    class Settings(BaseModel):
+        quantization: Literal["none", "8bit"] = "8bit"
+        device_map: Literal["none", "auto"] = "auto"
+        calibration: Literal["none", "contextual"] = "contextual"
+
+    assert getattr(read_settings(Settings, assignments=[f"{name}=none"])[0], name) == "none"
+    assert read_settings(TuneConfig, assignments=["quantization=none"])[0] == TuneConfig()
+
+
+def test_labels_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
+    file = settings_file(tmp_path, "verbalizers: {0: bad, 1: good, 2.5: 3}\n")
+    assert read_settings(TuneConfig, file)[0].verbalizers == {"0": "bad", "1": "good", "2.5": "3"}
+    for text in ("verbalizers: {yes: good, no: bad}\n", "verbalizers: {a: on, b: off}\n"):
+        with pytest.raises(SettingsError, match="truth values; put them in quotes"):
+            read_settings(TuneConfig, settings_file(tmp_path, text))
+
+
+@pytest.mark.parametrize("line_break", ["\x85", "\u2028", "\n", "\r\n"])
+def test_a_run_reads_back_the_template_that_it_wrote(tmp_path: Path, line_break: str) -> None:
+    config = TuneConfig(template=f"{{{{ text }}}}{line_break}Größe:")
+    assert read_settings(TuneConfig, settings_file(tmp_path, to_yaml(config)))[0] == config
+    assert "Größe" in to_yaml(TuneConfig(template="{{ text }} Größe"))

@@ -369,3 +369,16 @@ def test_the_better_of_two_prompts_is_the_one_with_the_lower_loss() -> None:
     assert sure.better_than(unsure)
     assert not unsure.better_than(sure)
     assert not sure.better_than(sure)
+
+
+def test_the_untouched_model_can_be_given_labels_that_no_row_has(llama: FrozenModel) -> None:
+    texts = {"a": "bad", "b": "good", "c": "a film"}
+    with pytest.warns(UserWarning, match="no row has the label 'c'"):
+        some, every = evaluate(llama, labelled(["a", "b"]), verbalizers=texts), labelled(["a", "b", "c"])
+    assert set(some.predictions[0]["probabilities"]) == set(texts)
+    both = {row["text"]: row["probabilities"] for row in evaluate(llama, every, verbalizers=texts).predictions}
+    for record in some.predictions:
+        assert record["probabilities"] == pytest.approx(both[record["text"]], abs=1e-5)
+    rows = labelled(["good"])
+    with pytest.warns(UserWarning, match=r"no row has the label 'goood' \(did you mean 'good'"):
+        assert evaluate(llama, rows, verbalizers={"goood": "bad"}).rows == len(rows)

@@ -272,6 +272,12 @@ def test_what_follows_a_label_is_dropped(text: str, label: str) -> None:
     assert _label(text, ["good", "goodness", "delivery"]) == label
 
 
+@pytest.mark.parametrize("text", [" normal", "nothing new", "no_", "no2"])
+def test_a_word_that_begins_like_a_label_is_none(text: str) -> None:
+    assert _label(text, ["no", "yes"]) == text
+    assert _label(" no, not that", ["no", "yes"]) == "no"
+
+
 def test_a_prompts_prefix_is_computed_once_and_the_last_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = frozen("llama")
     runs: list[int] = []

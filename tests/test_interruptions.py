@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -289,3 +291,26 @@ def test_a_run_ends_when_the_loss_has_not_fallen_for_so_many_evaluations(
 
 def test_without_validation_rows_patience_ends_nothing(llama: FrozenModel, reviews: Path) -> None:
     assert tune(llama, load_data(reviews), short(patience=1, eval_every=1, eval_rows=0)).steps == 6
+
+
+def test_a_state_with_metrics_that_are_not_finite_is_read_again(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss beyond all numbers, of half precision say, is no reason to begin anew."""
+
+    def beyond(scores: Scores, _rows: object = None) -> float:
+        return math.inf
+
+    monkeypatch.setattr(Scores, "loss", beyond)
+    rows = load_data(reviews)
+    tune(llama, rows, short(save_every=2), out=tmp_path / "run")
+    for file in (tmp_path / "run" / "state" / "step-6").iterdir():
+        file.unlink()
+    begun = Mock(spec=Watcher)
+    tune(llama, rows, None, out=tmp_path / "run", resume=True, watcher=begun)
+    assert begun.begin.call_args.args[1] == 4
+    for file in (tmp_path / "run" / "state").glob("step-*/state.json"):
+        file.write_text("{")
+    with pytest.warns(UserWarning, match="no state in .* can be read; the run begins at its first step"):
+        tune(llama, rows, None, out=tmp_path / "run", resume=True, watcher=begun)
+    assert begun.begin.call_args.args[1] == 0

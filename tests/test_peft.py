@@ -162,3 +162,12 @@ def test_weights_beside_the_virtual_tokens_are_refused(tmp_path: Path) -> None:
     save_file({**load_file(weights), "lm_head.weight": torch.zeros(4, 4)}, weights)
     with pytest.raises(PromptError, match="must hold one tensor 'prompt_embeddings', it holds lm_head"):
         load_prompt(tmp_path)
+
+
+def test_the_revision_that_peft_names_is_the_base_models(tmp_path: Path) -> None:
+    config = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5, base_model_name_or_path="some/model", revision="v1.0"
+    )
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="cannot be checked"):
+        assert load_prompt(tmp_path / "theirs").record.base_model.revision == "v1.0"

@@ -20,11 +20,12 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 from sacrebleu.metrics.bleu import BLEU
+from scipy.stats import binomtest
 
 from softprompt.comparison import figures
 from softprompt.comparison.recommendation import Recommendation, recommend
 from softprompt.comparison.report import write_report
-from softprompt.comparison.results import Costs, Point, Result, difference, mean_primary
+from softprompt.comparison.results import Costs, Point, Result, difference, mean_primary, read_result
 from softprompt.comparison.samples import choose_samples
 from softprompt.comparison.standings import make_standings
 from softprompt.data.rows import Row, Task
@@ -582,3 +583,25 @@ def test_in_a_browser_the_page_does_not_scroll_sideways(
     assert needed <= seen
     assert len(plots) == 6
     assert min(plots) >= 80
+
+
+def test_rows_that_all_seeds_have_right_say_no_more_than_one_seeds() -> None:
+    rows = labelled(12)
+    alone, both = classified(rows, {"lora": 2.0}), classified(rows, {"lora": 2.0}, seeds=2)
+    assert mean_primary(both) == mean_primary(alone) == proportion(np.ones(12, bool))
+    assert mean_primary(both).low < 0.8
+
+
+def test_the_interval_of_several_seeds_is_wilsons_at_their_mean() -> None:
+    found = classified(labelled(400), {"lora": 0.8}, seeds=3)
+    mean = mean_primary(found)
+    assert mean.value == pytest.approx(np.mean([one.primary.value for one in found]))
+    assert (mean.low, mean.high) == pytest.approx(
+        tuple(binomtest(round(400 * mean.value), 400).proportion_ci(method="wilson")), abs=0.002
+    )
+
+
+def test_figures_that_are_not_finite_come_back(tmp_path: Path) -> None:
+    nothing = {"accuracy": proportion(np.ones(12, bool)), "loss": Metric(value=np.nan, low=-np.inf, high=np.inf)}
+    (one,) = classified(labelled(12), {"lora": 2.0}, metrics=nothing)
+    assert str(read_result(one.save(tmp_path))) == str(one)

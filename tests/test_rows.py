@@ -348,3 +348,35 @@ def test_inputs_that_differ_in_spaces_and_capitals_are_one() -> None:
 def test_a_space_beside_a_label_is_no_other_label() -> None:
     rows = load_data([{"text": "a", "label": "billing"}, {"text": "b", "label": " billing "}])
     assert rows.labels == ["billing"]
+
+
+def test_a_target_that_a_later_row_has_does_not_go_unnoticed(tmp_path: Path) -> None:
+    records = [{"text": "a film"}, {"text": "a waste", "label": "bad"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", records)
+    with pytest.raises(DataError, match="row 2: it has a 'label', which the first row has not"):
+        load_data(path)
+    assert load_data(path, task="text").task == "text"
+    assert len(load_data([records[0], {**records[1], "label": ""}])) == 2
+
+
+def test_bytes_of_a_parquet_file_are_texts(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["fine ☕".encode(), b"bad"], "label": [b"pos", b"neg"], "picture": [b"\xff", b"a"]})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    rows = load_data(tmp_path / "rows.parquet")
+    assert columns(rows, "text", "label") == [("fine ☕", "pos"), ("bad", "neg")]
+    pd.DataFrame({"text": [b"\xff"], "label": [b"pos"]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="row 1: the text has half of a character, or a byte that is not UTF-8"):
+        load_data(tmp_path / "rows.parquet")
+
+
+def test_columns_may_be_called_by_numbers_and_rows_must_have_columns() -> None:
+    rows = load_data(pd.DataFrame({"text": ["a", "b"], "label": ["x", "y"], 0: [1, 2]}))
+    assert rows[1] == {"text": "b", "label": "y", "0": "2"}
+    assert len(rows.sha256) == 64
+    with pytest.raises(DataError, match="rows must be dictionaries, not 'train'"):
+        load_data({"train": [{"text": "a"}]})
+
+
+def test_a_range_beyond_all_numbers_is_none() -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_data("rows.csv[:99999999999999999999]")

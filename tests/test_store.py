@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 
 from conftest import SHORT, Command, tiny_model
 from softprompt import load_prompt
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt import store
+from softprompt.prompt.ensemble import joined
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
 
@@ -235,3 +236,50 @@ def test_doctor_sees_little_memory_and_a_folder_that_cannot_be_written(
     problems = command("doctor", "--json").record["problems"]
     assert any("1.5 GB of memory are free" in line for line in problems)
     assert any("cannot be written; set SOFTPROMPT_HOME" in line for line in problems)
+
+
+def test_numbers_are_given_once(llama: FrozenModel) -> None:
+    for n in (5, 6):
+        store.keep(prompt_of(llama, n), "film")
+    store.remove(["film@2"])
+    store.remove(["film@1"])
+    assert (store.names(), store.versions("film")) == ([], [])
+    assert store.keep(prompt_of(llama, 7), "film") == "film@3"
+
+
+def test_no_prompt_is_called_as_the_untouched_model_is(llama: FrozenModel) -> None:
+    with pytest.raises(PromptError, match="'none' stands for the untouched model"):
+        store.keep(prompt_of(llama, 5), "none")
+
+
+def test_a_folder_that_is_given_is_the_one_that_is_kept(
+    command: Command, fails: Command, llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store.keep(prompt_of(llama, 5), "film")
+    joined([prompt_of(llama, 6), prompt_of(llama, 7)], {}).save("film")
+    assert store.find("film") == Path("film")
+    assert command("prompts", "add", "film", "film").out == "film@2\n"
+    assert [len(load_prompt(f"film@{version}").members) for version in (1, 2)] == [1, 2]
+    shutil.rmtree("film")
+    Path("film").mkdir()
+    assert "is not a prompt" in fails("prompts", "add", "film", "film").err
+
+
+@pytest.mark.parametrize("kind", ["lora", "notes"])
+def test_saving_replaces_a_prompt_and_nothing_else(llama: FrozenModel, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "mine"
+    if kind == "lora":
+        get_peft_model(tiny_model("llama"), LoraConfig(task_type=TaskType.CAUSAL_LM)).save_pretrained(str(folder))
+    else:
+        folder.mkdir()
+        (folder / "README.md").write_text("my notes")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(PromptError, match="is not a prompt; give a new folder"):
+        prompt_of(llama, 5).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    get_peft_model(
+        tiny_model("llama"), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    ).save_pretrained(str(tmp_path / "theirs"))
+    for place in (tmp_path / "theirs", tmp_path / "theirs", tmp_path / "empty"):
+        assert prompt_of(llama, 5).save(place) == place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -118,7 +119,7 @@ class TuneConfig(FormatConfig):
     budget: Budget = Field(
         "normal", description="how long to train where no other setting says it; thorough also tries rates and starts"
     )
-    seed: int = Field(0, ge=0, description="of the order of the rows, the split and random initializations")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the order of the rows, the split and random initializations")
     tensorboard: bool = Field(False, description="also log to RUN/tensorboard; needs softprompt[tensorboard]")
 
 
@@ -138,7 +139,7 @@ class GenerateConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, description="below 1: likelier tokens get likelier")
     top_k: int | None = Field(None, ge=1, description="draw among the k most probable")
     top_p: float = Field(1.0, gt=0, le=1, description="draw among the most probable that make up this share")
-    seed: int = Field(0, ge=0, description="of the draws")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the draws")
     batch_size: int = Field(16, ge=1, description="texts continued at once; it changes nothing but speed and memory")
 
     @field_validator("stop", mode="before")
@@ -179,7 +180,7 @@ def read_settings(
     origins: dict[str, str] = {}
     for key, value in _read_file(file).items():
         name = str(key)
-        values[name], origins[name] = value, str(file)
+        values[name], origins[name] = _as_texts(value, file) if name == "verbalizers" else value, str(file)
     for name, value in given.items():
         if value is not None:
             values[name], origins[name] = value, "command"
@@ -224,6 +225,15 @@ def _read_file(file: Path | None) -> dict[str, Any]:
     return loaded or {}
 
 
+def _as_texts(verbalizers: Any, file: Path | None) -> Any:
+    """Return labels and their texts as they are written, where YAML takes them for numbers."""
+    if not isinstance(verbalizers, dict):
+        return verbalizers
+    if any(isinstance(text, bool) for text in chain(verbalizers, verbalizers.values())):
+        raise SettingsError(f"{file}: verbalizers: YAML reads yes, no, on and off as truth values; put them in quotes")
+    return {str(label): str(text) for label, text in verbalizers.items()}
+
+
 def _parse(kind: type[BaseModel], name: str, text: str) -> Any:
     """Read a value given on the command line; texts are kept as they were typed, but for line breaks and tabs."""
     field = kind.model_fields.get(name)
@@ -235,10 +245,14 @@ def _parse(kind: type[BaseModel], name: str, text: str) -> Any:
             raise SettingsError(f"{name}: write JSON, as in {example}, not {text!r}") from error
     if field is None or field.annotation in (str, str | None, tuple[str, ...]):
         return text.replace("\\n", "\n").replace("\\t", "\t")  # a shell's quotes leave them as two characters
-    return None if text in ("", "none", "None", "null") else text  # pydantic reads numbers and truth values
+    nothing = text in ("", "none", "None", "null") and type(None) in get_args(field.annotation)
+    return None if nothing else text  # pydantic reads numbers and truth values
 
 
 def to_yaml(config: TuneConfig) -> str:
     """Return settings as the text of a `config.yaml`."""
-    text: str = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    settings = config.model_dump()
+    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != settings:  # of a text with one of Unicode's own line breaks
+        text = yaml.safe_dump(settings, sort_keys=False)
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 
@@ -96,8 +97,11 @@ def _chosen(model: FrozenModel, prompt: Prompt, encoder: Encoder, rows: Sequence
 
 
 def _label(text: str, labels: Collection[str]) -> str:
-    """Return the label that a text begins with, without what follows it: labels have no end of their own."""
-    begun = [label for label in labels if text.strip().startswith(label)]
+    """Return the label that a text begins with, without what follows it: labels have no end of their own.
+
+    A longer word that begins like a label is none.
+    """
+    begun = [label for label in labels if re.match(rf"\s*{re.escape(label)}(?!\w)", text)]
     return max(begun, key=len) if begun else text
 
 

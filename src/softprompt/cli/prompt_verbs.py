@@ -97,7 +97,7 @@ def add_prompt(name: str, folder: Path) -> None:
     from softprompt.prompt.store import keep, new_version
 
     new_version(name)
-    click.echo(keep(load_prompt(folder), name))
+    click.echo(keep(load_prompt(_here(folder)), name))
 
 
 @prompts.command("import")
@@ -120,7 +120,7 @@ def import_prompt(name: str, folder: Path, model: str | None, task: str, assignm
     config, _ = read_settings(FormatConfig, assignments=assignments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the folder does not say: that is added here
-        soft = load_soft_prompt(folder)
+        soft = load_soft_prompt(_here(folder))
     made = described(soft, load_for(soft, model, config), task, config)  # type: ignore[arg-type]
     click.echo(keep(made, name))
 
@@ -154,6 +154,11 @@ def remove_prompt(prompt: str, yes: bool) -> None:
         click.confirm(f"remove {', '.join(found)}?", abort=True, err=True)
     remove(found)
     click.echo(f"removed {', '.join(found)}")
+
+
+def _here(folder: Path) -> str:
+    """Return a folder as no kept prompt can be called."""
+    return f"{folder}/"
 
 
 def _summary(prompt: Prompt) -> dict[str, Any]:

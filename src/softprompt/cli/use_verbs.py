@@ -127,9 +127,12 @@ def generate(
     if not texts and sys.stdin.isatty():
         say("reading texts from the keyboard, one a line; end with Ctrl-D")
     try:
-        given = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        lines = [] if texts else [line.rstrip("\n") for line in sys.stdin]
     except UnicodeDecodeError as error:
         raise InputError("what comes on stdin is not UTF-8; convert it first") from error
+    given = [*texts, *(line for line in lines if line.strip())]
+    if len(given) < len(lines):
+        say(f"{len(lines) - len(given)} of {len(lines)} lines of stdin are blank and are left out")
     if not given:
         raise InputError("no text to continue; give one or more, or lines on stdin")
     frozen = load_for(soft, model, place, revision, trust_remote_code)
@@ -149,8 +152,7 @@ def generate(
 
 def _beside(prompt: str) -> Path:
     """Return where predictions go: beside a prompt's folder, of a member beside its ensemble; of a kept name, here."""
-    from softprompt.prompt.soft_prompt import ENSEMBLE
-    from softprompt.prompt.store import find
+    from softprompt.prompt.store import ENSEMBLE, find
 
     folder = find(prompt)
     if folder != Path(prompt):
@@ -161,5 +163,6 @@ def _beside(prompt: str) -> Path:
 
 def _prompt(name: str) -> Prompt | None:
     from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.store import UNTOUCHED
 
-    return None if name == "none" else load_prompt(name)
+    return None if name == UNTOUCHED else load_prompt(name)

@@ -345,18 +345,19 @@ def _switch_seconds(method: Method, folder: Path, rows: Rows, at_once: int) -> f
 
 
 def _short(name: str) -> str:
-    """Return the name of a file without its folders: a report is shown around."""
+    """Return the name of a file or folder without those around it: a report is shown around."""
     return name if name.startswith("hub:") else Path(name).name
 
 
 def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Side, costs: Costs) -> Result:
     parts = {"train": protocol.train, "validation": protocol.validation, "test": protocol.test}
+    source = protocol.model.source
     return Result(
         method=name,
         seed=seed,
         task=protocol.test.task,
         data=_short(protocol.train.name),
-        base_model=protocol.model.source,
+        base_model=_short(source) if Path(source).is_dir() else source,
         rows={part: len(rows) for part, rows in parts.items()},
         settings={
             **learned.settings,

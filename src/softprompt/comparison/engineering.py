@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from softprompt.comparison.costs import measured
 from softprompt.comparison.few_shot import FewShot, Trial, search, zero_shot
 from softprompt.comparison.method import Answers, Learned, Method
-from softprompt.config import Calibration
 from softprompt.data.rows import Rows
 from softprompt.data.templates import Format
 
@@ -33,7 +30,9 @@ class Engineering(Method):
             else:
                 found = self._search(form, rows, most, rows=max(len(rows), config.batch_size * config.max_steps))
         best = found.best
-        self._answers = self._with(best.format, best.max_length, best.calibration, best.label_bias)
+        self._answers = Answers(
+            protocol.model, best.format, best.max_length, calibration=best.calibration, biases=(best.label_bias,)
+        )
         settings = {"template": form.template, "demonstrations": best.k, "calibration": best.calibration}
         settings["prior_matching"] = bool(best.label_bias)
         return Learned(self._answers, 0, effort, settings={**settings, "rows_scored": found.rows})
@@ -58,35 +57,10 @@ class Engineering(Method):
         )
 
     def store(self, folder: Path) -> None:
-        answers = self._answers
-        form = answers.format
-        record = {
-            "template": form.template,
-            "verbalizers": dict(form.verbalizers),
-            "chat_template": form.chat_template,
-            "demonstrations": [dict(row) for row in form.demonstrations],
-            "calibration": answers.calibration,
-            "label_bias": answers.biases[0],
-            "max_length": answers.max_length,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "format.json").write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        self._answers.save(folder)
 
     def load(self, folder: Path) -> Answers:
-        record = json.loads((folder / "format.json").read_text(encoding="utf-8"))
-        form = Format(
-            self.protocol.test.task,
-            record["template"],
-            record["verbalizers"],
-            record["chat_template"],
-            demonstrations=tuple(record["demonstrations"]),
-        )
-        return self._with(form, record["max_length"], record["calibration"], record["label_bias"])
-
-    def _with(
-        self, form: Format, max_length: int, calibration: Calibration, label_bias: Mapping[str, float]
-    ) -> Answers:
-        return Answers(self.protocol.model, form, max_length, calibration=calibration, biases=(label_bias,))
+        return Answers.read(folder, self.protocol.model, self.protocol.test.task)
 
 
 class ZeroShot(Engineering):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -65,12 +64,13 @@ class Lora(OwnWeights):
 
     def store(self, folder: Path) -> None:
         self._adapter.save_pretrained(str(folder))
+        self._answers.save(folder)
 
     def load(self, folder: Path) -> Answers:
         """Take the adapter that was learned out of the model, and put the stored one in."""
         self.close()
         self._stack.enter_context(lora(self.model, folder=folder))
-        return self._answers
+        return Answers.read(folder, self.model, self.protocol.test.task)
 
 
 class Full(OwnWeights):
@@ -85,10 +85,11 @@ class Full(OwnWeights):
 
     def store(self, folder: Path) -> None:
         self.model.hf_model.save_pretrained(folder)
+        self._answers.save(folder)
 
     def load(self, folder: Path) -> Answers:
         own = type(self.model.hf_model)  # it is here already, where its code came with it too
         hf_model: PreTrainedModel = own.from_pretrained(folder, dtype=self.model.hf_model.dtype)
         hf_model = hf_model.eval().requires_grad_(False)
         model = around(hf_model.to(self.model.device), self.model)  # type: ignore[arg-type]
-        return replace(self._answers, model=model)
+        return Answers.read(folder, model, self.protocol.test.task)

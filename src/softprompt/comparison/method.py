@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from softprompt.comparison.costs import Effort
 from softprompt.comparison.results import Point
 from softprompt.config import Calibration, TuneConfig
 from softprompt.data.examples import Encoder
-from softprompt.data.rows import Rows
+from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format
 from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.evaluate import Side
@@ -25,6 +26,7 @@ from softprompt.training.plan import Plan, make_plan
 from softprompt.training.watcher import Watcher
 
 Equal = Literal["time", "examples"]
+_FORMAT = "format.json"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,35 @@ class Answers:
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
         return Side(self.model, encoder, scorer, self.prompts or (None,), self.biases)
+
+    def save(self, folder: Path) -> None:
+        """Write all but model and prompts as `format.json`: how rows become tokens, and labels are chosen."""
+        form = self.format
+        record = {
+            "template": form.template,
+            "verbalizers": dict(form.verbalizers),
+            "chat_template": form.chat_template,
+            "demonstrations": [dict(row) for row in form.demonstrations],
+            "calibration": self.calibration,
+            "label_bias": self.biases[0],
+            "max_length": self.max_length,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _FORMAT).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path, model: FrozenModel, task: Task) -> Answers:
+        """Read what `save` wrote."""
+        record = json.loads((folder / _FORMAT).read_text(encoding="utf-8"))
+        form = Format(
+            task,
+            record["template"],
+            record["verbalizers"],
+            record["chat_template"],
+            demonstrations=tuple(record["demonstrations"]),
+        )
+        own = {"calibration": record["calibration"], "biases": (record["label_bias"],)}
+        return cls(model, form, record["max_length"], **own)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from softprompt.data.rows import Task
 from softprompt.errors import InputError
-from softprompt.evaluation.intervals import Metric, bootstrap
+from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.evaluation.scoring import Confusion
 from softprompt.storage import write_text
 
@@ -181,6 +181,8 @@ def mean_primary(results: Sequence[Result]) -> Metric:
     """
     if len(results) == 1:
         return results[0].primary
+    if results[0].task == "classification":
+        return proportion(np.mean([np.array(result.statistics)[:, 0] for result in results], axis=0))
     return bootstrap(_mean_over_seeds(results), len(results[0].statistics))
 
 

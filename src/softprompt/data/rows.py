@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -30,7 +30,7 @@ INPUT_COLUMN: dict[Task, str] = {"classification": "text", "completion": "input"
 _MAPPABLE = ("text", "label", "input", "target")
 _AT_ONCE = 1000  # rows of a table that are turned into dictionaries together
 _SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one; JSON can name it, arguments hold odd bytes so
-_RANGE = re.compile(r"^(?P<path>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
+_RANGE = re.compile(r"^(?P<path>.+)\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\]$")
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,27 @@ def load_data(
     first = next(records, None)
     if first is None:
         raise DataError(f"{name} has no rows; give at least one, with the column names in the first line of a CSV")
-    task, names = _named(list(first), dict(map or {}), task, name)
-    return Rows(kept(_rows(chain([first], records), names, name)), task, name)
+    found, names = _named(list(first), dict(map or {}), task, name)
+    # The first row's columns say what the task is, unless it was said: a later one's target must not go unnoticed.
+    late = {"label", "target"} - set(first) if found == "text" and task is None else set[str]()
+    return Rows(kept(_rows(chain([first], records), names, name, late)), found, name)
 
 
 def _dictionaries(source: Any) -> Iterator[dict[str, Any]]:
     pandas = sys.modules.get("pandas")  # whoever has a data frame has imported it
     if pandas is not None and isinstance(source, pandas.DataFrame):
         for start in range(0, len(source), _AT_ONCE):
-            yield from source.iloc[start : start + _AT_ONCE].to_dict("records")
+            yield from map(_named_by_texts, source.iloc[start : start + _AT_ONCE].to_dict("records"))
     else:
         for record in source:
-            yield dict(record)
+            if not isinstance(record, Mapping):
+                raise DataError(f"rows must be dictionaries, not {str(record)[:40]!r}; of a DatasetDict give a split")
+            yield _named_by_texts(record)
+
+
+def _named_by_texts(record: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a record whose columns are called by texts: a data frame's may be numbers."""
+    return {str(column): value for column, value in record.items()}
 
 
 def _split_range(source: str) -> tuple[str, int | None, int | None]:
@@ -270,9 +279,16 @@ def _named(columns: list[str], mapping: dict[str, str], task: Task | None, name:
     return task, {column: names[column] for column in needed}
 
 
-def _rows(records: Iterable[dict[str, Any]], names: Mapping[str, str], name: str) -> Iterator[Row]:
+def _rows(
+    records: Iterable[dict[str, Any]], names: Mapping[str, str], name: str, late: Collection[str]
+) -> Iterator[Row]:
+    """Return rows of texts, of which `names` says where the task's columns are; no row may have one of `late`."""
     for number, record in enumerate(records, start=1):
-        row = {key: _text(value) for key, value in record.items()}
+        if new := next((column for column in late if record.get(column)), None):
+            raise DataError(
+                f"{name}, row {number}: it has a {new!r}, which the first row has not; give all rows the same columns"
+            )
+        row = {key: _text(value, key in names.values()) for key, value in record.items()}
         row.update({column: row.get(held, "") for column, held in names.items()})
         for column, held in names.items():
             if not row[column].strip():
@@ -297,8 +313,10 @@ def require_characters(row: Mapping[str, object], where: str) -> None:
             )
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, read: bool) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))  # data frames have NaN for nothing
+    if isinstance(value, bytes):  # of a Parquet file whose texts are not declared as such; or a picture, which is none
+        return value.decode("utf-8", "surrogateescape" if read else "backslashreplace")
     return "" if missing else str(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from softprompt.config import Calibration
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.templates import make_format
-from softprompt.errors import DataError
+from softprompt.errors import DataError, nearest
 from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.ensemble import scored
@@ -65,7 +66,8 @@ def evaluate(
         model: the frozen model.
         data: rows with their labels or targets; completions that share an input are several right answers to it.
         prompt: None for the untouched model.
-        template, verbalizers, chat_template, max_length: for the untouched model; a prompt brings its own.
+        template, verbalizers, chat_template, max_length: for the untouched model; a prompt brings its own. Verbalizers
+            may name labels that no row has, and are chosen among all the same.
         calibration: `contextual` to make labels less likely that are likely whatever the text says, with the prompt and
             without; a prompt's own label bias is then left out.
 
@@ -76,9 +78,13 @@ def evaluate(
     """
     began = time.monotonic()
     if prompt is None:
-        if data.task == "classification" and len(data.labels) < 2:
-            raise DataError(f"{data.name}: all rows have the label {data.labels[0]}; there is nothing to choose from")
-        form, virtual = make_format(data.task, data.labels, template, verbalizers, chat_template), 0
+        labels = _labels(data, verbalizers or {})
+        if len(labels) == 1:
+            raise DataError(
+                f"{data.name}: all rows have the label {labels[0]}; there is nothing to choose from. Verbalizers can "
+                "name other labels"
+            )
+        form, virtual = make_format(data.task, labels, template, verbalizers, chat_template), 0
     else:
         require_all_fit(prompt, model)
         if prompt.record.task != data.task:
@@ -103,6 +109,18 @@ def evaluate(
         predictions=side.predictions(),
         truncated=encoder.truncated,
     )
+
+
+def _labels(data: Rows, verbalizers: Mapping[str, str]) -> list[str]:
+    """Return what the untouched model chooses among: labels that rows have, and others that verbalizers name."""
+    if data.task != "classification":
+        return []
+    for label in set(verbalizers).difference(data.labels):
+        close = nearest(label, data.labels)
+        warnings.warn(
+            f"{data.name}: no row has the label {label!r}{close}; it can be chosen all the same", stacklevel=3
+        )
+    return sorted({*data.labels, *verbalizers})
 
 
 class Side:

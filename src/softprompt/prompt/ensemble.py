@@ -15,15 +15,14 @@ from softprompt.data.templates import Format
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import (
-    ENSEMBLE,
     FORMAT_VERSION,
     Record,
     SoftPrompt,
-    load_soft_prompt,
     read_json,
+    read_soft_prompt,
     require_fit,
 )
-from softprompt.prompt.store import find, member_name
+from softprompt.prompt.store import ENSEMBLE, find, member_name
 from softprompt.storage import write_folder, write_text
 
 _MEMBER = re.compile(r"member-[1-9][0-9]{0,2}")
@@ -115,7 +114,7 @@ def load_prompt(prompt: str | Path) -> Prompt:
     path = find(prompt)
     file = path / ENSEMBLE
     if not file.is_file():
-        return load_soft_prompt(path)
+        return read_soft_prompt(path)
     loaded = read_json(file)
     try:
         names = [str(name) for name in loaded["members"]]
@@ -125,7 +124,7 @@ def load_prompt(prompt: str | Path) -> Prompt:
     known = all(_MEMBER.fullmatch(name) and (path / name).is_dir() for name in names)
     if not (known and len(set(names)) == len(names) >= 2):
         raise PromptError(f"{file} is damaged: it must name two or more folders beside it, member-1 and so on")
-    prompts = [load_soft_prompt(path / name) for name in names]
+    prompts = [read_soft_prompt(path / name) for name in names]
     try:
         return joined(prompts, metrics)
     except PromptError as error:

@@ -22,11 +22,10 @@ from softprompt.errors import PromptError, SettingsError
 from softprompt.model.fingerprint import Fingerprint, fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_deep
-from softprompt.prompt.store import ADAPTER, find
+from softprompt.prompt.store import ADAPTER, ENSEMBLE, find
 from softprompt.storage import write_folder
 
 WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "softprompt.json", "README.md"
-ENSEMBLE = "ensemble.json"
 FORMAT_VERSION = 1
 _KEY = "prompt_embeddings"
 _MOST_TOKENS = 10_000
@@ -135,8 +134,7 @@ class SoftPrompt:
             StorageError: it cannot be written.
         """
         path = Path(folder)
-        ours = {WEIGHTS, ADAPTER, RECORD, CARD}
-        if path.exists() and (not path.is_dir() or not {file.name for file in path.iterdir()} <= ours):
+        if path.exists() and not (path.is_dir() and _replaceable(path)):
             raise PromptError(f"{path} exists and is not a prompt; give a new folder")
         with write_folder(path) as aside:
             save_file({_KEY: self._peft_tensor()}, aside / WEIGHTS)
@@ -186,6 +184,22 @@ class SoftPrompt:
         return card.render(prompt=self, record=self.record)
 
 
+def _replaceable(folder: Path) -> bool:
+    """Tell whether a folder is empty, or holds a prompt and nothing else; other adapters have files of these names."""
+    names = {file.name for file in folder.iterdir()}
+    if RECORD not in names and ADAPTER in names:
+        try:
+            return names <= {WEIGHTS, ADAPTER, CARD} and _kind(folder) in (*_SHALLOW, *_DEEP)
+        except PromptError:
+            return False
+    return not names or (RECORD in names and names <= {WEIGHTS, ADAPTER, RECORD, CARD})
+
+
+def _kind(folder: Path) -> object:
+    """Return PEFT's name for the kind of adapter that a folder holds."""
+    return read_json(folder / ADAPTER).get("peft_type")
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -226,7 +240,11 @@ def load_soft_prompt(prompt: str | Path) -> SoftPrompt:
     Raises:
         PromptError: no such prompt, a missing file, a pickle, a wrong shape, or values that are not finite.
     """
-    path = find(prompt)
+    return read_soft_prompt(find(prompt))
+
+
+def read_soft_prompt(path: Path) -> SoftPrompt:
+    """Read a prompt's folder, see `load_soft_prompt`."""
     for name in (ADAPTER, WEIGHTS):
         if not (path / name).is_file():
             pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
@@ -302,7 +320,8 @@ def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
             "softprompt prompts import adds it",
             stacklevel=3,
         )
-        return Record(base_model=BaseModelRecord(id=adapter.get("base_model_name_or_path") or ""))
+        base = BaseModelRecord(id=adapter.get("base_model_name_or_path") or "", revision=adapter.get("revision"))
+        return Record(base_model=base)
     loaded = read_json(path / RECORD)
     version = loaded.get("format_version")
     if version != FORMAT_VERSION:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.errors import PromptError, nearest
-from softprompt.storage import home, storage_errors
+from softprompt.storage import home, storage_errors, write_text
 
 if TYPE_CHECKING:
     from softprompt.prompt.ensemble import Prompt
 
-ADAPTER = "adapter_config.json"  # what every prompt's folder holds, PEFT's included
+# What every prompt's folder holds, PEFT's included, and what an ensemble's does.
+ADAPTER, ENSEMBLE = "adapter_config.json", "ensemble.json"
+UNTOUCHED = "none"  # in place of a prompt: the model without one
+_HIGHEST = "highest"  # the version that was the newest when one was removed: no number is given twice
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -49,7 +52,16 @@ def new_version(name: str) -> Path:
     """
     if not _NAME.fullmatch(name):
         raise PromptError(f"{name!r} is no name for a prompt; allowed are letters, digits and . _ - (not at the start)")
-    return store_folder() / name / str(max(versions(name), default=0) + 1)
+    if name == UNTOUCHED:
+        raise PromptError(f"{name!r} stands for the untouched model; give the prompt another name")
+    return store_folder() / name / str(_highest(name) + 1)
+
+
+def _highest(name: str) -> int:
+    """Return the highest version that a name ever had."""
+    file = store_folder() / name / _HIGHEST
+    removed = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return max([*versions(name), int(removed) if removed.isdigit() else 0])
 
 
 def find(prompt: str | Path) -> Path:
@@ -66,7 +78,7 @@ def find(prompt: str | Path) -> Path:
     name, at, version = str(prompt).partition("@")
     kept = versions(name)
     try:
-        if path.is_dir() and (not kept or (path / ADAPTER).exists()):
+        if path.is_dir() and (not kept or any((path / file).exists() for file in (ADAPTER, ENSEMBLE))):
             return path
     except OSError:  # a name that no folder can have
         pass
@@ -106,7 +118,7 @@ def matching(prompt: str) -> list[str]:
 
 
 def remove(kept: Iterable[str]) -> None:
-    """Remove versions, each given as `NAME@VERSION`.
+    """Remove versions, each given as `NAME@VERSION`; their numbers are not given again.
 
     Raises:
         StorageError: one cannot be removed.
@@ -114,7 +126,6 @@ def remove(kept: Iterable[str]) -> None:
     for prompt in kept:
         name, _, version = prompt.partition("@")
         folder = store_folder() / name / version  # not a folder of the same name that is here
+        write_text(folder.parent / _HIGHEST, f"{_highest(name)}\n")
         with storage_errors(folder):
             shutil.rmtree(folder)
-            if not any(folder.parent.iterdir()):
-                folder.parent.rmdir()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,6 +42,8 @@ class Progress(BaseModel):
         micro_batch_tokens: how much is run at once, where memory has not sufficed for what was planned.
         processes: how many share a step.
     """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # metrics need not be finite, and come back as they were
 
     step: int = 0
     evaluated: int = -1
@@ -138,6 +141,8 @@ class RunFolder:
                 raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
         states = (self._load(step) for step in reversed(self._steps()))
         state = next((state for state in states if state is not None), None)
+        if state is None and self._steps():
+            warnings.warn(f"no state in {self._states} can be read; the run begins at its first step", stacklevel=2)
         self._cut_metrics(state.progress.step if state else -1)
         return config, state
 
