@@ -201,23 +201,24 @@ class Timed:
     pace: float
     last: float
 
-    def length(self, method: str) -> dict[str, int]:
-        """Return the settings by which a method takes as many steps as fit into its time."""
+    def length(self, method: str, rows: int = VALIDATION) -> dict[str, int]:
+        """Return the settings by which a method takes as many steps as fit into its time; it chooses by so many rows."""
         seconds = 60 * MINUTES
         if method == SHIPPED:  # it does not have to know how long it takes
             return Pace(self.step, 0).fitting(seconds)
         if method in EARLY:  # no rows to choose by: they would take most of the time
             return {"max_steps": self._within(_EARLY * seconds, 0)["max_steps"], "eval_rows": 0}
         if method.endswith("-ensemble"):
-            found = self._within(seconds / MEMBERS, self.evaluation)
+            found = self._within(seconds, rows, MEMBERS)
             return {**found, "max_steps": MEMBERS * found["max_steps"]}
-        return self._within(seconds, self.evaluation)
+        return self._within(seconds, rows)
 
-    def _within(self, seconds: float, evaluation: float) -> dict[str, int]:
-        """Return what fits beside making ready and finding out how much does, see `measure_pace`."""
+    def _within(self, seconds: float, rows: int, members: int = 1) -> dict[str, int]:
+        """Return what fits beside making ready and finding out how much does, see `measure_pace`, for each member."""
         steps = 1 + min(TIMED, int(TIMING * seconds / self.step) + 1)
-        pace = Pace(self.step, evaluation, self.last if evaluation else 0.0)
-        return pace.fitting(seconds - self.plan - steps * self.step - evaluation)
+        pace = Pace(self.step, self.evaluation, self.last, rows) if rows else Pace(self.step, 0.0)
+        left = seconds - self.plan - steps * self.step - pace.evaluation
+        return pace.fitting(left if members == 1 else left / members - self.plan)
 
 
 def timed() -> dict[str, dict[str, Timed]]:
@@ -238,7 +239,7 @@ def protocol_of(name: str, method: str, model: FrozenModel, data: Path) -> tuple
     found = timed().get(name, {}).get(way)
     if found is None:
         raise SystemExit(f"{way} on {name} was not timed; run quality_steps.py")
-    config = sp.TuneConfig(**{"eval_rows": VALIDATION, **found.length(method)})
+    config = sp.TuneConfig(**{"eval_rows": VALIDATION, **found.length(method, len(some))})
     return Protocol(model, train, some, test, config, "examples", search=False), None
 
 

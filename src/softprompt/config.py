@@ -115,7 +115,11 @@ class TuneConfig(FormatConfig):
     save_every: int = Field(10, ge=1, description="steps between saved states")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a lower loss; never")
     train_rows: int | None = Field(None, ge=1, description="use at most so many training rows")
-    eval_rows: int = Field(200, ge=0, description="most validation rows to choose the best prompt on; 0: the last one")
+    eval_rows: int = Field(
+        200,
+        ge=0,
+        description="most validation rows to choose the best prompt on; fewer if max_minutes is short; 0: the last one",
+    )
     budget: Budget = Field(
         "normal", description="how long to train where no other setting says it; thorough also tries rates and starts"
     )

@@ -141,7 +141,7 @@ def check(
     if config.max_minutes:
         config = config.model_copy(update={"max_minutes": config.max_minutes / members})
     forecast = make_forecast(model, plan, config)
-    length = {"max_steps": forecast.steps, "eval_every": forecast.eval_every}
+    length = {"max_steps": forecast.steps, "eval_every": forecast.eval_every, "eval_rows": forecast.eval_rows}
     fitting = {name: value for name, value in length.items() if getattr(plan.config, name) != value}
     reasons = plan.reasons | dict.fromkeys(fitting, "what fits in max_minutes")
     plan = replace(plan, config=plan.config.model_copy(update=fitting), reasons=reasons)

@@ -73,20 +73,26 @@ class Ensembles(_Kept):
     kind: type[Prompts]
 
     def learn(self) -> Learned:
-        protocol = self.protocol
+        protocol, pace, spent = self.protocol, None, []
         if protocol.equal == "time":
-            share: dict[str, object] = {"max_minutes": protocol.seconds / 60 / MEMBERS}
+            pace, effort = self.kind(protocol, self.seed * MEMBERS, self.watcher).measured_pace()
+            spent = [effort]
+            minutes = max(protocol.seconds - effort.seconds, 1) / 60 / MEMBERS
+            share: dict[str, object] = {"max_minutes": minutes}
         else:
             steps = protocol.plan().config.max_steps or MEMBERS
             share = {"max_steps": max(1, steps // MEMBERS), "epochs": None}
         shared = replace(protocol, config=protocol.config.model_copy(update=share))
         members = [self.kind(shared, self.seed * MEMBERS + i, self.watcher) for i in range(MEMBERS)]
+        for member in members:
+            member.pace = pace
         parts = [member.learn() for member in members]
         self.prompt = joined([member.prompt for member in members], {})
+        spent += [part.effort for part in parts]
         effort = Effort(
-            sum(part.effort.seconds for part in parts),
-            sum(part.effort.cpu_seconds for part in parts),
-            max(part.effort.peak_bytes for part in parts),
+            sum(each.seconds for each in spent),
+            sum(each.cpu_seconds for each in spent),
+            max(each.peak_bytes for each in spent),
         )
         tokens = sum(part.tokens for part in parts)
         own = ("seed", "learning_rate", "max_steps", "best_step")

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 
-from softprompt.comparison.costs import measured
+from softprompt.comparison.costs import Effort, measured
 from softprompt.comparison.method import Answers, Learned, Method
 from softprompt.comparison.results import Point
 from softprompt.data.batching import draw
@@ -56,10 +56,12 @@ class Trained(Method):
     Attributes:
         rate: the usual learning rate; None for that of a prompt's plan.
         settings: of all plans.
+        pace: how long steps and evaluations take, where it is known.
     """
 
     rate: float | None = None
     settings: Mapping[str, object] = {}
+    pace: Pace | None = None
 
     @abstractmethod
     def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
@@ -69,17 +71,28 @@ class Trained(Method):
     def answers(self, weights: Weights, label_bias: dict[str, float]) -> Answers:
         """Return how rows are answered with what was learned."""
 
+    def measured_pace(self) -> tuple[Pace, Effort]:
+        """Return how long steps and evaluations take, and what it took to find out."""
+        protocol = self.protocol
+        with measured(protocol.model.device) as effort, reproducible(protocol.config.threads):
+            pace = measure_pace(self.loop(self._usual()), protocol.seconds)
+        return pace, effort
+
+    def _usual(self) -> Plan:
+        """Make the plan with the usual learning rate."""
+        rate = self.protocol.config.learning_rate or self.rate
+        return self.protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
+
     def learn(self) -> Learned:
         protocol, began = self.protocol, time.monotonic()
-        rate = protocol.config.learning_rate or self.rate
         curve, tokens, every = _Curve(self.watcher), 0, protocol.config.eval_every
         with measured(protocol.model.device) as effort, reproducible(protocol.config.threads):
-            plan = protocol.plan(seed=self.seed, learning_rate=rate, **self.settings)
+            plan = self._usual()
             assert plan.config.max_steps
             rate = plan.config.learning_rate
             length, pace, most = {"max_steps": plan.config.max_steps}, None, most_steps(plan, protocol.config)
             if protocol.equal == "time":
-                pace = measure_pace(self.loop(plan), protocol.seconds)
+                pace = self.pace or measure_pace(self.loop(plan), protocol.seconds)
                 length = pace.fitting(protocol.seconds - (time.monotonic() - began), most, every)
             tried = self._tried(length["max_steps"], pace)
             if tried:

@@ -19,8 +19,10 @@ from softprompt.prompt.ensemble import Ensemble, joined
 from softprompt.prompt.store import member_name
 from softprompt.training.plan import make_plan
 from softprompt.training.run_folder import RunFolder
-from softprompt.training.tune import TuneResult, identity_of, tune
+from softprompt.training.tune import TuneResult, identity_of, pace_of, tune
 from softprompt.training.watcher import Watcher
+
+_LEAST = 0.01  # minutes, where finding out how long a step takes takes all there are
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,20 @@ def tune_ensemble(
             folder.begin(given, identity, members)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
     train = sample(train, given.train_rows, given.seed)
-    minutes = None if given.max_minutes is None else given.max_minutes / members
+    minutes, pace = given.max_minutes, None
+    if minutes is not None:
+        if not resume:
+            pace = pace_of(model, train, given, validation)
+            minutes = max(minutes - (time.monotonic() - began) / 60, _LEAST)
+        minutes /= members
     runs: list[TuneResult] = []
     for number in range(1, members + 1):
         settings = given.model_copy(update={"seed": given.seed + number - 1, "max_minutes": minutes})
         place = None if folder is None else folder.path / member_name(number)
         begun = resume and place is not None and (place / "config.yaml").exists()
-        runs.append(tune(model, train, settings, eval_data=validation, out=place, resume=begun, watcher=watcher))
+        runs.append(
+            tune(model, train, settings, eval_data=validation, out=place, resume=begun, watcher=watcher, pace=pace)
+        )
     made = joined([run.prompt for run in runs], {})
     if validation is not None:
         encoder = Encoder(model.tokenizer, made.format, made.record.max_length)

@@ -48,6 +48,7 @@ class Forecast(BaseModel):
     step_seconds: float
     steps: int
     eval_every: int
+    eval_rows: int
     search_minutes: float
     minutes: float
 
@@ -74,8 +75,8 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
     scored = len(plan.validation) if plan.validation is not None else 0
     last = plan.label_scorer()
     tree_tokens = sum(len(tree.ids) for tree in last.trees) if last else 0
-    pace = Pace(a_step, scored * mean / _BACKWARD * per_token, tree_tokens / _BACKWARD * per_token)
-    length = {"max_steps": config.max_steps, "eval_every": config.eval_every}
+    pace = Pace(a_step, scored * mean / _BACKWARD * per_token, tree_tokens / _BACKWARD * per_token, scored)
+    length = {"max_steps": config.max_steps, "eval_every": config.eval_every, "eval_rows": config.eval_rows}
     seconds, most = 60 * (given.max_minutes or 0), most_steps(plan, given)
     if seconds:
         length |= pace.fitting(seconds, most, given.eval_every)
@@ -85,6 +86,8 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
     if seconds and searched:
         length |= pace.fitting(seconds - searched, most, given.eval_every)
     evaluations = length["max_steps"] // length["eval_every"] + 1
+    if length["eval_rows"] < scored:
+        pace = pace.of(length["eval_rows"])
     needed = max(plan.step_bytes(part) for part in parts)
     return Forecast(
         way=model.way.name,
@@ -99,6 +102,7 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
         step_seconds=a_step,
         steps=length["max_steps"],
         eval_every=length["eval_every"],
+        eval_rows=length["eval_rows"],
         search_minutes=searched / 60,
         minutes=(searched + length["max_steps"] * pace.step + evaluations * pace.evaluation + pace.last) / 60,
     )

@@ -34,6 +34,7 @@ TIMED = 4  # steps at most
 TIMING = 0.05  # of the time, from which on no further step is timed
 _EVALUATED = 0.25  # of the time
 _FEW = 16  # validation rows that all labels are timed on
+_FEWEST = 32  # validation rows to choose by where they are slow to score
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
 # Of each process, the micro-batches of its share of a batch.
@@ -300,19 +301,25 @@ class Pace:
         step: for a step.
         evaluation: for an evaluation of the validation rows.
         last: for the label bias, after the last step.
+        rows: validation rows that were scored; 0 if there have to be so many.
     """
 
     step: float
     evaluation: float
     last: float = 0.0
+    rows: int = 0
 
     def fitting(self, seconds: float, most: int | None = None, eval_every: int | None = None) -> dict[str, int]:
         """Return `max_steps` and `eval_every` of a run that takes about so much time: one step at least, or at `most`.
 
         Unless it is given how often to evaluate, evaluations take a quarter of the time at most: where they are slow
-        there are fewer, though not less than two. So does what follows the last step; what it takes beyond that comes
-        on top.
+        there are fewer, though not less than two and the one before the first step, and these score fewer rows,
+        `eval_rows`. So does what follows the last step; what it takes beyond that comes on top.
         """
+        fitting = int(self.rows * _EVALUATED * seconds / (3 * self.evaluation)) if self.evaluation else self.rows
+        if eval_every is None and fitting < self.rows > _FEWEST:
+            rows = max(fitting, _FEWEST)
+            return {**self.of(rows).fitting(seconds, most), "eval_rows": rows}
         seconds -= min(self.last, _EVALUATED * seconds)
         affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
         evaluations = round(min(max(affordable, 2), EVALUATIONS))
@@ -323,6 +330,11 @@ class Pace:
         steps = max(1, steps)
         steps = min(steps, most or steps)
         return {"max_steps": steps, "eval_every": eval_every or math.ceil(steps / evaluations)}
+
+    def of(self, rows: int) -> Pace:
+        """Return what it takes with so many validation rows, and not fewer."""
+        share = rows / self.rows
+        return Pace(self.step, share * self.evaluation, share * self.last)
 
 
 def measure_pace(loop: Loop, seconds: float) -> Pace:
@@ -355,7 +367,7 @@ def measure_pace(loop: Loop, seconds: float) -> Pace:
             began = time.monotonic()
             loop.evaluate(scorer=scorer)
             last = (time.monotonic() - began) * len(plan.scorer.rows) / len(scorer.rows)
-    return Pace(step, evaluation, last)
+    return Pace(step, evaluation, last, len(plan.scorer.rows) if plan.scorer else 0)
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:

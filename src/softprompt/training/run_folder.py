@@ -125,10 +125,11 @@ class RunFolder:
         """
         self.require_begun()
         config, _ = read_settings(TuneConfig, self.path / "config.yaml")
-        lowered = config.max_steps if config.epochs or config.max_minutes else None  # they may end sooner than asked
+        # Where time or passes are limited, there may be fewer than were asked for.
+        lowered = {"max_steps": config.epochs or config.max_minutes, "eval_rows": config.max_minutes}
         for name in given.model_fields_set:
             before, now = getattr(config, name), getattr(given, name)
-            if name == "max_steps" and lowered and now and now >= lowered:
+            if lowered.get(name) and now and now >= before:
                 continue
             if now not in (before, None, "auto"):
                 raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")

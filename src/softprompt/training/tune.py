@@ -22,7 +22,7 @@ from softprompt.packages import require_package
 from softprompt.processes import Processes, launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training import agreement
-from softprompt.training.loop import Outcome, measure_pace
+from softprompt.training.loop import Outcome, Pace, measure_pace
 from softprompt.training.plan import Plan, make_plan, most_steps
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import RunFolder, SilentRunFolder
@@ -62,6 +62,7 @@ def tune(
     out: str | Path | None = None,
     resume: bool = False,
     watcher: Watcher | None = None,
+    pace: Pace | None = None,
 ) -> TuneResult:
     """Learn a soft prompt (Lester et al. 2021) or a deep prefix (Li and Liang 2021); the model itself is not changed.
 
@@ -76,6 +77,7 @@ def tune(
         out: the run's folder; None to keep nothing but the result.
         resume: go on with the run in `out`.
         watcher: told of every step.
+        pace: how long steps and evaluations take, where `max_minutes` is set and it is known; None to measure it.
 
     Raises:
         InputError: what was given does not fit together.
@@ -101,7 +103,7 @@ def tune(
             given, state = agreement.resume(processes, run, given, identity)
             plan = make_plan(model, data, given, eval_data)
         else:
-            plan = _plan(model, data, given, eval_data, processes, identity, watcher)
+            plan = _plan(model, data, given, eval_data, processes, identity, watcher, pace)
         plan = agreement.agree(processes, plan, identity)
         if not resume:
             run.begin(plan.config, identity)
@@ -133,6 +135,7 @@ def _plan(
     processes: Processes,
     identity: dict[str, str],
     watcher: Watcher,
+    pace: Pace | None,
 ) -> Plan:
     """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
     began, reasons = time.monotonic(), {}
@@ -141,12 +144,13 @@ def _plan(
         if seconds is not None:
             pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
             most = most_steps(pilot, config)
-            loop = PromptLoop(model, pilot, processes=processes)
-            pace = measure_pace(loop, seconds)
+            pace = pace or measure_pace(PromptLoop(model, pilot, processes=processes), seconds)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
-            steps = config.max_steps if seconds is None else pace.fitting(seconds, most, config.eval_every)["max_steps"]
-            chosen, why = {}, hindrance(config, data.task, pace.evaluation if seconds else 0.0)
+            steps, chosen = config.max_steps, {}
+            if seconds is not None and pace is not None:
+                steps = pace.fitting(seconds, most, config.eval_every)["max_steps"]
+            why = hindrance(config, data.task, pace.evaluation if pace is not None else 0.0)
             if why is None:
                 chosen = search(model, data, config.model_copy(update={"max_steps": steps}), eval_data, watcher)
             else:
@@ -154,16 +158,24 @@ def _plan(
             chosen = json.loads(processes.share(json.dumps(chosen).encode()))
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
-        if seconds is not None:
+        if seconds is not None and pace is not None:
             fitting = pace.fitting(seconds - (time.monotonic() - began), most, config.eval_every)
             if config.eval_every is not None:
                 del fitting["eval_every"]
             if fitting["max_steps"] == most:
                 del fitting["max_steps"]
             config = config.model_copy(update=json.loads(processes.share(json.dumps(fitting).encode())))
-            reasons |= dict.fromkeys(fitting, f"{config.max_minutes:g} minutes")
+            reasons |= dict.fromkeys(fitting, f"{config.max_minutes:.3g} minutes")
     plan = make_plan(model, data, config, eval_data)
     return replace(plan, reasons={**plan.reasons, **reasons})
+
+
+def pace_of(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None) -> Pace:
+    """Return how long steps and evaluations of a run of `max_minutes` take, for several like it."""
+    assert config.max_minutes
+    with reproducible(config.threads):
+        loop = PromptLoop(model, make_plan(model, data, config, eval_data))
+        return measure_pace(loop, 60 * config.max_minutes)
 
 
 @contextmanager
