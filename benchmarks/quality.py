@@ -202,7 +202,7 @@ class Timed:
     last: float
 
     def length(self, method: str, rows: int = VALIDATION) -> dict[str, int]:
-        """Return the settings by which a method takes as many steps as fit into its time; it chooses by so many rows."""
+        """Return the settings by which a method takes as many steps as fit into its time, choosing by so many rows."""
         seconds = 60 * MINUTES
         if method == SHIPPED:  # it does not have to know how long it takes
             return Pace(self.step, 0).fitting(seconds)

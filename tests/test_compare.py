@@ -270,6 +270,23 @@ def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     assert given.results[0].settings["learning_rate"] == 0.5
 
 
+def test_the_members_of_an_ensemble_share_the_time_and_one_measurement(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def paced(_loop: Loop, seconds: float) -> Pace:
+        measured.append(seconds)
+        return Pace(step=100.0, evaluation=0.0)
+
+    monkeypatch.setattr(learning, "measure_pace", paced)
+    config = short(max_steps=None, eval_every=None, max_minutes=50)
+    done = compare(llama, films(60), methods=["soft-prompt-ensemble"], config=config)
+    assert measured == [3000]
+    steps = done.results[0].settings["max_steps"]
+    assert steps == [9] * MEMBERS  # of ten; making ready takes a little
+
+
 class Notes(ComparisonWatcher):
     def __init__(self) -> None:
         self.told: list[str] = []

@@ -16,7 +16,7 @@ from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
-from softprompt.training.forecast import make_forecast
+from softprompt.training.forecast import Forecast, make_forecast
 from softprompt.training.loop import Pace, measure_pace
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
@@ -164,6 +164,55 @@ def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
     # All of many labels are scored at the end; a quarter of the time is left for that at most.
     assert Pace(step=0.5, evaluation=0, last=10).fitting(60) == {"max_steps": 100, "eval_every": 13}
     assert Pace(step=0.5, evaluation=0, last=100).fitting(60) == {"max_steps": 90, "eval_every": 12}
+
+
+def test_where_rows_to_choose_by_are_slow_to_score_fewer_are() -> None:
+    """Three evaluations, of a quarter of the time: 15 of 60 seconds, where all rows would take 30."""
+    assert Pace(step=0.5, evaluation=10, rows=200).fitting(60) == {"max_steps": 90, "eval_every": 45, "eval_rows": 100}
+    assert Pace(step=0.5, evaluation=5, rows=200).fitting(60) == {"max_steps": 90, "eval_every": 45}
+    # No fewer than 32, which take 16 seconds each here.
+    assert Pace(step=0.5, evaluation=100, rows=200).fitting(60) == {"max_steps": 24, "eval_every": 12, "eval_rows": 32}
+    assert Pace(step=0.5, evaluation=10, rows=32).fitting(60) == {"max_steps": 60, "eval_every": 30}
+    # Labels of as many rows are scored at the end, and half of them take half the time.
+    half = {"max_steps": 82, "eval_every": 41, "eval_rows": 100}
+    assert Pace(step=0.5, evaluation=10, last=8, rows=200).fitting(60) == half
+    # Who says how often to evaluate has all rows scored.
+    assert "eval_rows" not in Pace(step=0.5, evaluation=10, rows=200).fitting(60, eval_every=2)
+
+
+def test_a_short_run_scores_fewer_rows_and_goes_on_with_those(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=10, evaluation=100, rows=50))
+    rows = load_data(reviews)
+    asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(50)])
+    given = short(max_steps=None, eval_every=None, eval_rows=50, max_minutes=2)
+    result = tune(llama, rows, given, eval_data=asked, out=tmp_path / "run")
+    assert result.settings.eval_rows == 32
+    assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 32
+    again = tune(llama, rows, given, eval_data=asked, out=tmp_path / "run", resume=True)
+    assert again.settings == result.settings
+    with pytest.raises(SettingsError, match="eval_rows"):
+        fewer = short(max_steps=None, eval_every=None, eval_rows=31, max_minutes=2)
+        tune(llama, rows, fewer, eval_data=asked, out=tmp_path / "run", resume=True)
+
+
+def test_a_forecast_of_a_short_run_scores_fewer_rows(llama: FrozenModel, reviews: Path) -> None:
+    rows = load_data(reviews)
+    asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(500)])
+
+    def forecast(minutes: float) -> tuple[Plan, Forecast]:
+        given = short(max_steps=None, eval_every=None, eval_rows=500, max_minutes=minutes)
+        plan = make_plan(llama, rows, given, asked)
+        return plan, make_forecast(llama, plan, given)
+
+    assert forecast(100)[1].eval_rows == 500
+    plan, found = forecast(1e-6)  # one step, and an evaluation before and after it
+    assert found.eval_rows == 32
+    assert plan.config.batch_size
+    batch = draw(len(plan.examples), plan.config.batch_size, 0, plan.config.seed)
+    a_step = sum(len(plan.examples[i].ids) for i in batch)
+    assert 60 * found.minutes / found.step_seconds == pytest.approx(1 + 2 * 32 * found.mean_tokens / (3 * a_step))
 
 
 def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None:

@@ -21,7 +21,10 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Ensemble, joined, load_prompt
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.training import tune as tuning
 from softprompt.training.ensemble import tune_ensemble
+from softprompt.training.loop import Pace
+from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.tune import TuneResult, tune
 from test_training import prompt_bytes, short
 
@@ -91,6 +94,23 @@ def test_members_share_the_rows_that_are_taken(
     tune_ensemble(llama, load_data(reviews), short(train_rows=9), members=2)
     assert len(taken[0]) == 9
     assert taken[0] == taken[1]
+
+
+def test_members_that_share_a_time_share_one_measurement(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def paced(_loop: PromptLoop, seconds: float) -> Pace:
+        measured.append(seconds)
+        return Pace(step=100, evaluation=0)
+
+    monkeypatch.setattr(tuning, "measure_pace", paced)
+    given = short(max_steps=None, eval_every=None, max_minutes=50)
+    runs = tune_ensemble(llama, load_data(reviews), given, members=3).runs
+    assert measured == [3000]
+    assert [run.steps for run in runs] == [9] * 3  # of ten; making ready takes a little
+    assert all(run.settings.max_minutes == pytest.approx(50 / 3, rel=0.1) for run in runs)
 
 
 def test_a_text_has_to_fit_behind_the_longest_member(llama: FrozenModel) -> None:

@@ -140,17 +140,17 @@ def _plan(
     """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
     began, reasons = time.monotonic(), {}
     with reproducible(config.threads):
-        seconds, most = 60 * config.max_minutes if config.max_minutes else None, None
-        if seconds is not None:
+        seconds, most = 60 * (config.max_minutes or 0), None
+        if not seconds:
+            pace = None
+        else:
             pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
             most = most_steps(pilot, config)
             pace = pace or measure_pace(PromptLoop(model, pilot, processes=processes), seconds)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
-            steps, chosen = config.max_steps, {}
-            if seconds is not None and pace is not None:
-                steps = pace.fitting(seconds, most, config.eval_every)["max_steps"]
-            why = hindrance(config, data.task, pace.evaluation if pace is not None else 0.0)
+            steps = pace.fitting(seconds, most, config.eval_every)["max_steps"] if pace else config.max_steps
+            chosen, why = {}, hindrance(config, data.task, pace.evaluation if pace else 0.0)
             if why is None:
                 chosen = search(model, data, config.model_copy(update={"max_steps": steps}), eval_data, watcher)
             else:
@@ -158,7 +158,7 @@ def _plan(
             chosen = json.loads(processes.share(json.dumps(chosen).encode()))
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
-        if seconds is not None and pace is not None:
+        if pace:
             fitting = pace.fitting(seconds - (time.monotonic() - began), most, config.eval_every)
             if config.eval_every is not None:
                 del fitting["eval_every"]
