@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quality import EARLY, FOLDER, MINUTES, ORDER, SETS, SHIPPED, of_several, read, timed
+from quality import EARLY, FOLDER, LEARNING, MINUTES, ORDER, SETS, SHIPPED, of_several, read, timed
 from softprompt.comparison.figures import count, duration, size
 from softprompt.comparison.results import PRIMARY, Result, statistic
 
@@ -166,13 +166,13 @@ def steps_taken(runs: Runs) -> list[str]:
 
 
 def steps_of(name: str, result: Result) -> str:
-    """Write how many steps a run took, of an ensemble each member; in brackets the count, where the clock said so."""
-    steps = result.settings["max_steps"]
+    """Write how many steps a run took, of an ensemble each member; in brackets how many are counted today."""
+    way = next(way for way in LEARNING if result.method.startswith(way))
+    counted = timed()[name][way].length(result.method, result.rows["validation"])["max_steps"]
+    steps, members = result.settings["max_steps"], ""
     if isinstance(steps, list):
-        return f"{len(steps)} × {steps[0]}"
-    if result.settings["equal"] == "examples":
-        return str(steps)
-    return f"{steps} ({timed()[name][result.method.removesuffix('-early')].length(result.method)['max_steps']})"
+        members, counted, steps = f"{len(steps)} × ", counted // len(steps), steps[0]
+    return f"{members}{steps}" + (f" ({counted})" if steps != counted else "")
 
 
 def sooner(runs: Runs) -> list[str]:
@@ -313,8 +313,8 @@ def page(runs: Runs) -> str:
             "",
             *costs(runs),
             "",
-            "Steps that the runs took, seed by seed. Those with brackets are older and went by the clock, on machines",
-            "that did something else besides; in the brackets is what would have been counted.",
+            "Steps that the runs took, seed by seed. In brackets is how many are counted today, where it is another",
+            "number: those runs are older, and went by the clock or scored more validation rows than the time allows.",
             "",
             *steps_taken(runs),
             "",
