@@ -6,6 +6,7 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -283,3 +284,21 @@ def test_saving_replaces_a_prompt_and_nothing_else(llama: FrozenModel, tmp_path:
     ).save_pretrained(str(tmp_path / "theirs"))
     for place in (tmp_path / "theirs", tmp_path / "theirs", tmp_path / "empty"):
         assert prompt_of(llama, 5).save(place) == place
+
+
+def test_two_that_keep_at_a_time_get_two_versions(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, kept = SoftPrompt.save, []
+    other = Thread(target=lambda: kept.append(store.keep(prompt_of(llama, 6), "film")))
+
+    def meanwhile(prompt: SoftPrompt, folder: Path) -> Path:
+        """While the first one is written, the other begins; it would be done soon if it did not wait."""
+        if not other.ident:
+            other.start()
+            other.join(1)
+        return save(prompt, folder)
+
+    monkeypatch.setattr(SoftPrompt, "save", meanwhile)
+    kept.append(store.keep(prompt_of(llama, 5), "film"))
+    other.join()
+    assert sorted(kept) == ["film@1", "film@2"]
+    assert torch.equal(load_prompt("film@1").weights, prompt_of(llama, 5).weights)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock
 
 from softprompt.errors import PromptError, nearest
 from softprompt.storage import home, storage_errors, write_text
@@ -99,7 +102,9 @@ def keep(prompt: Prompt, name: str) -> str:
         PromptError: a name that cannot be kept.
         StorageError: the folder cannot be written.
     """
-    folder = prompt.save(new_version(name))
+    new_version(name)  # one that cannot be kept is said before anything is written
+    with _alone():
+        folder = prompt.save(new_version(name))
     return f"{name}@{folder.name}"
 
 
@@ -123,9 +128,23 @@ def remove(kept: Iterable[str]) -> None:
     Raises:
         StorageError: one cannot be removed.
     """
-    for prompt in kept:
-        name, _, version = prompt.partition("@")
-        folder = store_folder() / name / version  # not a folder of the same name that is here
-        write_text(folder.parent / _HIGHEST, f"{_highest(name)}\n")
-        with storage_errors(folder):
-            shutil.rmtree(folder)
+    with _alone():
+        for prompt in kept:
+            name, _, version = prompt.partition("@")
+            folder = store_folder() / name / version  # not a folder of the same name that is here
+            write_text(folder.parent / _HIGHEST, f"{_highest(name)}\n")
+            with storage_errors(folder):
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let other processes wait until the block is done: two that keep at a time would give one number twice."""
+    with storage_errors(home()):
+        home().mkdir(parents=True, exist_ok=True)
+        lock = FileLock(home() / ".prompts.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
