@@ -158,6 +158,11 @@ def test_evaluate_of_plain_text_gives_loss_and_perplexity(command: Command, llam
     assert done.record["task"] == "text"
 
 
+def test_a_folder_is_no_file_for_predictions(fails: Command, run_folder: Path, data: Path) -> None:
+    done = fails("evaluate", run_folder / "prompt", data, "--predictions", run_folder)
+    assert f"--predictions {run_folder} is a folder; give a file" in done.err
+
+
 def test_predictions_of_a_prompt_are_put_next_to_it(command: Command, run_folder: Path, data: Path) -> None:
     run = Path(shutil.copytree(run_folder, "copy"))
     kept = (run / "predictions.jsonl").read_bytes()
@@ -251,6 +256,14 @@ def test_check_json_is_one_object(command: Command, llama_folder: Path, reviews:
     assert done.record["steps"] == done.record["settings"]["max_steps"] == 3
     assert done.record["eval_every"] == done.record["settings"]["eval_every"]
     assert list(Path().iterdir()) == [reviews.relative_to(Path.cwd())]
+
+
+def test_check_counts_the_rows_that_a_short_run_holds_back(command: Command, llama_folder: Path) -> None:
+    rows = "".join(json.dumps({"text": f"a film {n}", "label": "bg"[n % 2]}) + "\n" for n in range(300))
+    Path("many.jsonl").write_text(rows)
+    done = command("check", "many.jsonl", "--model", llama_folder, "--set", "max_minutes=0.00001")
+    assert "268 training rows (16 of them taken), 32 validation rows" in done.out
+    assert re.search(r"eval_rows +│ 32 +│ what fits", done.out)
 
 
 def test_check_says_how_many_steps_fit_in_the_minutes(command: Command, llama_folder: Path, reviews: Path) -> None:

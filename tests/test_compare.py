@@ -287,6 +287,18 @@ def test_the_members_of_an_ensemble_share_the_time_and_one_measurement(
     assert steps == [9] * MEMBERS  # of ten; making ready takes a little
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--methods", "soft_prompt", "no method 'soft_prompt'"), ("--test-data", "nope.csv", "nope.csv")],
+)
+def test_what_is_mistyped_is_said_before_the_model_is_loaded(
+    fails: Command, reviews: Path, option: str, value: str, message: str
+) -> None:
+    done = fails("compare", reviews, "--model", "no-such-model", "--out", "out", option, value)
+    assert message in done.err
+    assert "no-such-model" not in done.err
+
+
 class Notes(ComparisonWatcher):
     def __init__(self) -> None:
         self.told: list[str] = []

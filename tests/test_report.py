@@ -23,6 +23,7 @@ from sacrebleu.metrics.bleu import BLEU
 from scipy.stats import binomtest
 
 from softprompt.comparison import figures
+from softprompt.comparison.provenance import provenance
 from softprompt.comparison.recommendation import Recommendation, recommend
 from softprompt.comparison.report import write_report
 from softprompt.comparison.results import Costs, Point, Result, difference, mean_primary, read_result
@@ -326,6 +327,17 @@ def test_a_method_that_is_no_better_than_the_most_frequent_label_is_called_that(
     found = advice(classified(rows, {"zero-shot": 0.5, "soft-prompt": 0.66}), rows)
     assert any("always answering “\u2068harmless\u2069”" in caution for caution in found.cautions)
     assert not any("always answering" in c for c in advice(classified(rows, {"lora": 0.9}), rows).cautions)
+
+
+def test_methods_that_chose_by_fewer_rows_are_told() -> None:
+    rows = labelled(40)
+    results = classified(rows, {"zero-shot": 0.5, "soft-prompt": 0.7, "lora": 0.9}, seeds=2)
+    told = provenance(make_standings(results, rows), rows).notes
+    for result, chosen_by in zip(results[2:], (200, 52, 200, 200), strict=True):
+        result.settings["eval_rows"] = chosen_by
+    last = provenance(make_standings(results, rows), rows).notes
+    assert last[:-1] == told
+    assert last[-1].endswith("by a part of the validation rows: Soft prompt 52.")
 
 
 def test_one_seed_and_few_rows_are_told() -> None:

@@ -197,6 +197,17 @@ def test_a_short_run_scores_fewer_rows_and_goes_on_with_those(
         tune(llama, rows, fewer, eval_data=asked, out=tmp_path / "run", resume=True)
 
 
+def test_passes_are_counted_before_fewer_rows_are_held_back(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 300 rows 60 are held back; a pass over the other 240 is 60 steps, and 32 held back do not make it 67."""
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=1, evaluation=1000, rows=60))
+    rows = load_data([{"text": f"a film {n}", "label": ("bad", "good")[n % 2]} for n in range(300)])
+    given = short(max_steps=None, epochs=1, eval_every=None, batch_size=4, eval_rows=60, max_minutes=100)
+    settings = tune(llama, rows, given).settings
+    assert (settings.eval_rows, settings.max_steps, settings.eval_every) == (32, 60, 30)
+
+
 def test_a_forecast_of_a_short_run_scores_fewer_rows(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(500)])

@@ -172,6 +172,43 @@ def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path,
         assert prompt_bytes(tmp_path / "parts" / f"member-{n}") == prompt_bytes(tmp_path / "whole" / f"member-{n}")
 
 
+def test_an_ensemble_of_some_minutes_goes_on_with_the_rows_that_it_began_with(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(Exception): ...
+
+    class Stopper(sp.Watcher):
+        steps = 0
+
+        def step(self, step: int, loss: float) -> None:
+            self.steps += 1
+            if self.steps == 12:  # in the second member
+                raise StoppedError
+
+    def paced(loop: PromptLoop, _seconds: float) -> Pace:
+        assert loop.plan.scorer
+        rows = len(loop.plan.scorer.rows)
+        return Pace(step=100, evaluation=6 * rows, rows=rows)
+
+    monkeypatch.setattr(tuning, "measure_pace", paced)
+    rows, place = load_data(reviews), tmp_path / "run"
+    asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(50)])
+    given = short(max_steps=None, eval_every=None, eval_rows=50, max_minutes=70, patience=None)
+    with pytest.raises(StoppedError):
+        tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, watcher=Stopper())
+    assert not (place / "member-3").exists()
+    result = tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, resume=True)
+    assert [run.steps for run in result.runs] == [8] * 3  # of 14, less three evaluations of 32 rows
+    assert [run.settings.eval_rows for run in result.runs] == [32] * 3
+    assert len(records(place)) == 32
+    (place / "member-3" / "state").rename(tmp_path / "gone")
+    monkeypatch.setattr(tuning, "measure_pace", lambda *_: pytest.fail("measured again"))
+    again = tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, resume=True)
+    assert again.metrics == result.metrics
+    with pytest.raises(SettingsError, match="begun with max_steps = None, not 50"):
+        tune_ensemble(llama, rows, sp.TuneConfig(max_steps=50), members=3, eval_data=asked, out=place, resume=True)
+
+
 def test_a_member_that_was_not_begun_takes_the_settings_that_the_first_one_took(
     llama: FrozenModel, reviews: Path, tmp_path: Path
 ) -> None:

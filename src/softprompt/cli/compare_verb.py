@@ -48,11 +48,13 @@ def compare(
     from softprompt.cli.show import out as console
     from softprompt.cli.show import print_json
     from softprompt.comparison.compare import compare as run
+    from softprompt.comparison.compare import require_methods
     from softprompt.data.rows import load_data
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    require_methods(names)  # what is cheap to check before the model is loaded
+    test = load_data(test_data, parse_map(options["mapping"]), options["task"]) if test_data else None
     model, rows, held, config, _ = prepare(**options)
-    test = load_data(test_data, parse_map(options["mapping"]), rows.task) if test_data else None
     try:
         done = run(
             model,

@@ -144,7 +144,9 @@ def check(
     length = {"max_steps": forecast.steps, "eval_every": forecast.eval_every, "eval_rows": forecast.eval_rows}
     fitting = {name: value for name, value in length.items() if getattr(plan.config, name) != value}
     reasons = plan.reasons | dict.fromkeys(fitting, "what fits in max_minutes")
-    plan = replace(plan, config=plan.config.model_copy(update=fitting), reasons=reasons)
+    if fitting:  # fewer rows may be held back
+        plan = make_plan(model, rows, config.model_copy(update=fitting), held)
+    plan = replace(plan, reasons=reasons)
     if as_json:
         print_json({**forecast.model_dump(), "settings": plan.config.model_dump()})
         return

@@ -68,6 +68,8 @@ def evaluate(
         predictions = (Path() if soft is None else _beside(prompt)) / "test-predictions.jsonl"
     if not predictions.parent.is_dir():
         raise InputError(f"--predictions {predictions}: no such folder: {predictions.parent}")
+    if predictions.is_dir():
+        raise InputError(f"--predictions {predictions} is a folder; give a file")
     frozen = load_for(soft, model, config, revision, trust_remote_code)
     done = run(
         frozen,

@@ -152,13 +152,22 @@ def compare(
     return Comparison(found, rows, report)
 
 
-def _require(model: FrozenModel, methods: Sequence[str], config: TuneConfig | None, plots: bool) -> None:
-    """Say now, not after the night, what cannot be compared or what is missing."""
+def require_methods(methods: Sequence[str]) -> None:
+    """Make sure that methods are some that there are.
+
+    Raises:
+        SettingsError: one is none.
+    """
     if not methods:
         raise SettingsError(f"no methods to compare; there are {', '.join(METHODS)}")
     unknown = next((name for name in methods if name not in METHODS), None)
     if unknown is not None:
         raise SettingsError(f"no method {unknown!r}{nearest(unknown, METHODS)}; there are {', '.join(METHODS)}")
+
+
+def _require(model: FrozenModel, methods: Sequence[str], config: TuneConfig | None, plots: bool) -> None:
+    """Say now, not after the night, what cannot be compared or what is missing."""
+    require_methods(methods)
     if plots:
         require_package("matplotlib", "the report")
     if "lora" in methods:

@@ -41,7 +41,7 @@ def provenance(standings: Sequence[Standing], rows: Sequence[Row]) -> Provenance
     environments = [r.environment for r in results]
     return Provenance(
         summary=", ".join([_rows(results, rows), _seeds(standings), *_days(results)]),
-        notes=_NOTES,
+        notes=[*_NOTES, *_fewer(standings)],
         shared=shared,
         own=own,
         environments=[e for n, e in enumerate(environments) if e and e not in environments[:n]],
@@ -59,6 +59,21 @@ _NOTES = [
     "Costs are means over the seeds. Memory is the peak above the loaded model while learning or choosing; the time to "
     "switch tasks runs from the stored files of another task to the first row that can be answered.",
 ]
+
+
+def _fewer(standings: Sequence[Standing]) -> list[str]:
+    """Say which methods chose by fewer validation rows, to keep to the time."""
+    found = []
+    for standing in standings:
+        each = [(r.settings.get("eval_rows"), r.rows.get("validation", 0)) for r in standing.results]
+        fewest = min((rows for rows, all_rows in each if isinstance(rows, int) and rows < all_rows), default=None)
+        if fewest is not None:
+            found.append(f"{standing.kind.title} {fewest}")
+    return (
+        [f"To keep to the time, some methods chose by a part of the validation rows: {', '.join(found)}."]
+        if found
+        else []
+    )
 
 
 def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:

@@ -102,8 +102,7 @@ def keep(prompt: Prompt, name: str) -> str:
         PromptError: a name that cannot be kept.
         StorageError: the folder cannot be written.
     """
-    new_version(name)  # one that cannot be kept is said before anything is written
-    with _alone():
+    with _alone(new_version(name)):
         folder = prompt.save(new_version(name))
     return f"{name}@{folder.name}"
 
@@ -128,7 +127,7 @@ def remove(kept: Iterable[str]) -> None:
     Raises:
         StorageError: one cannot be removed.
     """
-    with _alone():
+    with _alone(store_folder()):
         for prompt in kept:
             name, _, version = prompt.partition("@")
             folder = store_folder() / name / version  # not a folder of the same name that is here
@@ -138,9 +137,9 @@ def remove(kept: Iterable[str]) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Let other processes wait until the block is done: two that keep at a time would give one number twice."""
-    with storage_errors(home()):
+def _alone(folder: Path) -> Iterator[None]:
+    """Let other processes wait until something is done to a folder: two at a time would give one number twice."""
+    with storage_errors(folder):
         home().mkdir(parents=True, exist_ok=True)
         lock = FileLock(home() / ".prompts.lock")
         lock.acquire()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softprompt.config import TuneConfig
-from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, split_rows
 from softprompt.errors import SettingsError
-from softprompt.evaluation.ensemble import scored
-from softprompt.evaluation.scoring import make_scorer
+from softprompt.evaluation.ensemble import averaged
 from softprompt.model.frozen import FrozenModel
 from softprompt.processes import launched
 from softprompt.prompt.ensemble import Ensemble, joined
@@ -75,37 +73,35 @@ def tune_ensemble(
         raise SettingsError("an ensemble is learned by one process; start it without torchrun, or learn one prompt")
     began, given = time.monotonic(), config or TuneConfig()
     folder = None if out is None else RunFolder(Path(out))
-    if folder is not None:
-        identity = identity_of(model, data, eval_data)
-        if resume:
-            given, _ = folder.resume(given, identity, members)
-        else:
-            make_plan(model, data, given, eval_data)  # what does not fit together is said before anything is written
-            folder.begin(given, identity, members)
+    places = [None if folder is None else folder.path / member_name(number) for number in range(1, members + 1)]
+    if folder is not None and resume:
+        given, _ = folder.resume(given, identity_of(model, data, eval_data), members)
+    elif folder is not None:
+        folder.require_new()
+        make_plan(model, data, given, eval_data)  # what does not fit together is said before anything is written
+    begun = [resume and place is not None and (place / "config.yaml").exists() for place in places]
+    minutes, pace = None, None
+    if given.max_minutes is not None and not all(begun):
+        pace = pace_of(model, data, given, eval_data)
+        minutes = max(given.max_minutes - (time.monotonic() - began) / 60, _LEAST) / members
+        rows = pace.fitting(60 * minutes, eval_every=given.eval_every).get("eval_rows")
+        if rows and not resume:
+            given, pace = given.model_copy(update={"eval_rows": rows}), pace.of(rows)
+        pace = replace(pace, rows=0)  # members choose by the same rows
+    if folder is not None and not resume:
+        folder.begin(given, identity_of(model, data, eval_data), members)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
     train = sample(train, given.train_rows, given.seed)
-    minutes, pace = given.max_minutes, None
-    if minutes is not None:
-        if not resume:
-            pace = pace_of(model, train, given, validation)
-            minutes = max(minutes - (time.monotonic() - began) / 60, _LEAST)
-        minutes /= members
     runs: list[TuneResult] = []
-    for number in range(1, members + 1):
-        settings = given.model_copy(update={"seed": given.seed + number - 1, "max_minutes": minutes})
-        place = None if folder is None else folder.path / member_name(number)
-        begun = resume and place is not None and (place / "config.yaml").exists()
-        runs.append(
-            tune(model, train, settings, eval_data=validation, out=place, resume=begun, watcher=watcher, pace=pace)
-        )
-    made = joined([run.prompt for run in runs], {})
-    if validation is not None:
-        encoder = Encoder(model.tokenizer, made.format, made.record.max_length)
-        at_once = min(run.settings.micro_batch_tokens or 1 for run in runs)
-        scores = scored(make_scorer(encoder, validation, at_once), model, made.members, made.biases)
-        made = joined(made.prompts, scores.values())
-        if folder is not None:
-            folder.write_predictions(scores.predictions())
+    for number, (place, there) in enumerate(zip(places, begun, strict=True)):
+        settings = given.model_copy(update={"seed": given.seed + number, "max_minutes": None if there else minutes})
+        made = tune(model, train, settings, eval_data=validation, out=place, resume=there, watcher=watcher, pace=pace)
+        runs.append(made)
+    each = [run.scores for run in runs if run.scores is not None]
+    scores = averaged(each) if each else None
+    prompt = joined([run.prompt for run in runs], scores.values() if scores is not None else {})
     if folder is not None:
-        made.save(folder.prompt)
-    return EnsembleResult(made, runs, time.monotonic() - began, made.record.metrics)
+        if scores is not None:
+            folder.write_predictions(scores.predictions())
+        prompt.save(folder.prompt)
+    return EnsembleResult(prompt, runs, time.monotonic() - began, prompt.record.metrics)

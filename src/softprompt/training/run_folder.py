@@ -129,7 +129,7 @@ class RunFolder:
         lowered = {"max_steps": config.epochs or config.max_minutes, "eval_rows": config.max_minutes}
         for name in given.model_fields_set:
             before, now = getattr(config, name), getattr(given, name)
-            if lowered.get(name) and now and now >= before:
+            if lowered.get(name) and now and before and now >= before:
                 continue
             if now not in (before, None, "auto"):
                 raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")

@@ -15,6 +15,7 @@ import torch
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows
+from softprompt.evaluation.scoring import Scores
 from softprompt.launch import fewer_than_asked_for, stops_together
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
@@ -41,6 +42,7 @@ class TuneResult:
         seconds: time that this call took, model loading not counted.
         best_step: the step after which the prompt was found.
         metrics: the best prompt's, on the validation rows; empty without those.
+        scores: what the metrics are of; None without validation rows.
         settings: all settings, decided.
     """
 
@@ -50,6 +52,7 @@ class TuneResult:
     seconds: float
     best_step: int
     metrics: dict[str, float]
+    scores: Scores | None
     settings: TuneConfig
 
 
@@ -124,7 +127,8 @@ def tune(
         processes.share(b"written")  # what a process does with the result, it finds the files there
     seconds = time.monotonic() - began
     place, progress = run.path if out is not None else None, found.progress
-    return TuneResult(made, place, progress.step, seconds, progress.best_step, progress.best, plan.config)
+    best = progress.best_step, progress.best, found.scores
+    return TuneResult(made, place, progress.step, seconds, *best, plan.config)
 
 
 def _plan(
@@ -162,7 +166,7 @@ def _plan(
             fitting = pace.fitting(seconds - (time.monotonic() - began), most, config.eval_every)
             if config.eval_every is not None:
                 del fitting["eval_every"]
-            if fitting["max_steps"] == most:
+            if fitting["max_steps"] == most and "eval_rows" not in fitting:
                 del fitting["max_steps"]
             config = config.model_copy(update=json.loads(processes.share(json.dumps(fitting).encode())))
             reasons |= dict.fromkeys(fitting, f"{config.max_minutes:.3g} minutes")
