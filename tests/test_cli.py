@@ -590,11 +590,13 @@ def test_a_folder_that_cannot_be_written_is_a_failure_of_the_work(
 
 @pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="/sys, which not even root may write in, is Linux's")
 def test_a_read_only_folder_is_a_failure_of_the_work(
-    fails: Command, llama_folder: Path, prompt: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+    fails: Command, command: Command, llama_folder: Path, prompt: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = fails("tune", reviews, "--model", llama_folder, "--out", "/sys/run", *SHORT, code=1)
     assert "cannot write /sys/run" in done.err
     assert "free some space, or choose another folder" in done.err
+    failed = command("evaluate", prompt, reviews, "--predictions", "/sys/predictions.jsonl")
+    assert (failed.code, "accuracy" in failed.out) == (1, True)  # the figures took minutes: they are shown all the same
     monkeypatch.setenv("SOFTPROMPT_HOME", "/sys/home")
     assert "cannot write /sys/home/prompts/film/1" in fails("prompts", "add", "film", prompt, code=1).err
 

@@ -131,9 +131,6 @@ def test_the_verbs_of_a_kept_prompt(
     assert (tmp_path / "test-predictions.jsonl").exists()
     (tmp_path / "film").mkdir()  # a folder that happens to bear the name
     assert command("evaluate", "film", reviews, "--json").record["predictions"] == "test-predictions.jsonl"
-    failed = command("evaluate", "film@1", reviews, "--predictions", "/sys/predictions.jsonl")
-    assert failed.code == 1  # nobody can write there, and the figures are there all the same
-    assert "accuracy" in failed.out
     refused = command("tune", reviews, "--init", "prompt:film@1", "--trust-remote-code", "--out", "never")
     assert refused.code == 2
     assert "must not be the prompt's to say" in refused.err
