@@ -69,11 +69,9 @@ def _fewer(standings: Sequence[Standing]) -> list[str]:
         fewest = min((rows for rows, all_rows in each if isinstance(rows, int) and rows < all_rows), default=None)
         if fewest is not None:
             found.append(f"{standing.kind.title} {fewest}")
-    return (
-        [f"To keep to the time, some methods chose by a part of the validation rows: {', '.join(found)}."]
-        if found
-        else []
-    )
+    if not found:
+        return []
+    return [f"To keep to the time, some methods chose by a part of the validation rows: {', '.join(found)}."]
 
 
 def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:

@@ -95,8 +95,8 @@ def tune_ensemble(
     runs: list[TuneResult] = []
     for number, (place, there) in enumerate(zip(places, begun, strict=True)):
         settings = given.model_copy(update={"seed": given.seed + number, "max_minutes": None if there else minutes})
-        made = tune(model, train, settings, eval_data=validation, out=place, resume=there, watcher=watcher, pace=pace)
-        runs.append(made)
+        run = tune(model, train, settings, eval_data=validation, out=place, resume=there, watcher=watcher, pace=pace)
+        runs.append(run)
     each = [run.scores for run in runs if run.scores is not None]
     scores = averaged(each) if each else None
     prompt = joined([run.prompt for run in runs], scores.values() if scores is not None else {})
