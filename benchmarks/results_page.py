@@ -234,16 +234,16 @@ def matching(runs: Runs) -> str:
 
 
 def starts(runs: Runs) -> list[str]:
-    """Say which soft prompts are from when they started from words where rows are long or labels many."""
+    """Say which soft prompts started from words; of an ensemble its first member."""
     ways = [method for method in (*WHOLE, *EARLY) if method.startswith("soft-prompt")]
-    older = [
+    found = [
         f"{method} on {name}"
         for name in CLASSIFICATION
         for method in ways
         if any(r.settings["init"] == "text" for r in runs[name].get(method, ()))
     ]
-    now = "Soft prompts start from rows now, also where rows are long or labels many"
-    return [f"{now}; older, from words: {', '.join(sorted(older))}.", ""] if older else []
+    why = "Soft prompts start from words where the rows that they learn from are too long to start from"
+    return [f"{why}: {', '.join(sorted(found))} (of ensembles the first member).", ""] if found else []
 
 
 def page(runs: Runs) -> str:
