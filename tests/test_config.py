@@ -125,7 +125,7 @@ def test_spaces_around_a_name_are_not_part_of_it() -> None:
         ("learning_rate=fast", r"setting learning_rate = fast: .*number"),
         ("learning_rate=0", "setting learning_rate = 0: .*greater than 0"),
         ("learning_rate=-1e-3", "setting learning_rate = -1e-3: .*greater than 0"),
-        ("learning_rate=1e38", "setting learning_rate = 1e38: .*less than or equal to 1000"),
+        ("learning_rate=1e38", "setting learning_rate = 1e38: .*less than or equal to 1000000"),
         ("learning_rate=.nan", "setting learning_rate = .nan"),
         ("warmup_ratio=1.5", "setting warmup_ratio = 1.5: .*less than or equal to 1"),
         ("num_virtual_tokens=0", "setting num_virtual_tokens = 0: .*greater than or equal to 1"),

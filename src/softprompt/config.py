@@ -92,7 +92,7 @@ class TuneConfig(FormatConfig):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        le=1000,  # float32 would overflow at some point, with an error that says nothing
+        le=1e6,  # float32 would overflow at some point, with an error that says nothing
         description="peak of the schedule; 0.03, of a soft prompt of P > 20 tokens 0.03·√(20/P), residual a tenth",
     )
     warmup_ratio: float = Field(0.06, ge=0, le=1, description="share of the steps over which the rate rises")
