@@ -106,14 +106,16 @@ def test_a_template_of_nothing_but_its_column_can_be_calibrated(llama: FrozenMod
 
 
 def test_the_prompt_and_a_common_beginning_are_run_once_for_rows_and_texts_without_content(llama: FrozenModel) -> None:
-    made, rows = encoder(llama, ONE_TOKEN, "please classify this text: {{ text }} ="), labelled(ONE_TOKEN)
+    template = "please classify this text as good or bad or fine or dull: {{ text }} ="
+    made, rows = encoder(llama, ONE_TOKEN, template), labelled(ONE_TOKEN)
     with counted(llama) as work:
         CalibratedScorer(made, rows, 1024).score(llama, prompt_for(llama))
     with counted(llama) as plain:
         LabelScorer(made, rows, 1024).score(llama, prompt_for(llama))
-    assert len(work.passes) == len(plain.passes) == 2
-    assert work.passes[0] == plain.passes[0] > len(prompt_for(llama)) + 4
-    assert plain.passes[1] < work.passes[1] < plain.passes[1] + 30
+    assert len(work.passes) == len(plain.passes) == 3
+    assert work.passes[:2] == plain.passes[:2]
+    assert work.passes[0] == len(prompt_for(llama))
+    assert plain.passes[2] < work.passes[2] < plain.passes[2] + 30
 
 
 def test_an_evaluation_calibrates_both_sides_and_keeps_the_loss(llama: FrozenModel) -> None:
@@ -269,14 +271,37 @@ def test_a_prompt_of_labels_keeps_its_bias_and_is_evaluated_with_it(
     assert done.without_prompt == evaluate(llama, held_back, unbiased).without_prompt
     contextual = [evaluate(llama, held_back, p, calibration="contextual").metrics for p in (prompt, unbiased)]
     assert contextual[0] == contextual[1]
-    if matched:  # what is generated is chosen so, too, but not where decoding rules are given
-        texts, words = [row["text"] for row in held_back], list(prompt.record.verbalizers.values())
-        assert generate(llama, texts, prompt) == [words[i] for i in right]
+    # Beside the base, which has no bias, the prompt is shown without its own too.
+    assert done.without_bias == (evaluate(llama, held_back, unbiased).metrics if matched else None)
+    if matched:  # what is generated is chosen so, too, but not where it writes
+        texts = [row["text"] for row in held_back]
+        assert generate(llama, texts, prompt) == [MANY[i] for i in right]
         rules = GenerateConfig(max_new_tokens=3)
-        assert generate(llama, texts, prompt, rules) == generate(llama, texts, unbiased, rules)
+        assert generate(llama, texts, prompt, rules, mode="write") == generate(
+            llama, texts, unbiased, rules, mode="write"
+        )
         assert generate(llama, texts, prompt, virtual_tokens=False) == generate(
             llama, texts, unbiased, virtual_tokens=False
         )
+
+
+def test_the_base_gets_a_bias_by_the_same_rule_where_validation_rows_are_at_hand(llama: FrozenModel) -> None:
+    train, asked = parcels(0, 120, 3), parcels(120, 180, 3)
+    prompt = soft_prompt(llama, MANY[:3])
+    scorer = make_scorer(Encoder(llama.tokenizer, prompt.format, 512), asked, 1024)
+    plain = scorer.score(llama, None)
+    assert isinstance(plain, LabelScores)
+    matched = shifted(plain, prior_matching(plain, train))
+    assert matched.predicted.tolist() != plain.predicted.tolist()
+    for right, has_bias in ((matched, True), (plain, False)):
+        rows = load_data([{**row, "label": MANY[i]} for row, i in zip(asked, right.predicted, strict=True)])
+        rows = replace(rows, known=tuple(MANY[:3]))
+        done = evaluate(llama, rows, prompt, bias_rows=(train, rows))
+        assert done.without_prompt is not None
+        assert done.without_prompt["accuracy"].value == 1
+        unhelped = evaluate(llama, rows, prompt).without_prompt
+        assert unhelped is not None
+        assert (unhelped["accuracy"].value < 1) == has_bias
 
 
 def test_without_validation_rows_there_is_no_bias(llama: FrozenModel) -> None:
@@ -302,6 +327,7 @@ def test_every_member_of_an_ensemble_has_its_own_bias(llama: FrozenModel, tmp_pa
     done = evaluate(llama, rows, loaded)
     assert [record["prediction"] for record in done.predictions] == [MANY[i] for i in expected.predicted]
     assert generate(llama, [row["text"] for row in rows], loaded) == [MANY[i] for i in expected.predicted]
+    assert done.without_bias == evaluate(llama, rows, joined([plain, SoftPrompt(weights[1], plain.record)], {})).metrics
     without = joined([plain, SoftPrompt(weights[1], plain.record)], {})
     assert [r["prediction"] for r in evaluate(llama, rows, without).predictions] != [
         r["prediction"] for r in done.predictions

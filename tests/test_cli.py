@@ -129,7 +129,8 @@ def test_evaluate_json_is_one_object_with_the_keys_that_scripts_read(
     command: Command, prompt: Path, data: Path
 ) -> None:
     record = command("evaluate", prompt, data, "--json", "--predictions", "out.jsonl").record
-    assert set(record) == {"task", "rows", "metrics", "without_prompt", "confusion", "seconds", "predictions"}
+    keys = {"task", "rows", "metrics", "without_prompt", "without_bias", "confusion", "seconds", "predictions"}
+    assert set(record) == keys
     assert (record["task"], record["rows"]) == ("classification", 40)
     for metrics in (record["metrics"], record["without_prompt"]):
         assert set(metrics) == {"accuracy", "macro_f1", "loss"}
@@ -190,7 +191,7 @@ def test_generate_json_is_one_object_with_the_keys_that_scripts_read(
     command: Command, prompt: Path, llama: FrozenModel
 ) -> None:
     texts = ["a fine film", "what a waste", "hello world", "the parcel never came"]
-    options = ["--json", "--set", "max_new_tokens=6"]
+    options = ["--json", "--mode", "write", "--set", "max_new_tokens=6"]
     compared = command("generate", prompt, *texts, "--versus-base", *options).record
     embeddings = load_file(prompt / WEIGHTS)["prompt_embeddings"]
     rendered = [f"{text}\nLabel:" for text in texts]
@@ -212,6 +213,15 @@ def test_generate_without_a_prompt_is_the_untouched_model(
     assert done.out == "a fine film" + plain_greedy(llama, "a fine film", 5) + "\n"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff"])
+def test_what_other_systems_put_around_lines_is_not_text(command: Command, prompt: Path, mark: str, end: str) -> None:
+    typed = command("generate", prompt, "a fine film", "b", "--json").record
+    done = command("generate", prompt, "--json", stdin=f"{mark}a fine film{end}b{end}")
+    assert done.record == typed
+    assert "blank" not in done.err
+
+
 def test_generate_reads_lines_of_stdin(command: Command, prompt: Path) -> None:
     typed = command("generate", prompt, "a fine film", "what a waste ☕", "--json").record
     assert command("generate", prompt, "--json", stdin="a fine film\nwhat a waste ☕\n").record == typed
@@ -222,7 +232,7 @@ def test_generate_reads_lines_of_stdin(command: Command, prompt: Path) -> None:
 
 
 def test_raw_text_is_not_put_through_the_template(command: Command, prompt: Path) -> None:
-    options = ["--json", "--set", "max_new_tokens=6"]
+    options = ["--json", "--mode", "write", "--set", "max_new_tokens=6"]
     rendered = command("generate", prompt, "a fine film", *options).record["outputs"][0]["text"]
     by_hand = command("generate", prompt, "a fine film\nLabel:", "--raw", *options).record["outputs"][0]["text"]
     raw = command("generate", prompt, "a fine film", "--raw", *options).record["outputs"][0]["text"]

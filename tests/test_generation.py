@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from conftest import ARCHITECTURES, frozen, tiny_tokenizer
-from softprompt import generation
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE
-from softprompt.errors import PromptError, SettingsError
+from softprompt.errors import DataError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.generation import _label, continue_ids, generate
+from softprompt.generation import continue_ids, generate
 from softprompt.model.frozen import _KEPT, FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.model.way import Way
@@ -107,25 +106,83 @@ def test_the_template_is_used_unless_raw(llama: FrozenModel) -> None:
     )
 
 
-def test_a_label_prompt_writes_no_more_than_its_longest_label(llama: FrozenModel) -> None:
-    prompt = soft_prompt(
-        llama,
-        task="classification",
-        template=DEFAULT_TEMPLATE["classification"],
-        verbalizers={"a": "delivery", "b": "good"},
-    )
-    longest = max(len(llama.tokenizer(f" {word}")["input_ids"]) for word in ("delivery", "good"))
-    freely = GenerateConfig(top_k=5)  # a rule that changes nothing where nothing is drawn
-    assert generate(llama, ["the parcel"], prompt, freely) == generate(
-        llama, ["the parcel"], prompt, GenerateConfig(max_new_tokens=longest)
-    )
+LABELS = {"a": "delivery", "b": "good"}
+
+
+def label_prompt(model: FrozenModel, **record: object) -> SoftPrompt:
+    template = DEFAULT_TEMPLATE["classification"]
+    return soft_prompt(model, **{"task": "classification", "template": template, "verbalizers": LABELS, **record})
+
+
+@pytest.mark.parametrize("rules", [{"seed": 1}, {"seed": 0}, {"max_new_tokens": 4}, {"stop": ()}, {"do_sample": False}])
+def test_rules_of_writing_are_refused_where_labels_are_chosen_whatever_their_values(
+    llama: FrozenModel, rules: dict[str, object]
+) -> None:
+    prompt, config = label_prompt(llama), GenerateConfig(**rules)  # type: ignore[arg-type]
+    for mode in (None, "choose"):
+        with pytest.raises(SettingsError, match=rf"{min(rules)}: decoding rules are for writing.*--mode write"):
+            generate(llama, ["the parcel"], prompt, config, mode=mode)  # type: ignore[arg-type]
+    assert generate(llama, ["the parcel"], prompt, config, mode="write")
+
+
+def test_a_label_prompt_writes_freely_where_it_is_asked_to(llama: FrozenModel) -> None:
+    prompt, config = label_prompt(llama), GenerateConfig(max_new_tokens=12)
+    written = generate(llama, ["the parcel"], prompt, config, mode="write")
+    assert written == generate(llama, ["the parcel\nLabel:"], prompt, config, raw=True)
+    assert written[0] not in (*LABELS, *LABELS.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "mode", "message"),
+    [
+        (None, False, "choose", "only a prompt of labels can"),
+        ("completion", False, "choose", "only a prompt of labels can"),
+        ("classification", True, "choose", "read raw has no template"),
+        ("classification", False, "draw", "mode 'draw' is unknown; allowed are choose and write"),
+    ],
+)
+def test_what_cannot_choose_is_told_so(
+    llama: FrozenModel, kind: str | None, raw: bool, mode: str, message: str
+) -> None:
+    made = {"completion": soft_prompt(llama, task="completion", template="{{ input }}\n")}
+    prompt = label_prompt(llama) if kind == "classification" else made.get(str(kind))
+    with pytest.raises(SettingsError, match=message):
+        generate(llama, ["the parcel"], prompt, mode=mode, raw=raw)  # type: ignore[arg-type]
+
+
+def test_the_base_chooses_where_the_prompt_does(llama: FrozenModel) -> None:
+    prompt = label_prompt(llama, label_bias={"a": 50.0, "b": 0.0})
+    texts = [f"the parcel {n}" for n in range(8)]
+    rows = load_data([{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(texts)])
+    base = [record["prediction"] for record in evaluate(llama, rows, verbalizers=LABELS).predictions]
+    assert generate(llama, texts, prompt, virtual_tokens=False) == base
+    assert generate(llama, texts, prompt) == ["a"] * 8  # by its own bias, which the base has not
+
+
+def test_labels_are_chosen_in_batches_of_any_size_alike(llama: FrozenModel) -> None:
+    prompt, texts = label_prompt(llama), [f"the parcel {n}" for n in range(7)]
+    together = generate(llama, texts, prompt)
+    assert generate(llama, texts, prompt, GenerateConfig(batch_size=2)) == together
+    assert generate(llama, [], prompt) == generate(llama, [], prompt, mode="write") == []
+
+
+@pytest.mark.parametrize("seed", [2**45, 2**63 - 1])
+def test_a_large_seed_draws_too(llama: FrozenModel, seed: int) -> None:
+    config = GenerateConfig(max_new_tokens=3, do_sample=True, seed=seed)
+    assert generate(llama, ["hello", "a film"], config=config) == generate(llama, ["hello", "a film"], config=config)
+
+
+@pytest.mark.parametrize("text", [None, 5, ["a"], b"a"])
+def test_what_is_no_text_is_refused_by_its_number(llama: FrozenModel, text: object) -> None:
+    for prompt in (None, label_prompt(llama)):
+        with pytest.raises(DataError, match=r"text 2 is .*; give a string, or a dictionary"):
+            generate(llama, ["a film", text], prompt)  # type: ignore[list-item]
 
 
 def test_a_label_prompt_answers_as_it_is_evaluated(llama: FrozenModel) -> None:
-    labels = {"a": "delivery", "b": "good"}
-    prompt = soft_prompt(llama, task="classification", template=DEFAULT_TEMPLATE["classification"], verbalizers=labels)
+    prompt = label_prompt(llama)
     rows = load_data([{"text": f"the parcel {n}", "label": "ab"[n % 2]} for n in range(8)])
-    expected = [labels[record["prediction"]] for record in evaluate(llama, rows, prompt).predictions]
+    expected = [record["prediction"] for record in evaluate(llama, rows, prompt).predictions]
     assert generate(llama, [row["text"] for row in rows], prompt) == expected
 
 
@@ -135,24 +192,6 @@ def test_texts_are_a_list_and_columns_may_hold_numbers(llama: FrozenModel) -> No
     assert generate(llama, [given], prompt) == generate(llama, [{**given, "price": "5"}], prompt)  # type: ignore[list-item]
     with pytest.raises(SettingsError, match="give a list of texts, not one text"):
         generate(llama, "the parcel", prompt)
-
-
-def test_a_label_behind_a_line_break_is_written_whole(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There it has no space before it, which can be more tokens."""
-    prompt = soft_prompt(llama, task="classification", template="{{ text }}\n", verbalizers={"a": "delivery"})
-    room: list[int] = []
-
-    def noted(
-        model: FrozenModel, prompts: object, inputs: object, most: list[int], config: GenerateConfig
-    ) -> list[str]:
-        room.extend(most)
-        return [""]
-
-    monkeypatch.setattr(generation, "continue_ids", noted)
-    generate(llama, ["the parcel"], prompt, GenerateConfig(top_k=5))
-    alone, behind_a_space = (len(llama.tokenizer(text)["input_ids"]) for text in ("delivery", " delivery"))
-    assert alone != behind_a_space
-    assert room == [alone]
 
 
 def test_as_many_new_tokens_as_fit_do_not_cut_the_text(llama: FrozenModel, recwarn: pytest.WarningsRecorder) -> None:
@@ -262,20 +301,6 @@ def test_a_long_input_is_cut_so_that_new_tokens_fit(llama: FrozenModel) -> None:
     with pytest.warns(UserWarning, match="1 of 1 texts were cut to"):
         generate(llama, ["the parcel never came and " * 100], prompt)
     assert len(generate(llama, ["the parcel never came and " * 100], prompt, GenerateConfig(max_new_tokens=5))[0]) > 0
-
-
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [(" good delivery", "good"), (" goodness", "goodness"), (" bad", " bad"), ("good", "good"), ("", "")],
-)
-def test_what_follows_a_label_is_dropped(text: str, label: str) -> None:
-    assert _label(text, ["good", "goodness", "delivery"]) == label
-
-
-@pytest.mark.parametrize("text", [" normal", "nothing new", "no_", "no2"])
-def test_a_word_that_begins_like_a_label_is_none(text: str) -> None:
-    assert _label(text, ["no", "yes"]) == text
-    assert _label(" no, not that", ["no", "yes"]) == "no"
 
 
 def test_a_prompts_prefix_is_computed_once_and_the_last_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

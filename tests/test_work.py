@@ -17,11 +17,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from conftest import ARCHITECTURES, tiny_tokenizer
 from softprompt import Rows, TuneConfig, Watcher, load_data
 from softprompt.data.batching import draw
-from softprompt.data.examples import Example
+from softprompt.data.examples import Encoder, Example
+from softprompt.data.templates import make_format
 from softprompt.evaluation.scoring import LabelScorer, Scorer
+from softprompt.generation import generate
 from softprompt.model import head
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.prompt_loop import PromptLoop
 from softprompt.training.run_folder import RunFolder
@@ -59,7 +62,9 @@ def common(texts: Sequence[tuple[int, ...]]) -> int:
 def plan_of(model: FrozenModel, task: str, micro_batch_tokens: int) -> Plan:
     settings = TuneConfig(
         num_virtual_tokens=VIRTUAL,
-        template="please classify this text: {{ text }}\nlabel" if task == "classification" else None,
+        template="please classify this text as good or bad or fine: {{ text }}\nlabel"
+        if task == "classification"
+        else None,
         batch_size=6,
         micro_batch_tokens=micro_batch_tokens,
         max_steps=4,
@@ -160,9 +165,9 @@ def test_of_the_labels_each_common_token_is_run_once_a_row(model: FrozenModel) -
         separate += sum(len(path) - 1 for path in paths)
         predicted += len({path[:end] for path in paths for end in range(len(choice.stem), len(path))})
     assert needed < separate / 2
-    prompt_pass, *texts = work.passes
+    prompt_pass, shared_pass, *texts = work.passes
     shared = common([choice.stem for choice in scorer.choices])
-    assert prompt_pass == VIRTUAL + shared > VIRTUAL + 4
+    assert (prompt_pass, shared_pass) == (VIRTUAL, shared)
     needed -= shared * len(scorer.choices)
     if model.way.pads:  # the ends of a row's labels are padded to the longest of them
         assert needed <= sum(texts) < 1.2 * needed
@@ -170,6 +175,37 @@ def test_of_the_labels_each_common_token_is_run_once_a_row(model: FrozenModel) -
         assert sum(texts) == needed
         assert len(texts) > 1
     assert work.logits == predicted
+
+
+@pytest.mark.parametrize("labels", [2, 77])
+def test_a_second_request_for_a_label_runs_its_text_and_the_labels_tree_and_nothing_else(
+    model: FrozenModel, labels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefix, tokens of the template and memory estimate are found once, for the model and the prompt."""
+    verbalizers = {f"team_{n}": f"delivery and team {n}" for n in range(labels)}
+    record = Record.of(model, make_format("classification", list(verbalizers), None, verbalizers), 128)
+    prompt = SoftPrompt(model.embed(range(VIRTUAL)), record)
+    generate(model, [WHAT[0]], prompt)
+    calls: list[int] = []
+    encode = type(model.tokenizer).__call__
+
+    def counting(self: Any, text: Any, **options: Any) -> Any:
+        calls.append(1)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(model.tokenizer), "__call__", counting)
+    with counted(model) as work:
+        generate(model, [WHAT[2]], prompt)
+    monkeypatch.undo()
+    row = load_data([{"text": WHAT[2], "label": "team_0"}, {"text": WHAT[2], "label": "team_1"}]).pick([0])
+    (tree,) = LabelScorer(Encoder(model.tokenizer, prompt.format, 128), row).trees
+    if model.way.pads:  # the text, then every label's own tokens behind it
+        assert len(work.passes) <= 2
+        assert len(tree.ids) <= sum(work.passes) < 4 * len(tree.ids)
+    else:
+        assert work.passes == [len(tree.ids)]
+    assert work.logits == len(tree.ends)
+    assert len(calls) <= 2
 
 
 def test_of_plain_texts_what_all_begin_with_is_run_once_an_evaluation(model: FrozenModel) -> None:
@@ -194,10 +230,12 @@ def test_several_prompts_at_once_run_the_sum_of_what_each_runs(model: FrozenMode
             scorer.score(model, prompt)
         alone.append(work)
     with counted(model) as together:
-        scorer.score_all(model, prompts)
+        scorer.score_all(model, [prompt.clone() for prompt in prompts])  # prompts that are not known yet
     assert together.logits == sum(work.logits for work in alone)
     assert together.passes[:3] == [work.passes[0] for work in alone]  # each prompt once
-    texts, each = together.passes[3:], [work.passes[1:] for work in alone]
+    # What all texts begin with is run behind each prompt: of labels in a pass of its own.
+    first = 2 if task == "classification" else 1
+    texts, each = together.passes[3 + first - 1 :], [work.passes[first:] for work in alone]
     if model.way.pads:  # micro-batches of another cut have other padding
         assert sum(texts) == pytest.approx(sum(map(sum, each)), rel=0.1)
     else:

@@ -20,6 +20,7 @@ MOST_TOKENS = 1000  # of a prompt
 PROMPT = "prompt:"  # what an `init` that names another prompt begins with
 Budget = Literal["quick", "normal", "thorough"]
 Calibration = Literal["none", "contextual"]
+Mode = Literal["choose", "write"]  # what a prompt of labels does: take one of them, or continue the text
 
 
 def _known_init(init: str) -> str:
@@ -133,7 +134,7 @@ class GenerateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    max_new_tokens: int | None = Field(None, ge=1, description="64, or what the longest label needs")
+    max_new_tokens: int | None = Field(None, ge=1, description="64, unless max_length says it")
     max_length: int | None = Field(None, ge=1, description="the most real tokens, the given text's included")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1: tokens of the text so far become less likely")
     no_repeat_ngram_size: int = Field(0, ge=0, description="runs of so many tokens occur once; 0: off")

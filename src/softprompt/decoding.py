@@ -18,13 +18,10 @@ from transformers import (
 )
 
 from softprompt.config import GenerateConfig
-from softprompt.data.examples import common_start
 from softprompt.errors import SettingsError
 from softprompt.model.cached import positions
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-
-_WORTH_A_PASS = 64  # tokens: running a few alone takes as long as running so many more along with others
 
 
 @dataclass
@@ -55,19 +52,14 @@ def continue_ids(
         room: per text, the most new tokens.
         config: decoding rules.
     """
-    prefixes = [model.kept_prefix(prompt) for prompt in prompts]
+    prefixes = model.shared_prefixes(prompts, inputs)
     if not all(inputs) and any(prefix.last is None for prefix in prefixes):
         behind = "without a prompt" if None in prompts else "behind a deep prefix"
         raise SettingsError(f"the text is empty: {behind} there is nothing to continue; give some text")
-    shortest = min((len(ids) for ids in inputs), default=0)
-    common = common_start(inputs)[: max(shortest - 1, 0)]
-    if (len(inputs) - 1) * len(common) >= _WORTH_A_PASS:
-        texts, nothing = [torch.tensor(common)] * len(prefixes), [torch.tensor([], dtype=torch.long)] * len(prefixes)
-        prefixes = model.way.text_pass(prefixes, texts, nothing, extend=True).extended
     decoder = _Decoder(model, config)
     lines = []
     for i, ids in enumerate(inputs):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + i)
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + i) % 2**63)
         lines.append(_Line(i, list(ids), len(ids), room[i], generator))
     lines.sort(key=lambda line: line.given)
     for begin in range(0, len(lines), config.batch_size):

@@ -1,75 +1,130 @@
-"""Generation: continuing texts with a prompt, or with none."""
+"""Generation: answering texts with a prompt, or continuing them with none."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from softprompt.config import GenerateConfig
+from softprompt.config import GenerateConfig, Mode
 from softprompt.data.examples import Encoder, leading_tokens, token_ids
-from softprompt.data.rows import Row, Rows, require_characters
+from softprompt.data.rows import Row, require_characters
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.decoding import continue_ids
-from softprompt.errors import SettingsError
-from softprompt.evaluation.ensemble import scored
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, tokens_at_once
+from softprompt.errors import DataError, SettingsError
+from softprompt.evaluation.choosing import choose
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt, require_all_fit
+
+_NEW_TOKENS = 64  # where nothing says how many
+_WITH_CHOOSING = {"batch_size"}  # the only setting that is no rule of writing
 
 
 def generate(
     model: FrozenModel,
-    texts: Sequence[str | Mapping[str, str]],
+    texts: Sequence[str | Mapping[str, object]],
     prompt: Prompt | None = None,
     config: GenerateConfig | None = None,
     *,
+    mode: Mode | None = None,
     raw: bool = False,
     virtual_tokens: bool = True,
 ) -> list[str]:
-    """Continue texts.
-
-    A prompt of labels chooses among them by their likelihoods, as `evaluate` does, unless decoding rules are given.
+    """Answer texts: a prompt of labels chooses one of them, anything else writes a continuation.
 
     Args:
         model: the frozen model.
         texts: inputs; they go through the prompt's template. One whose template names several columns takes
             dictionaries of them.
-        prompt: None for the untouched model, which reads the texts as they are.
-        config: decoding rules; greedy by default. A model's own sampling defaults are not used.
-        raw: read the texts as they are, without the prompt's template.
-        virtual_tokens: False to leave the virtual tokens out and keep the template: the base to compare with.
+        prompt: None for the base model, which reads the texts as they are.
+        config: decoding rules, where it writes; greedy by default. A model's own sampling defaults are not used.
+        mode: `choose` or `write`; None to choose with a prompt of labels and to write with any other.
+        raw: read the texts as they are, without the prompt's template, and write.
+        virtual_tokens: False to leave the virtual tokens out and keep the template: the base to compare with. It
+            chooses where the prompt does.
 
     Returns:
-        The continuations, without the texts themselves.
+        The names of the labels that were chosen, or the continuations without the texts themselves.
 
     Raises:
         PromptError: the prompt was trained on another model.
-        DataError: a text has a character that is not whole.
-        SettingsError: the texts do not fit the template, or leave no room for new tokens.
+        DataError: a text is none, or has a character that is not whole.
+        SettingsError: the texts do not fit the template or leave no room for new tokens, or decoding rules are given
+            where labels are chosen.
     """
+    mode = answer_mode(prompt, mode, config, raw=raw)
     config = config or GenerateConfig()
-    if isinstance(texts, str):
+    _require_texts(texts)
+    if mode == "write":
+        return _written(model, texts, prompt, config, raw=raw, virtual_tokens=virtual_tokens)
+    assert prompt is not None
+    rows = input_rows(prompt, texts)
+    size = config.batch_size if "batch_size" in config.model_fields_set else max(1, len(rows))
+    labels = list(prompt.record.verbalizers)
+    chosen: list[str] = []
+    for first in range(0, len(rows), size):
+        scores = choose(model, prompt, rows[first : first + size], virtual_tokens=virtual_tokens)
+        chosen += [labels[best] for best in scores.predicted]
+    return chosen
+
+
+def answer_mode(prompt: Prompt | None, mode: Mode | None, config: GenerateConfig | None, *, raw: bool = False) -> Mode:
+    """Return whether a prompt chooses among its labels or writes; nothing is inferred from the values of settings.
+
+    Raises:
+        SettingsError: there are no labels to choose among, or decoding rules are given where labels are chosen.
+    """
+    labelled = prompt is not None and prompt.record.task == "classification"
+    if mode not in (None, "choose", "write"):
+        raise SettingsError(f"mode {mode!r} is unknown; allowed are choose and write")
+    if mode == "choose" and (raw or not labelled):
+        why = "text that is read raw has no template that a label follows" if raw else "only a prompt of labels can"
+        raise SettingsError(f"mode=choose: {why}; leave mode=choose out")
+    if mode == "write" or raw or not labelled:
+        return "write"
+    rules = sorted(config.model_fields_set - _WITH_CHOOSING) if config is not None else []
+    if rules:
+        raise SettingsError(
+            f"{', '.join(rules)}: decoding rules are for writing, and a prompt of labels chooses one of them; leave "
+            "the rules out, or write with mode=write (--mode write)"
+        )
+    return "choose"
+
+
+def _require_texts(texts: Sequence[str | Mapping[str, object]]) -> None:
+    """Make sure that what is given are texts, or rows of texts."""
+    if isinstance(texts, (str, Mapping)):
         raise SettingsError("give a list of texts, not one text")
     for number, text in enumerate(texts, start=1):
+        if not isinstance(text, (str, Mapping)):
+            raise DataError(f"text {number} is {text!r}; give a string, or a dictionary of the template's columns")
         require_characters({"text": text} if isinstance(text, str) else text, f"text {number}")
+
+
+def _written(
+    model: FrozenModel,
+    texts: Sequence[str | Mapping[str, object]],
+    prompt: Prompt | None,
+    config: GenerateConfig,
+    *,
+    raw: bool,
+    virtual_tokens: bool,
+) -> list[str]:
+    """Continue texts freely."""
     if prompt is not None:
         require_all_fit(prompt, model)
     prompts: Sequence[Tensor | None] = prompt.members if prompt is not None and virtual_tokens else (None,)
     virtual = prompt.num_virtual_tokens if prompt is not None and virtual_tokens else 0
     room_for = None if model.context_length is None else model.context_length - virtual
-    usual = _usual_length(model, prompt)
-    most = config.max_new_tokens or (None if config.max_length else usual)
-    labels = prompt.record.verbalizers.values() if prompt is not None and not raw else ()
+    most = config.max_new_tokens or (None if config.max_length else _NEW_TOKENS)
     if prompt is None or raw or (prompt.record.task, prompt.record.template) == ("text", DEFAULT_TEMPLATE["text"]):
         inputs = [_plain(model, text) for text in texts]
     else:
-        rows = [_row(prompt, text) for text in texts]
+        rows = input_rows(prompt, texts)
         longest = prompt.record.max_length
         if room_for is not None:  # of more new tokens than usual, as many are made as fit behind the text
-            longest = min(longest, room_for - min(most or 1, usual))
+            longest = min(longest, room_for - min(most or 1, _NEW_TOKENS))
         if longest < 2:
             raise SettingsError(
                 f"{virtual} virtual tokens leave no room for text: the model has {model.context_length} positions"
@@ -77,41 +132,27 @@ def generate(
         encoder = Encoder(model.tokenizer, prompt.format, longest)
         inputs = [list(ids) for ids in encoder.inputs(rows)]
         if encoder.truncated:
-            warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {longest} tokens", stacklevel=2)
-        labelled, free = prompt.record.task == "classification", GenerateConfig(batch_size=config.batch_size)
-        if labelled and virtual_tokens and config == free:
-            return _chosen(model, prompt, encoder, rows)
+            warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {longest} tokens", stacklevel=3)
     room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
-    return [_label(text, labels) for text in continue_ids(model, prompts, inputs, room, config)]
+    return continue_ids(model, prompts, inputs, room, config)
 
 
-def _chosen(model: FrozenModel, prompt: Prompt, encoder: Encoder, rows: Sequence[Row]) -> list[str]:
-    """Return the most probable label of each row."""
-    verbalizers = prompt.record.verbalizers
-    some = next(iter(verbalizers))  # every row has one; it is not read
-    asked = Rows([{**row, "label": some} for row in rows], "classification", "texts")
-    at_once = tokens_at_once(model, asked, prompt.num_virtual_tokens, encoder.max_length, len(prompt.members))
-    scores = scored(LabelScorer(encoder, asked, at_once), model, prompt.members, prompt.biases)
-    assert isinstance(scores, LabelScores)
-    return [verbalizers[scores.labels[best]] for best in scores.predicted]
-
-
-def _label(text: str, labels: Collection[str]) -> str:
-    """Return the label that a text begins with, without what follows it: labels have no end of their own.
-
-    A longer word that begins like a label is none.
-    """
-    begun = [label for label in labels if re.match(rf"\s*{re.escape(label)}(?!\w)", text)]
-    return max(begun, key=len) if begun else text
-
-
-def _plain(model: FrozenModel, text: str | Mapping[str, str]) -> list[int]:
+def _plain(model: FrozenModel, text: str | Mapping[str, object]) -> list[int]:
     if not isinstance(text, str):
         raise SettingsError("without a template, texts must be strings, not dictionaries of columns")
     return [*leading_tokens(model.tokenizer), *token_ids(model.tokenizer, text)]
 
 
-def _row(prompt: Prompt, text: str | Mapping[str, str]) -> dict[str, str]:
+def input_rows(prompt: Prompt, texts: Sequence[str | Mapping[str, object]]) -> list[Row]:
+    """Return texts as rows of a prompt's columns.
+
+    Raises:
+        SettingsError: a text alone, and the template names several columns.
+    """
+    return [_row(prompt, text) for text in texts]
+
+
+def _row(prompt: Prompt, text: str | Mapping[str, object]) -> Row:
     if not isinstance(text, str):
         return {column: str(value) for column, value in text.items()}
     columns = prompt.format.columns
@@ -121,14 +162,6 @@ def _row(prompt: Prompt, text: str | Mapping[str, str]) -> dict[str, str]:
             "give dictionaries of them from Python, or the whole text with --raw"
         )
     return {columns[0]: text}
-
-
-def _usual_length(model: FrozenModel, prompt: Prompt | None) -> int:
-    """Return how many new tokens to make where nothing says it: a label needs no more than the longest of them."""
-    if prompt is None or prompt.record.task != "classification":
-        return 64
-    labels = [prompt.format.joined(prompt.record.template, text) for text in prompt.record.verbalizers.values()]
-    return max(len(ids) for ids in model.tokenizer(labels, add_special_tokens=False)["input_ids"])
 
 
 def _room(ids: Sequence[int], most: int | None, max_length: int | None, positions: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,6 +75,22 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def stdin_lines() -> list[str]:
+    """Return the lines of stdin as texts: without a byte order mark, and without what ends a line on any system.
+
+    Raises:
+        InputError: they are not UTF-8.
+    """
+    stream = click.get_text_stream("stdin", encoding="utf-8")  # type: ignore[operator]
+    if stream.isatty():
+        say("reading texts from the keyboard, one a line; end with Ctrl-D")
+    try:
+        text = stream.read().lstrip("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError("what comes on stdin is not UTF-8; convert it first") from error
+    return re.split("\r\n|\n|\r", re.sub("(\r\n|\n|\r)$", "", text)) if text else []
 
 
 def parse_map(mapping: tuple[str, ...]) -> dict[str, str]:

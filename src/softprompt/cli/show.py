@@ -52,17 +52,29 @@ def plain_table(
     return table
 
 
-def metrics_table(metrics: Mapping[str, Metric], without: Mapping[str, Metric] | None, title: str) -> Table:
-    """Return a table of metrics with their 95 % intervals, next to those without the prompt."""
+def metrics_table(
+    metrics: Mapping[str, Metric],
+    without: Mapping[str, Metric] | None,
+    title: str,
+    unbiased: Mapping[str, Metric] | None = None,
+) -> Table:
+    """Return a table of metrics with their 95 % intervals, next to those without the prompt.
+
+    Where only the prompt has a label bias, what it gives without it (`unbiased`) stands beside the base, and then
+    `metrics`.
+    """
+    sides = {"base model": metrics} if without is None else {"without prompt": without, "with prompt": metrics}
+    if without is not None and unbiased is not None:
+        sides = {"without prompt": without, "with prompt": unbiased, "with prompt and label bias": metrics}
     table = Table(title=Text(title), title_justify="left")
     table.add_column("")
-    if without is not None:
-        table.add_column("without prompt", justify="right")
-    table.add_column("with prompt" if without is not None else "untouched model", justify="right")
-    for name, metric in metrics.items():
+    for side in sides:
+        table.add_column(side, justify="right")
+    apart = "  " if len(sides) < 3 else "\n"
+    for name in metrics:
         cells = [name.replace("_", " ")]
-        for one in [without[name], metric] if without is not None else [metric]:
-            cells.append(f"{figure(name, one.value)}  ({figure(name, one.low)} to {figure(name, one.high)})")
+        for one in (side[name] for side in sides.values()):
+            cells.append(f"{figure(name, one.value)}{apart}({figure(name, one.low)} to {figure(name, one.high)})")
         table.add_row(*cells)
     return table
 
@@ -74,6 +86,7 @@ def evaluation_record(done: Evaluation) -> dict[str, Any]:
         "rows": done.rows,
         "metrics": _dumped(done.metrics),
         "without_prompt": done.without_prompt and _dumped(done.without_prompt),
+        "without_bias": done.without_bias and _dumped(done.without_bias),
         "confusion": done.confusion and done.confusion.model_dump(),
         "seconds": round(done.seconds, 1),
     }
@@ -86,7 +99,8 @@ def _dumped(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 def show_evaluation(done: Evaluation, data: str) -> None:
     """Print metrics, and for classification which labels were mistaken for which."""
     cut = f", {done.truncated} cut to fit" if done.truncated else ""
-    out.print(metrics_table(done.metrics, done.without_prompt, f"{data}: {done.rows} rows{cut}, 95 % intervals"))
+    title = f"{data}: {done.rows} rows{cut}, 95 % intervals"
+    out.print(metrics_table(done.metrics, done.without_prompt, title, done.without_bias))
     if done.confusion is not None:
         out.print(confusion_table(done.confusion))
 

@@ -1,8 +1,7 @@
-"""The verbs that use a prompt: evaluate, generate."""
+"""The verbs that use a prompt on a few texts, or measure it: evaluate, generate."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +16,13 @@ from softprompt.cli.options import (
     revision_option,
     say,
     set_option,
+    stdin_lines,
     trust_option,
 )
 from softprompt.errors import InputError
 
 if TYPE_CHECKING:
+    from softprompt.config import Mode
     from softprompt.prompt.ensemble import Prompt
 
 
@@ -95,8 +96,13 @@ def evaluate(
 @click.argument("prompt")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @model_option
-@click.option("--versus-base", is_flag=True, help="Also show what the untouched model writes.")
-@click.option("--raw", is_flag=True, help="Read the texts as they are, without the prompt's template.")
+@click.option("--versus-base", is_flag=True, help="Also show what the base model answers.")
+@click.option(
+    "--mode",
+    type=click.Choice(("choose", "write")),
+    help="choose one of a prompt's labels, which is what a prompt of labels does; or write freely.",
+)
+@click.option("--raw", is_flag=True, help="Read the texts as they are, without the prompt's template, and write.")
 @set_option
 @revision_option
 @trust_option
@@ -106,40 +112,40 @@ def generate(
     texts: tuple[str, ...],
     model: str | None,
     versus_base: bool,
+    mode: Mode | None,
     raw: bool,
     assignments: tuple[str, ...],
     revision: str | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Continue texts with a prompt.
+    """Answer texts with a prompt.
 
-    PROMPT is a prompt's folder or kept name, or `none` for the untouched model. Without TEXT, lines of stdin are
-    continued. Decoding is greedy unless --set says otherwise; docs/settings.md has all settings.
+    PROMPT is a prompt's folder or kept name, or `none` for the base model. A prompt of labels chooses one of them; any
+    other continues the text. Without TEXT, lines of stdin are answered. Decoding is greedy unless --set says otherwise;
+    docs/settings.md has all settings.
     """
     from softprompt.cli.show import out as console
     from softprompt.cli.show import print_json, side_by_side
     from softprompt.config import GenerateConfig, ModelConfig, read_settings
+    from softprompt.generation import answer_mode
     from softprompt.generation import generate as run
 
     soft = _prompt(prompt)
     placing = [a for a in assignments if a.partition("=")[0].strip() in ModelConfig.model_fields]
     place, _ = read_settings(ModelConfig, assignments=placing)
     config, _ = read_settings(GenerateConfig, assignments=[a for a in assignments if a not in placing])
-    if not texts and sys.stdin.isatty():
-        say("reading texts from the keyboard, one a line; end with Ctrl-D")
-    try:
-        lines = [] if texts else [line.rstrip("\n") for line in sys.stdin]
-    except UnicodeDecodeError as error:
-        raise InputError("what comes on stdin is not UTF-8; convert it first") from error
+    mode = answer_mode(soft, mode, config, raw=raw)
+    lines = [] if texts else stdin_lines()
     given = [*texts, *(line for line in lines if line.strip())]
     if len(given) < len(lines):
         say(f"{len(lines) - len(given)} of {len(lines)} lines of stdin are blank and are left out")
     if not given:
         raise InputError("no text to continue; give one or more, or lines on stdin")
     frozen = load_for(soft, model, place, revision, trust_remote_code)
-    made = run(frozen, given, soft, config, raw=raw)
-    base = run(frozen, given, soft, config, raw=raw, virtual_tokens=False) if versus_base and soft else None
+    made = run(frozen, given, soft, config, mode=mode, raw=raw)
+    compared = versus_base and soft is not None
+    base = run(frozen, given, soft, config, mode=mode, raw=raw, virtual_tokens=False) if compared else None
     if as_json:
         outputs = [
             {"input": text, "text": new, "base": base[i] if base else None}
@@ -147,7 +153,8 @@ def generate(
         ]
         print_json({"outputs": outputs})
     elif base is None and len(given) == 1:
-        click.echo(given[0] + made[0] if soft is None or soft.record.task == "text" or raw else made[0])
+        continued = soft is None or soft.record.task == "text" or raw
+        click.echo(given[0] + made[0] if continued else made[0])
     else:
         console.print(side_by_side(given, base, made))
 

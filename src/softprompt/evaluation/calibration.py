@@ -116,6 +116,25 @@ def shifted(scores: _Scored, label_bias: Mapping[str, float]) -> _Scored:
     return replace(scores, log_likelihoods=scores.log_likelihoods + bias)
 
 
+def fit_label_bias(plain: LabelScores, train: Rows) -> tuple[LabelScores, dict[str, float]]:
+    """Find the bias that labels are chosen with, where one is of use (`prior_matching`).
+
+    Until much is learned of them, some labels are chosen far more often than they occur. Later a bias does harm: by
+    then the model knows better how often a label occurs than its frequency says. So it is taken where clearly more rows
+    are right.
+
+    Args:
+        plain: of validation rows.
+        train: rows that tell how frequent labels are.
+
+    Returns:
+        The scores, with the bias if it is taken; and the bias, empty if not.
+    """
+    label_bias = prior_matching(plain, train)
+    found = shifted(plain, label_bias)
+    return (found, label_bias) if clearly_better(found, plain) else (plain, {})
+
+
 def clearly_better(scores: LabelScores, than: LabelScores) -> bool:
     """Tell whether more rows are right, by more than one standard error of the change (McNemar 1947)."""
     change = (scores.predicted == scores.gold).astype(int) - (than.predicted == than.gold)

@@ -31,10 +31,14 @@ def scored(
         prompts: `[P, H]` or `[L, 2, K, P, D]` each, or None for the untouched model.
         biases: for each prompt, the nats that are added to labels' log-likelihoods; none where it is empty.
     """
-    each = scorer.score_all(model, prompts)
+    return combined(scorer.score_all(model, prompts), biases)
+
+
+def combined(members: Sequence[_Scored], biases: Sequence[Mapping[str, float]] = ()) -> _Scored:
+    """Return the scores of one prompt, or of an ensemble of several, with the nats that `biases` add to labels."""
     if biases:
-        each = [shifted(scores, bias) for scores, bias in zip(each, biases, strict=True)]
-    return averaged(each) if len(each) > 1 else each[0]
+        members = [shifted(scores, bias) for scores, bias in zip(members, biases, strict=True)]
+    return averaged(members) if len(members) > 1 else members[0]
 
 
 def averaged(members: Sequence[_Scored]) -> _Scored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, nearest
-from softprompt.evaluation.calibration import calibrated_or_plain
+from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
 from softprompt.evaluation.completions import complete
-from softprompt.evaluation.ensemble import scored
+from softprompt.evaluation.ensemble import combined
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scoring import Confusion, Scorer, tokens_at_once
+from softprompt.evaluation.scoring import Confusion, LabelScorer, LabelScores, Scorer, tokens_at_once
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt, require_all_fit
 
@@ -31,8 +32,10 @@ class Evaluation:
     Attributes:
         task: the task's kind.
         rows: how many rows were scored.
-        metrics: with the prompt; without any where none was given.
+        metrics: with the prompt, as it answers: with its label bias where it has one; without any where none was given.
         without_prompt: with the same template and no virtual tokens; None where no prompt was given.
+        without_bias: with the prompt, but without its label bias, for the base has none either; None where the prompt
+            has none, or the base has got one by the same rule.
         confusion: of classification, which labels were taken for which; None otherwise.
         seconds: time it took.
         predictions: a record a row.
@@ -43,6 +46,7 @@ class Evaluation:
     rows: int
     metrics: dict[str, Metric]
     without_prompt: dict[str, Metric] | None
+    without_bias: dict[str, Metric] | None
     confusion: Confusion | None
     seconds: float
     predictions: list[dict[str, Any]]
@@ -59,6 +63,7 @@ def evaluate(
     chat_template: bool = False,
     max_length: int = 512,
     calibration: Calibration = "none",
+    bias_rows: tuple[Rows, Rows] | None = None,
 ) -> Evaluation:
     """Score rows with a prompt and without.
 
@@ -70,6 +75,8 @@ def evaluate(
             may name labels that no row has, and are chosen among all the same.
         calibration: `contextual` to make labels less likely that are likely whatever the text says, with the prompt and
             without; a prompt's own label bias is then left out.
+        bias_rows: training and validation rows, by which the base gets a label bias as `tune` gives one to a prompt;
+            None where they are not at hand.
 
     Raises:
         PromptError: the prompt was trained on another model.
@@ -95,15 +102,20 @@ def evaluate(
     encoder = Encoder(model.tokenizer, form, most)
     at_once = tokens_at_once(model, data, virtual, most, 1 if prompt is None else len(prompt.members))
     scorer = calibrated_or_plain(encoder, data, at_once, calibration)
-    untouched = Side(model, encoder, scorer)
-    side = untouched
-    if prompt is not None:  # contextual calibration stands in for what the prompt itself has learned of its labels
-        side = Side(model, encoder, scorer, prompt.members, prompt.biases if calibration == "none" else ())
+    biased = calibration == "none"  # contextual calibration stands in for what a prompt has learned of its labels
+    base_bias: dict[str, float] = {}
+    if prompt is not None and bias_rows is not None and biased and data.task == "classification":
+        plain = LabelScorer(copy(encoder), bias_rows[1], at_once).score(model, None)
+        assert isinstance(plain, LabelScores)
+        _, base_bias = fit_label_bias(plain, bias_rows[0])
+    base = Side(model, encoder, scorer, biases=(base_bias,))
+    side = base if prompt is None else Side(model, encoder, scorer, prompt.members, prompt.biases if biased else ())
     return Evaluation(
         task=data.task,
         rows=len(data),
         metrics=side.metrics(),
-        without_prompt=None if prompt is None else untouched.metrics(),
+        without_prompt=None if prompt is None else base.metrics(),
+        without_bias=side.plain.metrics() if side.plain is not side.scores and bias_rows is None else None,
         confusion=side.scores.confusion(),
         seconds=time.monotonic() - began,
         predictions=side.predictions(),
@@ -132,6 +144,10 @@ class Side:
         scorer: of the rows.
         prompts: one, None for the untouched model; or several, an ensemble whose probabilities are averaged.
         biases: for each prompt, what is added to labels' log-likelihoods.
+
+    Attributes:
+        scores: what was found, with the biases.
+        plain: the same without them.
     """
 
     def __init__(
@@ -142,7 +158,9 @@ class Side:
         prompts: Sequence[Tensor | None] = (None,),
         biases: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        self.scores = scored(scorer, model, prompts, biases)
+        each = scorer.score_all(model, prompts)
+        self.plain = combined(each)
+        self.scores = combined(each, biases) if any(biases) else self.plain
         completion = encoder.format.task == "completion"
         self.completions = complete(model, prompts, encoder, scorer.rows) if completion else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from softprompt.data.batching import deal, micro_batches
-from softprompt.data.examples import Choices, Encoder, Example, common_start, shared_text
+from softprompt.data.examples import Choices, Encoder, Example, shared_text
 from softprompt.data.rows import Rows
 from softprompt.errors import DataError, RunError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
@@ -281,12 +281,10 @@ class LabelScorer(Scorer):
         self.shape = (len(self.choices), len(self.labels))
 
     def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
-        stems = [choice.stem for choice in self.choices]
-        text = common_start(stems)[: min(len(stem) for stem in stems) - 1]
-        prefixes = [model.prefix(prompt, text) for prompt in prompts]
+        prefixes = model.shared_prefixes(prompts, [choice.stem for choice in self.choices])
         likelihoods = np.zeros((len(prompts), *self.shape))
         examples = [Example(tree.ids, 0) for tree in self.trees]
-        for which, part in self._parts(examples, len(prompts), len(text), model.way.pads):
+        for which, part in self._parts(examples, len(prompts), len(prefixes[0].text), model.way.pads):
             found = _likelihoods(model, [prefixes[k] for k in which], [self.trees[i] for i in part])
             likelihoods[which, part] = found
         return likelihoods
@@ -304,27 +302,54 @@ class _Tree:
         ids: the input, then every token of a label that another one follows.
         parents: for each id, the place of the one before it.
         ends: places that something is predicted at.
-        at, tokens: for each prediction, which of `ends` it is made at, and the token.
-        paths: per label, which predictions it is made of.
+        labels: what is predicted there.
     """
 
     def __init__(self, choices: Choices) -> None:
-        ids, parents = list(choices.stem), list(range(-1, len(choices.stem) - 1))
-        place: dict[tuple[int, ...], int] = {(): len(ids) - 1}
-        predictions: dict[tuple[int, ...], int] = {}
-        for tail in choices.tails:
-            for end in range(1, len(tail) + 1):
-                begun = tail[:end]
-                predictions.setdefault(begun, len(predictions))
-                if end < len(tail) and begun not in place:
-                    place[begun] = len(ids)
-                    ids.append(begun[-1])
-                    parents.append(place[begun[:-1]])
-        order = {begun: i for i, begun in enumerate(place)}
-        self.ids, self.parents, self.ends = tuple(ids), parents, list(place.values())
-        self.at = [order[begun[:-1]] for begun in predictions]
-        self.tokens = [begun[-1] for begun in predictions]
-        self.paths = [[predictions[tail[:end]] for end in range(1, len(tail) + 1)] for tail in choices.tails]
+        self.labels, stem = _label_tree(choices.tails), len(choices.stem)
+        self.ids = (*choices.stem, *self.labels.ids)
+        self.parents = [*range(-1, stem - 1), *(stem + parent for parent in self.labels.parents)]
+        self.ends = [stem - 1, *range(stem, len(self.ids))]
+
+
+@dataclass(frozen=True)
+class _LabelTree:
+    """The tokens of all labels; the same behind nearly all rows.
+
+    Attributes:
+        ids: every token of a label that another one follows.
+        parents: for each of them, the place of the one before it; -1 for the input's last token.
+        at, tokens: for each prediction, the place that it is made at (0 is the input's last token, then `ids`), and
+            the token.
+        paths: per label, which predictions it is made of.
+    """
+
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    at: tuple[int, ...]
+    tokens: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=32)
+def _label_tree(tails: tuple[tuple[int, ...], ...]) -> _LabelTree:
+    """Lay labels out as a tree, from the tokens of each."""
+    place: dict[tuple[int, ...], int] = {(): -1}
+    predictions: dict[tuple[int, ...], int] = {}
+    for tail in tails:
+        for end in range(1, len(tail) + 1):
+            begun = tail[:end]
+            predictions.setdefault(begun, len(predictions))
+            if end < len(tail):
+                place.setdefault(begun, len(place) - 1)
+    inner = list(place)[1:]
+    return _LabelTree(
+        ids=tuple(begun[-1] for begun in inner),
+        parents=tuple(place[begun[:-1]] for begun in inner),
+        at=tuple(place[begun[:-1]] + 1 for begun in predictions),
+        tokens=tuple(begun[-1] for begun in predictions),
+        paths=tuple(tuple(predictions[tail[:end]] for end in range(1, len(tail) + 1)) for tail in tails),
+    )
 
 
 def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence[_Tree]) -> list[list[float]]:
@@ -341,12 +366,13 @@ def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence
     parents = [torch.tensor(tree.parents[held:]) - held for tree in trees] if any(len(w) > 1 for w in wanted) else None
     hidden = model.way.text_pass(prefixes, texts, wanted, parents).hidden
     before = np.cumsum([0, *(len(tree.ends) for tree in trees)])
-    at = torch.cat([torch.tensor(tree.at) + int(b) for tree, b in zip(trees, before, strict=False)])
-    tokens = torch.tensor([token for tree in trees for token in tree.tokens])
+    at = torch.cat([torch.tensor(tree.labels.at) + int(b) for tree, b in zip(trees, before, strict=False)])
+    tokens = torch.tensor([token for tree in trees for token in tree.labels.tokens])
     each = model.way.head.log_probabilities(hidden, at, tokens).double()
     found = []
-    for tree, own in zip(trees, each.split([len(tree.tokens) for tree in trees]), strict=True):
-        found.append([float(own[path].sum()) for path in tree.paths])
+    for tree, own in zip(trees, each.split([len(tree.labels.tokens) for tree in trees]), strict=True):
+        likely = own.tolist()
+        found.append([sum(likely[place] for place in path) for path in tree.labels.paths])
     return found
 
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.data.examples import Example
+from softprompt.data.examples import Example, common_start
 from softprompt.model.ahead import one_each
 from softprompt.model.prefix import Prefix, is_deep
 from softprompt.model.way import Way, input_device
 
 _KEPT = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
+_WORTH_A_PASS = 64  # tokens: running a few alone takes as long as running so many more along with others
+
+
+@dataclass(frozen=True)
+class _KeptPrefix:
+    """A prompt's prefix, and the very tensor, in the very state, that it was made from."""
+
+    prompt: ReferenceType[Tensor]
+    version: int
+    prefix: Prefix
+
+    def is_of(self, prompt: Tensor) -> bool:
+        return self.prompt() is prompt and self.version == _version(prompt)
 
 
 class FrozenModel:
@@ -44,7 +58,7 @@ class FrozenModel:
         self.way = way
         self.source = source
         self.revision = revision
-        self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._kept: OrderedDict[int, _KeptPrefix] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -126,17 +140,35 @@ class FrozenModel:
 
     @torch.no_grad()
     def kept_prefix(self, prompt: Tensor | None) -> Prefix:
-        """Return the prefix of a prompt without gradients; those of the last few prompts are kept."""
+        """Return the prefix of a prompt without gradients; those of the last few prompts are kept.
+
+        A prompt is known again as the same tensor that was not changed in place: hashing a deep prefix takes longer
+        than a short text.
+        """
         if prompt is None:
             return Prefix()
-        key = sha256(prompt.detach().cpu().float().contiguous().numpy().tobytes()).digest()
         with self.way.lock:
-            if key not in self._kept:
-                self._kept[key] = self.prefix(prompt)
-            self._kept.move_to_end(key)
+            found = self._kept.get(id(prompt))
+            if found is None or not found.is_of(prompt):
+                found = self._kept[id(prompt)] = _KeptPrefix(ref(prompt), _version(prompt), self.prefix(prompt))
+            self._kept.move_to_end(id(prompt))
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
-            return self._kept[key]
+            return found.prefix
+
+    @torch.no_grad()
+    def shared_prefixes(self, prompts: Sequence[Tensor | None], texts: Sequence[Sequence[int]]) -> list[Prefix]:
+        """Return each prompt's prefix without gradients, extended by what all texts begin with.
+
+        It is extended only where that is worth a pass, and leaves at least the last token of every text.
+        """
+        prefixes = [self.kept_prefix(prompt) for prompt in prompts]
+        shortest = min((len(ids) for ids in texts), default=0)
+        common = common_start(texts)[: max(shortest - 1, 0)]
+        if (len(texts) - 1) * len(common) < _WORTH_A_PASS:
+            return prefixes
+        shared, nothing = [torch.tensor(common)] * len(prefixes), [torch.tensor([], dtype=torch.long)] * len(prefixes)
+        return self.way.text_pass(prefixes, shared, nothing, extend=True).extended
 
     def loss(self, prefix: Prefix | Sequence[Prefix], examples: Sequence[Example], recompute: bool = False) -> Tensor:
         """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
@@ -174,6 +206,11 @@ class FrozenModel:
         ids = [torch.tensor(list(text)) for text in texts]
         done = self.way.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
         return self.way.head.logits(done.hidden), done.extended
+
+
+def _version(prompt: Tensor) -> int:
+    """Return how often a tensor was changed in place; a tensor made in inference mode does not count that."""
+    return 0 if prompt.is_inference() else prompt._version
 
 
 def _asked(examples: Sequence[Example], held: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:

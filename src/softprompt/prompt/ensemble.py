@@ -28,7 +28,7 @@ from softprompt.storage import write_folder, write_text
 _MEMBER = re.compile(r"member-[1-9][0-9]{0,2}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ensemble:
     """Prompts for the same task and model; the probabilities that they give are averaged.
 

@@ -87,7 +87,7 @@ class Record(BaseModel):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SoftPrompt:
     """A learned prompt.
 

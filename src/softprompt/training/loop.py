@@ -20,7 +20,7 @@ from softprompt.config import TuneConfig
 from softprompt.data.batching import deal, draw, micro_batches
 from softprompt.data.examples import Example
 from softprompt.errors import RunError
-from softprompt.evaluation.calibration import clearly_better, prior_matching, shifted
+from softprompt.evaluation.calibration import fit_label_bias
 from softprompt.evaluation.scoring import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory, is_out_of_memory
@@ -136,11 +136,7 @@ class Loop(ABC):
         return Outcome(self.best, progress, found, label_bias)
 
     def _matched(self, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
-        """Find the bias that labels are chosen with, where one is of use (`prior_matching`).
-
-        Until much is learned of them, some labels are chosen far more often than they occur. Later it does harm: by
-        then the model knows better how often a label occurs than its frequency says. So it is taken where clearly more
-        rows are right.
+        """Find the bias that labels are chosen with, where one is of use.
 
         Args:
             scores: the best weights'; None without validation rows.
@@ -150,11 +146,7 @@ class Loop(ABC):
         """
         many = self.plan.label_scorer()
         plain = self.evaluate(self.best, many) if many else scores
-        if not isinstance(plain, LabelScores):
-            return plain, {}
-        label_bias = prior_matching(plain, self.plan.train)
-        found = shifted(plain, label_bias)
-        return (found, label_bias) if clearly_better(found, plain) else (plain, {})
+        return fit_label_bias(plain, self.plan.train) if isinstance(plain, LabelScores) else (plain, {})
 
     def tried(self, steps: int) -> float:
         """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.

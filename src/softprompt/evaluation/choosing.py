@@ -1,0 +1,77 @@
+"""Choosing: the most probable label of each row, by a prompt that was made ready once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+from softprompt.data.examples import Encoder
+from softprompt.data.rows import Row, Rows
+from softprompt.evaluation.ensemble import scored
+from softprompt.evaluation.scoring import LabelScorer, LabelScores
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import Footprint, measure, micro_batch_tokens
+from softprompt.prompt.ensemble import Prompt, require_all_fit
+
+
+@dataclass(frozen=True)
+class ReadyPrompt:
+    """What the requests of a label prompt have in common; the model keeps the prompt's prefix.
+
+    Attributes:
+        encoder: rows to token ids.
+        footprint: what scoring takes in memory.
+    """
+
+    encoder: Encoder
+    footprint: Footprint
+
+
+_READY: WeakKeyDictionary[FrozenModel, WeakKeyDictionary[Prompt, ReadyPrompt]] = WeakKeyDictionary()
+
+
+def ready(model: FrozenModel, prompt: Prompt) -> ReadyPrompt:
+    """Return a label prompt made ready for a model: only its first request pays for that.
+
+    Raises:
+        PromptError: the prompt was trained on another model.
+    """
+    with model.way.lock:
+        of_model = _READY.setdefault(model, WeakKeyDictionary())
+        if prompt not in of_model:
+            require_all_fit(prompt, model)
+            virtual, longest = prompt.num_virtual_tokens, prompt.record.max_length
+            # As `evaluate` has it: a row and its label fit behind the virtual tokens.
+            most = min(longest, (model.context_length or longest + virtual) - virtual)
+            footprint = replace(measure(model, virtual), prefixes=len(prompt.members))
+            of_model[prompt] = ReadyPrompt(Encoder(model.tokenizer, prompt.format, most), footprint)
+        return of_model[prompt]
+
+
+def choose(model: FrozenModel, prompt: Prompt, rows: Sequence[Row], *, virtual_tokens: bool = True) -> LabelScores:
+    """Score the labels of a prompt behind each row.
+
+    Args:
+        model: the frozen model.
+        prompt: of a classification task.
+        rows: with the columns that its template names; labels are not read.
+        virtual_tokens: False to choose as the base model does, with the same template: the base to compare with.
+
+    Raises:
+        PromptError: the prompt was trained on another model.
+        DataError, SettingsError: a row does not fit the template.
+    """
+    made = ready(model, prompt)
+    encoder = copy(made.encoder)  # each request counts for itself what it cuts
+    some = next(iter(encoder.format.verbalizers))  # every row has one; it is not read
+    asked = Rows([{**row, "label": some} for row in rows], "classification", "texts")
+    at_once = micro_batch_tokens(model.device, made.footprint, 1, encoder.max_length, 0.0, scoring=True)
+    scorer = LabelScorer(encoder, asked, at_once)
+    if encoder.truncated:
+        warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {encoder.max_length} tokens", stacklevel=3)
+    scores = scored(scorer, model, prompt.members, prompt.biases) if virtual_tokens else scorer.score(model, None)
+    assert isinstance(scores, LabelScores)
+    return scores
