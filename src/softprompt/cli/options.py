@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,11 +85,12 @@ def stdin_lines() -> list[str]:
     Raises:
         InputError: they are not UTF-8.
     """
-    stream = click.get_text_stream("stdin", encoding="utf-8")  # type: ignore[operator]
-    if stream.isatty():
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the terminal's encoding is
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    if sys.stdin.isatty():
         say("reading texts from the keyboard, one a line; end with Ctrl-D")
     try:
-        text = stream.read().lstrip("\ufeff")
+        text = sys.stdin.read().lstrip("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError("what comes on stdin is not UTF-8; convert it first") from error
     return re.split("\r\n|\n|\r", re.sub("(\r\n|\n|\r)$", "", text)) if text else []
