@@ -353,7 +353,7 @@ def test_a_space_beside_a_label_is_no_other_label() -> None:
 def test_a_target_that_a_later_row_has_does_not_go_unnoticed(tmp_path: Path) -> None:
     records = [{"text": "a film"}, {"text": "a waste", "label": "bad"}]
     path = write_jsonl(tmp_path / "rows.jsonl", records)
-    with pytest.raises(DataError, match="row 2: it has a 'label', which the first row has not"):
+    with pytest.raises(DataError, match="row 1: it has no 'label', which row 2 has"):
         load_data(path)
     assert load_data(path, task="text").task == "text"
     assert len(load_data([records[0], {**records[1], "label": ""}])) == 2

@@ -98,11 +98,13 @@ def stdin_lines() -> list[str]:
 
 def parse_map(mapping: tuple[str, ...]) -> dict[str, str]:
     """Read `--map` options."""
-    found = {}
+    found: dict[str, str] = {}
     for item in mapping:
         name, equals, column = item.partition("=")
         if not equals or not column:
             raise click.UsageError(f"--map {item}: write NAME=COLUMN, as in --map text=review")
+        if found.get(name.strip(), column) != column:
+            raise click.UsageError(f"--map {name.strip()} is given twice; one column holds it")
         found[name.strip()] = column
     return found
 

@@ -25,7 +25,7 @@ from softprompt.comparison.trained import Trained
 from softprompt.comparison.weights import require_whole
 from softprompt.config import PROMPT, TuneConfig
 from softprompt.data.examples import Encoder
-from softprompt.data.rows import Row, Rows
+from softprompt.data.rows import Row, Rows, Source, as_rows
 from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, nearest
@@ -79,13 +79,13 @@ class Comparison:
 
 def compare(
     model: FrozenModel,
-    data: Rows,
+    data: Source,
     *,
     methods: Sequence[str] = USUAL,
     seeds: int = 1,
     out: str | Path | None = None,
-    eval_data: Rows | None = None,
-    test_data: Rows | None = None,
+    eval_data: Source | None = None,
+    test_data: Source | None = None,
     config: TuneConfig | None = None,
     equal: Equal = "time",
     search: bool = True,
@@ -95,8 +95,8 @@ def compare(
 
     Args:
         model: the base model; it is as it was afterwards.
-        data: rows to learn from; where no other rows are given, a fifth is held back for the test and a fifth of the
-            rest, `eval_rows` at most, to choose by.
+        data: rows to learn from, or what `load_data` reads; where no other rows are given, a fifth is held back for the
+            test and a fifth of the rest, `eval_rows` at most, to choose by.
         methods: which.
         seeds: runs of each method that depends on chance.
         out: folder of the results and the report; what is finished there is not run again, and the report has all of
@@ -115,7 +115,9 @@ def compare(
         StorageError: a file cannot be written.
     """
     _require(model, methods, config, plots=out is not None)
-    protocol = _protocol(model, data, eval_data, test_data, config or TuneConfig(), equal, search)
+    data = as_rows(data)
+    held, test = (None if rows is None else as_rows(rows, data.task) for rows in (eval_data, test_data))
+    protocol = _protocol(model, data, held, test, config or TuneConfig(), equal, search)
     watcher = watcher or ComparisonWatcher()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out) if out is not None else Path(scratch)
@@ -276,7 +278,8 @@ def _begin(folder: Path, protocol: Protocol) -> None:
             ours |= {RESULTS, TASKS, PAGE, MARKDOWN, PICTURE}
         if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - ours):
             raise InputError(f"{folder} exists and holds no comparison; give a new folder")
-        protocol.plan()  # what does not fit together is said before anything is written
+        plan = protocol.plan()  # what does not fit together is said before anything is written
+        protocol.test.require_inputs(plan.encoder.format.columns)
         write_records(folder / ROWS, protocol.test)
         write_text(file, json.dumps(record, indent=1) + "\n")
         return

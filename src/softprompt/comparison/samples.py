@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softprompt.comparison.standings import Standing
-from softprompt.data.rows import INPUT_COLUMN, TARGET_COLUMN, Row
+from softprompt.data.columns import INPUT_COLUMN, INSTRUCTED, TARGET_COLUMN, Task
+from softprompt.data.rows import Row
 
 _MOST = 8
 
@@ -64,18 +65,25 @@ def choose_samples(standings: Sequence[Standing], rows: Sequence[Row]) -> Sample
 
 def _samples(standings: Sequence[Standing], rows: Sequence[Row]) -> list[Sample]:
     task = standings[0].task
-    asked, target = INPUT_COLUMN[task], TARGET_COLUMN[task]
+    target = TARGET_COLUMN[task]
     assert target is not None  # plain text has no predictions
     found: dict[tuple[str, str], Sample] = {}
     for number, row in enumerate(rows):
         # Completions that share an input are several right answers to it.
-        key = (row[asked], row[target] if task == "classification" else "")
+        asked = _asked(row, task)
+        key = (asked, row[target] if task == "classification" else "")
         if key not in found:
             answers = [Answer(s, s.results[0].predictions[number], None) for s in standings]
-            found[key] = Sample(row[asked], [], answers)
+            found[key] = Sample(asked, [], answers)
         if row[target] not in found[key].right:
             found[key].right.append(row[target])
     return [Sample(s.input, s.right, [_judged(answer, s.right) for answer in s.answers]) for s in found.values()]
+
+
+def _asked(row: Row, task: Task) -> str:
+    """Return what a row asks: of Alpaca's columns, the instruction and the input that it is about."""
+    columns = INSTRUCTED if {*INSTRUCTED, "output"} <= row.keys() and task == "completion" else (INPUT_COLUMN[task],)
+    return "\n".join(row[column] for column in columns if row[column])
 
 
 def _judged(answer: Answer, right: list[str]) -> Answer:

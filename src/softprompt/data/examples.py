@@ -104,6 +104,7 @@ class Encoder:
         Raises:
             DataError: a label without a verbalizer, or a target that does not fit in `max_length`.
         """
+        rows.require_inputs(self.format.columns)
         self._check_labels(rows)
         return [self.example(row, rows.where(i)) for i, row in enumerate(rows)]
 
@@ -137,6 +138,7 @@ class Encoder:
 
     def choices(self, rows: Rows) -> list[Choices]:
         """Return, for each row, its input and the tokens of every label behind it."""
+        rows.require_inputs(self.format.columns)
         self._check_labels(rows)
         made = []
         for i, row in enumerate(rows):

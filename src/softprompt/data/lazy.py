@@ -29,6 +29,9 @@ class LazyExamples(Sequence[Example]):
     first: int = 0
     among: bool = False
 
+    def __post_init__(self) -> None:
+        self.rows.require_inputs(self.encoder.format.columns)
+
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload

@@ -1,36 +1,40 @@
-"""Reading rows: CSV, JSONL, Parquet, data sets of the hub, and lists of dictionaries."""
+"""Rows of a task, read from files, data sets, data frames and dictionaries."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import math
-import re
-import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from softprompt.data.columns import INPUT_COLUMN, TARGET_COLUMN, Layout, Task, find_layout
+from softprompt.data.labels import clean_label, is_blank, warn_of_labels
+from softprompt.data.readers import Record, read_records
 from softprompt.data.spool import SpooledRows, kept
-from softprompt.errors import DataError, nearest
-from softprompt.packages import require_package
+from softprompt.data.values import NoScalarError, loose_text, require_characters, scalar_text, spelled
+from softprompt.errors import DataError
 
-Task = Literal["classification", "completion", "text"]
+__all__ = [
+    "INPUT_COLUMN",
+    "TARGET_COLUMN",
+    "Row",
+    "Rows",
+    "Source",
+    "Task",
+    "as_rows",
+    "load_data",
+    "require_characters",
+]
+
 Row = dict[str, str]
-
-TARGET_COLUMN: dict[Task, str | None] = {"classification": "label", "completion": "target", "text": None}
-INPUT_COLUMN: dict[Task, str] = {"classification": "text", "completion": "input", "text": "text"}
-_MAPPABLE = ("text", "label", "input", "target")
-_AT_ONCE = 1000  # rows of a table that are turned into dictionaries together
-_SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one; JSON can name it, arguments hold odd bytes so
-_RANGE = re.compile(r"^(?P<path>.+)\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\]$")
+Source: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Rows(Sequence[Row]):
         name: where they come from, for messages and reports.
         known: labels that occur in what these rows are a part of.
         numbers: as which these rows were counted where they were read, from 1 on; None where they are all of them.
+        inputs: the columns that make up a row's input; none where it is the task's own column alone.
+        gaps: whether the task's own input column is empty somewhere, so that a template has to name others.
+        nested: columns that hold lists or dictionaries, each with the number of the first such row.
     """
 
     rows: Sequence[Row]
@@ -51,6 +58,9 @@ class Rows(Sequence[Row]):
     name: str
     known: tuple[str, ...] = ()
     numbers: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    inputs: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    gaps: bool = field(default=False, compare=False, repr=False)
+    nested: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -67,7 +77,8 @@ class Rows(Sequence[Row]):
 
     def question(self, row: Row) -> str:
         """What a row asks, in lower case and with single spaces: rows that share one are the same question."""
-        return " ".join(row[INPUT_COLUMN[self.task]].lower().split())
+        columns = self.inputs or (INPUT_COLUMN[self.task],)
+        return " ".join(" ".join(row[column] for column in columns).lower().split())
 
     def pick(self, indices: Iterable[int]) -> Rows:
         """Return the rows at some indices, in that order."""
@@ -78,6 +89,24 @@ class Rows(Sequence[Row]):
     def where(self, index: int) -> str:
         """Name a row in a message, by its number where it was read."""
         return f"{self.name}, row {index + 1 if self.numbers is None else self.numbers[index]}"
+
+    def require_inputs(self, columns: Collection[str]) -> None:
+        """Make sure that a template that names these columns makes text of every row.
+
+        Raises:
+            DataError: a row has nothing in any of them, or one of them holds something else than texts.
+        """
+        for column in columns:
+            if column in self.nested:
+                raise DataError(
+                    f"{self.name}, row {self.nested[column]}: the column {column!r}, which the template names, holds a "
+                    "list or a dictionary; give one text or one number"
+                )
+        for index, row in enumerate(self.rows) if self.gaps else ():
+            there = [column for column in columns if column in row]
+            if there and all(is_blank(row[column]) for column in there):
+                which = f"the column {there[0]!r} is" if len(there) == 1 else f"the columns {', '.join(there)} are"
+                raise DataError(f"{self.where(index)}: {which} empty, and the template names no other")
 
     @property
     def labels(self) -> list[str]:
@@ -95,9 +124,7 @@ class Rows(Sequence[Row]):
         return digest.hexdigest()
 
 
-def load_data(
-    source: str | Path | Iterable[Mapping[str, Any]], map: Mapping[str, str] | None = None, task: Task | None = None
-) -> Rows:
+def load_data(source: Source, map: Mapping[str, str] | None = None, task: Task | None = None) -> Rows:
     """Read rows and find out which task they are for.
 
     Args:
@@ -107,222 +134,137 @@ def load_data(
         task: `classification`, `completion` or `text`; found from the columns where it is not given.
 
     Returns:
-        The rows, all values as text.
+        The rows, all values as text; labels are composed (NFC), and without characters that nobody sees.
 
     Raises:
         DataError: no such file, a line that cannot be read, a column that is missing, no rows, an empty value.
         StorageError: there are many rows, and no room for a temporary file.
     """
-    if isinstance(source, (str, Path)):
-        name, start, stop = _split_range(str(source))
-        records: Iterator[dict[str, Any]] = islice(_read(name), start, stop)
-        name = str(source)
-    else:
-        name, records = "rows", _dictionaries(source)
+    name = str(source) if isinstance(source, (str, Path)) else "rows"
+    records = read_records(source)
     first = next(records, None)
     if first is None:
         raise DataError(f"{name} has no rows; give at least one, with the column names in the first line of a CSV")
-    found, names = _named(list(first), dict(map or {}), task, name)
-    # The first row's columns say what the task is, unless it was said: a later one's target must not go unnoticed.
-    late = {"label", "target"} - set(first) if found == "text" and task is None else set[str]()
-    return Rows(kept(_rows(chain([first], records), names, name, late)), found, name)
+    layout = _layout(first, records, dict(map or {}), task, name)
+    reading = _Reading(layout, name, list(first), told=task is not None)
+    rows = kept(reading.rows(chain([first], records)))
+    if layout.task == "classification":
+        warn_of_labels(reading.labels, len(rows), name)
+    inputs = layout.inputs if len(layout.inputs) > 1 else ()
+    return Rows(rows, layout.task, name, inputs=inputs, gaps=reading.gaps, nested=reading.nested)
 
 
-def _dictionaries(source: Any) -> Iterator[dict[str, Any]]:
-    pandas = sys.modules.get("pandas")  # whoever has a data frame has imported it
-    if pandas is not None and isinstance(source, pandas.DataFrame):
-        for start in range(0, len(source), _AT_ONCE):
-            yield from map(_named_by_texts, source.iloc[start : start + _AT_ONCE].to_dict("records"))
-    else:
-        for record in source:
-            if not isinstance(record, Mapping):
-                raise DataError(f"rows must be dictionaries, not {str(record)[:40]!r}; of a DatasetDict give a split")
-            yield _named_by_texts(record)
+def as_rows(source: Source, task: Task | None = None) -> Rows:
+    """Return rows as they are, and read what `load_data` reads: a file's name, dictionaries, a data frame."""
+    return source if isinstance(source, Rows) else load_data(source, task=task)
 
 
-def _named_by_texts(record: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a record whose columns are called by texts: a data frame's may be numbers."""
-    return {str(column): value for column, value in record.items()}
+def _layout(first: Record, records: Iterator[Record], mapping: dict[str, str], task: Task | None, name: str) -> Layout:
+    """Find out what the rows are for, mostly from the first one's columns.
 
-
-def _split_range(source: str) -> tuple[str, int | None, int | None]:
-    match = _RANGE.match(source)
-    if not match:
-        return source, None, None
-    start, stop = (int(match[group]) if match[group] else None for group in ("start", "stop"))
-    return match["path"], start, stop
-
-
-def _read(source: str) -> Iterator[dict[str, Any]]:
-    if source.startswith("hub:"):
-        yield from _read_hub(source.removeprefix("hub:"))
-        return
-    path = Path(source)
-    try:
-        missing = not path.exists()
-    except OSError as error:  # a name that no file can have
-        raise DataError(f"no such file: {source[:80]}…: {error.strerror}") from error
-    if missing:
-        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"no such file: {path}{nearest(path.name, there)}")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; give a .csv, .jsonl or .parquet file in it, or hub:{path}")
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(readers)}")
-    try:
-        yield from readers[path.suffix.lower()](path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Give a file's lines, each with the line feed that ends it."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from error
-            yield text
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    require_package("pyarrow", str(path))
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with path.open("rb") as file:
-            # As pyarrow sets these, a whole column of a row group is read at once.
-            for batch in ParquetFile(file, buffer_size=2**16, pre_buffer=False).iter_batches(_AT_ONCE):
-                yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
-    # The module wants every line by itself, and a carriage return alone ends one too.
-    lines = chain.from_iterable(io.StringIO(line, newline="") for line in _lines(path))
-    reader = csv.reader(lines, strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        for separator in (";", "\t", "|"):
-            if len(header) == 1 and separator in header[0]:
-                raise DataError(f"{path}: its columns are separated by {separator!r}; save it with commas")
-        if len(set(header)) != len(header):
-            twice = sorted({name for name in header if header.count(name) > 1})
-            raise DataError(f"{path}: the first line names a column twice: {', '.join(twice)}")
-        for values in reader:
-            if not values:
-                continue
-            if len(values) != len(header):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(values)} values where the first line names "
-                    f"{len(header)} columns; a value with a comma or a quote in it must stand in quotes"
-                )
-            yield dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    for number, ended in enumerate(_lines(path), start=1):
-        line = ended.removesuffix("\n")
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(record, dict):
-            raise DataError(f'{path}, line {number}: must be an object such as {{"text": …}}, not {line[:40]!r}')
-        yield record
-
-
-def _read_hub(source: str) -> Iterator[dict[str, Any]]:
-    require_package("datasets", f"hub:{source}")
-    from datasets import load_dataset
-
-    name, _, split = source.partition(":")
-    try:
-        yield from _dictionaries(load_dataset(name, split=split or "train"))
-    except Exception as error:  # datasets raises many kinds, network errors among them; all mean the same here
-        raise DataError(f"cannot load the data set {name!r}, split {split or 'train'!r}: {error}") from error
-
-
-def _named(columns: list[str], mapping: dict[str, str], task: Task | None, name: str) -> tuple[Task, dict[str, str]]:
-    """Return the task, and for each of its columns the one that holds it."""
-    for target, column in mapping.items():
-        if target not in _MAPPABLE:
-            raise DataError(f"cannot map {target!r}{nearest(target, _MAPPABLE)}; allowed are {', '.join(_MAPPABLE)}")
-        if column not in columns:
-            raise DataError(f"{name} has no column {column!r}{nearest(column, columns)}; it has {', '.join(columns)}")
-    names = {**{c: c for c in columns if c in _MAPPABLE}, **mapping}
-    if len(columns) == 1 and not names:
-        names["text"] = columns[0]
-    if task is None:
-        # What the user maps says what is wanted; a target column that bears its own name need not be mapped.
-        wanted = set(mapping) | ({"label", "target"} & set(names))
-        task = (_task_of(wanted) if mapping else None) or _task_of(set(names))
-    if task is None:
-        raise DataError(
-            f"{name} has the columns {', '.join(columns)}: say what is in them, with --map text=… --map label=… "
-            "for classification, --map input=… --map target=… for completion, or --map text=… for plain text"
-        )
-    needed = [column for column in (INPUT_COLUMN[task], TARGET_COLUMN[task]) if column]
-    for column in needed:
-        if column not in names:
-            raise DataError(f"{task} needs a column {column!r}: {name} has {', '.join(columns)}; add --map {column}=…")
-    return task, {column: names[column] for column in needed}
-
-
-def _rows(
-    records: Iterable[dict[str, Any]], names: Mapping[str, str], name: str, late: Collection[str]
-) -> Iterator[Row]:
-    """Return rows of texts, of which `names` says where the task's columns are; no row may have one of `late`."""
-    for number, record in enumerate(records, start=1):
-        if new := next((column for column in late if record.get(column)), None):
-            raise DataError(
-                f"{name}, row {number}: it has a {new!r}, which the first row has not; give all rows the same columns"
-            )
-        row = {key: _text(value, key in names.values()) for key, value in record.items()}
-        row.update({column: row.get(held, "") for column, held in names.items()})
-        for column, held in names.items():
-            if not row[column].strip():
-                raise DataError(f"{name}, row {number}: the column {held!r} is empty")
-        require_characters(row, f"{name}, row {number}")
-        if "label" in names:
-            row["label"] = row["label"].strip()  # a space that nobody sees is no other label
-        yield row
-
-
-def require_characters(row: Mapping[str, object], where: str) -> None:
-    """Make sure that all characters of a row's texts are whole.
-
-    Raises:
-        DataError: one is not.
+    Where those do not do, a column is there if any row has it, and then the first row lacks it.
     """
-    for column, value in row.items():
-        if surrogate := _SURROGATE.search(str(value)):
+    try:
+        return find_layout(list(first), mapping, task, name)
+    except DataError:
+        columns = dict.fromkeys(first, 1)
+        for number, record in enumerate(records, start=2):
+            new = [column for column, value in record.items() if column not in columns and _is_there(value)]
+            columns.update(dict.fromkeys(new, number))
+        if len(columns) == len(first):
+            raise
+        layout = find_layout(list(columns), mapping, task, name)
+        late = next(c for c in (*layout.inputs, *layout.names.values()) if columns.get(c, 1) > 1)
+        raise DataError(_lacks(name, late, columns[late])) from None
+
+
+def _lacks(name: str, column: str, number: int) -> str:
+    return f"{name}, row 1: it has no {column!r}, which row {number} has; give all rows the same columns"
+
+
+class _Reading:
+    """Turns records into rows, and notes on the way what is to be known of all of them.
+
+    Attributes:
+        labels: how many rows have each.
+        gaps, nested: as in `Rows`.
+    """
+
+    def __init__(self, layout: Layout, name: str, columns: Sequence[str], *, told: bool) -> None:
+        self.layout, self.name, self.told = layout, name, told
+        self.columns = frozenset(columns)
+        self.labels = Counter[str]()
+        self.gaps = False
+        self.nested: dict[str, int] = {}
+
+    def rows(self, records: Iterable[Record]) -> Iterator[Row]:
+        """Give a row of texts for each record."""
+        for number, record in enumerate(records, start=1):
+            if not record.keys() <= self.columns:
+                self._require_known(record, number)
+            row = self._row(record, f"{self.name}, row {number}", number)
+            if "label" in self.layout.names:
+                self.labels[row["label"]] += 1
+            yield row
+
+    def _require_known(self, record: Record, number: int) -> None:
+        """Make sure that a column that the first row has not changes nothing of what the first row's said.
+
+        Raises:
+            DataError: it has a target, say, where all seemed to be plain text.
+        """
+        new = [column for column in record if column not in self.columns and _is_there(record[column])]
+        self.layout.require_none_hidden(new, self.name)
+        if self.told or self.layout.task != "text":
+            return
+        late = next((column for column in new if self.layout.alone or column in ("label", "target")), None)
+        if late is not None:
+            raise DataError(f"{_lacks(self.name, late, number)}, or say --task text")
+
+    def _row(self, record: Record, where: str, number: int) -> Row:
+        names = self.layout.names
+        needed = set(names.values())
+        row = {}
+        for column, value in record.items():
+            if type(value) is str:
+                row[column] = value
+            elif column in needed:
+                row[column] = "" if not _is_there(value) else scalar_text(value, column, where)
+            else:
+                row[column], is_text = loose_text(value)
+                if not is_text:
+                    self.nested.setdefault(column, number)
+        row.update({column: row.get(held, "") for column, held in names.items()})
+        row.update({column: "" for column in self.layout.inputs if column not in row})
+        require_characters(row, where)
+        if "label" in names:
+            row["label"] = clean_label(row["label"])
+        self._require_values(row, where)
+        return row
+
+    def _require_values(self, row: Row, where: str) -> None:
+        """Make sure that a row has a target, and something that a template can make its input of."""
+        names = self.layout.names
+        for column, held in names.items():
+            if not is_blank(row[column]):
+                continue
+            taken = {*names, *names.values()}
+            if column in ("label", "target") or all(is_blank(row[c]) for c in row.keys() - taken):
+                inputs = ", ".join(self.layout.inputs)
+                several = column == "input" and len(self.layout.inputs) > 1
+                raise DataError(f"{where}: the column{f's {inputs} are' if several else f' {held!r} is'} empty")
+            self.gaps = True
+        if len(names) > 1 and all(row[column].strip() == held for column, held in names.items()):
             raise DataError(
-                f"{where}: the {column} has half of a character, or a byte that is not UTF-8 ({surrogate.group()!a}); "
-                "repair it where it comes from"
+                f"{where}: it has the column names for values, as where two tables were joined; leave it out"
             )
 
 
-def _text(value: Any, read: bool) -> str:
-    missing = value is None or (isinstance(value, float) and math.isnan(value))  # data frames have NaN for nothing
-    if isinstance(value, bytes):  # of a Parquet file whose texts are not declared as such; or a picture, which is none
-        return value.decode("utf-8", "surrogateescape" if read else "backslashreplace")
-    return "" if missing else str(value)
-
-
-def _task_of(names: set[str]) -> Task | None:
-    if {"text", "label"} <= names:
-        return "classification"
-    if {"input", "target"} <= names:
-        return "completion"
-    return "text" if "text" in names else None
+def _is_there(value: object) -> bool:
+    """Tell whether a value is one: 0 and False are, an empty text and NaN are not."""
+    if isinstance(value, str):
+        return not is_blank(value)
+    try:
+        return spelled(value) is not None
+    except NoScalarError:
+        return True

@@ -24,7 +24,7 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
         data: rows to learn from.
         eval_data: validation rows; None to hold some of `data` back, a fifth at most. Rows with the same input stay
             on one side.
-        eval_rows: the most validation rows; 0 for none.
+        eval_rows: the most validation rows, drawn so that every label keeps its share; 0 for none.
         seed: of the draw.
 
     Raises:
@@ -34,17 +34,15 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
         raise DataError(f"{eval_data.name} is for {eval_data.task}, {data.name} for {data.task}; use the same columns")
     if eval_rows == 0:
         return data, None
-    generator = np.random.default_rng(seed)
     if eval_data is not None:
-        if len(eval_data) <= eval_rows:
-            return data, eval_data
-        return data, eval_data.pick(sorted(generator.permutation(len(eval_data))[:eval_rows].tolist()))
+        return data, sample(eval_data, eval_rows, seed)
     held = min(eval_rows, int(len(data) * _SHARE))
     if held < min(eval_rows, _FEWEST):
         raise DataError(
             f"{data.name} has {len(data)} rows, too few to hold any back for validation; give --eval-data, or "
             "--set eval_rows=0 to keep the last prompt"
         )
+    generator = np.random.default_rng(seed)
     keys = _keys(data)
     units = _numbered(keys["question"])
     chosen = _stratified(keys["label"], units, held, generator)

@@ -9,7 +9,9 @@ from functools import cached_property
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from softprompt.data.rows import INPUT_COLUMN, Row, Task
+from softprompt.data.columns import INSTRUCTED
+from softprompt.data.labels import clean_label
+from softprompt.data.rows import INPUT_COLUMN, Row, Rows, Task
 from softprompt.errors import SettingsError, nearest
 
 DEFAULT_TEMPLATE: dict[Task, str] = {
@@ -17,6 +19,9 @@ DEFAULT_TEMPLATE: dict[Task, str] = {
     "completion": "{{ input }}\n",
     "text": "{{ text }}",
 }
+INSTRUCTION_TEMPLATE = (
+    "{{ instruction }}\n{% if input|default('')|trim %}{{ input }}\n{% endif %}"  # of Alpaca's columns
+)
 _BLANK_LINE = "\n\n"  # behind each demonstration
 # Sandboxed, because a template also arrives inside prompt folders that other people made.
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -104,26 +109,33 @@ def _behind(text: str, target: str) -> str:
     return target if not text or text[-1].isspace() else f" {target}"
 
 
+def default_template(rows: Rows) -> str:
+    """Return the template that rows get where none is given."""
+    return INSTRUCTION_TEMPLATE if rows.inputs == INSTRUCTED else DEFAULT_TEMPLATE[rows.task]
+
+
 def make_format(
     task: Task,
     labels: Sequence[str],
     template: str | None = None,
     verbalizers: Mapping[str, str] | None = None,
     chat_template: bool = False,
+    default: str | None = None,
 ) -> Format:
     """Fill in the defaults of a format and check it.
 
     Args:
         task: what is learned.
         labels: all labels of the training rows.
-        template: None for the task's default.
+        template: None for the default.
         verbalizers: texts of some or all labels; a label without one stands for itself, with spaces for underscores.
         chat_template: whether the model's chat template is put around the input.
+        default: the template where none is given; None for the task's.
 
     Raises:
         SettingsError: the template names no column or cannot be read, or verbalizers do not fit the labels.
     """
-    made = Format(task, DEFAULT_TEMPLATE[task] if template is None else template, {})
+    made = Format(task, (default or DEFAULT_TEMPLATE[task]) if template is None else template, {})
     if not made.columns:
         raise SettingsError(
             f"the template {made.template!r} names no column; "
@@ -131,7 +143,8 @@ def make_format(
         )
     if chat_template and task == "text":
         raise SettingsError("plain text has no input for a chat; leave chat_template out, or map input and target")
-    given = dict(verbalizers or {})
+    labels = list(dict.fromkeys(map(clean_label, labels)))  # as rows have them
+    given = {clean_label(label): text for label, text in (verbalizers or {}).items()}
     for label in given:
         if label not in labels:
             raise SettingsError(f"verbalizers name the label {label!r}{nearest(label, labels)}, which no row has")

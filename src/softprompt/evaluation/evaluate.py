@@ -13,8 +13,9 @@ from torch import Tensor
 
 from softprompt.config import Calibration
 from softprompt.data.examples import Encoder
-from softprompt.data.rows import Rows
-from softprompt.data.templates import make_format
+from softprompt.data.labels import clean_label
+from softprompt.data.rows import Rows, Source, as_rows
+from softprompt.data.templates import default_template, make_format
 from softprompt.errors import DataError, nearest
 from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
 from softprompt.evaluation.completions import complete
@@ -22,7 +23,7 @@ from softprompt.evaluation.ensemble import combined
 from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scoring import Confusion, LabelScorer, LabelScores, Scorer, tokens_at_once
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import Prompt, require_all_fit
+from softprompt.prompt.ensemble import Ensemble, Prompt, require_all_fit
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Evaluation:
 
 def evaluate(
     model: FrozenModel,
-    data: Rows,
+    data: Source,
     prompt: Prompt | None = None,
     *,
     template: str | None = None,
@@ -69,7 +70,8 @@ def evaluate(
 
     Args:
         model: the frozen model.
-        data: rows with their labels or targets; completions that share an input are several right answers to it.
+        data: rows with their labels or targets, or what `load_data` reads; completions that share an input are several
+            right answers to it.
         prompt: None for the untouched model.
         template, verbalizers, chat_template, max_length: for the untouched model; a prompt brings its own. Verbalizers
             may name labels that no row has, and are chosen among all the same.
@@ -84,6 +86,7 @@ def evaluate(
         DataError: the rows are for another task, or have a label that was not learned.
     """
     began = time.monotonic()
+    data = as_rows(data, prompt.record.task if prompt is not None else None)
     if prompt is None:
         labels = _labels(data, verbalizers or {})
         if len(labels) == 1:
@@ -91,11 +94,13 @@ def evaluate(
                 f"{data.name}: all rows have the label {labels[0]}; there is nothing to choose from. Verbalizers can "
                 "name other labels"
             )
-        form, virtual = make_format(data.task, labels, template, verbalizers, chat_template), 0
+        default = default_template(data)
+        form, virtual = make_format(data.task, labels, template, verbalizers, chat_template, default), 0
     else:
         require_all_fit(prompt, model)
         if prompt.record.task != data.task:
             raise DataError(f"{data.name} is for {data.task}, the prompt was trained for {prompt.record.task}")
+        _warn_of_known_rows(prompt, data)
         form, virtual, max_length = prompt.format, prompt.num_virtual_tokens, prompt.record.max_length
     # So long that the model has positions for it, without the prompt too: both read the same.
     most = min(max_length, (model.context_length or max_length + virtual) - virtual)
@@ -127,12 +132,26 @@ def _labels(data: Rows, verbalizers: Mapping[str, str]) -> list[str]:
     """Return what the untouched model chooses among: labels that rows have, and others that verbalizers name."""
     if data.task != "classification":
         return []
-    for label in set(verbalizers).difference(data.labels):
+    named = set(map(clean_label, verbalizers))
+    for label in named.difference(data.labels):
         close = nearest(label, data.labels)
         warnings.warn(
             f"{data.name}: no row has the label {label!r}{close}; it can be chosen all the same", stacklevel=3
         )
-    return sorted({*data.labels, *verbalizers})
+    return sorted({*data.labels, *named})
+
+
+def _warn_of_known_rows(prompt: Prompt, data: Rows) -> None:
+    """Say that a prompt was learned from these very rows; that it was from some of them, its record cannot tell."""
+    ours, members = data.sha256, prompt.prompts if isinstance(prompt, Ensemble) else ()
+    for name, did in (("training_data", "learned from"), ("validation_data", "chosen by")):
+        if any(one.record.data.get(name) == ours for one in (prompt, *members)):
+            warnings.warn(
+                f"{data.name}: the prompt was {did} these very rows, on which it looks better than it is; give rows "
+                "that it has not seen",
+                stacklevel=3,
+            )
+            return
 
 
 class Side:

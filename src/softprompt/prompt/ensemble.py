@@ -76,7 +76,12 @@ class Ensemble:
         with write_folder(path) as aside:
             for name, prompt in zip(names, self.prompts, strict=True):
                 prompt.save(aside / name)
-            record = {"format_version": FORMAT_VERSION, "members": names, "metrics": self.record.metrics}
+            record = {
+                "format_version": FORMAT_VERSION,
+                "members": names,
+                "metrics": self.record.metrics,
+                "data": self.record.data,
+            }
             write_text(aside / ENSEMBLE, json.dumps(record, indent=2) + "\n")
         return path
 
@@ -88,8 +93,10 @@ def _ours(name: str) -> bool:
 Prompt: TypeAlias = SoftPrompt | Ensemble
 
 
-def joined(prompts: Sequence[SoftPrompt], metrics: Mapping[str, float]) -> Ensemble:
-    """Return an ensemble of prompts, and what it reached.
+def joined(
+    prompts: Sequence[SoftPrompt], metrics: Mapping[str, float], data: Mapping[str, str] | None = None
+) -> Ensemble:
+    """Return an ensemble of prompts, what it reached, and the hashes of its rows (None: those of the first member).
 
     Raises:
         PromptError: they are for different tasks or models.
@@ -98,7 +105,9 @@ def joined(prompts: Sequence[SoftPrompt], metrics: Mapping[str, float]) -> Ensem
         if (prompt.format, prompt.record.base_model) != (prompts[0].format, prompts[0].record.base_model):
             raise PromptError(f"{member_name(number)} is for another task or model than {member_name(1)}")
     room = min(prompt.record.max_length for prompt in prompts)  # a text has to fit behind the longest
-    own = {"metrics": dict(metrics), "max_length": room, "label_bias": {}}  # the members have theirs
+    own: dict[str, object] = {"metrics": dict(metrics), "max_length": room, "label_bias": {}}  # the members have theirs
+    if data:
+        own["data"] = dict(data)
     return Ensemble(tuple(prompts), prompts[0].record.model_copy(update=own))
 
 
@@ -119,6 +128,7 @@ def load_prompt(prompt: str | Path) -> Prompt:
     try:
         names = [str(name) for name in loaded["members"]]
         metrics = {str(name): float(value) for name, value in loaded["metrics"].items()}
+        data = {str(name): str(value) for name, value in loaded.get("data", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PromptError(f"{file} is damaged: {error}") from error
     known = all(_MEMBER.fullmatch(name) and (path / name).is_dir() for name in names)
@@ -126,7 +136,7 @@ def load_prompt(prompt: str | Path) -> Prompt:
         raise PromptError(f"{file} is damaged: it must name two or more folders beside it, member-1 and so on")
     prompts = [read_soft_prompt(path / name) for name in names]
     try:
-        return joined(prompts, metrics)
+        return joined(prompts, metrics, data)
     except PromptError as error:
         raise PromptError(f"{path}: {error}") from error
 

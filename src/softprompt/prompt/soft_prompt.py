@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.config import FormatConfig, Method
+from softprompt.data.labels import clean_label
 from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
 from softprompt.errors import PromptError, SettingsError
@@ -72,6 +73,15 @@ class Record(BaseModel):
     training: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     data: dict[str, str] = {}
+
+    @field_validator("verbalizers", "label_bias")
+    @classmethod
+    def _as_rows_have_them(cls, by_label: dict[str, Any]) -> dict[str, Any]:
+        """Write labels as they are read from rows; older prompts have them as they were in the file."""
+        clean: dict[str, Any] = {}
+        for label, value in by_label.items():
+            clean.setdefault(clean_label(label), value)
+        return clean
 
     @classmethod
     def of(cls, model: FrozenModel, form: Format, max_length: int, **more: Any) -> Record:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softprompt.config import TuneConfig
-from softprompt.data.rows import Rows
+from softprompt.data.rows import Source, as_rows
 from softprompt.data.split import sample, split_rows
 from softprompt.errors import SettingsError
 from softprompt.evaluation.ensemble import averaged
@@ -17,7 +17,7 @@ from softprompt.prompt.ensemble import Ensemble, joined
 from softprompt.prompt.store import member_name
 from softprompt.training.plan import make_plan
 from softprompt.training.run_folder import RunFolder
-from softprompt.training.tune import TuneResult, identity_of, pace_of, tune
+from softprompt.training.tune import TuneResult, data_hashes, identity_of, pace_of, tune
 from softprompt.training.watcher import Watcher
 
 _LEAST = 0.01  # minutes, where finding out how long a step takes takes all there are
@@ -42,11 +42,11 @@ class EnsembleResult:
 
 def tune_ensemble(
     model: FrozenModel,
-    data: Rows,
+    data: Source,
     config: TuneConfig | None = None,
     *,
     members: int,
-    eval_data: Rows | None = None,
+    eval_data: Source | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     watcher: Watcher | None = None,
@@ -72,6 +72,8 @@ def tune_ensemble(
     if launched().count > 1:
         raise SettingsError("an ensemble is learned by one process; start it without torchrun, or learn one prompt")
     began, given = time.monotonic(), config or TuneConfig()
+    data = as_rows(data)
+    eval_data = None if eval_data is None else as_rows(eval_data, data.task)
     folder = None if out is None else RunFolder(Path(out))
     places = [None if folder is None else folder.path / member_name(number) for number in range(1, members + 1)]
     if folder is not None and resume:
@@ -99,7 +101,9 @@ def tune_ensemble(
         runs.append(run)
     each = [run.scores for run in runs if run.scores is not None]
     scores = averaged(each) if each else None
-    prompt = joined([run.prompt for run in runs], scores.values() if scores is not None else {})
+    values = scores.values() if scores is not None else {}
+    hashes = data_hashes(data, eval_data)  # members know a part of the rows each
+    prompt = joined([run.prompt for run in runs], values, hashes)
     if folder is not None:
         if scores is not None:
             folder.write_predictions(scores.predictions())

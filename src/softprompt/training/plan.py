@@ -18,7 +18,7 @@ from softprompt.data.examples import Encoder, Example
 from softprompt.data.lazy import Extent, LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
-from softprompt.data.templates import Format, make_format
+from softprompt.data.templates import Format, default_template, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import LabelScorer, Scorer, TextScorer, make_scorer
 from softprompt.launch import count
@@ -117,7 +117,8 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
         for name in ("template", "chat_template", "verbalizers"):
             decide(name, getattr(source.record, name) or None, config.init)
     decide("chat_template", False, "default")
-    form = make_format(data.task, labels, chosen["template"], chosen["verbalizers"], chosen["chat_template"])
+    texts = chosen["template"], chosen["verbalizers"], chosen["chat_template"]
+    form = make_format(data.task, labels, *texts, default_template(data))
     decide("template", form.template, f"default of {form.task}")
     if form.task == "classification":
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")

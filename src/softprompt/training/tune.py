@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from softprompt.config import TuneConfig
-from softprompt.data.rows import Rows
+from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.evaluation.scoring import Scores
 from softprompt.launch import fewer_than_asked_for, stops_together
 from softprompt.model.fingerprint import fingerprint
@@ -58,10 +58,10 @@ class TuneResult:
 
 def tune(
     model: FrozenModel,
-    data: Rows,
+    data: Source,
     config: TuneConfig | None = None,
     *,
-    eval_data: Rows | None = None,
+    eval_data: Source | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     watcher: Watcher | None = None,
@@ -74,7 +74,8 @@ def tune(
 
     Args:
         model: the frozen model.
-        data: rows to learn from; a part is held back to choose the best prompt on, unless `eval_data` is given.
+        data: rows to learn from, or what `load_data` reads; a part is held back to choose the best prompt on, unless
+            `eval_data` is given.
         config: settings; None for the defaults.
         eval_data: validation rows.
         out: the run's folder; None to keep nothing but the result.
@@ -88,6 +89,8 @@ def tune(
         StorageError: a file cannot be written.
     """
     began = time.monotonic()
+    data = as_rows(data)
+    eval_data = None if eval_data is None else as_rows(eval_data, data.task)
     processes = launched()
     watcher = watcher if watcher and processes.first else Watcher()
     if fewer_than_asked_for():
@@ -199,11 +202,16 @@ def reproducible(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(cores)
 
 
+def data_hashes(data: Rows, eval_data: Rows | None) -> dict[str, str]:
+    """Return which rows a prompt is learned from and chosen by."""
+    held = eval_data.sha256 if eval_data is not None else "held back from the training data"
+    return {"training_data": data.sha256, "validation_data": held}
+
+
 def identity_of(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:
     """Return what has to be the same for a run to go on."""
     return {
-        "training_data": data.sha256,
-        "validation_data": eval_data.sha256 if eval_data is not None else "held back from the training data",
+        **data_hashes(data, eval_data),
         "base_model": json.dumps(fingerprint(model).model_dump()),
         "precision": str(model.hf_model.dtype),
     }

@@ -1,0 +1,132 @@
+"""Columns: which task rows are for, and which of their columns hold what."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from softprompt.data.values import NO_CONVERSATIONS
+from softprompt.errors import DataError, nearest
+
+Task = Literal["classification", "completion", "text"]
+
+TARGET_COLUMN: dict[Task, str | None] = {"classification": "label", "completion": "target", "text": None}
+INPUT_COLUMN: dict[Task, str] = {"classification": "text", "completion": "input", "text": "text"}
+INSTRUCTED = ("instruction", "input")  # what Alpaca's rows ask, with `output` as the answer; `input` may be empty
+_ANSWER = "output"
+_MAPPABLE = ("text", "label", "input", "target")
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows hold what a task needs.
+
+    Attributes:
+        task: what is to be learned.
+        names: each of the task's columns to the one that holds it.
+        inputs: the columns that make up a row's input, as the rows are to call them.
+        alone: whether a column was taken for the text because there was no other.
+    """
+
+    task: Task
+    names: Mapping[str, str]
+    inputs: tuple[str, ...]
+    alone: bool = False
+
+    def hidden(self, columns: Collection[str]) -> str | None:
+        """Return one of these columns that another takes the name of, though it is read for nothing itself."""
+        held = set(self.names.values())
+        return next((c for c, source in self.names.items() if c != source and c in columns and c not in held), None)
+
+    def require_none_hidden(self, columns: Collection[str], name: str) -> None:
+        """Make sure that no column is lost: a template that names it would show the other one.
+
+        Raises:
+            DataError: one is.
+        """
+        hidden = self.hidden(columns)
+        if hidden is None:
+            return
+        cure = f"rename the column {hidden!r} in the file if it is needed, or delete it"
+        if {*INSTRUCTED, _ANSWER} <= {*columns}:
+            cure = "leave the map out: the columns instruction, input and output are read as they are"
+        raise DataError(
+            f"{name} has a column {hidden!r} of its own, which --map {hidden}={self.names[hidden]} would hide; {cure}"
+        )
+
+
+def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task | None, name: str) -> Layout:
+    """Find out what rows with these columns are for.
+
+    Args:
+        columns: of the rows.
+        mapping: the task's column names to the columns that hold them, where they are called otherwise.
+        task: None to find it from the columns.
+        name: of the rows, for messages.
+
+    Raises:
+        DataError: a column is missing, or it cannot be told what they are for.
+    """
+    for target, column in mapping.items():
+        if target not in _MAPPABLE:
+            raise DataError(f"cannot map {target!r}{nearest(target, _MAPPABLE)}; allowed are {', '.join(_MAPPABLE)}")
+        if column not in columns:
+            raise DataError(f"{name} has no column {column!r}{nearest(column, columns)}; it has {_listed(columns)}")
+    names = {**{c: c for c in columns if c in _MAPPABLE}, **mapping}
+    instructed = _is_instructed(columns, names, task)
+    if instructed:
+        names |= {"input": "input", "target": _ANSWER}
+    alone = len(columns) == 1 and not names
+    if alone:
+        names["text"] = columns[0]
+    if task is None:
+        # What the user maps says what is wanted; a target column that bears its own name need not be mapped.
+        wanted = set(mapping) | ({"label", "target"} & set(names))
+        task = (_task_of(wanted) if mapping else None) or _task_of(set(names))
+    if task is None:
+        raise DataError(
+            f"{name} has the columns {_listed(columns)}: "
+            + _conversations(columns)
+            + "say what is in them, with --map text=… --map label=… "
+            "for classification, --map input=… --map target=… for completion, or --map text=… for plain text"
+        )
+    needed = [column for column in (INPUT_COLUMN[task], TARGET_COLUMN[task]) if column]
+    for column in needed:
+        if column not in names:
+            raise DataError(f"{task} needs a column {column!r}: {name} has {_listed(columns)}; add --map {column}=…")
+    held = {column: names[column] for column in needed}
+    found = Layout(task, held, INSTRUCTED if instructed else (INPUT_COLUMN[task],), alone)
+    found.require_none_hidden(columns, name)
+    if len(set(held.values())) < len(held):
+        warnings.warn(
+            f"{name}: the column {names[needed[0]]!r} is both {' and '.join(needed)}, so the answer stands in the "
+            "question; map another one",
+            stacklevel=4,
+        )
+    return found
+
+
+def _is_instructed(columns: Sequence[str], names: Mapping[str, str], task: Task | None) -> bool:
+    """Tell whether these are Alpaca's columns: instruction, input (where there is one) and output."""
+    as_they_are = names.get("input", "input") == "input" and names.get("target", _ANSWER) == _ANSWER
+    ours = task == "completion" or (task is None and ("target" in names or not {"text", "label"} & set(names)))
+    return {"instruction", _ANSWER} <= set(columns) and as_they_are and ours
+
+
+def _task_of(names: set[str]) -> Task | None:
+    if {"text", "label"} <= names:
+        return "classification"
+    if {"input", "target"} <= names:
+        return "completion"
+    return "text" if "text" in names else None
+
+
+def _conversations(columns: Sequence[str]) -> str:
+    return f"{NO_CONVERSATIONS}. Or " if set(_CONVERSATIONS) & set(columns) else ""
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(column or "(one without a name)" for column in columns)

@@ -1,0 +1,215 @@
+"""CSV files: with commas, quotes and column names, and what spreadsheets and other programs make of that."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+from softprompt.data.lines import BYTE_ORDER_MARK, text_lines
+from softprompt.errors import DataError
+
+_NAMED_SEPARATOR = re.compile(r'"?sep=(.?)"?[\r\n]*', re.IGNORECASE)  # a first line that spreadsheets understand
+_QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
+_BLANK_BEFORE_QUOTE = re.compile(r'(?:^|,)[^\S\r\n]+"')
+_UNSEEN = f"{BYTE_ORDER_MARK}\u200b\u200e\u200f"
+
+
+class _Lines(Iterator[str]):
+    """A file's lines, as the csv module wants them; those of the record that is being read are kept.
+
+    Attributes:
+        number: of the last line.
+        record: the lines since the last record was done.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # The module wants every line by itself, and a carriage return alone ends one too.
+        self._lines = chain.from_iterable(io.StringIO(line, newline="") for line in text_lines(path))
+        self.number, self.record = 0, list[str]()
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.number += 1
+        self.record.append(line)
+        return line
+
+    @property
+    def raw(self) -> str:
+        """The record as it stands in the file."""
+        return "".join(self.record)
+
+    @property
+    def place(self) -> str:
+        """Name the record's lines."""
+        first = self.number - len(self.record) + 1
+        return f"line {self.number}" if first == self.number else f"line {first} (and on to line {self.number})"
+
+    def opened(self) -> str:
+        """Name the line in which the quote was opened that spoils the record."""
+        ends, open_at = list(accumulate(map(len, self.record))), _open_quote(self.raw)
+        behind = sum(end > open_at for end in ends[:-1])  # lines of the record behind that one
+        if not behind:
+            return f"line {self.number}"
+        return f"line {self.number - behind}: the quote that opens here does not end before line {self.number}"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the first line says.
+
+    Attributes:
+        names: of the columns.
+        blanks: whether a blank follows every comma, and so belongs to none of the values.
+        unnamed: columns at the end of the line without names, as spreadsheets leave them behind.
+    """
+
+    names: list[str]
+    blanks: bool = False
+    unnamed: int = 0
+
+    def record(self, values: list[str], where: str) -> dict[str, str]:
+        """Return a row's values by their columns' names."""
+        width = len(self.names)
+        over = [value for value in values[width:] if value.strip()]
+        if len(values) not in (width, width + self.unnamed):
+            hint = "a value with a comma or a quote in it must stand in quotes"
+            if len(values) > width and not over:
+                hint = "the line ends in a comma too many"
+            elif len(values) < width and not self.names[-1]:
+                hint = "the first line ends in a comma, as if there were one more"
+            raise DataError(f"{where}: {len(values)} values where the first line names {width} columns; {hint}")
+        if over:
+            raise DataError(
+                f"{where}: {over[0][:40]!r} stands in a column without a name: the first line ends in "
+                f"{self.unnamed} commas; name the column there"
+            )
+        if self._is_again(values[:width]):
+            raise DataError(
+                f"{where}: it has the column names again, as where two files were joined; delete the line, or give "
+                "the columns other names if it is a row"
+            )
+        return dict(zip(self.names, values, strict=False))
+
+    def _is_again(self, values: list[str]) -> bool:
+        found = [_name(value).casefold() for value in values]
+        names = [name.casefold() for name in self.names]
+        return found == names or (len(names) > 1 and any(names) and sorted(found) == sorted(names))
+
+
+def read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    """Give a record a row.
+
+    Raises:
+        DataError: the file is not as it must be; the message says in which line.
+    """
+    csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
+    lines = _Lines(path)
+    try:
+        header = _read_header(path, lines)
+        for values in csv.reader(lines, strict=True, skipinitialspace=header.blanks):
+            if values:
+                where = f"{path}, {lines.place}"
+                _require_no_blank_before_quote(lines.raw, header.blanks, where)
+                yield header.record(values, where)
+            lines.record.clear()
+    except csv.Error as error:
+        raise DataError(f"{path}, {lines.opened()}: {error}; check the quotes") from error
+
+
+def _read_header(path: Path, lines: _Lines) -> _Header:
+    values = _first_values(lines)
+    if separator := _NAMED_SEPARATOR.fullmatch(lines.raw):
+        if separator[1] not in ("", ","):
+            raise DataError(
+                f"{path}: its first line says that {separator[1]!r} separates the columns; save it with commas, and "
+                "without that line"
+            )
+        values = _first_values(lines)
+    blanks = len(values) > 1 and all(value.startswith(" ") for value in values[1:])
+    _require_no_blank_before_quote(lines.raw, blanks, f"{path}, {lines.place}")
+    if blanks:
+        values = next(csv.reader(io.StringIO(lines.raw, newline=""), strict=True, skipinitialspace=True))
+    lines.record.clear()
+    names = [_name(value) for value in values]
+    for separated in (";", "\t", "|"):
+        if len(names) == 1 and separated in names[0]:
+            raise DataError(f"{path}: its columns are separated by {separated!r}; save it with commas")
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: the first line names a column twice: {', '.join(twice)}")
+    if names.count("") < 2:  # one may be: data frames are written with an index that has no name
+        return _Header(names, blanks)
+    named = len(names)
+    while named and not names[named - 1]:
+        named -= 1
+    without = [str(place) for place, name in enumerate(names[:named], start=1) if not name]
+    if not named or without:
+        which = f"columns {', '.join(without)} and some at its end have" if named else "all columns have"
+        raise DataError(f"{path}: in the first line, {which} no name, only commas; give every column a name there")
+    return _Header(names[:named], blanks, len(names) - named)
+
+
+def _first_values(lines: _Lines) -> list[str]:
+    """Return the values of the next line that has any."""
+    lines.record.clear()
+    for values in csv.reader(lines, strict=True):
+        if values:
+            return values
+        lines.record.clear()
+    return []
+
+
+def _name(value: str) -> str:
+    """Return a column's name without what is beside it: blanks, and marks that nobody sees."""
+    return value.strip().strip(_UNSEEN).strip()
+
+
+def _require_no_blank_before_quote(raw: str, blanks: bool, where: str) -> None:
+    """Make sure that no quote was meant to open a value and stands behind a blank, where it is a part of the value.
+
+    Where the first line has a blank behind every comma (`blanks`), so may others.
+    """
+    if not _BLANK_BEFORE_QUOTE.search(raw):
+        return
+    for value in _plain_values(raw):
+        begun = value.lstrip(" ") if blanks else value
+        meant = begun.strip()
+        if begun[:1].isspace() and meant.startswith('"') and (meant.endswith('"') or meant.count('"') % 2):
+            raise DataError(
+                f"{where}: a blank stands before the quote of {meant[:40]}, which would become part of the value; "
+                "delete the blanks behind the commas, or put one behind every comma, in the first line too"
+            )
+
+
+def _plain_values(raw: str) -> Iterator[str]:
+    """Give those of a record's values that do not begin with a quote."""
+    start = 0
+    while start < len(raw):
+        quoted = _QUOTED.match(raw, start)
+        end = raw.find(",", quoted.end() if quoted else start)
+        end = len(raw) if end < 0 else end
+        if not quoted:
+            yield raw[start:end]
+        start = end + 1
+
+
+def _open_quote(raw: str) -> int:
+    """Return where the first value in quotes begins that does not end with its quote."""
+    start = 0
+    while start < len(raw):
+        quoted = _QUOTED.match(raw, start)
+        if raw.startswith('"', start) and not (
+            quoted and raw[quoted.end() : quoted.end() + 1] in (",", "\r", "\n", "")
+        ):
+            return start
+        comma = raw.find(",", quoted.end() if quoted else start)
+        if comma < 0:
+            break
+        start = comma + 1
+    return 0
