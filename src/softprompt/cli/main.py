@@ -17,6 +17,7 @@ from softprompt.cli.compare_verb import compare
 from softprompt.cli.demo_verb import demo
 from softprompt.cli.doctor_verb import doctor
 from softprompt.cli.model_verbs import models
+from softprompt.cli.predict_verb import predict
 from softprompt.cli.prompt_verbs import prompts
 from softprompt.cli.tune_verbs import check, tune
 from softprompt.cli.use_verbs import evaluate, generate
@@ -35,7 +36,7 @@ def softprompt(debug: bool) -> None:
     """
 
 
-for verb in (demo, tune, check, compare, evaluate, generate, prompts, models, doctor):
+for verb in (demo, tune, check, compare, evaluate, predict, generate, prompts, models, doctor):
     softprompt.add_command(verb)
 
 

@@ -38,6 +38,13 @@ trust_option = click.option(
 )
 
 
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(("choose", "write")),
+    help="choose one of a prompt's labels, which is what a prompt of labels does; or write freely.",
+)
+
+
 def tune_options(verb: Verb) -> Verb:
     """Add the options that `tune` and `check` have in common."""
     for option in reversed(
@@ -136,6 +143,14 @@ def require_named_code(trust_remote_code: bool) -> None:
     """Make sure that code is not run from a model that only a prompt names."""
     if trust_remote_code:
         raise InputError("--trust-remote-code needs --model: which code is run must not be the prompt's to say")
+
+
+def prompt_named(name: str) -> Prompt | None:
+    """Return the prompt that a verb was given, None for the base model."""
+    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.store import UNTOUCHED
+
+    return None if name == UNTOUCHED else load_prompt(name)
 
 
 def load_for(

@@ -220,6 +220,42 @@ class TerminalWatcher(Watcher):
         self.bar.stop()
 
 
+class PredictionProgress:
+    """Says how many rows are predicted: a line that changes on a terminal, about ten lines in a log.
+
+    Args:
+        quiet: say nothing, where the rows themselves are shown on the same terminal.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.done, self._said = 0, 0
+        self._begun: tuple[int, float] | None = None  # rows that were there before, and when
+        columns = (TextColumn("{task.completed} rows"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+        self._live = err.is_terminal and not quiet
+        self._quiet = quiet
+        self._bar = Progress(*columns, console=err, disable=not self._live)
+        self._task = self._bar.add_task("", total=None, rate="")
+
+    def __enter__(self) -> PredictionProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def rows(self, done: int) -> None:
+        """Note that so many rows are written; first of all, how many were there before."""
+        self.done = done
+        if self._begun is None:
+            self._begun = done, time.monotonic()
+        before, since = self._begun
+        rate = f"{(done - before) / (time.monotonic() - since):.1f} a second" if done > before else ""
+        self._bar.update(self._task, completed=done, rate=rate)
+        if not (self._live or self._quiet) and done and done >= 2 * self._said:
+            err.print(f"{done} rows")
+            self._said = done
+
+
 def validation_text(values: Mapping[str, float]) -> str:
     """Give the loss, which the best prompt is chosen by, and for classification the accuracy."""
     return "validation " + figures({name: values[name] for name in ("accuracy", "loss") if name in values})

@@ -11,8 +11,10 @@ from softprompt.cli.options import (
     json_option,
     load_for,
     map_option,
+    mode_option,
     model_option,
     parse_map,
+    prompt_named,
     revision_option,
     say,
     set_option,
@@ -23,7 +25,6 @@ from softprompt.errors import InputError
 
 if TYPE_CHECKING:
     from softprompt.config import Mode
-    from softprompt.prompt.ensemble import Prompt
 
 
 @click.command()
@@ -59,7 +60,7 @@ def evaluate(
     from softprompt.evaluation.evaluate import evaluate as run
     from softprompt.storage import write_records
 
-    soft = _prompt(prompt)
+    soft = prompt_named(prompt)
     config, given = read_settings(EvaluateConfig, assignments=assignments)
     own = set(given) & set(FormatConfig.model_fields) - set(ModelConfig.model_fields)
     if soft is not None and own:
@@ -97,11 +98,7 @@ def evaluate(
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @model_option
 @click.option("--versus-base", is_flag=True, help="Also show what the base model answers.")
-@click.option(
-    "--mode",
-    type=click.Choice(("choose", "write")),
-    help="choose one of a prompt's labels, which is what a prompt of labels does; or write freely.",
-)
+@mode_option
 @click.option("--raw", is_flag=True, help="Read the texts as they are, without the prompt's template, and write.")
 @set_option
 @revision_option
@@ -131,7 +128,7 @@ def generate(
     from softprompt.generation import answer_mode
     from softprompt.generation import generate as run
 
-    soft = _prompt(prompt)
+    soft = prompt_named(prompt)
     placing = [a for a in assignments if a.partition("=")[0].strip() in ModelConfig.model_fields]
     place, _ = read_settings(ModelConfig, assignments=placing)
     config, _ = read_settings(GenerateConfig, assignments=[a for a in assignments if a not in placing])
@@ -168,10 +165,3 @@ def _beside(prompt: str) -> Path:
         return Path()
     place = folder.resolve().parent
     return place.parent if (place / ENSEMBLE).is_file() else place
-
-
-def _prompt(name: str) -> Prompt | None:
-    from softprompt.prompt.ensemble import load_prompt
-    from softprompt.prompt.store import UNTOUCHED
-
-    return None if name == UNTOUCHED else load_prompt(name)

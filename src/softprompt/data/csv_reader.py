@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -65,11 +66,13 @@ class _Header:
 
     Attributes:
         names: of the columns.
+        raw: the line as it stands in the file.
         blanks: whether a blank follows every comma, and so belongs to none of the values.
         unnamed: columns at the end of the line without names, as spreadsheets leave them behind.
     """
 
     names: list[str]
+    raw: str = ""
     blanks: bool = False
     unnamed: int = 0
 
@@ -102,24 +105,50 @@ class _Header:
         return found == names or (len(names) > 1 and any(names) and sorted(found) == sorted(names))
 
 
+class CsvFile:
+    """A CSV file: its first line, and then its records one after the other, each as it stands there and by names.
+
+    Attributes:
+        header: the first line as it stands in the file.
+        names: of the columns.
+
+    Raises:
+        DataError: the file is not as it must be; the message says in which line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
+        self._path, self._lines = path, _Lines(path)
+        with self._quotes_checked():
+            self._header = _read_header(path, self._lines)
+        self.header, self.names = self._header.raw, self._header.names
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
+        lines, header = self._lines, self._header
+        with self._quotes_checked():
+            for values in csv.reader(lines, strict=True, skipinitialspace=header.blanks):
+                if values:
+                    where = f"{self._path}, {lines.place}"
+                    _require_no_blank_before_quote(lines.raw, header.blanks, where)
+                    yield lines.raw, header.record(values, where)
+                lines.record.clear()
+
+    @contextmanager
+    def _quotes_checked(self) -> Iterator[None]:
+        try:
+            yield
+        except csv.Error as error:
+            raise DataError(f"{self._path}, {self._lines.opened()}: {error}; check the quotes") from error
+
+
 def read_csv(path: Path) -> Iterator[dict[str, Any]]:
     """Give a record a row.
 
     Raises:
         DataError: the file is not as it must be; the message says in which line.
     """
-    csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
-    lines = _Lines(path)
-    try:
-        header = _read_header(path, lines)
-        for values in csv.reader(lines, strict=True, skipinitialspace=header.blanks):
-            if values:
-                where = f"{path}, {lines.place}"
-                _require_no_blank_before_quote(lines.raw, header.blanks, where)
-                yield header.record(values, where)
-            lines.record.clear()
-    except csv.Error as error:
-        raise DataError(f"{path}, {lines.opened()}: {error}; check the quotes") from error
+    for _, record in CsvFile(path):
+        yield record
 
 
 def _read_header(path: Path, lines: _Lines) -> _Header:
@@ -135,6 +164,7 @@ def _read_header(path: Path, lines: _Lines) -> _Header:
     _require_no_blank_before_quote(lines.raw, blanks, f"{path}, {lines.place}")
     if blanks:
         values = next(csv.reader(io.StringIO(lines.raw, newline=""), strict=True, skipinitialspace=True))
+    raw = lines.raw
     lines.record.clear()
     names = [_name(value) for value in values]
     for separated in (";", "\t", "|"):
@@ -144,7 +174,7 @@ def _read_header(path: Path, lines: _Lines) -> _Header:
     if twice:
         raise DataError(f"{path}: the first line names a column twice: {', '.join(twice)}")
     if names.count("") < 2:  # one may be: data frames are written with an index that has no name
-        return _Header(names, blanks)
+        return _Header(names, raw, blanks)
     named = len(names)
     while named and not names[named - 1]:
         named -= 1
@@ -152,7 +182,7 @@ def _read_header(path: Path, lines: _Lines) -> _Header:
     if not named or without:
         which = f"columns {', '.join(without)} and some at its end have" if named else "all columns have"
         raise DataError(f"{path}: in the first line, {which} no name, only commas; give every column a name there")
-    return _Header(names[:named], blanks, len(names) - named)
+    return _Header(names[:named], raw, blanks, len(names) - named)
 
 
 def _first_values(lines: _Lines) -> list[str]:

@@ -17,6 +17,7 @@ from softprompt.packages import require_package
 
 Record = dict[str, Any]
 
+ENDINGS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _AT_ONCE = 1000  # rows of a table that are turned into dictionaries together
 _RANGE = re.compile(r"^(?P<path>.+)\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\]$")
 
@@ -29,7 +30,7 @@ def read_records(source: Any) -> Iterator[Record]:
     """
     if not isinstance(source, (str, Path)):
         return _dictionaries(source)
-    name, start, stop = _split_range(str(source))
+    name, start, stop = split_range(str(source))
     return islice(_read(name), start, stop)
 
 
@@ -59,7 +60,8 @@ def _named_by_texts(record: Mapping[Any, Any]) -> Record:
     return {str(column): value for column, value in record.items()}
 
 
-def _split_range(source: str) -> tuple[str, int | None, int | None]:
+def split_range(source: str) -> tuple[str, int | None, int | None]:
+    """Return a source without its row range, and the range: `prompts.csv[:50]`."""
     match = _RANGE.match(source)
     if not match:
         return source, None, None
@@ -71,6 +73,20 @@ def _read(source: str) -> Iterator[Record]:
     if source.startswith("hub:"):
         yield from _read_hub(source.removeprefix("hub:"))
         return
+    path = existing_file(source)
+    readers = {".csv": read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        yield from readers[path.suffix.lower()](path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def existing_file(source: str) -> Path:
+    """Return a data file's path.
+
+    Raises:
+        DataError: there is no such file, or it is of a kind that is not read.
+    """
     path = Path(source)
     try:
         missing = not path.exists()
@@ -81,13 +97,9 @@ def _read(source: str) -> Iterator[Record]:
         raise DataError(f"no such file: {path}{nearest(path.name, there)}")
     if path.is_dir():
         raise DataError(f"{path} is a folder; give a .csv, .jsonl or .parquet file in it, or hub:{path}")
-    readers = {".csv": read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(readers)}")
-    try:
-        yield from readers[path.suffix.lower()](path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if path.suffix.lower() not in ENDINGS:
+        raise DataError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(ENDINGS)}")
+    return path
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -105,21 +117,32 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, ended in enumerate(text_lines(path), start=1):
-        line = ended.removesuffix("\n").lstrip(BYTE_ORDER_MARK)  # joined files have marks in the middle
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
-        except RecursionError as error:
-            raise DataError(f"{path}, line {number}: lists or objects too deep in each other; give texts") from error
-        except ValueError as error:  # Python reads no number of more than 4,300 digits
-            raise DataError(f"{path}, line {number}: a number of too many digits; put it in quotes") from error
-        if not isinstance(record, dict):
-            raise DataError(f'{path}, line {number}: must be an object such as {{"text": …}}, not {line[:40]!r}')
-        yield record
+    for number, line in enumerate(text_lines(path), start=1):
+        record = json_record(line, f"{path}, line {number}")
+        if record is not None:
+            yield record
+
+
+def json_record(line: str, where: str) -> Record | None:
+    """Return what a line of JSON says, None where it is blank.
+
+    Raises:
+        DataError: it is no object.
+    """
+    line = line.removesuffix("\n").lstrip(BYTE_ORDER_MARK)  # joined files have marks in the middle
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: lists or objects too deep in each other; give texts") from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise DataError(f"{where}: a number of too many digits; put it in quotes") from error
+    if not isinstance(record, dict):
+        raise DataError(f'{where}: must be an object such as {{"text": …}}, not {line[:40]!r}')
+    return record
 
 
 def _read_hub(source: str) -> Iterator[Record]:

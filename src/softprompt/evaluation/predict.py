@@ -1,0 +1,153 @@
+"""Predicting: labels with their probabilities, or completions, for rows without targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.config import GenerateConfig, Mode
+from softprompt.data.labels import is_blank
+from softprompt.data.readers import read_records
+from softprompt.data.rows import Row
+from softprompt.data.values import require_characters, scalar_text
+from softprompt.errors import DataError, SettingsError, nearest
+from softprompt.evaluation.choosing import choose
+from softprompt.generation import answer_mode, generate
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import Prompt
+
+AT_ONCE = 256  # rows; what is predicted together is the same in every run, so that rounding is, too
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a prompt says of a row.
+
+    Attributes:
+        label: the chosen label's name; None where the prompt writes.
+        text: what it wrote; None where it chose.
+        probability: the label's share among all labels; None of a text.
+        probabilities: every label's; None of a text.
+    """
+
+    label: str | None = None
+    text: str | None = None
+    probability: float | None = None
+    probabilities: dict[str, float] | None = None
+
+    def columns(self, *, probabilities: bool) -> dict[str, Any]:
+        """Return what a file of predictions says of the row: `prediction`, and of labels `probability`."""
+        if self.label is None:
+            return {"prediction": self.text}
+        every = {"probabilities": self.probabilities} if probabilities else {}
+        return {"prediction": self.label, "probability": self.probability, **every}
+
+
+def predict(
+    model: FrozenModel,
+    rows: str | Path | Iterable[str | Mapping[str, Any]],
+    prompt: Prompt | None = None,
+    *,
+    map: Mapping[str, str] | None = None,
+    mode: Mode | None = None,
+    config: GenerateConfig | None = None,
+) -> list[Prediction]:
+    """Predict the labels of rows, or complete them.
+
+    Args:
+        model: the frozen model.
+        rows: texts, dictionaries, a data frame, or what else `load_data` reads; they need no targets.
+        prompt: None for the base model, which continues texts as they are.
+        map: the template's column names to the columns that hold them, `{"text": "review"}`.
+        mode: `choose` or `write`, as of `generate`.
+        config: decoding rules, where it writes.
+
+    Returns:
+        A prediction a row, in order.
+
+    Raises:
+        PromptError: the prompt was trained on another model.
+        DataError: a row lacks a column or is empty; those before it were predicted in vain.
+        SettingsError: the settings do not fit the prompt.
+    """
+    answer_mode(prompt, mode, config)
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, str) for row in rows):
+        columns = input_columns(prompt)
+        if len(columns) > 1:
+            raise SettingsError(f"the template names the columns {', '.join(columns)}; give dictionaries of them")
+        records: Iterable[Mapping[str, Any]] = ({columns[0]: text} for text in rows)
+    else:
+        records = read_records(rows)
+    inputs = [input_row(prompt, record, f"row {n}", map or {}) for n, record in enumerate(records, start=1)]
+    found: list[Prediction] = []
+    for first in range(0, len(inputs), AT_ONCE):
+        found += predict_inputs(model, inputs[first : first + AT_ONCE], prompt, mode=mode, config=config)
+    return found
+
+
+def predict_inputs(
+    model: FrozenModel,
+    inputs: Sequence[Row],
+    prompt: Prompt | None,
+    *,
+    mode: Mode | None = None,
+    config: GenerateConfig | None = None,
+) -> list[Prediction]:
+    """Predict rows of the template's columns together; arguments as of `predict`."""
+    if answer_mode(prompt, mode, config) == "write":
+        texts = inputs if prompt is not None else [row[column] for row in inputs for column in row]
+        return [Prediction(text=text) for text in generate(model, texts, prompt, config, mode=mode)]
+    assert prompt is not None
+    scores = choose(model, prompt, inputs)
+    made = []
+    for best, shares in zip(scores.predicted, scores.probabilities().tolist(), strict=True):
+        probabilities = {label: round(share, _DIGITS) for label, share in zip(scores.labels, shares, strict=True)}
+        label = scores.labels[best]
+        made.append(Prediction(label=label, probability=probabilities[label], probabilities=probabilities))
+    return made
+
+
+def input_columns(prompt: Prompt | None) -> list[str]:
+    """Return the columns that make up a prompt's input; the base model reads `text`."""
+    return prompt.format.columns if prompt is not None else ["text"]
+
+
+def input_row(prompt: Prompt | None, record: Mapping[str, Any], where: str, map: Mapping[str, str]) -> Row:
+    """Return what a prompt's template names of a record, as texts.
+
+    Args:
+        prompt: None for the base model.
+        record: a row as it was read. Of several columns some may be empty or, but for the first row's, missing.
+        where: its place, for messages.
+        map: the template's column names to the columns that hold them.
+
+    Raises:
+        DataError: a column is missing, holds no text, or all are empty.
+    """
+    columns = input_columns(prompt)
+    held = {column: map.get(column, column) for column in columns}
+    if len(columns) == len(record) == 1 and held[columns[0]] not in record and not map:
+        held = {columns[0]: next(iter(record))}
+    for column, source in held.items():
+        if source not in record:
+            raise DataError(
+                f"{where}: it has no column {source!r}{nearest(source, record)}, which the prompt's template names; it "
+                f"has {', '.join(record)}. Say which one it is, with --map {column}=…"
+            )
+    empty = len(columns) > 1  # where other columns are not
+    row = {
+        column: "" if empty and _is_nothing(record[source]) else scalar_text(record[source], source, where)
+        for column, source in held.items()
+    }
+    if all(is_blank(text) for text in row.values()):
+        which = ", ".join(repr(source) for source in held.values())
+        raise DataError(f"{where}: the column{f's {which} are' if len(held) > 1 else f' {which} is'} empty")
+    require_characters(row, where)
+    return row
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or value == ""
