@@ -118,7 +118,10 @@ def test_a_row_that_a_quote_joined_is_named_with_its_lines(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("sep=;\ntext;label\na;x\n", "first line says that ';' separates the columns; save it with commas, and without"),
+        (
+            "sep=;\ntext;label\na;x\n",
+            "first line says that ';' separates the columns; save it with commas, and without",
+        ),
         ("sep=\t\ntext\tlabel\n", r"first line says that '\\t' separates the columns"),
         ("text,label,,\na,x,,z\n", "line 2: 'z' stands in a column without a name: the first line ends in 2 commas"),
         ("text,,label,,\na,1,x,,\n", "columns 2 and some at its end have no name, only commas"),

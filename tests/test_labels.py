@@ -109,7 +109,16 @@ def test_pairs_that_look_alike(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [("C", "C++", "C#"), ("+", "-"), ("1", "-1"), ("!", "?"), ("1234567", "1234568"), ("1.5", "15"), ("a", "ä"), ("0", "00a")],
+    [
+        ("C", "C++", "C#"),
+        ("+", "-"),
+        ("1", "-1"),
+        ("!", "?"),
+        ("1234567", "1234568"),
+        ("1.5", "15"),
+        ("a", "ä"),
+        ("0", "00a"),
+    ],
 )
 def test_labels_that_only_resemble_each_other_are_nothing_to_warn_of(labels: tuple[str, ...]) -> None:
     with warnings.catch_warnings():

@@ -71,7 +71,16 @@ def test_a_scalar_counts_by_its_value(value: object, text: str) -> None:
     assert all(type(cell) is str for cell in row.values())
 
 
-MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), np.ma.masked, decimal.Decimal("nan")]
+MISSING = [
+    None,
+    float("nan"),
+    np.float32("nan"),
+    pd.NA,
+    pd.NaT,
+    np.datetime64("NaT"),
+    np.ma.masked,
+    decimal.Decimal("nan"),
+]
 
 
 @pytest.mark.parametrize("value", MISSING, ids=repr)
@@ -170,7 +179,9 @@ def test_json_and_csv_have_one_spelling_of_numbers_and_truths(tmp_path: Path) ->
 def test_json_that_python_cannot_hold_is_refused_with_its_line(
     fails: Command, llama_folder: Path, column: str, value: str, says: str
 ) -> None:
-    Path("rows.jsonl").write_text(f'{{"text": "a", "label": "b"}}\n{{"text": "a", "label": "b", "{column}": {value}}}\n')
+    Path("rows.jsonl").write_text(
+        f'{{"text": "a", "label": "b"}}\n{{"text": "a", "label": "b", "{column}": {value}}}\n'
+    )
     assert f"rows.jsonl, {says}" in fails("check", "rows.jsonl", "--model", llama_folder).err
 
 
