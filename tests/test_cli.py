@@ -94,7 +94,7 @@ def test_tune_evaluate_generate_and_check_follow_on_each_other(
     checked = command("check", reviews, "--model", llama_folder, "--out", "run", *SHORT)
     assert checked.code == 0
     assert "'a fine film 0\\nLabel:' → ' positive'" in checked.out
-    assert "learned: 160 numbers (5 virtual tokens)" in checked.out
+    assert "trainable parameters  160 (5 virtual tokens)" in checked.out
     assert sorted(Path().rglob("*")) == before, "check writes nothing"
 
 
@@ -271,7 +271,7 @@ def test_check_json_is_one_object(command: Command, llama_folder: Path, reviews:
 def test_check_counts_the_rows_that_a_short_run_holds_back(command: Command, llama_folder: Path) -> None:
     rows = "".join(json.dumps({"text": f"a film {n}", "label": "bg"[n % 2]}) + "\n" for n in range(300))
     Path("many.jsonl").write_text(rows)
-    done = command("check", "many.jsonl", "--model", llama_folder, "--set", "max_minutes=0.00001")
+    done = command("check", "many.jsonl", "--model", llama_folder, "-v", "--set", "max_minutes=0.00001")
     assert "268 training rows (16 of them taken), 32 validation rows" in done.out
     assert re.search(r"eval_rows +│ 32 +│ what fits", done.out)
 
@@ -301,7 +301,7 @@ def test_settings_come_from_the_file_then_the_command_then_set(
     monkeypatch.setenv("COLUMNS", "200")  # so wide that no cell is folded
     Path("settings.yaml").write_text("seed: 5\nlearning_rate: 1e-3\nbudget: quick\nmax_steps: 9\n", encoding="utf-8")
     common = ["check", reviews, "--model", llama_folder, "--config", "settings.yaml", "--budget", "thorough"]
-    shown = command(*common, "--set", "max_steps=2", "--set", "template={{ text }} yes: ")
+    shown = command(*common, "--verbose", "--set", "max_steps=2", "--set", "template={{ text }} yes: ")
     record = command(*common, "--set", "max_steps=2", "--set", "template={{ text }} yes: ", "--json").record["settings"]
     assert (record["seed"], record["learning_rate"], record["budget"]) == (5, 0.001, "thorough")
     assert (record["max_steps"], record["template"]) == (2, "{{ text }} yes: ")
@@ -317,7 +317,7 @@ def test_settings_come_from_the_file_then_the_command_then_set(
 
 
 def test_a_setting_that_another_one_lowers_says_so(command: Command, llama_folder: Path, reviews: Path) -> None:
-    shown = command("check", reviews, "--model", llama_folder, "--set", "max_steps=99", "--set", "epochs=0.1")
+    shown = command("check", reviews, "--model", llama_folder, "-v", "--set", "max_steps=99", "--set", "epochs=0.1")
     (row,) = (line.split("│") for line in shown.out.splitlines() if "max_steps" in line)
     assert (row[2].strip(), row[3].strip()) == ("1", "0.1 epochs")
 

@@ -176,7 +176,7 @@ def test_the_command_prints_and_keeps_once(
     record = json.loads(out)  # one object, nothing else
     assert (record["steps"], record["kept"]) == (4, "mine@1")
     assert [path.name for path in (tmp_path / "home" / "prompts" / "mine").iterdir()] == ["1"]
-    for line in ("Settings", "step 2: validation", "step 4/4"):
+    for line in ("Settings", "step 2/4", "step 4/4"):
         assert err.count(line) == 1, err
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 2, 3, 4, 4]  # with an evaluation before the first step, and after every second

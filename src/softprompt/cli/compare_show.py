@@ -23,25 +23,22 @@ class TerminalComparison(ComparisonWatcher):
 
     def begin(self, protocol: Protocol, done: Sequence[Result], todo: Sequence[tuple[str, int]]) -> None:
         self.todo, self.protocol = list(todo), protocol
-        rows = ", ".join(
-            f"{len(part)} {name}"
-            for name, part in (
-                ("to learn from", protocol.train),
-                ("to choose by", protocol.validation),
-                ("to score", protocol.test),
-            )
+        err.print(
+            f"{len(protocol.train)} training rows, {len(protocol.validation)} validation rows, "
+            f"{len(protocol.test)} test rows"
         )
-        err.print(f"rows: {rows}")
         if done:
             err.print(f"{len(done)} results are there already: {', '.join(f'{r.method} {r.seed}' for r in done)}")
+        self.count = len(todo)
 
     def method(self, name: str, seed: int) -> Watcher:
         self.began = time.monotonic()
         left = sum(_QUICK if n == "zero-shot" else self.protocol.seconds + _QUICK for n, _ in self.todo)
         # So many examples take as long as they take.
-        about = f", about {max(1, round(left / 60))} min" if self.protocol.equal == "time" else ""
-        err.print(f"\n{name}, seed {seed}: {len(self.todo)} left{about}")
-        return TerminalWatcher(None)
+        about = f", about {max(1, round(left / 60))} min left" if self.protocol.equal == "time" else ""
+        number = self.count - len(self.todo) + 1
+        err.print(f"{name}, seed {seed}: running, {number} of {self.count}{about}")
+        return TerminalWatcher(None, transient=True)
 
     def failed(self, name: str, seed: int, reason: str) -> None:
         self.todo.remove((name, seed))
@@ -82,5 +79,5 @@ def comparison_table(results: Sequence[Result]) -> Table:
                 f"{1000 * np.mean([c.prediction_seconds for c in costs]):.0f} ms",
             )
         )
-    headers = ("method", name.replace("_", " "), "learned numbers", "stored", "learning", "memory", "a row")
+    headers = ("method", name.replace("_", " "), "trainable parameters", "stored", "learning", "memory", "a row")
     return plain_table(headers, rows, whole=1)

@@ -25,6 +25,9 @@ model_option = click.option(
     "--model", metavar="M", help="Hub id, folder, .gguf file or bundled name; smollm2-135m, or the prompt's own model."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="Show every setting and where it came from, not only those that matter."
+)
 set_option = click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="A setting; repeatable.")
 map_option = click.option(
     "--map", "mapping", metavar="NAME=COLUMN", multiple=True, help="Which column is text, label, input or target."
@@ -120,10 +123,12 @@ def load(
     name: str | None, config: ModelConfig, revision: str | None = None, trust_remote_code: bool = False
 ) -> FrozenModel:
     """Load a model for a verb: the bundled one where none is named."""
+    from softprompt.model.bundled import DEFAULT_MODEL
+
+    say(f"loading {name or DEFAULT_MODEL}")  # before the imports, which take seconds
     quiet()
     import torch
 
-    from softprompt.model.bundled import DEFAULT_MODEL
     from softprompt.model.loading import load_model, resolve_threads
 
     torch.set_num_threads(resolve_threads(config.threads))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from softprompt.cli.settings_show import row_text, settings_screen, settings_table
 from softprompt.training.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -23,9 +27,11 @@ if TYPE_CHECKING:
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 _SMOOTHING = 0.9
-_LINES = 10
+_LINES = 10  # of a run in a log, and of a table of mistakes
+_LOG_WIDTH = 120
+_REFRESHED = 2  # times a second
+_TIMED = 50  # steps whose mean time tells how long the others take
 _MOST_LABELS = 8  # whose confusion matrix fits in a terminal
-_LONGEST_VALUE = 60
 
 
 def figure(name: str, value: float) -> str:
@@ -121,23 +127,10 @@ def confusion_table(confusion: Confusion) -> Table:
     return plain_table(("rows", "right", "predicted"), rows, "Most frequent mistakes")
 
 
-def settings_table(plan: Plan, origins: Mapping[str, str]) -> Table:
-    """Return a table of every setting in force and where it came from."""
-    table = Table(title="Settings", title_justify="left")
-    for column in ("setting", "value", "from"):
-        table.add_column(column, overflow="fold")
-    for name, value in plan.config.model_dump().items():
-        origin = plan.reasons.get(name) or origins.get(name, "default")
-        text = repr(value) if isinstance(value, str) else str(value)
-        short = text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
-        table.add_row(name, Text(short), Text(origin))
-    return table
-
-
 def side_by_side(
     inputs: Sequence[str], base: Sequence[str] | None, texts: Sequence[str], right: Sequence[str] | None = None
 ) -> Table:
-    """Return a table of generations: the untouched model's, the prompt's and, where it is known, what is right."""
+    """Return a table of generations: the base model's, the prompt's and, where it is known, what is right."""
     columns = {"input": inputs}
     if base is not None:
         columns["without prompt"] = base
@@ -153,31 +146,98 @@ def side_by_side(
     return table
 
 
-class TerminalWatcher(Watcher):
-    """Shows loss, validation metrics and time left: a bar on a terminal, lines elsewhere.
+@dataclass
+class ProgressLine:
+    """What one line says of a run: the step, the loss, the last evaluation, and how much time is left.
 
-    Args:
-        origins: where each setting came from, for the table of settings; None for no table.
+    Attributes:
+        steps: of the whole run.
+        step: done so far.
+        eval_every: steps between evaluations; None where there are none.
     """
 
-    def __init__(self, origins: Mapping[str, str] | None) -> None:
-        self.origins = origins
+    steps: int
+    step: int
+    eval_every: int | None
+
+    def __post_init__(self) -> None:
         self.loss: float | None = None
-        self.validation = ""
-        self.steps = 0
-        self.first = 0
-        self.began = 0.0
-        self.bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[loss]}  {task.fields[validation]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=err,
-            disable=not err.is_terminal,
-        )
+        self.validation: dict[str, float] = {}
+        self.over = False
+        self._began = self._last = time.monotonic()
+        self._evaluated = self.step
+        self._step_times, self._evaluation_times = deque[float](maxlen=_TIMED), deque[float](maxlen=_TIMED)
+
+    def stepped(self, step: int, loss: float) -> None:
+        """Note a step; the loss that is shown is smoothed."""
+        self.step = step
+        self._step_times.append(self._lap())
+        self.loss = loss if self.loss is None else _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Note an evaluation."""
+        self.validation, self._evaluated = values, step
+        self._evaluation_times.append(self._lap())
+
+    def evaluation_follows(self) -> bool:
+        """Tell whether the step that was noted last is to be evaluated."""
+        return self.eval_every is not None and (self.step % self.eval_every == 0 or self.step == self.steps)
+
+    def seconds_left(self) -> float | None:
+        """Return how long the steps and evaluations that are left take; None before the first step."""
+        if not self._step_times:
+            return None
+        steps = list(self._step_times)[1:] or list(self._step_times)  # the first one sets things up
+        evaluations = 0
+        if self.eval_every is not None and self._evaluated < self.steps:
+            evaluations = math.ceil(self.steps / self.eval_every) - self._evaluated // self.eval_every
+        return (self.steps - self.step) * _mean(steps) + evaluations * _mean(self._evaluation_times)
+
+    def text(self, width: int) -> str:
+        """Write the line; where it is too long, the loss on validation rows is the first to go."""
+        left, elapsed = self.seconds_left(), f"{clock(time.monotonic() - self._began)} elapsed"
+        loss = "" if self.loss is None else f"loss {self.loss:.3f}"
+        times = elapsed if left is None or self.over else f"{elapsed}, {clock(left)} left"
+        shown = dict(list(self.validation.items())[:1])
+        for values in (self.validation, shown) if self.validation else ({},):
+            validation = validation_text(values) if values else ""
+            line = "  ".join(filter(None, (f"step {self.step}/{self.steps}", loss, validation, times)))
+            if len(line) <= width:
+                break
+        return line
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.text(options.max_width), no_wrap=True, overflow="ellipsis")
+
+    def _lap(self) -> float:
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
+
+
+def _mean(times: Collection[float]) -> float:
+    return sum(times) / len(times) if times else 0.0
+
+
+def clock(seconds: float) -> str:
+    """Write a time as minutes and seconds, or as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TerminalWatcher(Watcher):
+    """Shows settings, then a run's progress: one line that is kept up to date on a terminal, about ten lines elsewhere.
+
+    Args:
+        origins: where each setting came from; None to show no settings.
+        verbose: show every setting, not only those that matter.
+        transient: wipe the line when the run ends.
+    """
+
+    def __init__(self, origins: Mapping[str, str] | None, *, verbose: bool = False, transient: bool = False) -> None:
+        self.origins, self.verbose, self.transient = origins, verbose, transient
+        self.live: Live | None = None
+        self.began = False
 
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
         tried = ", ".join(
@@ -191,33 +251,63 @@ class TerminalWatcher(Watcher):
 
     def begin(self, plan: Plan, step: int) -> None:
         if self.origins is not None:
-            err.print(settings_table(plan, self.origins))
-            err.print(rows_line(plan))
+            self._show_settings(plan, self.origins)
+        self.began = True
         if step:
-            err.print(f"going on after step {step}")
+            err.print(f"resuming after step {step}")
         assert plan.config.max_steps
-        self.steps, self.first, self.began = plan.config.max_steps, step, time.monotonic()
-        self.task = self.bar.add_task("", total=self.steps, completed=step, loss="", validation="")
-        self.bar.start()
+        evaluates = plan.config.eval_every if plan.validation is not None else None
+        self.line = ProgressLine(plan.config.max_steps, step, evaluates)
+        self.due, self.printed = step, -1  # of the lines in a log
+        if err.is_terminal and not err.is_dumb_terminal:
+            self.live = Live(self.line, console=err, refresh_per_second=_REFRESHED, transient=self.transient)
+            self.live.start()
 
     def step(self, step: int, loss: float) -> None:
-        self.loss = loss if self.loss is None else _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
-        self.bar.update(self.task, completed=step, loss=f"loss {self.loss:.3f}")
-        if not err.is_terminal and (step % max(1, self.steps // _LINES) == 0 or step == self.steps):
-            spent = time.monotonic() - self.began
-            left = spent / (step - self.first) * (self.steps - step)
-            err.print(f"step {step}/{self.steps}  loss {self.loss:.3f}  {self.validation}  {left:.0f} s left")
+        self.line.stepped(step, loss)
+        if not self.line.evaluation_follows():
+            self._log()
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.validation = validation_text(values)
-        self.bar.update(self.task, validation=self.validation)
-        err.print(f"step {step}: {self.validation}")
+        self.line.evaluated(step, values)
+        self._log()
 
     def smaller(self, step: int, micro_batch_tokens: int) -> None:
-        err.print(f"step {step}: memory is short; going on with micro-batches of {micro_batch_tokens} tokens")
+        err.print(f"step {step}: memory is short; continuing with micro-batches of {micro_batch_tokens} tokens")
 
     def end(self) -> None:
-        self.bar.stop()
+        self.line.over = True
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+        elif self.printed < self.line.step:  # it was stopped between two lines
+            self._print()
+
+    def _show_settings(self, plan: Plan, origins: Mapping[str, str]) -> None:
+        """Print them once: the runs of an ensemble differ in the seed alone."""
+        if self.began:
+            err.print(f"\nnext prompt: seed {plan.config.seed}")
+            return
+        from softprompt.training.forecast import rendered_row
+
+        if self.verbose:
+            err.print(settings_table(plan, origins))
+        else:
+            err.print(settings_screen(plan, origins, err.width))
+            err.print(row_text("first row: ", rendered_row(plan, 0), err.width))
+        err.print(rows_line(plan))
+
+    def _log(self) -> None:
+        """Print a line where it is time for one and none is kept up to date."""
+        line = self.line
+        if self.live is None and (line.step >= self.due or line.step == line.steps):
+            every = math.ceil(line.steps / _LINES)
+            self.due = (line.step // every + 1) * every
+            self._print()
+
+    def _print(self) -> None:
+        self.printed = self.line.step
+        err.print(self.line.text(_LOG_WIDTH), soft_wrap=True)
 
 
 class PredictionProgress:

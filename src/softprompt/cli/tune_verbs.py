@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from softprompt.cli.options import load, parse_map, require_named_code, say, tune_options
+from softprompt.cli.options import load, parse_map, require_named_code, say, tune_options, verbose_option
 
 if TYPE_CHECKING:
     from softprompt.config import TuneConfig
@@ -23,28 +23,33 @@ ensemble_option = click.option(
     "--ensemble",
     metavar="K",
     type=click.IntRange(min=2),
-    help="Learn K prompts and average what they say; K times the time, or a K-th of max_minutes each.",
+    help="Train K prompts and average their predictions; takes K times as long, or max_minutes / K for each.",
 )
 
 
 @click.command()
 @tune_options
 @click.option("--out", metavar="RUN", required=True, type=click.Path(path_type=Path), help="The run's folder.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @click.option("--name", metavar="N", help="Also keep the prompt under a name: softprompt prompts list.")
 @ensemble_option
-def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_json: bool, **options: Any) -> None:
+@verbose_option
+def tune(
+    out: Path, resume: bool, name: str | None, ensemble: int | None, verbose: bool, as_json: bool, **options: Any
+) -> None:
     """Learn a prompt from the rows of DATA.
 
     DATA is a .csv, .jsonl or .parquet file, or hub:ID[:SPLIT], and may end in a row range as in prompts.csv[:50].
     """
+    from softprompt.cli.settings_show import RESUMED
     from softprompt.cli.show import TerminalWatcher, print_json
     from softprompt.launch import rank
-    from softprompt.prompt.store import keep, new_version
     from softprompt.training.run_folder import RunFolder
 
     first = rank() == 0
     if name is not None:
+        from softprompt.prompt.store import keep, new_version
+
         new_version(name)  # a name that cannot be kept is said now, not after the night
     if first and resume:
         RunFolder(out).require_begun()
@@ -52,8 +57,10 @@ def tune(out: Path, resume: bool, name: str | None, ensemble: int | None, as_jso
         RunFolder(out).require_new()
     model, rows, held, config, origins = prepare(**options, begun=out / "config.yaml" if resume else None)
     if resume:
-        origins = dict.fromkeys(type(config).model_fields, "as the run was begun")
-    common: dict[str, Any] = {"eval_data": held, "out": out, "resume": resume, "watcher": TerminalWatcher(origins)}
+        origins = dict.fromkeys(type(config).model_fields, RESUMED)
+    watcher = TerminalWatcher(origins, verbose=verbose)
+    common: dict[str, Any] = {"eval_data": held, "out": out, "resume": resume, "watcher": watcher}
+    say_preparing(rows, config)
     try:
         if ensemble is None:
             from softprompt.training.tune import tune as run
@@ -123,23 +130,30 @@ def _say_done(out: Path, kept: str | None, record: dict[str, Any], *, biased: bo
 @click.option("--resume", is_flag=True, hidden=True)
 @click.option("--name", hidden=True)
 @ensemble_option
+@verbose_option
 def check(
-    out: Path | None, resume: bool, name: str | None, ensemble: int | None, as_json: bool, **options: Any
+    out: Path | None,
+    resume: bool,
+    name: str | None,
+    ensemble: int | None,
+    verbose: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Dry run of tune: rows, tokens, memory, time.
 
     Nothing is written. One step is run, to measure its time.
     """
-    from softprompt.cli.show import out as console
-    from softprompt.cli.show import print_json, rows_line, settings_table
+    from softprompt.cli.check_show import show_check
+    from softprompt.cli.show import print_json
     from softprompt.training.forecast import make_forecast
     from softprompt.training.plan import make_plan
 
     model, rows, held, config, origins = prepare(**options)
+    say(f"preparing {len(rows):,} rows, and timing a step")
     plan = make_plan(model, rows, config, held)
-    members = ensemble or 1
     if config.max_minutes:
-        config = config.model_copy(update={"max_minutes": config.max_minutes / members})
+        config = config.model_copy(update={"max_minutes": config.max_minutes / (ensemble or 1)})
     forecast = make_forecast(model, plan, config)
     length = {"max_steps": forecast.steps, "eval_every": forecast.eval_every, "eval_rows": forecast.eval_rows}
     fitting = {name: value for name, value in length.items() if getattr(plan.config, name) != value}
@@ -149,22 +163,15 @@ def check(
     plan = replace(plan, reasons=reasons)
     if as_json:
         print_json({**forecast.model_dump(), "settings": plan.config.model_dump()})
-        return
-    console.print(settings_table(plan, origins))
-    console.print(rows_line(plan))
-    for number, rendered in enumerate(forecast.rendered, start=1):
-        console.print(f"\nrow {number}: {rendered.tokens} tokens, {rendered.targets} of them learned", markup=False)
-        console.print(f"{rendered.input!r} → {rendered.target!r}", markup=False, emoji=False)
-    twice = " (layers run once more in the backward pass, to save some)" if plan.config.gradient_checkpointing else ""
-    searched = " and a search" if forecast.search_minutes else ""
-    console.print(
-        f"\ntokens a row: {forecast.mean_tokens:.0f} on average, {forecast.longest} at most\n"
-        f"way: {forecast.way}; learned: {forecast.parameters:,} numbers "
-        f"({forecast.virtual_tokens} virtual tokens)\n"
-        f"memory: about {forecast.step_gigabytes:.1f} GB for a step{twice}, {forecast.free_gigabytes:.1f} GB free\n"
-        f"time: {forecast.step_seconds:.1f} s a step, about {forecast.minutes:.0f} min for "
-        f"{forecast.steps} steps with evaluations{searched}" + (f", for each of {members} prompts" if ensemble else "")
-    )
+    else:
+        show_check(plan, forecast, origins, members=ensemble, verbose=verbose)
+
+
+def say_preparing(rows: Rows, config: TuneConfig) -> None:
+    """Say what happens before the first step: it can take minutes."""
+    timed = ", and timing a few steps" if config.max_minutes else ""
+    searched = "; then a search for settings" if config.budget == "thorough" else ""
+    say(f"preparing {len(rows):,} rows{timed}{searched}")
 
 
 def prepare(
@@ -188,7 +195,6 @@ def prepare(
     from softprompt.config import PROMPT, TuneConfig, read_settings
     from softprompt.data.rows import load_data
     from softprompt.errors import SettingsError
-    from softprompt.prompt.soft_prompt import load_soft_prompt
 
     config, origins = read_settings(TuneConfig, file, assignments, budget=budget, init=init)
     if eval_data and config.eval_rows == 0:
@@ -203,6 +209,8 @@ def prepare(
         processes = launched()  # the first one reads: the others may be on other machines
         place = share_config(processes, read_settings(TuneConfig, begun)[0] if processes.first else None)
     if model is None and place.init.startswith(PROMPT):
+        from softprompt.prompt.soft_prompt import load_soft_prompt
+
         require_named_code(trust_remote_code)
         base = load_soft_prompt(place.init.removeprefix(PROMPT)).record.base_model
         model, revision = base.id, revision or base.revision

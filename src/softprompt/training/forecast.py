@@ -96,7 +96,7 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
         mean_tokens=mean,
         longest=extent.longest,
         truncated=plan.encoder.truncated,
-        rendered=[_rendered(model, plan, i) for i in range(min(_SHOWN, len(examples)))],
+        rendered=[rendered_row(plan, i) for i in range(min(_SHOWN, len(examples)))],
         step_gigabytes=needed / 1e9,
         free_gigabytes=available_memory(model.device) / 1e9,
         step_seconds=a_step,
@@ -108,9 +108,10 @@ def make_forecast(model: FrozenModel, plan: Plan, given: TuneConfig) -> Forecast
     )
 
 
-def _rendered(model: FrozenModel, plan: Plan, index: int) -> RenderedRow:
+def rendered_row(plan: Plan, index: int) -> RenderedRow:
+    """Return a training row as the model reads it."""
     example = plan.examples[index]
-    decode = model.tokenizer.decode
+    decode = plan.encoder.tokenizer.decode
     return RenderedRow(
         input=str(decode(list(example.ids[: example.start]))),
         target=str(decode(list(example.ids[example.start :]))),
