@@ -100,8 +100,8 @@ def settings() -> str:
         "# Settings\n",
         NOTE,
         "The same names work with `--set NAME=VALUE` and in Python, those of tuning also in a YAML file (`--config`).\n"
-        "Where the default is open, it is chosen from the data and the model; `softprompt check` shows each value and\n"
-        "its origin.\n",
+        "Where the default is open, it is chosen from the data and the model; `softprompt check --verbose` shows each\n"
+        "value and its origin.\n",
         "## Tuning: `TuneConfig`\n",
         _table(TuneConfig),
         "## Evaluation: `evaluate --set`, keywords of `sp.evaluate`\n",

@@ -47,7 +47,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
 
     train, test = demo_rows("train"), demo_rows("test")
     run = out or _free_folder(Path("runs/demo"))
-    say(f"\nTuning a prompt on {len(train)} messages to an online shop, labelled {', '.join(train.labels)}.\n")
+    say(f"\nTuning a prompt on {len(train)} messages to an online shop, labelled\n{', '.join(train.labels)}.\n")
     result = tune(model, train, config, out=run, watcher=TerminalWatcher(origins, verbose=verbose))
     say(f"\nScoring {len(test)} messages that were held back, without the prompt and with it.\n")
     done = evaluate(model, test, result.prompt)
@@ -109,11 +109,13 @@ def _show(run: Path, result: TuneResult, done: Evaluation, answers: Answers) -> 
             whole=2,
         )
     )
-    learned = (
-        f"{result.prompt.num_virtual_tokens} virtual tokens ({result.prompt.weights.numel():,} trainable parameters)"
+    tokens, parameters = result.prompt.num_virtual_tokens, result.prompt.weights.numel()
+    out.print(
+        f"\nThe base model is unchanged; {tokens} virtual tokens ({parameters:,} trainable parameters) were trained.\n"
+        f"They are in {run / 'prompt'}, a folder that PEFT reads too. Next:\n",
+        soft_wrap=True,
+        markup=False,
     )
-    out.print(f"\nThe base model is unchanged. What was learned are {learned};")
-    out.print(f"they are in {run / 'prompt'}, a folder that PEFT reads too. Next:\n", soft_wrap=True, markup=False)
     for line in (
         f'softprompt generate {run / "prompt"} "my parcel never came" --versus-base',
         "softprompt check YOUR.csv                    # columns text,label: a dry run",

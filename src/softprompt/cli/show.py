@@ -247,7 +247,7 @@ class TerminalWatcher(Watcher):
 
     def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
         shown = "1 example" if demonstrations == 1 else f"{demonstrations} examples"
-        err.print(f"best so far: {shown}, {validation_text(values)}; {min(spent, 1):.0%} of the budget spent")
+        err.print(f"best: {shown}, {validation_text(values)}; {min(spent, 1):.0%} of budget used")
 
     def begin(self, plan: Plan, step: int) -> None:
         if self.origins is not None:

@@ -136,7 +136,7 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
         if config.init_text is None:
             longest = _at_most(model, length or _LONGEST_TEXT)
             if _shown_best(config.method, form) and _shows_enough(model, form, *examples(), longest):
-                init, why = "examples", "rows and their targets show more than words about them"
+                init, why = "examples", "rows and their targets show more than words"
             elif not _fits(model, task_text(form), _at_most(model, _LONGEST_TEXT)):
                 init, why = "labels", "too many labels for a text"
         decide("init", init, why)
