@@ -111,8 +111,8 @@ def _show(run: Path, result: TuneResult, done: Evaluation, answers: Answers) -> 
     )
     tokens, parameters = result.prompt.num_virtual_tokens, result.prompt.weights.numel()
     out.print(
-        f"\nThe base model is unchanged; {tokens} virtual tokens ({parameters:,} trainable parameters) were trained.\n"
-        f"They are in {run / 'prompt'}, a folder that PEFT reads too. Next:\n",
+        f"\nThe base model is unchanged. The {tokens} virtual tokens that were trained\n"
+        f"({parameters:,} parameters) are in {run / 'prompt'}, which PEFT reads too. Next:\n",
         soft_wrap=True,
         markup=False,
     )
