@@ -21,7 +21,7 @@ from softprompt.errors import RunError
 from softprompt.evaluation.scoring import LabelScorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import prompt_loop
-from softprompt.training.loop import interrupts_deferred
+from softprompt.signals import interrupts_deferred
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import RunFolder, State
 

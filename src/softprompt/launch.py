@@ -7,13 +7,8 @@ imported.
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _COUNT, _LOCAL_COUNT = "WORLD_SIZE", "LOCAL_WORLD_SIZE"
-_asked: list[int] = []
 
 
 def count() -> int:
@@ -44,30 +39,3 @@ def leave_the_others() -> None:
 def fewer_than_asked_for() -> bool:
     """Tell whether `accelerate launch` was asked for several processes on the CPU and, without MPI, started one."""
     return {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "LOCAL_RANK" not in os.environ
-
-
-@contextmanager
-def stops_together() -> Iterator[None]:
-    """Let SIGINT (Ctrl-C) and SIGTERM, which launchers hand on to all processes, wait for the next sum.
-
-    There `stop_asked` is asked, so that all processes stop at the same place.
-    """
-    if count() == 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda caught, _: _asked.append(caught)) for number in numbers]
-    try:
-        yield
-        _asked.clear()
-    except KeyboardInterrupt:
-        _asked.clear()
-        raise
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def stop_asked() -> bool:
-    """Tell whether a signal came while `stops_together`, and the processes have not stopped for it yet."""
-    return bool(_asked)

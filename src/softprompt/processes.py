@@ -19,6 +19,7 @@ from torch import Tensor
 from softprompt import launch
 from softprompt.errors import RunError
 from softprompt.model.memory import is_out_of_memory
+from softprompt.signals import Terminated, stops_asked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,27 +47,29 @@ class Processes:
 
         Raises:
             MemoryError: in all processes, where memory ran out in one.
-            KeyboardInterrupt: in all processes, where one was asked to stop (see `launch.stops_together`).
+            KeyboardInterrupt: in all processes, where one was asked to stop (see `signals.stops_together`).
             RunError: another process has ended.
         """
         if self.count == 1:
             return work()
-        # One tensor: whether memory ran out, whether to stop, and the sum.
-        sums = torch.zeros(2 + math.prod(shape), dtype=torch.float64)
+        # One tensor: whether memory ran out, whether Ctrl-C and whether a signal to terminate came, and the sum.
+        sums = torch.zeros(3 + math.prod(shape), dtype=torch.float64)
         try:
-            sums[2:] = work().flatten()
+            sums[3:] = work().flatten()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             sums[0] = 1
-        sums[1] = launch.stop_asked()
+        sums[1], sums[2] = stops_asked()
         with _lost_processes_told():
             torch.distributed.all_reduce(sums, group=_group())
+        if sums[2]:
+            raise Terminated
         if sums[1]:
             raise KeyboardInterrupt
         if sums[0]:
             raise MemoryError("memory ran out in one of the processes")
-        return sums[2:].view(*shape)
+        return sums[3:].view(*shape)
 
     def share(self, data: bytes) -> bytes:
         """Return the first process's data, in all of them.

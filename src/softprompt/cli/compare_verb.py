@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import parse_map, say, tune_options
+from softprompt.cli.options import parse_map, tune_options
 from softprompt.cli.tune_verbs import prepare
 from softprompt.comparison import USUAL
 
@@ -48,11 +48,14 @@ def compare(
     from softprompt.cli.show import out as console
     from softprompt.cli.show import print_json
     from softprompt.comparison.compare import compare as run
-    from softprompt.comparison.compare import require_methods
+    from softprompt.comparison.compare import require_methods, require_ours
     from softprompt.data.rows import load_data
+    from softprompt.locks import require_free
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     require_methods(names)  # what is cheap to check before the model is loaded
+    require_free(out)
+    require_ours(out)
     test = load_data(test_data, parse_map(options["mapping"]), options["task"]) if test_data else None
     model, rows, held, config, _ = prepare(**options)
     try:
@@ -69,8 +72,8 @@ def compare(
             search=not no_search,
             watcher=TerminalComparison(),
         )
-    except KeyboardInterrupt:
-        say("\nstopped; the same command goes on with the method that was interrupted")
+    except KeyboardInterrupt as stop:
+        stop.args = ("stopped; the same command goes on with the method that was interrupted",)
         raise
     if as_json:
         from softprompt.comparison.results import PRIMARY

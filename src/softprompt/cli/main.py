@@ -8,17 +8,18 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
 import click
 
-from softprompt import __version__, launch
+from softprompt import __version__, launch, signals
 from softprompt.cli.compare_verb import compare
 from softprompt.cli.demo_verb import demo
 from softprompt.cli.doctor_verb import doctor
 from softprompt.cli.model_verbs import models
 from softprompt.cli.predict_verb import predict
 from softprompt.cli.prompt_verbs import prompts
+from softprompt.cli.streams import usable_streams
 from softprompt.cli.tune_verbs import check, tune
 from softprompt.cli.use_verbs import evaluate, generate
 from softprompt.errors import SoftpromptError
@@ -41,7 +42,10 @@ for verb in (demo, tune, check, compare, evaluate, predict, generate, prompts, m
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0 done, 1 the work failed, 2 the input is at fault, 130 interrupted."""
+    """Run the command and exit.
+
+    0 done, 1 the work failed, 2 the input is at fault, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM; 129 SIGHUP).
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.showwarning = lambda message, *_: click.echo(f"softprompt: warning: {message}", err=True)
@@ -59,38 +63,54 @@ def _run_silently(arguments: Sequence[str], debug: bool) -> int:
     held = io.StringIO()
     with redirect_stdout(held), redirect_stderr(held):
         code = _run(arguments, debug)
-    if code not in (0, 130) and not launch.stop_asked():
+    if code not in (0, 129, 130, 143) and not any(signals.stops_asked()):
         time.sleep(_FIRST_SPEAKS)  # when the first process has failed, the launcher ends this one
         sys.stderr.write(f"process {launch.rank()}: {held.getvalue()}")
     return code
 
 
 def _run(arguments: Sequence[str], debug: bool) -> int:
+    """Run the command, and tell what went wrong in one message."""
     try:
-        softprompt.main(args=list(arguments), prog_name="softprompt", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
-    except SoftpromptError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"softprompt: {error}", err=True)
-        return error.exit_code
-    except BrokenPipeError:  # the reader, head or less, has seen enough
-        sys.stderr.close()
-        return 0
-    except Exception as error:  # a traceback is for those who ask for it
-        if debug:
-            traceback.print_exc()
-        from softprompt.model.memory import is_out_of_memory
-
-        if is_out_of_memory(error):
-            cure = "run less at once (--set micro_batch_tokens=N, or batch_size=N to generate), or take a smaller model"
-            click.echo(f"softprompt: out of memory; {cure}", err=True)
-        else:
-            click.echo(f"softprompt: unexpected {type(error).__name__}: {error}; --debug shows where", err=True)
-        return 1
+        with signals.terminations_raised():
+            try:
+                with usable_streams():
+                    softprompt.main(args=list(arguments), prog_name="softprompt", standalone_mode=False)
+            except (Exception, KeyboardInterrupt) as error:
+                # click makes an Abort of Ctrl-C.
+                stopped = isinstance(error, click.Abort) and isinstance(error.__cause__, KeyboardInterrupt)
+                return _told(error.__cause__ if stopped and error.__cause__ else error, debug)
+    except KeyboardInterrupt as again:  # while the first one was told
+        return signals.exit_code(again)
     return 0
+
+
+def _told(error: BaseException, debug: bool) -> int:
+    """Tell what went wrong, and return the exit code; a traceback is for those who ask for it."""
+    message, code = _message(error)
+    with suppress(OSError):  # a terminal that is gone
+        if debug and code <= 2 and not isinstance(error, click.ClickException):
+            traceback.print_exception(error)
+        if isinstance(error, click.ClickException):
+            error.show()
+        else:
+            click.echo(message, err=True)
+    return code
+
+
+def _message(error: BaseException) -> tuple[str, int]:
+    """Return what is said of an error, and its exit code."""
+    if isinstance(error, click.ClickException):
+        return error.message, 2
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted", signals.exit_code(error)
+    if isinstance(error, click.Abort):
+        return "interrupted", 130
+    if isinstance(error, SoftpromptError):
+        return f"softprompt: {error}", error.exit_code
+    from softprompt.model.memory import is_out_of_memory
+
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        cure = "run less at once (--set micro_batch_tokens=N, or batch_size=N to generate), or take a smaller model"
+        return f"softprompt: out of memory; {cure}", 1
+    return f"softprompt: unexpected {type(error).__name__}: {error}; --debug shows where", 1

@@ -362,7 +362,11 @@ def rows_line(plan: Plan) -> str:
 
 
 def print_json(record: Mapping[str, Any]) -> None:
-    """Print one JSON object on stdout."""
+    """Print one JSON object on stdout; a figure beyond all numbers is null, and what the stream lacks is escaped."""
     import json
 
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    from softprompt.cli.streams import is_unicode
+    from softprompt.storage import strict_json
+
+    text = json.dumps(strict_json(record), ensure_ascii=not is_unicode(sys.stdout), allow_nan=False)
+    sys.stdout.write(text + "\n")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from softprompt.training.ensemble import EnsembleResult
     from softprompt.training.tune import TuneResult
 
+_NOTHING_DONE = "no step was done yet; the same command begins anew"
 ensemble_option = click.option(
     "--ensemble",
     metavar="K",
@@ -51,10 +52,8 @@ def tune(
         from softprompt.prompt.store import keep, new_version
 
         new_version(name)  # a name that cannot be kept is said now, not after the night
-    if first and resume:
-        RunFolder(out).require_begun()
-    elif first:
-        RunFolder(out).require_new()
+    if first:
+        RunFolder(out).require(resume)
     model, rows, held, config, origins = prepare(**options, begun=out / "config.yaml" if resume else None)
     if resume:
         origins = dict.fromkeys(type(config).model_fields, RESUMED)
@@ -73,9 +72,9 @@ def tune(
 
             several = tune_ensemble(model, rows, config, members=ensemble, **common)
             made, record = several.prompt, _ensemble_record(several)
-    except KeyboardInterrupt:
-        saved = any(out.rglob("state/step-*"))
-        say("\nstopped; " + ("the same command with --resume goes on from here" if saved else "no step was done yet"))
+    except KeyboardInterrupt as stop:
+        begun = (out / "config.yaml").exists()
+        stop.args = ("stopped; " + ("the same command with --resume goes on from here" if begun else _NOTHING_DONE),)
         raise
     kept = keep(made, name) if first and name is not None else None
     if as_json:
@@ -205,9 +204,10 @@ def prepare(
     if begun is not None:
         from softprompt.processes import launched
         from softprompt.training.agreement import share_config
+        from softprompt.training.run_folder import RunFolder
 
         processes = launched()  # the first one reads: the others may be on other machines
-        place = share_config(processes, read_settings(TuneConfig, begun)[0] if processes.first else None)
+        place = share_config(processes, RunFolder(begun.parent).settings() if processes.first else None)
     if model is None and place.init.startswith(PROMPT):
         from softprompt.prompt.soft_prompt import load_soft_prompt
 

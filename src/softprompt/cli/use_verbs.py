@@ -83,12 +83,14 @@ def evaluate(
         max_length=config.max_length,
         calibration=config.calibration,
     )
-    # The figures first: they took minutes, and the disk may be full.
-    if as_json:
-        print_json({**evaluation_record(done), "predictions": str(predictions)})
-    else:
-        show_evaluation(done, data)
-    write_records(predictions, done.predictions)
+    # They took minutes: neither a full disk nor a terminal that is gone may cost both predictions and figures.
+    try:
+        write_records(predictions, done.predictions)
+    finally:
+        if as_json:
+            print_json({**evaluation_record(done), "predictions": str(predictions)})
+        else:
+            show_evaluation(done, data)
     if not as_json:
         click.echo(f"predictions: {predictions}")
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -31,17 +32,20 @@ from softprompt.data.templates import make_format
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, nearest
 from softprompt.evaluation.evaluate import Side
 from softprompt.launch import count
+from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory
 from softprompt.packages import require_package
-from softprompt.storage import storage_errors, write_records, write_text
+from softprompt.signals import interrupts_deferred, saves_before_it_ends
+from softprompt.storage import MARK, read_json_object, storage_errors, sweep, write_records, write_text
 from softprompt.training.run_folder import environment
 from softprompt.training.watcher import Watcher
 
 MINUTES = {"quick": 1.0, "normal": 5.0, "thorough": 15.0}
 _SAME = ("zero-shot",)  # with every seed
 _SWITCHED = 3  # times; the median counts
+_DAMAGED = "give another folder, or remove this one: what was done so far cannot be told to be of these rows"
 RESULTS, TASKS, ROWS, PROTOCOL = "results", "tasks", "test-rows.jsonl", "protocol.json"
 
 
@@ -119,8 +123,14 @@ def compare(
     held, test = (None if rows is None else as_rows(rows, data.task) for rows in (eval_data, test_data))
     protocol = _protocol(model, data, held, test, config or TuneConfig(), equal, search)
     watcher = watcher or ComparisonWatcher()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(out) if out is not None else Path(scratch)
+    with ExitStack() as stack:
+        stack.enter_context(saves_before_it_ends())
+        folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
+        require_free(folder)
+        require_ours(folder)  # nothing is put into a folder of something else
+        stack.enter_context(locked(folder))
+        for place in (folder, folder / RESULTS, folder / TASKS):
+            sweep(place)
         _begin(folder, protocol)
         asked = [(name, seed) for name in dict.fromkeys(methods) for seed in range(1 if name in _SAME else seeds)]
         kept = [read_result(file) for file in sorted((folder / RESULTS).glob("*.json"))]
@@ -148,10 +158,26 @@ def compare(
         finally:  # an interrupted comparison has a report too
             found = [results[key] for key in every if key in results]
             if out is not None and found:
-                report = write_report(found, rows, folder)
+                with interrupts_deferred():
+                    report = write_report(found, rows, folder)
         if failed:
             raise RunError("; ".join([*failed, "the report has the others, and the same command tries these again"]))
     return Comparison(found, rows, report)
+
+
+def require_ours(folder: Path) -> None:
+    """Make sure that a folder is free for a comparison, or holds one.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    ours = {ROWS, PROTOCOL, LOCK, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # by a command that was stopped before a result
+    if (folder / PROTOCOL).exists():
+        if any((folder / RESULTS).glob("*.json")):
+            return
+        ours |= {RESULTS, TASKS, PAGE, MARKDOWN, PICTURE}
+    if folder.exists() and (not folder.is_dir() or any(p.name not in ours and MARK not in p.name for p in folder.iterdir())):
+        raise InputError(f"{folder} exists and holds no comparison; give a new folder")
 
 
 def require_methods(methods: Sequence[str]) -> None:
@@ -273,17 +299,15 @@ def _begin(folder: Path, protocol: Protocol) -> None:
     }
     file = folder / PROTOCOL
     if not (file.exists() and any((folder / RESULTS).glob("*.json"))):
-        ours = {ROWS, PROTOCOL, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # by a command that was stopped before a result
-        if file.exists():
-            ours |= {RESULTS, TASKS, PAGE, MARKDOWN, PICTURE}
-        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - ours):
-            raise InputError(f"{folder} exists and holds no comparison; give a new folder")
+        require_ours(folder)  # there are no results yet, or no more
         plan = protocol.plan()  # what does not fit together is said before anything is written
         protocol.test.require_inputs(plan.encoder.format.columns)
         write_records(folder / ROWS, protocol.test)
         write_text(file, json.dumps(record, indent=1) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json_object(file, _DAMAGED)
+    if not isinstance(before.get("settings"), dict):
+        raise InputError(f"{file} is damaged: it holds no settings; {_DAMAGED}")
     usual = TuneConfig().model_dump(exclude=budget)
     for name, value in record.items():
         # What an older version did not write down was then as it usually is.

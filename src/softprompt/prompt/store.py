@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from softprompt.errors import PromptError, nearest
-from softprompt.storage import home, storage_errors, write_text
+from softprompt.storage import home, recover, storage_errors, write_text
 
 if TYPE_CHECKING:
     from softprompt.prompt.ensemble import Prompt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ADAPTER, ENSEMBLE = "adapter_config.json", "ensemble.json"
 UNTOUCHED = "none"  # in place of a prompt: the model without one
 _HIGHEST = "highest"  # the version that was the newest when one was removed: no number is given twice
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -44,7 +45,7 @@ def versions(name: str) -> list[int]:
     """Return the versions of a name, the oldest first."""
     folder = store_folder() / name
     found = [p.name for p in folder.iterdir() if p.is_dir()] if _NAME.fullmatch(name) and folder.is_dir() else []
-    return sorted(int(version) for version in found if version.isdigit())
+    return sorted(int(version) for version in found if _VERSION.fullmatch(version))
 
 
 def new_version(name: str) -> Path:
@@ -63,8 +64,8 @@ def new_version(name: str) -> Path:
 def _highest(name: str) -> int:
     """Return the highest version that a name ever had."""
     file = store_folder() / name / _HIGHEST
-    removed = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    return max([*versions(name), int(removed) if removed.isdigit() else 0])
+    removed = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+    return max([*versions(name), int(removed) if _VERSION.fullmatch(removed) else 0])
 
 
 def find(prompt: str | Path) -> Path:
@@ -80,6 +81,7 @@ def find(prompt: str | Path) -> Path:
     path = Path(prompt)
     name, at, version = str(prompt).partition("@")
     kept = versions(name)
+    recover(path)
     try:
         if path.is_dir() and (not kept or any((path / file).exists() for file in (ADAPTER, ENSEMBLE))):
             return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.processes import launched
 from softprompt.prompt.ensemble import Ensemble, joined
 from softprompt.prompt.store import member_name
+from softprompt.signals import saves_before_it_ends
 from softprompt.training.plan import make_plan
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import TuneResult, data_hashes, identity_of, pace_of, tune
@@ -71,15 +73,32 @@ def tune_ensemble(
         raise SettingsError(f"an ensemble of {members} is none; give two members or more")
     if launched().count > 1:
         raise SettingsError("an ensemble is learned by one process; start it without torchrun, or learn one prompt")
-    began, given = time.monotonic(), config or TuneConfig()
     data = as_rows(data)
     eval_data = None if eval_data is None else as_rows(eval_data, data.task)
     folder = None if out is None else RunFolder(Path(out))
+    with ExitStack() as stack:
+        stack.enter_context(saves_before_it_ends())
+        if folder is not None:
+            stack.enter_context(folder.held(resume))
+        return _tune_members(model, data, config or TuneConfig(), members, eval_data, folder, resume, watcher)
+
+
+def _tune_members(
+    model: FrozenModel,
+    data: Rows,
+    given: TuneConfig,
+    members: int,
+    eval_data: Rows | None,
+    folder: RunFolder | None,
+    resume: bool,
+    watcher: Watcher | None,
+) -> EnsembleResult:
+    """Tune one after the other, in the ensemble's folder, which is held."""
+    began = time.monotonic()
     places = [None if folder is None else folder.path / member_name(number) for number in range(1, members + 1)]
     if folder is not None and resume:
         given, _ = folder.resume(given, identity_of(model, data, eval_data), members)
     elif folder is not None:
-        folder.require_new()
         make_plan(model, data, given, eval_data)  # what does not fit together is said before anything is written
     begun = [resume and place is not None and (place / "config.yaml").exists() for place in places]
     minutes, pace = None, None

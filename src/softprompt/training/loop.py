@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -25,6 +22,7 @@ from softprompt.evaluation.scoring import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory, is_out_of_memory
 from softprompt.processes import ALONE, Processes
+from softprompt.signals import interrupts_deferred
 from softprompt.training.plan import EVALUATIONS, Plan
 from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder, State
 from softprompt.training.watcher import Watcher
@@ -85,6 +83,7 @@ class Loop(ABC):
     ) -> None:
         self.model, self.plan, self.folder, self.watcher = model, plan, run, watcher
         self.learned, self.processes = dict(learned), processes
+        self.whole = True  # not in the middle of a step
         config = plan.config
         assert config.micro_batch_tokens and config.max_steps and config.eval_every
         self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
@@ -119,13 +118,13 @@ class Loop(ABC):
                 scores = self._evaluated(scores)
                 done = self._done()
                 if progress.step and (done or progress.step % save_every == 0):
-                    self.folder.save_state(self._state())
+                    self._save()
                 if done:
                     break
                 self.step()
-        except KeyboardInterrupt:
-            if progress.step:
-                self.folder.save_state(self._state())
+        except (KeyboardInterrupt, SystemExit):  # the latter is what handlers of a script's own raise
+            if progress.step and self.whole:
+                self._save()
             raise
         if not self.plan.scorer:
             self._keep(None)
@@ -134,6 +133,19 @@ class Loop(ABC):
             # A bias changes no loss; what is scored once more, by other processes, may be rounded differently.
             progress.best = {**found.values(), "loss": progress.best["loss"]}
         return Outcome(self.best, progress, found, label_bias)
+
+    def _save(self) -> None:
+        """Save the state; who asks once more to stop waits until it is there."""
+        with interrupts_deferred():
+            self.folder.save_state(self._state())
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Do what belongs together: stops wait until it is done, and where it fails, no state is saved."""
+        with interrupts_deferred():
+            self.whole = False
+            yield
+            self.whole = True
 
     def _matched(self, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
         """Find the bias that labels are chosen with, where one is of use.
@@ -176,7 +188,7 @@ class Loop(ABC):
             return scores
         now = self.evaluate()
         values = now.values()
-        with interrupts_deferred():
+        with self._all_or_nothing():
             if scores is None or now.better_than(scores):
                 scores = now
                 self._keep(now)
@@ -233,7 +245,7 @@ class Loop(ABC):
             )
         rate = learning_rate(config, progress.step)
         self.optimizer.param_groups[0]["lr"] = rate
-        with interrupts_deferred():
+        with self._all_or_nothing():
             self.optimizer.step()
             progress.step += 1
             record = {
@@ -267,22 +279,6 @@ class Loop(ABC):
                 "step": torch.tensor(float(state.progress.step)),
                 **{moment: state.tensors[f"{moment}.{name}"] for moment in _MOMENTS},
             }
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Let a Ctrl-C wait until the block is done: a step is done whole or not at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals arrive in the main thread only
-        return
-    caught: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught and callable(before):
-        before(*caught[0])
 
 
 @dataclass(frozen=True)

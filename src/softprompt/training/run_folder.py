@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,12 +26,24 @@ if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import SoftPrompt
 
 from softprompt.config import TuneConfig, read_settings, to_yaml
-from softprompt.errors import InputError, SettingsError, StorageError
+from softprompt.errors import InputError, SettingsError
+from softprompt.locks import LOCK, locked, require_free
 from softprompt.packages import require_package
-from softprompt.storage import storage_errors, write_folder, write_records, write_text
+from softprompt.storage import (
+    MARK,
+    read_json_object,
+    storage_errors,
+    strict_json,
+    sweep,
+    write_folder,
+    write_records,
+    write_text,
+)
 
 _KEPT_STATES = 2
 _MEMBERS = "members"
+_SETTINGS, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+_STATE = re.compile(r"step-([1-9][0-9]{0,17})")
 
 
 class Progress(BaseModel):
@@ -43,7 +58,7 @@ class Progress(BaseModel):
         processes: how many share a step.
     """
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")  # metrics need not be finite, and come back as they were
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # metrics need not be finite, and come back as they were
 
     step: int = 0
     evaluated: int = -1
@@ -80,9 +95,38 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.prompt = path / "prompt"
-        self._metrics = path / "metrics.jsonl"
+        self._metrics = path / _METRICS
         self._states = path / "state"
         self._board: SummaryWriter | None = None
+
+    @contextmanager
+    def held(self, resume: bool) -> Iterator[None]:
+        """Keep other commands out, and clear away what a killed one left half-written.
+
+        Raises:
+            InputError: another command is at work here, or see `require`.
+        """
+        self.require(resume)  # nothing is put into a folder of something else
+        with locked(self.path):
+            self._require(resume)  # another one may have begun, and ended, since
+            for folder in (self.path, self._states):
+                sweep(folder)
+            yield
+
+    def require(self, resume: bool) -> None:
+        """Make sure that a run can begin here, or go on.
+
+        Raises:
+            InputError: another command is at work here; or see `require_new` and `require_begun`.
+        """
+        require_free(self.path)
+        self._require(resume)
+
+    def _require(self, resume: bool) -> None:
+        if resume:
+            self.require_begun()
+        else:
+            self.require_new()
 
     def begin(self, config: TuneConfig, identity: dict[str, str], members: int = 1) -> None:
         """Write the settings of a new run, or of an ensemble of several.
@@ -92,10 +136,10 @@ class RunFolder:
         """
         self.require_new()
         noted = {**environment(), **identity, **({_MEMBERS: members} if members > 1 else {})}
-        write_text(self.path / "environment.json", json.dumps(noted, indent=2) + "\n")
+        write_text(self.path / _ENVIRONMENT, json.dumps(noted, indent=2) + "\n")
         if members == 1:
             write_text(self._metrics, "")
-        write_text(self.path / "config.yaml", to_yaml(config))
+        write_text(self.path / _SETTINGS, to_yaml(config))  # the last one: with it there is a run
 
     def require_new(self) -> None:
         """Make sure that nothing would be overwritten.
@@ -103,9 +147,10 @@ class RunFolder:
         Raises:
             InputError: the folder holds another run, or something else.
         """
-        if (self.path / "config.yaml").exists():
+        if (self.path / _SETTINGS).exists():
             raise InputError(f"{self.path} holds another run; give another folder, or --resume to go on with it")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        ours = {LOCK, _ENVIRONMENT, _METRICS}  # of a command that was stopped before the run had begun
+        if self.path.exists() and (not self.path.is_dir() or any(not _is(ours, p) for p in self.path.iterdir())):
             raise InputError(f"{self.path} exists and is not empty; give a new folder")
 
     def require_begun(self) -> None:
@@ -114,7 +159,7 @@ class RunFolder:
         Raises:
             InputError: there is none.
         """
-        if not (self.path / "config.yaml").exists():
+        if not (self.path / _SETTINGS).exists():
             raise InputError(f"{self.path} holds no run to resume; leave --resume out to begin one")
 
     def resume(self, given: TuneConfig, identity: dict[str, str], members: int = 1) -> tuple[TuneConfig, State | None]:
@@ -124,7 +169,7 @@ class RunFolder:
             InputError: there is no run, or its data, model or settings are others than those given now.
         """
         self.require_begun()
-        config, _ = read_settings(TuneConfig, self.path / "config.yaml")
+        config = self.settings()
         # Where time or passes are limited, there may be fewer than were asked for.
         lowered = {"max_steps": config.epochs or config.max_minutes, "eval_rows": config.max_minutes}
         for name in given.model_fields_set:
@@ -133,7 +178,7 @@ class RunFolder:
                 continue
             if now not in (before, None, "auto"):
                 raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")
-        noted = self._read_environment()
+        noted = read_json_object(self.path / _ENVIRONMENT, "begin a new run in another folder")
         if members != (of := noted.get(_MEMBERS, 1)):
             held = f"an ensemble; resume it with --ensemble {of}" if of > 1 else "one run; resume it without --ensemble"
             raise InputError(f"{self.path} holds {held}")
@@ -159,8 +204,8 @@ class RunFolder:
             shutil.rmtree(self._states / f"step-{old}", ignore_errors=True)
 
     def _steps(self) -> list[int]:
-        names = [folder.name.removeprefix("step-") for folder in self._states.glob("step-*")]
-        return sorted(int(name) for name in names if name.isdigit())
+        names = (_STATE.fullmatch(folder.name) for folder in self._states.glob("step-*"))
+        return sorted(int(name[1]) for name in names if name)
 
     def _load(self, step: int) -> State | None:
         """Read a state, or return None where it is damaged: an older one will do."""
@@ -171,13 +216,17 @@ class RunFolder:
         except (OSError, ValueError, SafetensorError):
             return None
 
-    def _read_environment(self) -> dict[str, Any]:
-        file = self.path / "environment.json"
+    def settings(self) -> TuneConfig:
+        """Return the settings that a run was begun with.
+
+        Raises:
+            SettingsError: the file is damaged.
+        """
+        file = self.path / _SETTINGS
         try:
-            noted: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot read {file}: {error}; begin a new run") from error
-        return noted
+            return read_settings(TuneConfig, file)[0]
+        except SettingsError as error:
+            raise SettingsError(f"{file} is damaged: {error}; begin a new run in another folder") from error
 
     def open_board(self, step: int) -> None:
         """Also log to TensorBoard from now on; what was logged there after `step` is dropped.
@@ -197,7 +246,7 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`."""
         with storage_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(strict_json(record), allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in record.get("validation", record).items():
                 group = "validation" if "validation" in record else "training"
@@ -208,11 +257,11 @@ class RunFolder:
         if not self._metrics.exists():  # of an ensemble
             return
         kept = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         write_text(self._metrics, "".join(kept))
 
@@ -225,8 +274,17 @@ class RunFolder:
         write_records(self.path / "predictions.jsonl", predictions)
 
 
+def _is(names: set[str], file: Path) -> bool:
+    """Tell whether a file has one of some names, or was to get one when its writer was killed."""
+    return file.name in names or any(file.name.startswith(f".{name}{MARK}") for name in names)
+
+
 class SilentRunFolder(RunFolder):
     """Of a process that is not the first, or of a run that nothing is kept of: it writes nothing."""
+
+    @contextmanager
+    def held(self, resume: bool) -> Iterator[None]:
+        yield
 
     def begin(self, config: TuneConfig, identity: dict[str, str], members: int = 1) -> None: ...
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +16,13 @@ import torch
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.evaluation.scoring import Scores
-from softprompt.launch import fewer_than_asked_for, stops_together
+from softprompt.launch import fewer_than_asked_for
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.packages import require_package
 from softprompt.processes import Processes, launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
+from softprompt.signals import saves_before_it_ends, stops_together
 from softprompt.training import agreement
 from softprompt.training.loop import Outcome, Pace, measure_pace
 from softprompt.training.plan import Plan, make_plan, most_steps
@@ -84,7 +85,9 @@ def tune(
         pace: how long steps and evaluations take, where `max_minutes` is set and it is known; None to measure it.
 
     Raises:
-        InputError: what was given does not fit together.
+        InputError: what was given does not fit together, or another command is at work in `out`.
+        KeyboardInterrupt: Ctrl-C; the state is saved. On SIGTERM and SIGHUP, where nobody handles them, it is too, and
+            then the process ends as they have it.
         RunError: the loss is not finite, or one row does not fit in memory.
         StorageError: a file cannot be written.
     """
@@ -95,11 +98,11 @@ def tune(
     watcher = watcher if watcher and processes.first else Watcher()
     if fewer_than_asked_for():
         warnings.warn("accelerate launch has started one process, as it does with --cpu; try --multi_gpu", stacklevel=2)
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
+        stack.enter_context(saves_before_it_ends())
         kind = RunFolder if processes.first else SilentRunFolder
-        run = kind(Path(out) if out is not None else Path(scratch) / "run")
-        if processes.first and not resume:
-            run.require_new()  # before minutes of searching
+        run = kind(Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.enter_context(run.held(resume))  # before minutes of searching
         if config is not None and config.tensorboard:
             require_package("tensorboard", "tensorboard=true")
         identity = identity_of(model, data, eval_data)
