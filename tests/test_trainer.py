@@ -16,6 +16,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from conftest import ARCHITECTURES, frozen, tiny_model
 from softprompt import TrainablePrompt, load_prompt
+from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 
 TEXTS = ["what a fine film", "the parcel never came and I want my money back please", "a dull film", "hello world"] * 4
@@ -151,6 +152,71 @@ def test_peft_and_softprompt_read_what_the_trainer_made(tmp_path: Path) -> None:
         ours = prompt(inputs["input_ids"], inputs["attention_mask"]).logits
     real = inputs["attention_mask"].bool()
     assert torch.allclose(ours[real], expected[real], atol=1e-4)
+
+
+def test_metrics_are_computed_from_the_logits_when_evaluating(tmp_path: Path) -> None:
+    """Those of a model that has no labels, whatever the padding; in training nothing but the loss is computed."""
+    model = frozen("llama")
+    prompt = TrainablePrompt(model, "classify this text")
+    inputs = batch(model, "left")
+    trained = prompt(**inputs)
+    prompt.eval()
+    with torch.no_grad():
+        evaluated = prompt(**inputs)
+        plain = prompt(inputs["input_ids"], inputs["attention_mask"])
+    assert trained.logits is None
+    torch.testing.assert_close(evaluated.loss, trained.loss.detach())
+    torch.testing.assert_close(evaluated.logits, plain.logits)
+
+    seen = []
+    run = trainer(prompt, tmp_path)
+    run.compute_metrics = lambda given: seen.append(given) or {"rows": len(given.predictions)}  # type: ignore[func-returns-value]
+    metrics = run.evaluate(run.train_dataset)
+    assert metrics["eval_rows"] == len(TEXTS)
+    (given,) = seen
+    right = given.predictions[:, :-1].argmax(-1) == given.label_ids[:, 1:]
+    assert given.predictions.shape == (*given.label_ids.shape, 400)
+    assert 0 <= right[given.label_ids[:, 1:] != -100].mean() < 1
+
+
+def test_layers_that_run_again_give_the_same_prompt(tmp_path: Path) -> None:
+    made = []
+    for again in (False, True):
+        prompt = TrainablePrompt(frozen("llama"), "classify this text")
+        trainer(prompt, tmp_path / str(again), gradient_checkpointing=again).train()
+        assert prompt._recomputes == again
+        made.append(prompt.prompt.detach())
+    torch.testing.assert_close(*made)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "said"),
+    [
+        ("llama", {"label_smoothing_factor": 0.1}, "label_smoothing_factor is not supported"),
+        ("llama", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported"),
+        ("gptj", {"gradient_checkpointing": True}, "gradient_checkpointing is not supported for tiny-gptj"),
+    ],
+)
+def test_what_is_not_supported_is_said(
+    architecture: str, arguments: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    prompt = TrainablePrompt(frozen(architecture), "classify this text")
+    with pytest.raises(SettingsError, match=said):
+        trainer(prompt, tmp_path, **arguments).train()
+
+
+def test_the_trainer_cannot_generate_and_says_what_can() -> None:
+    prompt = TrainablePrompt(frozen("llama"), "classify this text")
+    assert not hasattr(prompt, "config")  # asked for by the Trainer, and nothing to fail for
+    with pytest.raises(SettingsError, match="predict_with_generate is not supported: softprompt.generate"):
+        prompt.generate(torch.tensor([[5]]))
+
+
+def test_compiling_changes_nothing() -> None:
+    model = frozen("llama")
+    prompt = TrainablePrompt(model, "classify this text")
+    inputs = batch(model, "right")
+    torch.testing.assert_close(torch.compile(prompt)(**inputs).loss, prompt(**inputs).loss)
 
 
 def test_the_example_runs(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
