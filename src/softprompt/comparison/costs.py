@@ -10,7 +10,6 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scoring import TextScorer
+from softprompt.evaluation.scoring import TextScorer, perplexity
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import give_back
 
@@ -92,7 +91,7 @@ def general_perplexity(model: FrozenModel) -> float:
     rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
     most = min(_LONGEST, model.context_length or _LONGEST)
     scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), most), rows)
-    return float(np.exp(scorer.score(model, None).loss()))
+    return perplexity(scorer.score(model, None).loss())
 
 
 def folder_bytes(folder: Path) -> int:

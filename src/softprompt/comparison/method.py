@@ -18,10 +18,12 @@ from softprompt.config import Calibration, TuneConfig
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format
+from softprompt.errors import InputError
 from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.evaluate import Side
 from softprompt.evaluation.scoring import tokens_at_once
 from softprompt.model.frozen import FrozenModel
+from softprompt.storage import read_json_object
 from softprompt.training.plan import Plan, make_plan
 from softprompt.training.watcher import Watcher
 
@@ -109,16 +111,20 @@ class Answers:
     @classmethod
     def read(cls, folder: Path, model: FrozenModel, task: Task) -> Answers:
         """Read what `save` wrote."""
-        record = json.loads((folder / _FORMAT).read_text(encoding="utf-8"))
-        form = Format(
-            task,
-            record["template"],
-            record["verbalizers"],
-            record["chat_template"],
-            demonstrations=tuple(record["demonstrations"]),
-        )
-        own = {"calibration": record["calibration"], "biases": (record["label_bias"],)}
-        return cls(model, form, record["max_length"], **own)
+        cure = "remove it and the method's result, and the method is run again"
+        record = read_json_object(folder / _FORMAT, cure)
+        try:
+            form = Format(
+                task,
+                record["template"],
+                record["verbalizers"],
+                record["chat_template"],
+                demonstrations=tuple(record["demonstrations"]),
+            )
+            own = {"calibration": record["calibration"], "biases": (record["label_bias"],)}
+            return cls(model, form, record["max_length"], **own)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / _FORMAT} is damaged: {error}; {cure}") from error
 
 
 @dataclass

@@ -21,9 +21,12 @@ PRIMARY: dict[Task, str] = {"classification": "accuracy", "completion": "bleu", 
 
 
 class _Kept(BaseModel):
-    """What is kept as JSON: figures that are not finite, of a run that diverged, come back as they were."""
+    """What is kept as JSON: figures that are not finite, of a run that diverged, come back as they were.
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    JSON has no numbers for them: they are written as the texts `Infinity`, `-Infinity` and `NaN`.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
 class Costs(_Kept):
@@ -139,8 +142,14 @@ def read_result(path: Path) -> Result:
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first(error) if isinstance(error, ValidationError) else str(error)
         raise InputError(f"cannot read {path}: {reason}; remove it, and the method is run again") from error
+
+
+def _first(error: ValidationError) -> str:
+    """Return the first thing that is wrong, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
 
 
 def statistic(task: Task, sums: NDArray[np.float64]) -> float:

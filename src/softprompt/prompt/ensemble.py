@@ -23,7 +23,7 @@ from softprompt.prompt.soft_prompt import (
     require_fit,
 )
 from softprompt.prompt.store import ENSEMBLE, find, member_name
-from softprompt.storage import write_folder, write_text
+from softprompt.storage import strict_json, write_folder, write_text
 
 _MEMBER = re.compile(r"member-[1-9][0-9]{0,2}")
 
@@ -82,7 +82,7 @@ class Ensemble:
                 "metrics": self.record.metrics,
                 "data": self.record.data,
             }
-            write_text(aside / ENSEMBLE, json.dumps(record, indent=2) + "\n")
+            write_text(aside / ENSEMBLE, json.dumps(strict_json(record), indent=2, allow_nan=False) + "\n")
         return path
 
 
@@ -127,10 +127,10 @@ def load_prompt(prompt: str | Path) -> Prompt:
     loaded = read_json(file)
     try:
         names = [str(name) for name in loaded["members"]]
-        metrics = {str(name): float(value) for name, value in loaded["metrics"].items()}
+        metrics = {str(name): float(value) for name, value in loaded["metrics"].items() if value is not None}
         data = {str(name): str(value) for name, value in loaded.get("data", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PromptError(f"{file} is damaged: {error}") from error
+        raise PromptError(f"{file} is damaged: {error}; save or export the ensemble again") from error
     known = all(_MEMBER.fullmatch(name) and (path / name).is_dir() for name in names)
     if not (known and len(set(names)) == len(names) >= 2):
         raise PromptError(f"{file} is damaged: it must name two or more folders beside it, member-1 and so on")

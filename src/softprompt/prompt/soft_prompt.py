@@ -24,7 +24,7 @@ from softprompt.model.fingerprint import Fingerprint, fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_deep
 from softprompt.prompt.store import ADAPTER, ENSEMBLE, find
-from softprompt.storage import write_folder
+from softprompt.storage import strict_json, write_folder
 
 WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "softprompt.json", "README.md"
 FORMAT_VERSION = 1
@@ -82,6 +82,13 @@ class Record(BaseModel):
         for label, value in by_label.items():
             clean.setdefault(clean_label(label), value)
         return clean
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _without_those_beyond_numbers(cls, metrics: object) -> object:
+        """Leave out what is written as null: a perplexity beyond all numbers."""
+        kept = isinstance(metrics, dict)
+        return {name: value for name, value in metrics.items() if value is not None} if kept else metrics  # type: ignore[attr-defined]
 
     @classmethod
     def of(cls, model: FrozenModel, form: Format, max_length: int, **more: Any) -> Record:
@@ -211,7 +218,7 @@ def _kind(folder: Path) -> object:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(strict_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def base_model_record(model: FrozenModel) -> BaseModelRecord:
@@ -295,10 +302,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PromptError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise PromptError(f"cannot read {path}: {error}; save or export the prompt again") from error
     if not isinstance(loaded, dict):
-        raise PromptError(f"{path} must hold a JSON object")
+        raise PromptError(f"{path} must hold a JSON object; save or export the prompt again")
     return loaded
 
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from softprompt.config import TuneConfig
 from softprompt.data.batching import deal, draw, micro_batches
 from softprompt.data.examples import Example
-from softprompt.errors import RunError
+from softprompt.errors import InputError, RunError
 from softprompt.evaluation.calibration import fit_label_bias
 from softprompt.evaluation.scoring import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
@@ -273,12 +273,18 @@ class Loop(ABC):
 
     def _restore(self, state: State) -> None:
         self.progress = state.progress
-        for name, parameter in self.learned.items():
-            parameter.data.copy_(state.tensors[f"{_LEARNED}.{name}"])
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.progress.step)),
-                **{moment: state.tensors[f"{moment}.{name}"] for moment in _MOMENTS},
-            }
+        try:
+            for name, parameter in self.learned.items():
+                parameter.data.copy_(state.tensors[f"{_LEARNED}.{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state.progress.step)),
+                    **{moment: state.tensors[f"{moment}.{name}"] for moment in _MOMENTS},
+                }
+        except (KeyError, RuntimeError) as error:
+            raise InputError(
+                f"the state of step {state.progress.step} in {self.folder.path} is damaged: {error}; remove its folder, "
+                "and the run goes on from the state before"
+            ) from error
 
 
 @dataclass(frozen=True)
