@@ -167,6 +167,7 @@ def generation(data: Path, repeats: int) -> dict[str, Any]:
 
 def record_of(model: sp.FrozenModel) -> Any:
     """Return what a prompt for plain text says of itself."""
-    from softprompt.prompt.soft_prompt import Record, base_model_record
+    from softprompt.prompt.base_model import base_model_record
+    from softprompt.prompt.soft_prompt import Record
 
     return Record(base_model=base_model_record(model))

@@ -168,5 +168,5 @@ def load_for(
     """Load the model that was asked for, or the one that the prompt was trained on."""
     if name is None and prompt is not None:
         require_named_code(trust_remote_code)
-        name, revision = prompt.record.base_model.id, revision or prompt.record.base_model.revision
+        name, revision = prompt.record.base_model.here(), revision or prompt.record.base_model.revision
     return load(name, config, revision, trust_remote_code)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import json_option, load_for, model_option, say, set_option
+from softprompt.cli.options import json_option, load_for, model_option, revision_option, say, set_option
 from softprompt.errors import PromptError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def list_prompts(as_json: bool) -> None:
         say(f"no prompts are kept in {store_folder()}; tune --name N keeps one, and so does prompts add")
         return
     rows = [
-        (name, p.record.task, p.record.base_model.id, str(p.num_virtual_tokens), figures(p.record.metrics))
+        (name, p.record.task, p.record.base_model.name, str(p.num_virtual_tokens), figures(p.record.metrics))
         for name, p in loaded.items()
     ]
     out.print(plain_table(("name", "task", "base model", "virtual tokens", "validation"), rows))
@@ -106,7 +106,10 @@ def add_prompt(name: str, folder: Path) -> None:
 @model_option
 @click.option("--task", type=click.Choice(("classification", "completion", "text")), default="text", show_default=True)
 @set_option
-def import_prompt(name: str, folder: Path, model: str | None, task: str, assignments: tuple[str, ...]) -> None:
+@revision_option
+def import_prompt(
+    name: str, folder: Path, model: str | None, task: str, assignments: tuple[str, ...], revision: str | None
+) -> None:
     """Keep a prompt that PEFT trained, with what PEFT's folder does not say.
 
     That is its task and --set template=… , chat_template=… , verbalizers=… ; and the base model's fingerprint, which is
@@ -121,7 +124,15 @@ def import_prompt(name: str, folder: Path, model: str | None, task: str, assignm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the folder does not say: that is added here
         soft = load_soft_prompt(_here(folder))
-    made = described(soft, load_for(soft, model, config), task, config)  # type: ignore[arg-type]
+    frozen = load_for(soft, model, config, revision)
+    trained_on = soft.record.base_model
+    if not trained_on.may_be(frozen.source):
+        warnings.warn(
+            f"{folder} names {trained_on.id} as its base model; it is bound to {frozen.source} now, and of no use if "
+            "that is another model",
+            stacklevel=1,
+        )
+    made = described(soft, frozen, task, config)  # type: ignore[arg-type]
     click.echo(keep(made, name))
 
 

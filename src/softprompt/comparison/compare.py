@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from softprompt.comparison import USUAL
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
@@ -33,7 +34,7 @@ from softprompt.errors import DataError, InputError, ModelError, RunError, Setti
 from softprompt.evaluation.evaluate import Side
 from softprompt.launch import count
 from softprompt.locks import LOCK, locked, require_free
-from softprompt.model.fingerprint import fingerprint
+from softprompt.model.fingerprint import AnyFingerprint, difference, fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory
 from softprompt.packages import require_package
@@ -312,11 +313,26 @@ def _begin(folder: Path, protocol: Protocol) -> None:
     for name, value in record.items():
         # What an older version did not write down was then as it usually is.
         then = {**usual, **before["settings"]} if name == "settings" else before.get(name, value)
-        if then != json.loads(json.dumps(value)):
+        if name == "base_model":
+            _require_model(folder, then, protocol)
+        elif then != json.loads(json.dumps(value)):
             raise InputError(
                 f"{folder} holds a comparison with other {name.replace('_', ' ')}; give another folder, or the same "
                 "rows, model and settings to go on with it"
             )
+
+
+def _require_model(folder: Path, noted: object, protocol: Protocol) -> None:
+    try:
+        before: AnyFingerprint = TypeAdapter(AnyFingerprint).validate_python(noted)
+    except ValidationError as error:
+        raise InputError(f"{folder / PROTOCOL} does not say which model was compared; give another folder") from error
+    differs = difference(before, protocol.model, bool(protocol.config.chat_template))
+    if differs:
+        raise InputError(
+            f"{folder} holds a comparison with another base model: {differs} differs; give another folder, or the same "
+            "model to go on with it"
+        )
 
 
 class Base:

@@ -4,70 +4,156 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel
+from transformers import PretrainedConfig
 
+from softprompt.model.first_fingerprint import FirstFingerprint, first_fingerprint
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.tokenizer_facts import different_tokenizer, tokenizer_facts
+from softprompt.model.weight_sample import different_weights, sample_weights
 
-_SHAPE = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
+# Settings of a configuration that change no answer: where a model comes from, how it is trained, what else it returns,
+# and which tokens it was trained with; texts are encoded by the tokenizer alone.
+_NO_ANSWER = re.compile(
+    r"_.*|architectures|auto_map|transformers_version|(torch_)?dtype|use_bfloat16|name_or_path|tokenizer_class|prefix"
+    r"|.*dropout.*|.*pdrop|.*drop_path.*|.*layerdrop.*|.*initializer.*|.*init_std|.*init_method_std|.*jitter_noise"
+    r"|.*aux_loss.*|output_(attentions|hidden_states|router_logits|past)|return_dict|use_return_dict|use_cache"
+    r"|cache_implementation|torchscript|gradient_checkpointing|chunk_size_feed_forward|pretraining_tp"
+    r"|tie_word_embeddings|quantization_config|id2label|label2id|num_labels|problem_type|finetuning_task"
+    r"|task_specific_params|summary_.*|pruned_heads|.*(bos|eos|pad|sep|cls|mask|unk|decoder_start)_token_id"
 )
-# bfloat16 keeps 8 bits: values that were rounded to it differ by up to 2^-8 of themselves, two of them by twice that.
-_RELATIVE = 2.0**-7
-_ABSOLUTE = 1e-6
-_TOKENIZERS: WeakKeyDictionary[FrozenModel, str] = WeakKeyDictionary()
+# These scale positions by the length that a model is said to take; for others it is a limit and no more.
+_SCALED_BY_LENGTH = ("dynamic", "longrope", "yarn")
+_NAMED = 3  # differences in a message
+_TOKENIZERS: WeakKeyDictionary[FrozenModel, dict[str, Any]] = WeakKeyDictionary()
 
 
 class Fingerprint(BaseModel):
-    """What tells one base model from another.
+    """What tells one base model from another, in what changes its answers.
 
     Attributes:
-        configuration: a hash of the model's kind and shape.
-        tokenizer: a hash of its vocabulary and special tokens.
-        embeddings: 64 values of the input embedding.
+        version: of the fingerprint.
+        configuration: all settings but those that are known to change no answer.
+        tokenizer: what turns a text into ids.
+        chat_template: a hash of it, None where there is none.
+        weights: values of each weight, see `weight_sample`.
+        skipped: how many weights are not among them, because they are quantized or not on the device.
     """
 
-    configuration: str
-    tokenizer: str
-    embeddings: list[float]
+    version: Literal[2]
+    configuration: dict[str, Any]
+    tokenizer: dict[str, Any]
+    chat_template: str | None
+    weights: dict[str, str]
+    skipped: int
 
-    def mismatch(self, other: Fingerprint) -> str | None:
-        """Return what differs in `other`, or None where both are the same model."""
-        if self.configuration != other.configuration:
-            return "its architecture or size"
-        if self.tokenizer != other.tokenizer:
-            return "its tokenizer"
-        if len(self.embeddings) != len(other.embeddings):
-            return "its weights"
-        pairs = zip(self.embeddings, other.embeddings, strict=True)
-        if any(abs(a - b) > _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE for a, b in pairs):
-            return "its weights"
-        return None
+    def mismatch(self, other: Fingerprint, chat_template: bool = False) -> str | None:
+        """Return what differs in `other`, or None where both are the same model.
+
+        Settings that one side lacks are not compared: a newer transformers has more of them.
+
+        Args:
+            other: of the model that is loaded now.
+            chat_template: whether that plays a part.
+        """
+        found = []
+        settings = [f"{name} was {a!r} and is {b!r}" for name, a, b in _apart(self.configuration, other.configuration)]
+        if settings:
+            found.append(f"its configuration ({_listed(settings)})")
+        parts = different_tokenizer(self.tokenizer, other.tokenizer)
+        if parts:
+            found.append(f"its tokenizer ({_listed(parts)})")
+        if chat_template and self.chat_template != other.chat_template:
+            found.append("its chat template")
+        weights = different_weights(self.weights, other.weights, not (self.skipped or other.skipped))
+        if weights:
+            found.append(f"its weights ({_listed(weights)})")
+        return ", ".join(found) or None
+
+    def unchecked(self, other: Fingerprint) -> int:
+        """Return how many weights cannot be compared."""
+        return max(self.skipped, other.skipped)
+
+
+AnyFingerprint: TypeAlias = Fingerprint | FirstFingerprint
 
 
 def fingerprint(model: FrozenModel) -> Fingerprint:
-    """Take the fingerprint of a loaded model."""
-    config = model.hf_model.config.get_text_config()
-    shape = {name: getattr(config, name, None) for name in _SHAPE}
-    sample = model.embed([i * model.vocabulary_size // 64 for i in range(64)]).float().cpu()
-    values = [float(sample[i, (i * 37) % sample.shape[1]]) for i in range(64)]
-    return Fingerprint(configuration=_hash(shape), tokenizer=_tokenizer(model), embeddings=values)
+    """Take the fingerprint of a loaded model, as it is now: its weights may have been changed since."""
+    weights, skipped = sample_weights(model.hf_model)
+    template = model.tokenizer.chat_template
+    return Fingerprint(
+        version=2,
+        configuration=_settings(model.hf_model.config.get_text_config()),
+        tokenizer=_tokenizer(model),
+        chat_template=hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None,
+        weights=weights,
+        skipped=skipped,
+    )
 
 
-def _tokenizer(model: FrozenModel) -> str:
-    """Return the tokenizer's hash; it is kept, because a vocabulary takes a tenth of a second."""
+def difference(before: AnyFingerprint, model: FrozenModel, chat_template: bool = False) -> str | None:
+    """Return what differs in a loaded model from the one that a fingerprint was taken of, None where it is the same.
+
+    What could not be compared is said in a warning.
+
+    Args:
+        before: of either version.
+        model: the model as it is now.
+        chat_template: whether that plays a part.
+    """
+    if isinstance(before, FirstFingerprint):
+        differs = before.mismatch(first_fingerprint(model))
+        if differs is None:
+            warnings.warn(
+                f"the record of the base model is of format version 1: whether {model.source} is the same model in its "
+                "layers, its head, its RoPE settings and its way of splitting text could not be checked",
+                stacklevel=2,
+            )
+        return differs
+    now = fingerprint(model)
+    differs = before.mismatch(now, chat_template)
+    if differs is None and before.unchecked(now):
+        warnings.warn(
+            f"{before.unchecked(now)} of the weights of {model.source} are quantized or not on the device: whether "
+            "they are the same could not be checked",
+            stacklevel=2,
+        )
+    return differs
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the settings that may change answers, as JSON holds them."""
+    kept = {name: value for name, value in config.to_dict().items() if not _NO_ANSWER.fullmatch(name)}
+    positions = json.dumps(kept.get("rope_parameters"), default=str)
+    if not any(kind in positions for kind in _SCALED_BY_LENGTH):
+        kept.pop("max_position_embeddings", None)
+    loaded: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return loaded
+
+
+def _tokenizer(model: FrozenModel) -> dict[str, Any]:
+    """Return what is known of the tokenizer; it is kept, because a vocabulary takes some tenths of a second."""
     if model not in _TOKENIZERS:
-        special = {name: str(token) for name, token in model.tokenizer.special_tokens_map.items()}
-        _TOKENIZERS[model] = _hash([model.tokenizer.get_vocab(), special])
+        _TOKENIZERS[model] = tokenizer_facts(model.tokenizer)
     return _TOKENIZERS[model]
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _apart(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the names and values of settings that both sides have and that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() & now.keys() if before != now else ():
+            yield from _apart(before[key], now[key], f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, before, now
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ from softprompt.launch import local_count, local_rank
 from softprompt.model.bundled import BUNDLED, DEFAULT_MODEL, fetch, plain_model
 from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.model_folder import require_model_folder
 from softprompt.packages import require_package
 
 logger = logging.getLogger(__name__)
 
+# Buffers that follow from the configuration: older checkpoints hold them.
+_COMPUTED = re.compile(r"inv_freq$|position_ids$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$")
+# Those, and parts of a larger model that text never goes through: images, sound, and heads that guess tokens ahead.
+_UNUSED = re.compile(_COMPUTED.pattern + r"|vision|visual|image|audio|speech|multi_modal|multimodal|mm_|(^|\.)mtp\.")
+_SHOWN = 3  # weights in a message
+_LONGEST_REASON = 400
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,14 +86,19 @@ def load_model(
         split = device_map != "none"
         if split or quantization != "none":
             extra["device_map"] = device_map if split else {"": place}
-        hf_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype, place), **extra
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=resolve_dtype(dtype, place),
+            use_safetensors=None if "gguf_file" in extra else True,  # a pickle can run code
+            output_loading_info=True,
+            **extra,
         )
+        hf_model: PreTrainedModel = loaded[0]
+        require_complete(name, loaded[1], bool(getattr(hf_model, "is_quantized", False)))
         if "gguf_file" in extra:
             hf_model = plain_model(hf_model, config)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot load {name!r}: {reason}") from error
+        raise ModelError(f"cannot load {name!r}: {_reason(error)}") from error
     if "device_map" not in extra and not getattr(hf_model, "is_quantized", False):
         torch.nn.Module.to(hf_model, place)
     return freeze(hf_model, tokenizer, name, _commit(name, revision) or revision)
@@ -95,22 +108,66 @@ def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tupl
     """Return what `from_pretrained` takes for a model's name."""
     if name in BUNDLED:
         return str(fetch(BUNDLED[name], say)), {}
-    path = Path(name)
+    path = Path(name).expanduser()
     if name.lower().endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"no such file: {path}")
         say(f"reading {path.name}; a folder that transformers saved loads faster")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json; give a folder that transformers' save_pretrained wrote")
-        return name, {}
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        require_model_folder(path)
+        return str(path), {}
+    if path.is_file():
+        raise ModelError(f"{path} is a file; give the folder that it is in, or a .gguf file")
+    if looks_local(name):
         raise ModelError(f"no such folder: {name}")
     close = nearest(name, BUNDLED)
     if close and "/" not in name:
         raise ModelError(f"no such model: {name}{close}")  # at once: asking a hub takes a while
     return name, {"revision": revision}
+
+
+def looks_local(name: str) -> bool:
+    """Tell whether a name can be that of a folder or file alone: a hub id is `NAME` or `TEAM/NAME`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says, in its first sentences: transformers writes whole pages."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if len(said) <= _LONGEST_REASON:
+        return said
+    end = max(said.rfind(". ", 0, _LONGEST_REASON), said.rfind("? ", 0, _LONGEST_REASON))
+    return said[: end + 1] if end > 0 else said[: _LONGEST_REASON - 1] + "…"
+
+
+def require_complete(name: str, report: Mapping[str, Collection[Any]], quantized: bool) -> None:
+    """Make sure that a checkpoint has the weights that its architecture needs, and no others that would play a part.
+
+    Missing weights are made up at random: each time that the model is loaded it gives other answers.
+
+    Args:
+        name: of the model.
+        report: transformers' own, of what it loaded.
+        quantized: then a checkpoint holds scales and maps that no parameter is called after.
+
+    Raises:
+        ModelError: some are missing or unused.
+    """
+    missing = sorted(key for key in report["missing_keys"] if not _COMPUTED.search(key))
+    unused = [] if quantized else sorted(key for key in report["unexpected_keys"] if not _UNUSED.search(key))
+    said = [f"lacks {_listed(missing)}"] if missing else []
+    said += [f"has {_listed(unused)}, which a causal language model of this kind does not use"] if unused else []
+    if said:
+        raise ModelError(
+            f"{name} {' and '.join(said)}: it was saved from another kind of model (a classifier, or one without its "
+            "head), in part, or with another configuration. Give the causal language model that it came from"
+        )
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = len(keys) - _SHOWN
+    return ", ".join(keys[:_SHOWN]) + (f" and {more} more weights" if more > 0 else "")
 
 
 def _commit(name: str, revision: str | None) -> str | None:

@@ -20,14 +20,16 @@ from softprompt.data.labels import clean_label
 from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
 from softprompt.errors import PromptError, SettingsError
-from softprompt.model.fingerprint import Fingerprint, fingerprint
+from softprompt.model.fingerprint import difference
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_deep
+from softprompt.prompt.base_model import BaseModelRecord, base_model_record
 from softprompt.prompt.store import ADAPTER, ENSEMBLE, find
 from softprompt.storage import strict_json, write_folder
 
 WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "softprompt.json", "README.md"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)  # version 1 has another fingerprint
 _KEY = "prompt_embeddings"
 _MOST_TOKENS = 10_000
 _DTYPES = ("F32", "F16", "BF16")
@@ -35,16 +37,6 @@ _DTYPES = ("F32", "F16", "BF16")
 _SHALLOW = ("PROMPT_TUNING", "P_TUNING")
 # A cartridge is a deep prefix that was started from a text's keys and values (Eyuboglu et al. 2025).
 _DEEP = ("PREFIX_TUNING", "CARTRIDGE")
-
-
-class BaseModelRecord(BaseModel):
-    """Which base model a prompt was trained on."""
-
-    id: str
-    revision: str | None = None
-    fingerprint: Fingerprint | None = None
-    attention_heads: int = 0
-    layers: int = 0
 
 
 class Record(BaseModel):
@@ -165,7 +157,7 @@ class SoftPrompt:
         base = self.record.base_model
         common = {
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base.id,
+            "base_model_name_or_path": base.path or base.id,
             "revision": base.revision,
             "inference_mode": True,
             "num_virtual_tokens": self.num_virtual_tokens,
@@ -221,18 +213,6 @@ def _json(value: Any) -> str:
     return json.dumps(strict_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def base_model_record(model: FrozenModel) -> BaseModelRecord:
-    """Describe a loaded model, so that a prompt can be matched to it later."""
-    config = model.hf_model.config.get_text_config()
-    return BaseModelRecord(
-        id=model.source,
-        revision=model.revision,
-        fingerprint=fingerprint(model),
-        attention_heads=config.num_attention_heads,
-        layers=config.num_hidden_layers,
-    )
-
-
 def described(prompt: SoftPrompt, model: FrozenModel, task: Task, config: FormatConfig) -> SoftPrompt:
     """Say what a prompt is for and which model it belongs to, where its folder came from PEFT and does not.
 
@@ -268,8 +248,9 @@ def read_soft_prompt(path: Path) -> SoftPrompt:
             if (path / ENSEMBLE).is_file():
                 raise PromptError(f"{path} is an ensemble; give one of its members, such as {path / 'member-1'}")
             hint = f"; {pickles[0]} is a pickle, which can run code and is never read" if pickles else ""
-            if (path / "prompt").is_dir():
-                hint = f"; did you mean {path / 'prompt'}?"
+            inside = sorted(p for p in path.iterdir() if any((p / file).is_file() for file in (ADAPTER, ENSEMBLE)))
+            if inside:  # of a run, or as PEFT saves an adapter that has a name
+                hint = f"; did you mean {' or '.join(map(str, inside[:3]))}?"
             raise PromptError(f"{path} is not a prompt: {name} is missing{hint}")
     adapter = read_json(path / ADAPTER)
     kind, parts = adapter.get("peft_type"), adapter.get("num_transformer_submodules")
@@ -341,8 +322,11 @@ def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
         return Record(base_model=base)
     loaded = read_json(path / RECORD)
     version = loaded.get("format_version")
-    if version != FORMAT_VERSION:
-        raise PromptError(f"{path / RECORD} has format version {version}; this softprompt reads {FORMAT_VERSION}")
+    if version not in _READ_VERSIONS or isinstance(version, bool):
+        raise PromptError(
+            f"{path / RECORD} has format version {version}; this softprompt reads "
+            f"{' and '.join(map(str, _READ_VERSIONS))}"
+        )
     try:
         record = Record(**loaded)
         make_format(record.task, list(record.verbalizers), record.template, record.verbalizers, record.chat_template)
@@ -377,9 +361,9 @@ def require_fit(prompt: SoftPrompt, model: FrozenModel) -> None:
             f"the prompt has width {prompt.weights.shape[1]}, {model.source} has {model.embedding_width}: "
             f"it was trained on {base.id}"
         )
-    differs = base.fingerprint.mismatch(fingerprint(model)) if base.fingerprint else None
+    differs = difference(base.fingerprint, model, prompt.record.chat_template) if base.fingerprint else None
     if differs:
         raise PromptError(
             f"the prompt was trained on {base.id}; {model.source} is another model: {differs} differs. "
-            f"Use --model {base.id}, or tune a prompt for this one"
+            f"Use --model {base.path or base.id}, or tune a prompt for this one"
         )

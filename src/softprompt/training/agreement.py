@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 
 from softprompt.config import TuneConfig
 from softprompt.errors import InputError
+from softprompt.model.frozen import FrozenModel
 from softprompt.processes import Processes
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import Progress, RunFolder, State
@@ -52,10 +53,10 @@ def agree(processes: Processes, plan: Plan, identity: dict[str, str]) -> Plan:
 
 
 def resume(
-    processes: Processes, run: RunFolder, given: TuneConfig, identity: dict[str, str]
+    processes: Processes, run: RunFolder, given: TuneConfig, identity: dict[str, str], model: FrozenModel
 ) -> tuple[TuneConfig, State | None]:
     """Return the settings and the newest state of a run, which the first process alone reads (`RunFolder.resume`)."""
-    config, state = run.resume(given, identity) if processes.first else (None, None)
+    config, state = run.resume(given, identity, model) if processes.first else (None, None)
     config = share_config(processes, config)
     progress = processes.share((state.progress.model_dump_json() if state else "").encode())
     if not progress:

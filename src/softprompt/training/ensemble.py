@@ -97,7 +97,7 @@ def _tune_members(
     began = time.monotonic()
     places = [None if folder is None else folder.path / member_name(number) for number in range(1, members + 1)]
     if folder is not None and resume:
-        given, _ = folder.resume(given, identity_of(model, data, eval_data), members)
+        given, _ = folder.resume(given, identity_of(model, data, eval_data), model, members)
     elif folder is not None:
         make_plan(model, data, given, eval_data)  # what does not fit together is said before anything is written
     begun = [resume and place is not None and (place / "config.yaml").exists() for place in places]

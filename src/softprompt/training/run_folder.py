@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import SoftPrompt
 
 from softprompt.config import TuneConfig, read_settings, to_yaml
-from softprompt.errors import InputError, SettingsError
+from softprompt.errors import InputError, SettingsError, StorageError
 from softprompt.locks import LOCK, locked, require_free
+from softprompt.model.fingerprint import AnyFingerprint, difference
+from softprompt.model.frozen import FrozenModel
 from softprompt.packages import require_package
 from softprompt.storage import (
     MARK,
@@ -44,6 +46,7 @@ _KEPT_STATES = 2
 _MEMBERS = "members"
 _SETTINGS, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 _STATE = re.compile(r"step-([1-9][0-9]{0,17})")
+BASE_MODEL = "base_model"  # of what has to be the same for a run to go on
 
 
 class Progress(BaseModel):
@@ -162,7 +165,9 @@ class RunFolder:
         if not (self.path / _SETTINGS).exists():
             raise InputError(f"{self.path} holds no run to resume; leave --resume out to begin one")
 
-    def resume(self, given: TuneConfig, identity: dict[str, str], members: int = 1) -> tuple[TuneConfig, State | None]:
+    def resume(
+        self, given: TuneConfig, identity: dict[str, str], model: FrozenModel, members: int = 1
+    ) -> tuple[TuneConfig, State | None]:
         """Return the settings of a run that was begun, and its newest state; None if it saved none.
 
         Raises:
@@ -182,8 +187,9 @@ class RunFolder:
         if members != (of := noted.get(_MEMBERS, 1)):
             held = f"an ensemble; resume it with --ensemble {of}" if of > 1 else "one run; resume it without --ensemble"
             raise InputError(f"{self.path} holds {held}")
+        self._require_model(noted, model, bool(config.chat_template))
         for name, value in identity.items():
-            if noted.get(name) != value:
+            if name != BASE_MODEL and noted.get(name) != value:
                 raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
         states = (self._load(step) for step in reversed(self._steps()))
         state = next((state for state in states if state is not None), None)
@@ -191,6 +197,18 @@ class RunFolder:
             warnings.warn(f"no state in {self._states} can be read; the run begins at its first step", stacklevel=2)
         self._cut_metrics(state.progress.step if state else -1)
         return config, state
+
+    def _require_model(self, noted: dict[str, Any], model: FrozenModel, chat_template: bool) -> None:
+        try:
+            before: AnyFingerprint = TypeAdapter(AnyFingerprint).validate_json(noted.get(BASE_MODEL, ""))
+        except (ValidationError, TypeError) as error:
+            raise StorageError(f"{self.path} does not say which model it was begun with; begin a new run") from error
+        differs = difference(before, model, chat_template)
+        if differs:
+            raise InputError(
+                f"the base model of {self.path} is another: {differs} differs; resume with the model that it was begun "
+                "with"
+            )
 
     def save_state(self, state: State) -> None:
         """Write a state aside, rename it into place, and drop old ones."""

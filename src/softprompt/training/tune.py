@@ -27,7 +27,7 @@ from softprompt.training import agreement
 from softprompt.training.loop import Outcome, Pace, measure_pace
 from softprompt.training.plan import Plan, make_plan, most_steps
 from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.run_folder import RunFolder, SilentRunFolder
+from softprompt.training.run_folder import BASE_MODEL, RunFolder, SilentRunFolder
 from softprompt.training.search import hindrance, search
 from softprompt.training.watcher import Watcher
 
@@ -109,7 +109,7 @@ def tune(
         state = None
         given = config or TuneConfig()
         if resume:
-            given, state = agreement.resume(processes, run, given, identity)
+            given, state = agreement.resume(processes, run, given, identity, model)
             plan = make_plan(model, data, given, eval_data)
         else:
             plan = _plan(model, data, given, eval_data, processes, identity, watcher, pace)
@@ -215,7 +215,7 @@ def identity_of(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[
     """Return what has to be the same for a run to go on."""
     return {
         **data_hashes(data, eval_data),
-        "base_model": json.dumps(fingerprint(model).model_dump()),
+        BASE_MODEL: json.dumps(fingerprint(model).model_dump()),
         "precision": str(model.hf_model.dtype),
     }
 
