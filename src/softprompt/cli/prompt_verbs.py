@@ -127,10 +127,9 @@ def import_prompt(
     frozen = load_for(soft, model, config, revision)
     trained_on = soft.record.base_model
     if not trained_on.may_be(frozen.source):
-        warnings.warn(
-            f"{folder} names {trained_on.id} as its base model; it is bound to {frozen.source} now, and of no use if "
-            "that is another model",
-            stacklevel=1,
+        say(
+            f"softprompt: warning: {folder} names {trained_on.id} as its base model; it is bound to {frozen.source} "
+            "now, and of no use if that is another model"
         )
     made = described(soft, frozen, task, config)  # type: ignore[arg-type]
     click.echo(keep(made, name))

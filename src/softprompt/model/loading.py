@@ -172,7 +172,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 def _commit(name: str, revision: str | None) -> str | None:
     """Return the commit of a model that the hub's cache holds: a branch may be another model next month."""
-    if Path(name).exists() or name.count("/") > 1:
+    if Path(name).exists() or looks_local(name):
         return None
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else None  # …/snapshots/COMMIT/config.json
