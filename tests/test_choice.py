@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError
 from softprompt.model.attention import Group
-from softprompt.model.choice import freeze, largest_difference
+from softprompt.model.check import largest_difference
+from softprompt.model.choice import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.miniature import WINDOW, miniature, sliding_window
 from softprompt.model.packed import Packed

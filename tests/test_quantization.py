@@ -22,7 +22,7 @@ from softprompt import TuneConfig, generate, load_data, tune
 from softprompt.data.examples import Example
 from softprompt.errors import InputError, ModelError
 from softprompt.model import loading
-from softprompt.model.choice import _models_to_check
+from softprompt.model.choice import subjects
 from softprompt.model.concatenated import concatenated_loss
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
@@ -64,7 +64,7 @@ def test_a_quantized_model_is_the_same_model_and_learns(folder: Path, reviews: P
     assert model.hf_model.is_quantized
     assert model.way.name == expected_way(folder)
     # Its own rows depend on their neighbours, so the way is tested on another model of the kind.
-    assert [getattr(one, "is_quantized", False) for one in _models_to_check(model.hf_model)] == [False]
+    assert [getattr(one.hf_model, "is_quantized", False) for one in subjects(model.hf_model)] == [False]
     # What keeps its precision is compared, so that a prompt fits the model in any number of bits.
     assert fingerprint(plain).mismatch(fingerprint(model)) is None
     loss, gradient = step(model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
+    LogitsProcessor,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -18,10 +18,12 @@ from transformers import (
 )
 
 from softprompt.config import GenerateConfig
-from softprompt.errors import SettingsError
-from softprompt.model.cached import positions
+from softprompt.errors import RunError, SettingsError
+from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
+
+_COLDEST = 1e-30  # a temperature: lower ones are 0 in float32, and draw the same token
 
 
 @dataclass
@@ -85,6 +87,7 @@ class _Decoder:
         logits, ends = _read(self.model, prefixes, lines)
         rows, going = None, list(lines)
         while True:
+            self._require_finite(logits)
             alive = []
             for place, (line, row) in enumerate(zip(going, logits.float().cpu(), strict=True)):
                 token = self._choose(line, row)
@@ -95,7 +98,7 @@ class _Decoder:
             if not alive:
                 return
             if rows is None:  # only now: no row is built for texts that end with their first token
-                rows = _CachedRows(self.model, [ends[i] for i in alive])
+                rows = _Continued(self.model, [ends[i] for i in alive])
             elif len(alive) < len(going):
                 rows.select(alive)
             going = [going[i] for i in alive]
@@ -110,10 +113,11 @@ class _Decoder:
         """
         beams, penalty = self.config.num_beams, self.config.length_penalty
         logits, ends = _read(self.model, prefixes, [line])
-        rows = _CachedRows(self.model, ends)
+        rows = _Continued(self.model, ends)
         running = [(0.0, line.ids)]
         finished: list[tuple[float, list[int]]] = []
         for length in range(1, line.room + 1):
+            self._require_finite(logits)
             scores = self._ruled([ids for _, ids in running], logits.float().cpu().log_softmax(dim=-1))
             total = scores + torch.tensor([score for score, _ in running])[:, None]
             best = total.flatten().topk(min(2 * beams, total.numel()))
@@ -162,6 +166,14 @@ class _Decoder:
         """Apply the rules to scores `[rows, V]` of what follows ids of one length."""
         return self.rules(torch.LongTensor(ids), scores) if self.rules else scores
 
+    def _require_finite(self, logits: Tensor) -> None:
+        """Refuse logits `[rows, V]` that say nothing: NaN among them, or an infinite largest one.
+
+        That of single tokens may be minus infinity: some models rule tokens out so.
+        """
+        if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+            raise RunError(f"the model's logits are not finite: {what_is_not_finite(self.model.hf_model)}")
+
     def _choose(self, line: _Line, logits: Tensor) -> int:
         scores = self._ruled([line.ids], logits.unsqueeze(0))[0]
         if not self.config.do_sample:
@@ -169,8 +181,8 @@ class _Decoder:
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=line.generator))
 
 
-class _CachedRows:
-    """Lines that are continued a token at a time: `padding · prefix · text`, so that what is real is contiguous.
+class _Continued:
+    """Lines that are continued a token at a time, by one model or by an ensemble's members.
 
     Args:
         model: the frozen model.
@@ -178,40 +190,16 @@ class _CachedRows:
     """
 
     def __init__(self, model: FrozenModel, ends: Sequence[Sequence[Prefix]]) -> None:
-        self.model, self.members = model, len(ends[0])
-        prefixes = [prefix for each in ends for prefix in each]
-        longest = max(prefix.length for prefix in prefixes)
-
-        def stacked(which: str, layer: int) -> Tensor:
-            tensors = [getattr(prefix, which)[layer] for prefix in prefixes]
-            return torch.cat([torch.nn.functional.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors])
-
-        self.cache = DynamicCache()
-        for layer in range(len(prefixes[0].keys)):
-            self.cache.update(stacked("keys", layer), stacked("values", layer), layer)
-        self.at = torch.tensor([prefix.length for prefix in prefixes], device=model.device)
-        self.mask = (torch.arange(longest, device=model.device)[None, :] >= longest - self.at[:, None]).long()
+        self.members = len(ends[0])
+        self.rows = model.continued([prefix for each in ends for prefix in each])
 
     def select(self, lines: list[int]) -> None:
         """Keep some lines, in this order; one may be taken several times."""
-        rows = [line * self.members + member for line in lines for member in range(self.members)]
-        kept = torch.tensor(rows, device=self.model.device)
-        self.cache.batch_select_indices(kept)
-        self.mask, self.at = self.mask[kept], self.at[kept]
+        self.rows.select([line * self.members + member for line in lines for member in range(self.members)])
 
     def read(self, tokens: list[int]) -> Tensor:
         """Add a token to every line and return the logits after it, `[lines, V]`."""
-        tokens = [token for token in tokens for _ in range(self.members)]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        with self.model.way.running():
-            logits: Tensor = self.model.hf_model(
-                input_ids=torch.tensor(tokens, device=self.model.device).unsqueeze(1),
-                past_key_values=self.cache,
-                use_cache=True,
-                attention_mask=self.mask,
-                **positions(self.model.hf_model, self.at.unsqueeze(1)),
-            ).logits[:, -1]
-        self.at = self.at + 1
+        logits = self.rows.read([token for token in tokens for _ in range(self.members)])
         return _mixed(logits.unflatten(0, (-1, self.members)))
 
 
@@ -254,12 +242,20 @@ def _rules(config: GenerateConfig) -> LogitsProcessorList:
         rules.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.do_sample:
         if config.temperature != 1.0:
-            rules.append(TemperatureLogitsWarper(config.temperature))
+            rules.append(_FromTheTop())
+            rules.append(TemperatureLogitsWarper(max(config.temperature, _COLDEST)))
         if config.top_k is not None:
             rules.append(TopKLogitsWarper(config.top_k))
         if config.top_p < 1.0:
             rules.append(TopPLogitsWarper(config.top_p))
     return rules
+
+
+class _FromTheTop(LogitsProcessor):
+    """Makes the largest score 0: what is drawn stays the same, and no low temperature takes scores beyond floats."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores - scores.amax(dim=-1, keepdim=True)  # type: ignore[return-value]
 
 
 def _end_ids(model: FrozenModel) -> set[int]:

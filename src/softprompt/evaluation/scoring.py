@@ -19,6 +19,7 @@ from softprompt.data.examples import Choices, Encoder, Example, shared_text
 from softprompt.data.rows import Rows
 from softprompt.errors import DataError, RunError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
+from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory, measure, micro_batch_tokens
 from softprompt.model.prefix import Prefix
@@ -193,7 +194,7 @@ class Scorer(ABC):
         """Score the rows with a prompt `[P, H]`, or with none; fewer at once where memory runs out.
 
         Raises:
-            RunError: not even one row fits in memory.
+            RunError: not even one row fits in memory, or what the model gives is not finite.
         """
         return self.score_all(model, [prompt])[0]
 
@@ -204,7 +205,7 @@ class Scorer(ABC):
             For each prompt, what `score` returns.
 
         Raises:
-            RunError: not even one row fits in memory.
+            RunError: not even one row fits in memory, or what the model gives is not finite.
         """
         while True:
             try:
@@ -220,7 +221,13 @@ class Scorer(ABC):
     def _score(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> list[Scores]:
         shape = (len(prompts), *self.shape)
         found = self.processes.total(lambda: torch.from_numpy(self._found(model, prompts)), shape)
+        if not self._tells(found.numpy()):
+            raise RunError(f"what the model says of a row is not finite: {what_is_not_finite(model.hf_model)}")
         return [self._scores(each) for each in found.numpy()]
+
+    def _tells(self, found: NDArray[np.float64]) -> bool:
+        """Tell whether what was found for all rows can be compared."""
+        return not bool(np.isnan(found).any())
 
     @abstractmethod
     def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
@@ -294,6 +301,9 @@ class LabelScorer(Scorer):
             found = _likelihoods(model, [prefixes[k] for k in which], [self.trees[i] for i in part])
             likelihoods[which, part] = found
         return likelihoods
+
+    def _tells(self, found: NDArray[np.float64]) -> bool:
+        return super()._tells(found) and bool((found > -np.inf).any(axis=-1).all())  # of each row, some label
 
     def _scores(self, found: NDArray[np.float64]) -> LabelScores:
         tokens = np.array([len(c.tails[g]) for c, g in zip(self.choices, self.gold, strict=True)])

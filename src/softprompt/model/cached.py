@@ -111,6 +111,34 @@ class Cached(Way):
         return torch.cat(hidden)[[place[token] for token in wanted.tolist()]]
 
 
+class CachedApart(Cached):
+    """For those that count padding before a prefix as positions: a pass for each length of prefix."""
+
+    def text_pass(
+        self,
+        prefix: Prefix | Sequence[Prefix],
+        texts: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        parents: Sequence[Tensor] | None = None,
+        extend: bool = False,
+        recompute: bool = False,
+    ) -> TextPass:
+        prefixes = one_each(prefix, len(texts))
+        if parents is not None or len({each.length for each in prefixes}) == 1:  # trees are run one by one
+            return super().text_pass(prefixes, texts, wanted, parents, extend, recompute)
+        hidden: list[Tensor] = [torch.empty(0)] * len(texts)
+        extended: list[Prefix] = [Prefix()] * len(texts)
+        for length in sorted({each.length for each in prefixes}):
+            own = [i for i, each in enumerate(prefixes) if each.length == length]
+            asked = [wanted[i] for i in own]
+            done = super().text_pass([prefixes[i] for i in own], [texts[i] for i in own], asked, None, extend)
+            for i, part in zip(own, done.hidden.split([len(each) for each in asked]), strict=True):
+                hidden[i] = part
+            for i, longer in zip(own, done.extended, strict=False):  # empty unless asked for
+                extended[i] = longer
+        return TextPass(torch.cat(hidden), extended if extend else [])
+
+
 def filled_cache(ahead: Ahead, layers: int, dtype: torch.dtype) -> DynamicCache:
     """Return a cache whose rows hold what stands ahead of them."""
     cache = DynamicCache()

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.data.examples import Example
 from softprompt.errors import ModelError
-from softprompt.model.cached import Cached
-from softprompt.model.concatenated import concatenated_loss
+from softprompt.model.cached import Cached, CachedApart
+from softprompt.model.check import Differences, Plain
+from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.gradient import prompt_gradient
-from softprompt.model.miniature import WINDOW, miniature, sliding_window
+from softprompt.model.miniature import miniature, shows_itself
 from softprompt.model.packed import Packed
-from softprompt.model.way import Way
+from softprompt.model.way import Way, input_device
 
 logger = logging.getLogger(__name__)
 
-WAYS: tuple[type[Way], ...] = (Packed, Cached)
-# Rounding moves float32 results by about 1e-6, and those of bfloat16, on a real model, by a few hundredths. A wrong
-# mask or position moves them by a tenth or more.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+WAYS: tuple[type[Way], ...] = (Packed, Cached, CachedApart)
+_FEW = 5_000_000  # parameters: a model that is as quick to check as a miniature of it
+# What rounding may do; docs/decisions.md has the measurements. A tiny model in float32 gives the reference's results
+# to 2e-6, and what goes wrong with a mask, a position or a scaling moves them by a hundredth at least.
+_EXACT = 1e-4
+_ROUNDING = {
+    torch.float32: Differences(1e-3, 1e-3),
+    torch.float16: Differences(3e-3, 3e-2),
+    torch.bfloat16: Differences(1e-2, 1e-1),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that ways are tried on, and what may differ there."""
+
+    plain: Plain
+    hf_model: PreTrainedModel
+    allowed: Differences
+    whole: bool  # whether micro-batches and decoding are tried on it as well: not on a large model that has a tiny copy
 
 
 def freeze(
@@ -36,67 +52,112 @@ def freeze(
         source, revision: what it was loaded from, noted in the prompts that are trained on it.
 
     Raises:
-        ModelError: no way gives the concatenated reference's loss and gradient.
+        ModelError: no way gives the concatenated reference's loss and gradient, or the model's numbers are not finite.
     """
     hf_model = hf_model.eval().requires_grad_(False)
-    checked = _models_to_check(hf_model)
-    wrong = []
+    tried = subjects(hf_model)
+    wrong: dict[str, str] = {}
     for kind in WAYS:
         try:
-            differences = [
-                (largest_difference(FrozenModel(one, tokenizer, kind(one), "")), _TOLERANCE.get(one.dtype, 1e-3))
-                for one in checked
-            ]
+            fault, shares = _fault(kind, tried, tokenizer)
         except Exception as error:  # whatever a foreign model raises, the way is not for it
-            wrong.append(f"{kind.name}: {type(error).__name__}: {str(error).split(chr(10))[0]}")
-            continue
-        if all(difference <= tolerance for difference, tolerance in differences):
-            return FrozenModel(hf_model, tokenizer, kind(hf_model), source or str(hf_model.name_or_path), revision)
-        wrong.append(f"{kind.name}: loss or gradient differs by {max(differences)[0]:.1%}")
+            fault, shares = f"{type(error).__name__}: {str(error).split(chr(10))[0]}", False
+        if fault is None:
+            name = source or str(hf_model.name_or_path)
+            if not shares:
+                logger.info("%s counts padding in its cache, or keeps something else there", _kind(hf_model))
+            return FrozenModel(hf_model, tokenizer, kind(hf_model), name, revision, shares)
+        wrong.setdefault(fault, kind.name)
     raise ModelError(
-        f"{type(hf_model).__name__} cannot share a prompt between examples exactly ({'; '.join(wrong)}); "
-        "recurrent and hybrid models are not supported"
+        f"{_kind(hf_model)} cannot share a prompt between examples exactly ("
+        f"{'; '.join(f'{name}: {fault}' for fault, name in wrong.items())})"
+        f"{_without_keys(hf_model)}"
     )
 
 
-def _models_to_check(hf_model: PreTrainedModel) -> list[PreTrainedModel]:
-    """Return what a way is tested on: the model, and a miniature where the model's window is too long to be crossed.
+def _fault(kind: type[Way], tried: list[Subject], tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, bool]:
+    """Return what is wrong with a way, None for nothing; and whether rows can be continued in one shared cache."""
+    shares = True
+    for subject in tried:
+        model = FrozenModel(subject.hf_model, tokenizer, kind(subject.hf_model), "")
+        loss, gradient = subject.plain.differences(model, cut=subject.whole)
+        if not (loss <= subject.allowed.loss and gradient <= subject.allowed.gradient):
+            return f"loss differs by {_shown(loss)} and gradient by {_shown(gradient)}", False
+        if subject.whole:
+            apart, together = subject.plain.decoding(model)
+            if not apart <= subject.allowed.gradient:
+                return f"texts of unlike lengths in one batch: logits differ by {_shown(apart)}", False
+            shares = together <= subject.allowed.gradient
+    return None, shares
 
-    A quantized model is tested on the miniature alone: with LLM.int8, a row's results change with the rows beside it
-    by more than a wrong mask would change them (14 % of a gradient on SmolLM2-135M), in any way of running it.
+
+def _shown(difference: float) -> str:
+    return f"{difference:.2%}" if difference < 1e3 else "more than can be"
+
+
+def subjects(hf_model: PreTrainedModel) -> list[Subject]:
+    """Return what ways are tried on: the model, and a miniature of it in float32, or one of the two.
+
+    A model that is tiny, in float32 and without a long window shows all by itself. A quantized model is tested on the
+    miniature alone: with LLM.int8, a row's results change with the rows beside it by more than a wrong mask would
+    change them (14 % of a gradient on SmolLM2-135M), in any way of running it. In half precision, rounding hides what
+    the miniature shows.
+
+    Raises:
+        ModelError: the model does not run on embeddings, or its own loss or gradient is not finite.
     """
     quantized = bool(getattr(hf_model, "is_quantized", False))
-    window = sliding_window(hf_model.config)
-    if not quantized and (window is None or window <= WINDOW):
-        return [hf_model]
+    shows = hf_model.dtype == torch.float32 and not quantized and shows_itself(hf_model.config)
+    tiny = hf_model.num_parameters() <= _FEW
+    small = None if shows and tiny else _small_subject(hf_model, not shows)
+    if small is not None and quantized:
+        return [small]
+    try:
+        plain = Plain(hf_model)
+    except Exception as error:  # whatever a foreign model raises
+        reason = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
+        raise ModelError(f"{_kind(hf_model)} cannot run on the embeddings of a prompt ({reason})") from error
+    if not plain.finite:
+        raise ModelError(f"{_kind(hf_model)} gives numbers that are not finite: {what_is_not_finite(hf_model)}")
+    exact = Differences(_EXACT, _EXACT)
+    allowed = exact if tiny and hf_model.dtype == torch.float32 else _ROUNDING.get(hf_model.dtype, exact)
+    own = Subject(plain, hf_model, allowed, whole=small is None)
+    return [own] if small is None else [small, own]
+
+
+def _small_subject(hf_model: PreTrainedModel, needed: bool) -> Subject | None:
+    """Return a miniature to try ways on; None where none can be made and run, which is warned of where it is needed."""
     try:
         small = miniature(hf_model)
+        plain = Plain(small)
+        if plain.finite:
+            return Subject(plain, small, Differences(_EXACT, _EXACT), whole=True)
+        reason = "its numbers are not finite"
     except Exception as error:  # a foreign configuration can resist in any way
-        logger.warning("%s could not be tested across its sliding window: %s", type(hf_model).__name__, error)
-        return [hf_model]
-    return [small] if quantized else [hf_model, small]
+        reason = f"{type(error).__name__}: {error}"
+    if needed:
+        logger.warning(
+            "%s could be checked in its own precision and on short texts alone; no tiny copy of it could be made (%s)",
+            _kind(hf_model),
+            reason,
+        )
+    return None
 
 
-@torch.enable_grad()
-def largest_difference(model: FrozenModel) -> float:
-    """Return the larger relative difference, of loss and of gradient, between a model's way and the reference.
+def _kind(hf_model: PreTrainedModel) -> str:
+    return type(hf_model).__name__
 
-    The texts have unlike lengths and a common beginning, and one's first token is a target; they are run at once and
-    as two micro-batches.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.vocabulary_size, (20,), generator=generator).tolist()
-    lead, texts = ids[:2], [ids[2:8], ids[8:11], ids[11:12]]
-    examples = [Example((*lead, *text), len(lead) + i % 2) for i, text in enumerate(texts[:2])]
-    examples.append(Example((*lead, *texts[2]), len(lead)))
-    # Between tokens, where learning takes it: some models look up which token an embedding is.
-    prompt = model.embed(ids[12:16]).float()
-    noise = torch.randn(prompt.shape, generator=generator).to(prompt.device)
-    prompt = (prompt + 0.3 * prompt.std() * noise).requires_grad_()
-    reference = concatenated_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
-    (wanted,) = torch.autograd.grad(reference, prompt)
-    expected, differences = float(reference.detach()), list[float]()
-    for parts in ([examples], [examples[:2], examples[2:]]):
-        loss, gradient = prompt_gradient(model, prompt, lead, parts)
-        differences += [abs(loss - expected) / abs(expected), float((gradient - wanted).norm() / wanted.norm())]
-    return max(differences)
+
+@torch.no_grad()
+def _without_keys(hf_model: PreTrainedModel) -> str:
+    """Say that layers keep no keys and values, where a model's own cache shows it."""
+    try:
+        one = torch.zeros(1, 1, dtype=torch.long, device=input_device(hf_model))
+        layers = getattr(hf_model(input_ids=one, use_cache=True).get("past_key_values"), "layers", [])
+    except Exception:  # whatever a foreign model raises, this is said of those that run
+        return ""
+    count = hf_model.config.get_text_config().num_hidden_layers
+    keep = sum(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers)
+    if keep >= count:
+        return ""
+    return f": {keep} of its {count} layers keep keys and values; recurrent and hybrid models are not supported"

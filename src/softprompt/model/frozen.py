@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.examples import Example, common_start
 from softprompt.model.ahead import one_each
+from softprompt.model.continuing import ContinuedRows, OwnPrefixes, SharedCache
 from softprompt.model.prefix import Prefix, is_deep
 from softprompt.model.way import Way, input_device
 
@@ -43,6 +44,7 @@ class FrozenModel:
         source: what it was loaded from: a hub id, a path or a bundled name.
         revision: the hub revision, None for local models.
         way: how text is run against a prefix.
+        shares_cache: whether rows of unlike lengths can be continued in one cache of the model's own.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class FrozenModel:
         way: Way,
         source: str,
         revision: str | None = None,
+        shares_cache: bool = True,
     ) -> None:
         self.hf_model = hf_model
         self.tokenizer = tokenizer
@@ -59,6 +62,7 @@ class FrozenModel:
         self.source = source
         self.revision = revision
         self._kept: OrderedDict[int, _KeptPrefix] = OrderedDict()
+        self.shares_cache = shares_cache
 
     @property
     def device(self) -> torch.device:
@@ -206,6 +210,12 @@ class FrozenModel:
         ids = [torch.tensor(list(text)) for text in texts]
         done = self.way.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
         return self.way.head.logits(done.hidden), done.extended
+
+    def continued(self, prefixes: Sequence[Prefix]) -> ContinuedRows:
+        """Return rows that are continued a token at a time, each from the end of a prefix."""
+        if self.shares_cache:
+            return SharedCache(self.hf_model, self.way, prefixes)
+        return OwnPrefixes(self.way, prefixes)
 
 
 def _version(prompt: Tensor) -> int:

@@ -23,6 +23,7 @@ _SMALL = {
     "max_position_embeddings": 256,
 }
 _WINDOWS = ("sliding_window", "window_size", "local_attention")
+_SOFTCAPS = ("attn_logit_softcapping",)  # on attention's scores, which are seldom so large in a tiny model
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -33,6 +34,13 @@ def sliding_window(config: PretrainedConfig) -> int | None:
         return None
     found = [getattr(text, name, None) for name in _WINDOWS]
     return min((window for window in found if isinstance(window, int) and window > 0), default=None)
+
+
+def shows_itself(config: PretrainedConfig) -> bool:
+    """Tell whether a few short texts, on the model itself, come across all that its attention does."""
+    window = sliding_window(config)
+    capped = any(getattr(config.get_text_config(), name, None) for name in _SOFTCAPS)
+    return (window is None or window <= WINDOW) and not capped
 
 
 def miniature(hf_model: PreTrainedModel) -> PreTrainedModel:
@@ -55,6 +63,9 @@ def miniature(hf_model: PreTrainedModel) -> PreTrainedModel:
     for name in _WINDOWS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, WINDOW)
+    for name in _SOFTCAPS:
+        if getattr(config, name, None):
+            setattr(config, name, 1.0)
     for name in _TOKENS:
         setattr(config, name, None)
     if "flash" in str(config._attn_implementation):

@@ -164,14 +164,14 @@ class Loop(ABC):
         """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.
 
         Returns:
-            The loss on the validation rows then; infinite where a step's loss was not finite.
+            The loss on the validation rows then; infinite where a loss was not finite.
         """
         try:
             while self.progress.step < steps:
                 self.step()
+            loss = self.evaluate().values()["loss"]
         except RunError:
             return math.inf
-        loss = self.evaluate().values()["loss"]
         return loss if math.isfinite(loss) else math.inf
 
     def _done(self) -> bool:

@@ -1,0 +1,27 @@
+"""Numbers that are not finite: which weight holds them, and what to do."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+_CURE = "try --set dtype=bfloat16 or dtype=float32"
+
+
+def what_is_not_finite(hf_model: PreTrainedModel) -> str:
+    """Say why a model gives numbers that are not finite, and what helps. All weights are read, which takes a while."""
+    kind = str(hf_model.dtype).removeprefix("torch.")
+    half = hf_model.dtype in (torch.float16, torch.bfloat16)
+    for name, weight in hf_model.named_parameters():
+        if not weight.is_floating_point() or weight.device.type == "meta":
+            continue
+        if bool(weight.isnan().any()):
+            return f"its weight {name} holds NaN: the checkpoint is damaged; fetch it again, or take another one"
+        if bool(weight.isinf().any()):
+            cure = _CURE if half else "the checkpoint is damaged; fetch it again, or take another one"
+            return f"its weight {name} holds infinite values in {kind}: {cure}"
+    if half:
+        return f"its weights are finite, but what it computes goes beyond {kind}: {_CURE}"
+    return (
+        f"its weights are finite, but what it computes goes beyond {kind}: take another checkpoint, or another prompt"
+    )
