@@ -50,9 +50,9 @@ def test_a_target_follows_after_a_space_or_a_line_break(text: str, whole: str) -
     assert text + make_format("completion", []).joined(text, "good") == whole
 
 
-def test_a_target_has_no_spaces_around_it() -> None:
+def test_a_completion_is_as_the_row_gives_it_and_a_label_has_no_spaces_around_it() -> None:
     made = make_format("completion", [])
-    assert made.target({"input": "a", "target": "  two words \n"}) == "two words"
+    assert made.target({"input": "a", "target": "  two words \n"}) == "  two words \n"
     labels = make_format("classification", LABELS, verbalizers={"bad": " terrible "})
     assert labels.target({"text": "a", "label": "bad"}) == "terrible"
 
@@ -68,7 +68,7 @@ def test_an_unknown_column_is_named_with_the_nearest() -> None:
         made.input({"text": "a", "label": "good"})
 
 
-@pytest.mark.parametrize("template", ["", "Label:", "{{ 'text' }}", "{% set x = 1 %}{{ x }}", "{# text #}"])
+@pytest.mark.parametrize("template", ["", "Label:", "{{ 'text' }}", "{% if true %}x{% endif %}", "{# text #}"])
 @pytest.mark.parametrize("task", list(DEFAULT_TEMPLATE))
 def test_a_template_without_a_column_is_refused(task: Task, template: str) -> None:
     column = "input" if task == "completion" else "text"
@@ -96,15 +96,9 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_template_cannot_reach_out_of_its_sandbox(attack: str) -> None:
-    made = make_format("text", [], f"{{{{ text }}}}{attack}")
-    try:
-        rendered = made.input({"text": "words"})
-    except Exception:  # any refusal will do here; how it is told is the next test's matter
-        return
-    assert "<class" not in rendered
-    assert "<frame" not in rendered
-    assert "__builtins__" not in rendered
+def test_a_template_cannot_reach_out_of_itself(attack: str) -> None:
+    with pytest.raises(SettingsError, match=r"cannot be read: line 1: .* is not allowed"):
+        make_format("text", [], f"{{{{ text }}}}{attack}")
 
 
 @pytest.mark.parametrize(

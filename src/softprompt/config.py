@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -30,6 +31,16 @@ def _known_init(init: str) -> str:
     return init
 
 
+def _known_day(day: str) -> str:
+    try:
+        return date.fromisoformat(day).isoformat()
+    except ValueError as error:
+        raise ValueError("not a day; write year, month and day, as in 2024-07-26") from error
+
+
+ChatDate = Annotated[str, AfterValidator(_known_day)]
+
+
 class ModelConfig(BaseModel):
     """Where the base model runs and in which precision."""
 
@@ -51,6 +62,9 @@ class FormatConfig(ModelConfig):
 
     template: str | None = Field(None, description="Jinja template of a row's input, such as '{{ text }}\\nLabel:'")
     chat_template: bool | None = Field(None, description="put the input through the model's chat template; not done")
+    chat_date: ChatDate | None = Field(
+        None, description="the day that the chat template prints, where it prints one, such as 2024-07-26, which it is"
+    )
     verbalizers: dict[str, str] | None = Field(None, description="label to the text that stands for it")
     max_length: int = Field(512, ge=2, description="the most real tokens of an example; longer inputs are cut")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from softprompt.config import GenerateConfig, Mode
-from softprompt.data.examples import Encoder, leading_tokens, token_ids
+from softprompt.data.examples import Encoder, leading_tokens, plain_ids, require_embeddings
 from softprompt.data.rows import Row, require_characters
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.decoding import continue_ids
@@ -119,7 +119,7 @@ def _written(
     room_for = None if model.context_length is None else model.context_length - virtual
     most = config.max_new_tokens or (None if config.max_length else _NEW_TOKENS)
     if prompt is None or raw or (prompt.record.task, prompt.record.template) == ("text", DEFAULT_TEMPLATE["text"]):
-        inputs = [_plain(model, text) for text in texts]
+        inputs = [_plain(model, text, f"text {number}") for number, text in enumerate(texts, start=1)]
     else:
         rows = input_rows(prompt, texts)
         longest = prompt.record.max_length
@@ -129,7 +129,7 @@ def _written(
             raise SettingsError(
                 f"{virtual} virtual tokens leave no room for text: the model has {model.context_length} positions"
             )
-        encoder = Encoder(model.tokenizer, prompt.format, longest)
+        encoder = Encoder(model.tokenizer, prompt.format, longest, model.vocabulary_size)
         inputs = [list(ids) for ids in encoder.inputs(rows)]
         if encoder.truncated:
             warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {longest} tokens", stacklevel=3)
@@ -137,10 +137,12 @@ def _written(
     return continue_ids(model, prompts, inputs, room, config)
 
 
-def _plain(model: FrozenModel, text: str | Mapping[str, object]) -> list[int]:
+def _plain(model: FrozenModel, text: str | Mapping[str, object], where: str) -> list[int]:
     if not isinstance(text, str):
         raise SettingsError("without a template, texts must be strings, not dictionaries of columns")
-    return [*leading_tokens(model.tokenizer), *token_ids(model.tokenizer, text)]
+    ids = [*leading_tokens(model.tokenizer), *plain_ids(model.tokenizer, text)]
+    require_embeddings(model.tokenizer, ids, model.vocabulary_size, where)
+    return ids
 
 
 def input_rows(prompt: Prompt, texts: Sequence[str | Mapping[str, object]]) -> list[Row]:

@@ -51,8 +51,8 @@ def evaluate(
     """Score rows with a prompt and without.
 
     PROMPT is a prompt's folder or kept name, or `none` for the untouched model; DATA as in tune. With `none`,
-    --set template=… , chat_template=… , verbalizers=… and max_length=… say how rows become text; calibration=contextual
-    works with a prompt too.
+    --set template=… , chat_template=… , chat_date=… , verbalizers=… and max_length=… say how rows become text;
+    calibration=contextual works with a prompt too.
     """
     from softprompt.cli.show import evaluation_record, print_json, show_evaluation
     from softprompt.config import EvaluateConfig, FormatConfig, ModelConfig, read_settings
@@ -79,6 +79,7 @@ def evaluate(
         soft,
         template=config.template,
         chat_template=bool(config.chat_template),
+        chat_date=config.chat_date,
         verbalizers=config.verbalizers,
         max_length=config.max_length,
         calibration=config.calibration,

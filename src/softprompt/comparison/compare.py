@@ -269,7 +269,7 @@ def _held_back(data: Rows, other: Rows | None, most: int, seed: int, option: str
 def _predicted(model: FrozenModel, config: TuneConfig, texts: Rows) -> Rows:
     """Leave out texts of one token: most methods have nothing before it to predict it from."""
     form = make_format("text", [], config.template, None, bool(config.chat_template))
-    encoder = Encoder(model.tokenizer, form, config.max_length)
+    encoder = Encoder(model.tokenizer, form, config.max_length, model.vocabulary_size)
     examples = (encoder.example(text, texts.where(i)) for i, text in enumerate(texts))
     longer = [i for i, example in enumerate(examples) if example.predicted.targets]
     if not longer:

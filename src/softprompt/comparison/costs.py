@@ -90,7 +90,7 @@ def general_perplexity(model: FrozenModel) -> float:
     text = files("softprompt.comparison").joinpath("general.txt").read_text(encoding="utf-8")
     rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
     most = min(_LONGEST, model.context_length or _LONGEST)
-    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), most), rows)
+    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), most, model.vocabulary_size), rows)
     return perplexity(scorer.score(model, None).loss())
 
 

@@ -11,7 +11,7 @@ from itertools import count, islice
 import numpy as np
 
 from softprompt.config import Calibration
-from softprompt.data.examples import Encoder, token_ids
+from softprompt.data.examples import Encoder, plain_ids
 from softprompt.data.rows import Rows
 from softprompt.data.split import labels_in_turn, sample
 from softprompt.data.templates import Format
@@ -212,7 +212,7 @@ class _Judge:
         self.at_once = tokens_at_once(model, validation, 0, max_length)
 
     def tokens(self, text: str) -> int:
-        return len(token_ids(self.model.tokenizer, text))
+        return len(plain_ids(self.model.tokenizer, text))
 
     def max_length(self, form: Format) -> int:
         """Return the most tokens of a row with its demonstrations."""
@@ -221,7 +221,7 @@ class _Judge:
 
     def room(self, form: Format) -> float:
         """Return how many tokens of demonstrations fit in the model's context before the longest validation row."""
-        encoder = Encoder(self.model.tokenizer, form, self.max_length(form))
+        encoder = Encoder(self.model.tokenizer, form, self.max_length(form), self.model.vocabulary_size)
         longest = max(len(example.ids) for example in encoder.examples(self.validation))
         return (self.model.context_length or math.inf) - longest
 
@@ -237,7 +237,7 @@ class _Judge:
     def trial(self, form: Format, rows: Rows) -> Trial:
         """Score rows with a candidate; labels plain and calibrated, of which the best counts."""
         length = self.max_length(form)
-        encoder = Encoder(self.model.tokenizer, form, length)
+        encoder = Encoder(self.model.tokenizer, form, length, self.model.vocabulary_size)
         calibration: Calibration = "contextual" if form.task == "classification" else "none"
         scores = calibrated_or_plain(encoder, rows, self.at_once, calibration).score(self.model, None)
         label_bias: dict[str, float] = {}

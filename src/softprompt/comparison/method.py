@@ -17,7 +17,7 @@ from softprompt.comparison.results import Point
 from softprompt.config import Calibration, TuneConfig
 from softprompt.data.examples import Encoder
 from softprompt.data.rows import Rows, Task
-from softprompt.data.templates import Format
+from softprompt.data.templates import Format, require_template
 from softprompt.errors import InputError
 from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.evaluate import Side
@@ -89,7 +89,7 @@ class Answers:
 
     def side(self, rows: Rows, at_once: int) -> Side:
         """Answer rows, so many text tokens together."""
-        encoder = Encoder(self.model.tokenizer, self.format, self.max_length)
+        encoder = Encoder(self.model.tokenizer, self.format, self.max_length, self.model.vocabulary_size)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
         return Side(self.model, encoder, scorer, self.prompts or (None,), self.biases)
 
@@ -100,6 +100,7 @@ class Answers:
             "template": form.template,
             "verbalizers": dict(form.verbalizers),
             "chat_template": form.chat_template,
+            "chat_date": form.chat_date,
             "demonstrations": [dict(row) for row in form.demonstrations],
             "calibration": self.calibration,
             "label_bias": self.biases[0],
@@ -110,7 +111,12 @@ class Answers:
 
     @classmethod
     def read(cls, folder: Path, model: FrozenModel, task: Task) -> Answers:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is damaged.
+            SettingsError: its template is none, or shows the answer.
+        """
         cure = "remove it and the method's result, and the method is run again"
         record = read_json_object(folder / _FORMAT, cure)
         try:
@@ -120,7 +126,9 @@ class Answers:
                 record["verbalizers"],
                 record["chat_template"],
                 demonstrations=tuple(record["demonstrations"]),
+                chat_date=record.get("chat_date"),  # which earlier versions did not keep
             )
+            require_template(form)
             own = {"calibration": record["calibration"], "biases": (record["label_bias"],)}
             return cls(model, form, record["max_length"], **own)
         except (KeyError, TypeError) as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from softprompt.data.chat import Chat, prints_date
 from softprompt.data.rows import Row, Rows
+from softprompt.data.special_tokens import Encoded, SpecialTokens, Written
 from softprompt.data.templates import Format
 from softprompt.errors import DataError, ModelError, SettingsError, nearest
 
@@ -54,17 +57,21 @@ class Encoder:
 
     Order in a row: BOS (if the tokenizer adds one; a chat template brings its own), input, target. Input and target
     are tokenized together and split at the character where they meet; a token that straddles it counts as target.
+    A special token that stands in a row is text like any other: `<|endoftext|>` is these characters. In the template's
+    own words, and in the chat template's, it is what it says.
 
     Attributes:
         tokenizer: a fast tokenizer.
         format: how rows become text.
         max_length: the most real tokens of an example; longer inputs are cut, targets never.
+        vocabulary: how many tokens the model has embeddings of, None where that is not known.
         truncated: how many rows were cut so far.
     """
 
     tokenizer: PreTrainedTokenizerBase
     format: Format
     max_length: int
+    vocabulary: int | None = None
     truncated: int = 0
 
     def __post_init__(self) -> None:
@@ -72,8 +79,11 @@ class Encoder:
             raise ModelError(
                 "this model's tokenizer gives no character offsets (it is a slow one); use a fast tokenizer"
             )
-        if self.format.chat_template and not self.tokenizer.chat_template:
-            raise SettingsError("this model's tokenizer has no chat template; leave chat_template out")
+        self._special = SpecialTokens.of(self.tokenizer)
+        self._chat = Chat(self.tokenizer, self.format.chat_date)
+        if self.format.chat_template:
+            self._require_chat()
+        self._demonstrated = self._special.written(self.format.demonstrated_pieces)
         self.leading = () if self.format.chat_template else leading_tokens(self.tokenizer)
         self._among: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.ends = self.format.task == "completion" or self._one_begins_another()
@@ -82,21 +92,36 @@ class Encoder:
                 "this model's tokenizer has no end-of-text token, which this task's targets have to end with"
             )
 
+    def _require_chat(self) -> None:
+        """Say what is wrong with a chat template before any row is read."""
+        if not self.tokenizer.chat_template:
+            raise SettingsError("this model's tokenizer has no chat template; leave chat_template out")
+        self._chat.around("a")
+        if self.format.chat_date is None and prints_date(self.tokenizer):
+            warnings.warn(
+                "the chat template prints the date, and this prompt was tuned before dates were kept: it reads "
+                "today's, and the same text gives other tokens on another day. Tune it again",
+                stacklevel=4,
+            )
+
     def _one_begins_another(self) -> bool:
         """Tell whether one label's tokens are how another's begin; then all labels end with the end-of-text token."""
         texts = self.format.verbalizers.values()
-        for before in (" ", "\n"):  # behind a line break the tokens are others than behind a space
-            encoded = [tuple(token_ids(self.tokenizer, f"{before}{text}")) for text in texts]
-            if any(a != b and b[: len(a)] == a for a in encoded for b in encoded):
-                return True
-        return False
+        # Behind a line break the tokens are others than behind a space.
+        both = [Written.plain(f"{before}{text}") for before in (" ", "\n") for text in texts]
+        encoded = [tuple(each.ids) for each in self._encode(both)]
+        spaced, broken = encoded[: len(texts)], encoded[len(texts) :]
+        return any(a != b and b[: len(a)] == a for each in (spaced, broken) for a in each for b in each)
 
-    def _input(self, row: Row) -> str:
-        text = self.format.input(row)
-        if not self.format.chat_template:
-            return text
-        chat = [{"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    def _encode(self, texts: Sequence[Written]) -> list[Encoded]:
+        return self._special.encode(self.tokenizer, texts) if texts else []
+
+    def _input(self, row: Row, where: str) -> Written:
+        try:
+            written = self._special.written(self.format.pieces(row))
+        except SettingsError as error:
+            raise SettingsError(f"{where}: {error}") from error
+        return self._special.in_chat(written, self._chat.around) if self.format.chat_template else written
 
     def examples(self, rows: Rows) -> list[Example]:
         """Return an example for each row.
@@ -113,7 +138,7 @@ class Encoder:
         if self.format.task == "text":
             return self._text(row, where)
         target = self.format.target(row)
-        return self._fitted(row, lambda text: [self._joined(text, target)], where)[0]
+        return self._fitted(row, lambda text: self._joined(text, [target]), where)[0]
 
     def among_labels(self, row: Row, example: Example) -> Example:
         """Return a row's example along with what labels go on with, which is the same behind all inputs.
@@ -122,8 +147,7 @@ class Encoder:
         """
         target = example.ids[example.start :]
         if target not in self._among:
-            text = self._input(row)
-            variants = [self._joined(text, label) for label in self.format.verbalizers.values()]
+            variants = self._joined(self._input(row, "a row"), self.format.verbalizers.values())
             _, tails = _parted(variants)
             begun = defaultdict(set)
             for tail in tails:
@@ -145,19 +169,29 @@ class Encoder:
             stem, tails = _parted(self._variants(row, rows.where(i)))
             if not stem:
                 raise DataError(f"{rows.where(i)}: the template leaves no text before the label")
-            if len(set(tails)) < len(tails):
-                raise SettingsError("two labels have the same tokens in this model; give them other verbalizers")
+            self._require_different(tails)
             made.append(Choices(stem, tails))
         return made
 
     def inputs(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
         """Return the ids of each row's input alone, as they stand before a target."""
 
-        def alone(text: str) -> list[Example]:
-            ids = (*self.leading, *token_ids(self.tokenizer, text))
+        def alone(text: Written) -> list[Example]:
+            ids = (*self.leading, *self._encode([text])[0].ids)
             return [Example(ids, len(ids))]
 
         return [self._fitted(row, alone, f"text {n}")[0].ids for n, row in enumerate(rows, start=1)]
+
+    def _require_different(self, tails: Sequence[tuple[int, ...]]) -> None:
+        """Make sure that labels can be told apart by their tokens."""
+        by_tokens: dict[tuple[int, ...], str] = {}
+        for (label, text), tail in zip(self.format.verbalizers.items(), tails, strict=True):
+            other = by_tokens.setdefault(tail, label)
+            if other != label:
+                raise SettingsError(
+                    f"the labels {other!r} and {label!r} have the same tokens in this model (their verbalizers are "
+                    f"{self.format.verbalizers[other]!r} and {text!r}); give one of them another verbalizer"
+                )
 
     def _check_labels(self, rows: Rows) -> None:
         if self.format.task != "classification":
@@ -171,8 +205,9 @@ class Encoder:
                 )
 
     def _text(self, row: Row, where: str) -> Example:
-        ids, behind = self._split(self._input(row), len(self.format.demonstrated))
-        start = len(self.leading)
+        (encoded,) = self._encode([self._input(row, where)])
+        ids, start = (*self.leading, *encoded.ids), len(self.leading)
+        behind = start + encoded.inside(self._demonstrated)
         if self.format.demonstrations:
             # Without them, nothing predicts a text's first token if no other leads; with them, the same tokens count.
             start = behind if self.leading else behind + 1
@@ -182,19 +217,18 @@ class Encoder:
                     "raise max_length, or show fewer"
                 )
         self.truncated += len(ids) > self.max_length
-        return Example(ids[: self.max_length], start)
+        return self._embedded(Example(ids[: self.max_length], start), where)
 
     def _variants(self, row: Row, where: str) -> list[Example]:
         """Return an example for every label, all behind the same input: the longest label says where it is cut."""
-        targets = self.format.verbalizers.values()
-        return self._fitted(row, lambda text: [self._joined(text, target) for target in targets], where)
+        return self._fitted(row, lambda text: self._joined(text, self.format.verbalizers.values()), where)
 
-    def _fitted(self, row: Row, encode: Callable[[str], list[Example]], where: str) -> list[Example]:
+    def _fitted(self, row: Row, encode: Callable[[Written], list[Example]], where: str) -> list[Example]:
         """Encode a row's input in one way or several, and shorten its longest column until the longest of them fits.
 
         The demonstrations, the template's own words and the target stay whole.
         """
-        examples = encode(self._input(row))
+        examples = encode(self._input(row, where))
         for example in examples:
             if example.targets >= self.max_length:
                 raise DataError(
@@ -205,28 +239,28 @@ class Encoder:
         short = dict(row)
         while (excess := max(len(example.ids) for example in examples) - self.max_length) > 0:
             longest = max((c for c in self.format.columns if c in short), key=lambda column: len(short[column]))
-            offsets = self.tokenizer(short[longest], add_special_tokens=False, return_offsets_mapping=True)
-            starts = [start for start, _ in offsets["offset_mapping"]]
+            starts = [start for start, _ in self._encode([Written.plain(short[longest])])[0].offsets]
             if not starts:
                 ahead = ", behind the demonstrations," if self.format.demonstrations else ""
                 raise DataError(f"{where}: the template's own text{ahead} does not fit in max_length {self.max_length}")
             cut = starts[max(len(starts) - excess, 0)]
             # At least one letter: some offsets leave out the space that a token begins with.
             short[longest] = short[longest][: min(cut, len(short[longest]) - 1)]
-            examples = encode(self._input(short))
-        return examples
+            examples = encode(self._input(short, where))
+        return [self._embedded(example, where) for example in examples]
 
-    def _joined(self, text: str, target: str) -> Example:
+    def _joined(self, text: Written, targets: Iterable[str]) -> list[Example]:
+        """Return an example for each of several targets behind one input; all are tokenized in one call."""
         end = self.format.end if self.ends else ""
-        ids, start = self._split(text + self.format.joined(text, target) + end, len(text))
         ending = [self.tokenizer.eos_token_id] if self.ends and not end else []
-        return Example((*ids, *ending), start)
+        encoded = self._encode([text + (self.format.joined(text.text, target) + end) for target in targets])
+        first = len(self.leading)
+        return [Example((*self.leading, *each.ids, *ending), first + each.inside(text)) for each in encoded]
 
-    def _split(self, whole: str, border: int) -> tuple[tuple[int, ...], int]:
-        """Return a text's ids, and which is the first that reaches beyond a character."""
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        inside = sum(1 for _, end in encoded["offset_mapping"] if end <= border)
-        return (*self.leading, *encoded["input_ids"]), len(self.leading) + inside
+    def _embedded(self, example: Example, where: str) -> Example:
+        """Return an example, after making sure that the model has an embedding of each of its tokens."""
+        require_embeddings(self.tokenizer, example.ids, self.vocabulary, where)
+        return example
 
 
 def _parted(variants: Sequence[Example]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
@@ -239,6 +273,29 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return a text's tokens, without those that the tokenizer puts around texts."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return a text's tokens, none of them special: a special token that it spells out is so many characters."""
+    return SpecialTokens.of(tokenizer).encode(tokenizer, [Written.plain(text)])[0].ids
+
+
+def require_embeddings(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], vocabulary: int | None, where: str
+) -> None:
+    """Make sure that the model has an embedding of each token, of which it has `vocabulary`; None where nobody knows.
+
+    Raises:
+        DataError: it has none of a token that was added to the tokenizer.
+    """
+    if vocabulary is None or max(ids, default=0) < vocabulary:
+        return
+    token = next(i for i in ids if i >= vocabulary)
+    raise DataError(
+        f"{where}: the token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, and the model has "
+        f"embeddings of {vocabulary} tokens only: it was added to the tokenizer alone. Give the model "
+        f"embeddings of {len(tokenizer)} (resize_token_embeddings, then train them), or take it out of the tokenizer"
+    )
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
 from softprompt.config import GenerateConfig
-from softprompt.data.examples import Encoder
+from softprompt.data.examples import Encoder, plain_ids
 from softprompt.data.rows import Row, Rows
 from softprompt.decoding import continue_ids
 from softprompt.errors import DataError
@@ -100,9 +100,10 @@ def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Enco
     Raises:
         DataError: the model has no positions left for the longest right answer.
     """
-    targets = [encoder.format.target(row) for row in rows]
+    texts = (encoder.format.input(row) for row in rows)
+    targets = [encoder.format.answer(text, encoder.format.target(row)) for text, row in zip(texts, rows, strict=True)]
     stop = (encoder.format.end,) if encoder.format.end else ()
-    longest = 1 + max(len(ids) for ids in encoder.tokenizer(targets, add_special_tokens=False)["input_ids"])
+    longest = 1 + max(len(plain_ids(encoder.tokenizer, target)) for target in targets)
     room = encoder.max_length
     if model.context_length is not None:
         virtual = max(0 if prompt is None else prompt.shape[-2] for prompt in prompts)
@@ -123,6 +124,16 @@ def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Enco
             references.append([])
         place.append(order[text])
         references[order[text]].append(target)
-    inputs = Encoder(encoder.tokenizer, encoder.format, room).inputs(distinct)
+    inputs = Encoder(encoder.tokenizer, encoder.format, room, encoder.vocabulary).inputs(distinct)
     outputs = continue_ids(model, prompts, inputs, [longest] * len(inputs), GenerateConfig(stop=stop))
-    return Completions([output.strip() for output in outputs], references, place)
+    return Completions([_as_given(*each) for each in zip(outputs, references, strict=True)], references, place)
+
+
+def _as_given(output: str, references: Sequence[str]) -> str:
+    """Return an output with its white space at an end where a right answer has some there; elsewhere it says nothing.
+
+    An indentation is a part of the answer; the space before a word is not.
+    """
+    if not any(right[:1].isspace() for right in references):
+        output = output.lstrip()
+    return output if any(right[-1:].isspace() for right in references) else output.rstrip()

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.config import Calibration
+from softprompt.data.chat import dated
 from softprompt.data.examples import Encoder
 from softprompt.data.labels import clean_label
 from softprompt.data.rows import Rows, Source, as_rows
-from softprompt.data.templates import default_template, make_format
+from softprompt.data.templates import default_template, make_format, require_unseen_answer
 from softprompt.errors import DataError, nearest
 from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
 from softprompt.evaluation.completions import complete
@@ -62,6 +63,7 @@ def evaluate(
     template: str | None = None,
     verbalizers: Mapping[str, str] | None = None,
     chat_template: bool = False,
+    chat_date: str | None = None,
     max_length: int = 512,
     calibration: Calibration = "none",
     bias_rows: tuple[Rows, Rows] | None = None,
@@ -73,8 +75,8 @@ def evaluate(
         data: rows with their labels or targets, or what `load_data` reads; completions that share an input are several
             right answers to it.
         prompt: None for the untouched model.
-        template, verbalizers, chat_template, max_length: for the untouched model; a prompt brings its own. Verbalizers
-            may name labels that no row has, and are chosen among all the same.
+        template, verbalizers, chat_template, chat_date, max_length: for the untouched model; a prompt brings its own.
+            Verbalizers may name labels that no row has, and are chosen among all the same.
         calibration: `contextual` to make labels less likely that are likely whatever the text says, with the prompt and
             without; a prompt's own label bias is then left out.
         bias_rows: training and validation rows, by which the base gets a label bias as `tune` gives one to a prompt;
@@ -96,15 +98,17 @@ def evaluate(
             )
         default = default_template(data)
         form, virtual = make_format(data.task, labels, template, verbalizers, chat_template, default), 0
+        form = dated(form, model.tokenizer, chat_date)
     else:
         require_all_fit(prompt, model)
         if prompt.record.task != data.task:
             raise DataError(f"{data.name} is for {data.task}, the prompt was trained for {prompt.record.task}")
         _warn_of_known_rows(prompt, data)
         form, virtual, max_length = prompt.format, prompt.num_virtual_tokens, prompt.record.max_length
+    require_unseen_answer(form, data)
     # So long that the model has positions for it, without the prompt too: both read the same.
     most = min(max_length, (model.context_length or max_length + virtual) - virtual)
-    encoder = Encoder(model.tokenizer, form, most)
+    encoder = Encoder(model.tokenizer, form, most, model.vocabulary_size)
     at_once = tokens_at_once(model, data, virtual, most, 1 if prompt is None else len(prompt.members))
     scorer = calibrated_or_plain(encoder, data, at_once, calibration)
     biased = calibration == "none"  # contextual calibration stands in for what a prompt has learned of its labels

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.config import MOST_TOKENS
-from softprompt.data.examples import token_ids
+from softprompt.data.examples import plain_ids, require_embeddings, token_ids
 from softprompt.data.rows import Row
 from softprompt.data.split import labels_in_turn
 from softprompt.data.templates import Format
@@ -42,16 +42,24 @@ def vocabulary_prompt(model: FrozenModel, length: int, texts: Iterable[Sequence[
     """Start from the embeddings of the tokens that are most frequent in the training texts (Lester et al. 2021)."""
     counts = Counter(token for ids in texts for token in ids)
     special = set(model.tokenizer.all_special_ids)
-    frequent = [token for token, _ in counts.most_common() if token not in special]
+    frequent = embedded(model, [token for token, _ in counts.most_common() if token not in special])
     return model.embed(repeated(frequent, length)).float().cpu()
 
 
-def text_prompt(model: FrozenModel, length: int | None, text: str) -> Tensor:
+def embedded(model: FrozenModel, ids: Iterable[int]) -> list[int]:
+    """Leave out tokens that the model has no embeddings of; what the row says that has one is told when it is read."""
+    return [i for i in ids if i < model.vocabulary_size]
+
+
+def text_prompt(model: FrozenModel, length: int | None, text: str, ids: Sequence[int] | None = None) -> Tensor:
     """Start from the embeddings of a text's tokens, all of them or the first P; a shorter text is repeated.
 
     Where P is open, it is the text's length, and 20 at least: repeated, ten tokens of text learn better as twenty.
+    `ids` are its tokens where it is made from rows, whose special tokens are none.
     """
-    ids = token_ids(model.tokenizer, text)
+    if ids is None:
+        ids = token_ids(model.tokenizer, text)
+        require_embeddings(model.tokenizer, ids, model.vocabulary_size, "init_text")
     if not ids:
         raise SettingsError(f"init_text {text!r} has no tokens; describe the task in a few words")
     if length is None and len(ids) > MOST_TOKENS:
@@ -66,7 +74,9 @@ def labels_prompt(model: FrozenModel, length: int | None, verbalizers: Iterable[
     """Start from one embedding a label: the mean of its tokens' (Lester et al. 2021, class-label initialization)."""
     means = []
     for text in verbalizers:
-        means.append(model.embed(token_ids(model.tokenizer, f" {text}")).float().cpu().mean(dim=0))
+        ids = plain_ids(model.tokenizer, f" {text}")
+        require_embeddings(model.tokenizer, ids, model.vocabulary_size, f"the label {text!r}")
+        means.append(model.embed(ids).float().cpu().mean(dim=0))
     if not means:
         raise SettingsError("init=labels needs a classification task; use init=text")
     return torch.stack(repeated(means, length or max(USUAL_TOKENS, min(len(means), _MOST_LABELS))))

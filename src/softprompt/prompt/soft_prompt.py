@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt.config import FormatConfig, Method
+from softprompt.config import ChatDate, FormatConfig, Method
+from softprompt.data.chat import dated
 from softprompt.data.labels import clean_label
 from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
@@ -46,6 +47,7 @@ class Record(BaseModel):
         format_version: of the folder.
         base_model: the model it was trained on.
         task, template, chat_template, verbalizers, max_length: how rows become tokens.
+        chat_date: the day that the chat template prints, where it prints one; None in prompts of earlier versions.
         label_bias: nats that are added to labels' log-likelihoods where one of them is chosen (prior matching).
         training: settings and how far it went.
         metrics: on the validation rows, with the prompt.
@@ -59,6 +61,7 @@ class Record(BaseModel):
     task: Task = "text"
     template: str = DEFAULT_TEMPLATE["text"]
     chat_template: bool = False
+    chat_date: ChatDate | None = None
     verbalizers: dict[str, str] = {}
     max_length: int = Field(512, ge=2)
     label_bias: dict[str, FiniteFloat] = {}
@@ -90,6 +93,7 @@ class Record(BaseModel):
             task=form.task,
             template=form.template,
             chat_template=form.chat_template,
+            chat_date=form.chat_date,
             verbalizers=dict(form.verbalizers),
             max_length=max_length,
             **more,
@@ -113,7 +117,9 @@ class SoftPrompt:
     def format(self) -> Format:
         """How rows become text for this prompt."""
         record = self.record
-        return Format(record.task, record.template, record.verbalizers, record.chat_template)
+        return Format(
+            record.task, record.template, record.verbalizers, record.chat_template, chat_date=record.chat_date
+        )
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -225,6 +231,7 @@ def described(prompt: SoftPrompt, model: FrozenModel, task: Task, config: Format
     if task == "classification" and len(verbalizers) < 2:
         raise SettingsError('classification needs the labels: --set verbalizers=\'{"LABEL": "text", …}\'')
     form = make_format(task, list(verbalizers), config.template, verbalizers, bool(config.chat_template))
+    form = dated(form, model.tokenizer, config.chat_date)
     return SoftPrompt(prompt.weights, Record.of(model, form, config.max_length))
 
 
@@ -330,9 +337,10 @@ def _read_record(path: Path, adapter: dict[str, Any]) -> Record:
     try:
         record = Record(**loaded)
         make_format(record.task, list(record.verbalizers), record.template, record.verbalizers, record.chat_template)
-    except (ValidationError, SettingsError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise PromptError(f"{path / RECORD} is damaged: {reason}") from error
+    except ValidationError as error:
+        raise PromptError(f"{path / RECORD} is damaged: {error.errors()[0]['msg']}") from error
+    except SettingsError as error:
+        raise PromptError(f"{path / RECORD} cannot be used: {error}") from error
     if record.task == "classification" and not record.verbalizers:
         raise PromptError(f"{path / RECORD} is damaged: a classification prompt without verbalizers")
     unknown = [label for label in record.label_bias if label not in record.verbalizers]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softprompt.config import TuneConfig
-from softprompt.data.rows import Source, as_rows
+from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.split import sample, split_rows
 from softprompt.errors import SettingsError
 from softprompt.evaluation.ensemble import averaged

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from softprompt.config import TuneConfig, make_config
 from softprompt.data.batching import taken
+from softprompt.data.chat import dated
 from softprompt.data.examples import Encoder, Example
 from softprompt.data.lazy import Extent, LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample, seen_before, split_rows
-from softprompt.data.templates import Format, default_template, make_format
+from softprompt.data.templates import Format, default_template, make_format, require_unseen_answer
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scoring import LabelScorer, Scorer, TextScorer, make_scorer
 from softprompt.launch import count
@@ -114,14 +115,15 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     labels = data.labels
     if source is not None and source.format.task == data.task and set(labels) <= set(source.record.verbalizers):
         labels = list(source.record.verbalizers) or labels
-        for name in ("template", "chat_template", "verbalizers"):
+        for name in ("template", "chat_template", "chat_date", "verbalizers"):
             decide(name, getattr(source.record, name) or None, config.init)
     decide("chat_template", False, "default")
     texts = chosen["template"], chosen["verbalizers"], chosen["chat_template"]
     form = make_format(data.task, labels, *texts, default_template(data))
-    decide("template", form.template, f"default of {form.task}")
-    if form.task == "classification":
-        decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
+    form = dated(form, model.tokenizer, chosen["chat_date"])
+    for rows_read in (train, *([] if validation is None else [validation])):
+        require_unseen_answer(form, rows_read)
+    _describe(form, decide)
     decide("loss", *_loss(config, form))
     decide("batch_size", 16 if form.task == "classification" else 8, f"default of {form.task}")
     if config.epochs is not None:
@@ -135,7 +137,7 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     start = first_prompt(model, config, source, form, train.pick(rows), decide)
     decide("num_virtual_tokens", virtual := start.shape[-2], "length of the initial text, 20 at least")
     decide("learning_rate", *_learning_rate(config, virtual))
-    encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual))
+    encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual), model.vocabulary_size)
     # The steps encode with a copy: what they cut has been counted here.
     counted = LazyExamples(encoder, train, chosen["loss"] == "all", int(is_deep(start)))
     examples = replace(counted, encoder=copy(encoder), among=chosen["loss"] == "labels")
@@ -151,6 +153,15 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     scorer = _scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
     final = make_config(TuneConfig, chosen)
     return Plan(final, reasons, encoder, train, validation, examples, rows, extent, start, scorer, footprint)
+
+
+def _describe(form: Format, decide: Decide) -> None:
+    """Decide what the settings leave open of how rows become text."""
+    decide("template", form.template, f"default of {form.task}")
+    if form.chat_date is not None:
+        decide("chat_date", form.chat_date, "the chat template prints a date, the same on every day")
+    if form.task == "classification":
+        decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
 
 
 def most_steps(plan: Plan, given: TuneConfig) -> int | None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from softprompt.config import PROMPT, Method, TuneConfig
-from softprompt.data.examples import token_ids
+from softprompt.data.examples import plain_ids, token_ids
 from softprompt.data.rows import Rows
+from softprompt.data.special_tokens import SpecialTokens
 from softprompt.data.split import sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
@@ -20,6 +21,7 @@ from softprompt.prompt.initialization import (
     EXAMPLE_TOKENS,
     MANY_LABELS,
     USUAL_TOKENS,
+    embedded,
     examples_text,
     labels_prompt,
     random_prompt,
@@ -128,6 +130,12 @@ def _examples(model: FrozenModel, form: Format, rows: Rows, seed: int, length: i
     return text, shown
 
 
+def _ids(model: FrozenModel, text: str, template: str = "") -> list[int]:
+    """Return a text's tokens; those that it spells out are special where its template, not a row, may have them."""
+    own = SpecialTokens.of(model.tokenizer).in_text(template)
+    return embedded(model, (token_ids if own else plain_ids)(model.tokenizer, text))
+
+
 def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Rows, decide: Decide) -> Tensor:
     length, init = config.num_virtual_tokens, config.init
     examples = cache(lambda: _examples(model, form, sample(train, _SHOWN, config.seed), config.seed, length))
@@ -145,12 +153,14 @@ def _soft_start(model: FrozenModel, config: TuneConfig, form: Format, train: Row
         if text is None:
             text = task_text(form)
             decide("init_text", text, "written from the task")
+            return text_prompt(model, length, text, _ids(model, text))
         return text_prompt(model, length, text)
     if init == "examples":
-        return text_prompt(model, length, examples()[0])
+        text = examples()[0]
+        return text_prompt(model, length, text, _ids(model, text, form.template))
     if init == "labels":
         return labels_prompt(model, length, form.verbalizers.values())
     if init == "vocabulary":
-        texts = (token_ids(model.tokenizer, form.input(row)) for row in train)
+        texts = (plain_ids(model.tokenizer, form.input(row)) for row in train)
         return vocabulary_prompt(model, length or USUAL_TOKENS, texts)
     return random_prompt(model, length or USUAL_TOKENS, config.seed)

@@ -84,7 +84,7 @@ class TrainablePrompt(torch.nn.Module):
 
     gradient_checkpointing_disable = activation_checkpointing_disable
 
-    @torch.compiler.disable  # what is run depends on the texts' lengths
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is run depends on the texts' lengths
     def forward(
         self,
         input_ids: Tensor,

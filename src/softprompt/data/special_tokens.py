@@ -1,0 +1,158 @@
+"""Special tokens: whoever types `<|endoftext|>` into a column means these characters, and no end of a text."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from softprompt.data.rendering import Piece
+
+_FRAME = "\U0010fffd"  # for private use: no tokenizer has it, and none joins it with its neighbours
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text of which it is known which special tokens are meant as such.
+
+    Attributes:
+        text: as people read it.
+        spelled: the same with a stand-in for each special token that is one.
+        special: how many of these there are.
+    """
+
+    text: str
+    spelled: str
+    special: int = 0
+
+    @classmethod
+    def plain(cls, text: str) -> Written:
+        """Return a text without special tokens, whatever it says."""
+        return cls(text, text)
+
+    def __add__(self, text: str) -> Written:
+        return Written(self.text + text, self.spelled + text, self.special)
+
+
+class Encoded(NamedTuple):
+    """Ids and the characters that each stands for, in `spelled` where `twin` and in `text` otherwise."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    twin: bool
+
+    def inside(self, beginning: Written) -> int:
+        """Return how many tokens do not reach beyond the text's beginning."""
+        border = len(beginning.spelled if self.twin else beginning.text)
+        return sum(1 for _, end in self.offsets if end <= border)
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, told from characters that only look like them.
+
+    A tokenizer finds them wherever they are spelled out, and can look for all of them or for none. Which are meant is
+    known here, so these get another spelling that nobody can guess, and a twin of the tokenizer knows them by that one
+    alone; otherwise it is the same and gives the same ids. It is asked only where the tokenizer itself finds another
+    number of special tokens than are meant: for nearly all texts one call is enough.
+    """
+
+    _known: ClassVar[WeakKeyDictionary[PreTrainedTokenizerBase, SpecialTokens]] = WeakKeyDictionary()
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, contents: dict[int, str]) -> None:
+        self.contents = contents
+        nonce = secrets.token_hex(8)
+        self._own = {content: f"{_FRAME}{nonce}{number}{_FRAME}" for number, content in contents.items()}
+        self._typed = {content: f"{_FRAME}-{nonce}{number}{_FRAME}" for number, content in contents.items()}
+        self._read = {stand_in: content for content, stand_in in (*self._own.items(), *self._typed.items())}
+        longest_first = sorted(contents.values(), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._own_pattern = re.compile(f"{_FRAME}{nonce}[0-9]+{_FRAME}")
+        self._typed_pattern = re.compile(f"{_FRAME}-{nonce}[0-9]+{_FRAME}")
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+        """Return those of a fast tokenizer; they are kept, because the twin of a large one takes a second to make."""
+        contents = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        known = cls._known.get(tokenizer)
+        if known is None or known.contents != contents:
+            known = cls._known[tokenizer] = cls(tokenizer, contents)
+        return known
+
+    def in_text(self, text: str) -> bool:
+        """Tell whether a text spells one out."""
+        return self._pattern.search(text) is not None
+
+    def written(self, pieces: Iterable[Piece]) -> Written:
+        """Join pieces; special tokens in the template's own words are meant, all others are characters."""
+        texts, spelled, special = list[str](), list[str](), 0
+        for own, group in groupby(pieces, key=lambda piece: piece.own):
+            text = "".join(piece.text for piece in group)
+            texts.append(text)
+            meant, found = self._spell(text) if own else (text, 0)
+            spelled.append(meant)
+            special += found
+        return Written("".join(texts), "".join(spelled), special)
+
+    def in_chat(self, content: Written, chat: Callable[[str], str]) -> Written:
+        """Put a message into a chat, all of whose own special tokens are meant."""
+        if not self.in_text(content.spelled):
+            text = chat(content.text)
+            return Written(text, *self._spell(text))
+        around = chat(self._pattern.sub(lambda match: self._typed[match[0]], content.spelled))
+        spelled = self._typed_pattern.sub(self._original, self._spell(around)[0])
+        text, special = self._own_pattern.subn(self._original, spelled)
+        return Written(text, spelled, special)
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Written]) -> list[Encoded]:
+        """Return the tokens of texts, without those that the tokenizer puts around them, in one call mostly."""
+        found = tokenizer([each.text for each in texts], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = []
+        for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
+            if sum(1 for i in ids if i in self.contents) == text.special:
+                encoded.append(Encoded(ids, offsets, twin=False))
+            else:
+                by_twin = self._twin.encode(text.spelled, add_special_tokens=False)
+                encoded.append(Encoded(by_twin.ids, by_twin.offsets, twin=True))
+        return encoded
+
+    def _spell(self, text: str) -> tuple[str, int]:
+        return self._pattern.subn(lambda match: self._own[match[0]], text)
+
+    def _original(self, match: re.Match[str]) -> str:
+        return self._read[match[0]]
+
+    @cached_property
+    def _twin(self) -> Tokenizer:
+        described = json.loads(self._backend.to_str())
+        model, special = described["model"], set(self._own)
+        for token in described["added_tokens"]:
+            if token["special"]:
+                token["content"] = self._own.get(token["content"], token["content"])
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self._own.get(piece, piece): number for piece, number in model["vocab"].items()}
+        else:  # a unigram model's, which would find `</s>` among its pieces
+            model["vocab"] = [[self._own.get(piece, piece), score] for piece, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [merge for merge in model["merges"] if not special.intersection(_parts(merge))]
+        if model.get("unk_token") in special:
+            model["unk_token"] = self._own[model["unk_token"]]
+        twin = Tokenizer.from_str(json.dumps(described))
+        twin.no_padding()
+        twin.no_truncation()
+        return twin
+
+
+def _parts(merge: Any) -> tuple[str, str, str]:
+    """Return what a merge joins, and what comes of it."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second, first + second
