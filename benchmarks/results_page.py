@@ -9,7 +9,8 @@ import numpy as np
 
 from quality import EARLY, FOLDER, LEARNING, MINUTES, ORDER, SETS, SHIPPED, of_several, read, timed
 from softprompt.comparison.figures import count, duration, size
-from softprompt.comparison.results import PRIMARY, Result, statistic
+from softprompt.comparison.results import Result
+from softprompt.evaluation.ranking import statistic
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 CLASSIFICATION = SETS[:-1]
@@ -32,8 +33,8 @@ def load() -> Runs:
 
 def points(results: Sequence[Result], drawn: np.ndarray | slice = slice(None)) -> float:
     """Return a method's figure on a set, 0 to 100, the mean over its seeds."""
-    scale = 100.0 if PRIMARY[results[0].task] == "accuracy" else 1.0
-    values = [statistic(r.task, np.array(r.statistics)[drawn].sum(axis=0)) for r in results]
+    scale = 100.0 if results[0].ranking == "accuracy" else 1.0
+    values = [statistic(r.ranking, np.array(r.statistics)[drawn].sum(axis=0)) for r in results]
     return scale * float(np.mean(values))
 
 
@@ -74,7 +75,7 @@ def quality(runs: Runs) -> list[str]:
             if not results:
                 cells.append("")
                 continue
-            scale = 100.0 if PRIMARY[results[0].task] == "accuracy" else 1.0
+            scale = 100.0 if results[0].ranking == "accuracy" else 1.0
             low = scale * float(np.mean([r.primary.low for r in results]))
             high = scale * float(np.mean([r.primary.high for r in results]))
             seeds = f", {len(results)} seeds" if len(results) > 1 else ""

@@ -24,12 +24,13 @@ from softprompt.comparison.costs import general_perplexity, measured, weights_ha
 from softprompt.comparison.learned_prompts import MEMBERS
 from softprompt.comparison.method import Answers
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.results import Result, read_result, statistic
+from softprompt.comparison.results import Result, read_result
 from softprompt.data.batching import draw
 from softprompt.data.examples import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate
+from softprompt.evaluation.ranking import statistic
 from softprompt.evaluation.scoring import LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.loop import Loop, Pace
@@ -71,7 +72,7 @@ def test_every_method_is_scored_on_the_same_rows_and_kept(compared: tuple[Path, 
         assert read_result(folder / "results" / f"{result.method}-0.json") == result
         right = [row["label"] == p for row, p in zip(rows, result.predictions, strict=True)]
         assert result.primary.value == pytest.approx(np.mean(right))
-        assert statistic("classification", np.array(result.statistics).sum(axis=0)) == pytest.approx(np.mean(right))
+        assert statistic("accuracy", np.array(result.statistics).sum(axis=0)) == pytest.approx(np.mean(right))
     assert "<svg" in (folder / "report.html").read_text()
     assert (folder / "report.md").exists()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -239,6 +240,28 @@ def test_what_cannot_be_compared_is_said_at_once(llama: FrozenModel) -> None:
         compare(llama, films(60), test_data=load_data([{"text": "a film"}]))
 
 
+@pytest.mark.parametrize(("target", "metric"), [("{n}", "exact_match"), ("第{n}部电影很好", "chrf")])
+def test_completions_are_ranked_by_what_can_tell_them_apart(
+    llama: FrozenModel, tmp_path: Path, target: str, metric: str
+) -> None:
+    rows = load_data([{"input": f"parcel {n}", "target": target.format(n=n)} for n in range(60)])
+    out = tmp_path / "out"
+    done = compare(llama, rows, methods=["zero-shot"], out=out, config=settings(), equal="examples")
+    (result,) = done.results
+    assert result.ranked_by == metric
+    assert result.primary == result.metrics[metric]
+    assert statistic(metric, np.array(result.statistics).sum(axis=0)) == pytest.approx(result.primary.value)
+    # A comparison of before, which was ranked by BLEU, goes on; what is there is judged as what comes.
+    file = out / "results" / "zero-shot-0.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    del record["ranked_by"]
+    file.write_text(json.dumps({**record, "statistics": [[1.0, 1.0] + [0.0] * 8] * len(result.statistics)}))
+    again = compare(llama, rows, methods=["zero-shot", "few-shot"], out=out, config=settings(), equal="examples")
+    assert [r.ranked_by for r in again.results] == [metric] * 2
+    assert again.results[0].statistics == result.statistics
+    assert again.results[0].metrics == result.metrics
+
+
 @pytest.mark.parametrize("task", ["completion", "text"])
 def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: str) -> None:
     if task == "completion":
@@ -248,7 +271,7 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
     done = compare(llama, rows, methods=ALL, out=tmp_path / "out", config=settings(), equal="examples")
     for result in done.results:
         sums = np.array(result.statistics).sum(axis=0)
-        assert statistic(result.task, sums) == pytest.approx(result.primary.value, rel=1e-6)
+        assert statistic(result.ranking, sums) == pytest.approx(result.primary.value, rel=1e-6)
     assert len({len(r.statistics) for r in done.results}) == 1
 
 

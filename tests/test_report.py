@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -26,11 +27,13 @@ from softprompt.comparison import figures
 from softprompt.comparison.provenance import provenance
 from softprompt.comparison.recommendation import Recommendation, recommend
 from softprompt.comparison.report import write_report
-from softprompt.comparison.results import Costs, Point, Result, difference, mean_primary, read_result
+from softprompt.comparison.results import Costs, Point, Result, difference, judged_anew, mean_primary, read_result
 from softprompt.comparison.samples import choose_samples
 from softprompt.comparison.standings import make_standings
-from softprompt.data.rows import Row, Task
+from softprompt.data.rows import Row, Task, load_data
+from softprompt.data.templates import make_format
 from softprompt.errors import InputError
+from softprompt.evaluation.completions import Completions
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.evaluation.scoring import Confusion
 
@@ -220,10 +223,13 @@ def test_figures_are_written_as_people_write_them() -> None:
         "1.0 s": figures.duration(0.9999),
         "0.0 ms": figures.duration(1e-6),
         "0 s": figures.duration(0),
-        "–": figures.metric("loss", float("nan")),
-        "−1.2 points": figures.signed_gap("classification", -0.012),
-        "0.0 points": figures.signed_gap("classification", -0.0001),
-        "+0.250 nats": figures.signed_gap("text", 0.25),
+        "not a number": figures.metric("loss", float("nan")),
+        "∞": figures.metric("perplexity", float("inf")),
+        "2.5 to ∞": figures.interval("bleu", Metric(value=3, low=2.5, high=float("inf"))),
+        "no interval": figures.interval("accuracy", Metric(value=0.5, low=0.1, high=float("nan"))),
+        "−1.2 points": figures.signed_gap("accuracy", -0.012),
+        "0.0 points": figures.signed_gap("accuracy", -0.0001),
+        "+0.250 nats": figures.signed_gap("loss", 0.25),
     }
     assert {text: text for text in plain} == {text: made.replace("\u00a0", " ") for text, made in plain.items()}
 
@@ -378,6 +384,72 @@ def completed(rows: Sequence[Row]) -> list[Result]:
     return results
 
 
+def answered(right: Sequence[str], share: dict[str, float], wrong: str = "nothing of it") -> list[Result]:
+    """Results of methods that have a share of the right answers, and that as results are made today."""
+    results = []
+    for method, part in share.items():
+        written = [text if n < part * len(right) else wrong for n, text in enumerate(right)]
+        found = Completions(written, [[text] for text in right], list(range(len(right))))
+        fields = {"metrics": found.metrics(), "statistics": found.statistics(), "ranked_by": found.ranked_by}
+        results.append(
+            result(method, "completion", predictions=written, curve=curve(method, {"loss": 1.0}, 0), **fields)
+        )
+    return results
+
+
+@pytest.mark.parametrize(
+    ("form", "metric", "shown"),
+    [
+        ("{n}", "exact_match", "85.0 %"),
+        ("Paris {n}.", "exact_match", "85.0 %"),
+        ("第{n}部电影我非常喜欢看", "chrf", "chrF"),
+        ("the parcel {n} never came back", "bleu", "BLEU"),
+    ],
+)
+def test_completions_are_ranked_by_what_can_tell_them_apart(form: str, metric: str, shown: str, tmp_path: Path) -> None:
+    right = [form.format(n=n) for n in range(100, 300)]
+    rows = [{"input": f"question {n}", "target": text} for n, text in enumerate(right)]
+    results = answered(right, {"zero-shot": 0.1, "soft-prompt": 0.85, "lora": 0.5})
+    standings = {s.method: s for s in make_standings(results, rows)}
+    assert {s.primary for s in standings.values()} == {metric}
+    assert standings["soft-prompt"].to_best is None
+    lora = standings["lora"].to_best
+    assert lora is not None
+    assert lora.value == pytest.approx(results[2].primary.value - results[1].primary.value)
+    assert lora.low < lora.value < lora.high < 0
+    found = advice(results, rows)
+    assert found.headline == "Use the soft prompt."
+    text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
+    assert shown in text
+    assert f"Methods are ranked by {figures.metric_name(metric)}" in text
+
+
+def test_several_seeds_of_exact_matches_have_wilsons_interval() -> None:
+    results = [*answered(["42", "43", "44"] * 50, {"lora": 0.5}), *answered(["42", "43", "44"] * 50, {"lora": 0.7})]
+    assert mean_primary(results) == proportion(np.repeat([1, 0.5, 0], [75, 30, 45]))
+
+
+def test_results_of_before_are_judged_like_new_ones(tmp_path: Path) -> None:
+    """They name no metric, and their statistics are those of BLEU over words."""
+    right = [str(n) for n in range(40)]
+    rows = load_data([{"input": f"question {n}", "target": text} for n, text in enumerate(right)])
+    (new,) = answered(right, {"soft-prompt": 0.85})
+    statistics = BLEU()._extract_corpus_statistics(new.predictions, [right])
+    metrics = {"bleu": Metric(value=0, low=0, high=0), "loss": Metric(value=1, low=1, high=1)}
+    old = new.model_copy(update={"ranked_by": "", "statistics": statistics, "metrics": metrics})
+    record = json.loads(old.model_dump_json())
+    del record["ranked_by"]
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    read = read_result(tmp_path / "old.json")
+    assert (read.ranking, read.primary.value) == ("bleu", 0)
+    judged = judged_anew(read, make_format("completion", []), rows)
+    assert (judged.ranking, judged.statistics) == (new.ranking, new.statistics)
+    assert judged.metrics == {**new.metrics, "loss": metrics["loss"]}
+    with pytest.raises(InputError, match="same metric to be ranked by: bleu, exact_match"):
+        make_standings([read, new], list(rows))
+    assert len(make_standings([judged, new], list(rows))) == 1
+
+
 def test_completions_that_share_an_input_are_one_sample_with_all_right_answers(tmp_path: Path) -> None:
     rows = [
         {"input": f"name[The Mill {n // 2}]", "target": f"The Mill number {n // 2} is a {kind} place to eat"}
@@ -434,6 +506,98 @@ def test_figures_that_are_not_finite_leave_no_hole(tmp_path: Path) -> None:
     assert advice([results[0], broken], rows).standing.method == "zero-shot"
     cheaper = broken.model_copy(update={"method": "few-shot", "costs": costs("zero-shot")})
     assert advice([classified(rows, {"lora": 0.9})[0], cheaper], rows).standing.method == "lora"
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def at(results: Sequence[Result], method: str, value: float) -> list[Result]:
+    """The results, but with another figure for a method, in each row."""
+    figure = Metric(value=value, low=value, high=value)
+    return [
+        r.model_copy(update={"metrics": {"accuracy": figure}, "statistics": [[value, 1.0] for _ in r.statistics]})
+        if r.method == method
+        else r
+        for r in results
+    ]
+
+
+@pytest.mark.parametrize("value", [0.0, NAN, INF])
+def test_no_method_is_the_best_where_none_has_anything_right(value: float, tmp_path: Path) -> None:
+    rows = labelled(300)
+    results = at(at(classified(rows, {"zero-shot": 0.7, "lora": 0.9}), "lora", value), "zero-shot", value)
+    found = advice(results, rows)
+    assert found.standing is None
+    assert found.headline == "No method can be recommended."
+    expected = "better accuracy than 0.0 %" if value == 0 else "No method's accuracy is a finite number"
+    assert expected in visible(found.reasons[0])
+    for name in ("report.html", "report.md"):
+        write_report(results, rows, tmp_path)
+        text = visible((tmp_path / name).read_text(encoding="utf-8"))
+        assert "no method is the best" in text
+        assert "recommended" not in text.replace("No method can be recommended", "").replace(
+            "The recommended method", ""
+        )
+        assert "has the best" not in text
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_figure_that_is_not_finite_is_shown_as_such_and_never_the_best(value: float, tmp_path: Path) -> None:
+    rows = labelled(300)
+    results = at(classified(rows, {"zero-shot": 0.5, "lora": 0.9, "full": 0.7}), "lora", value)
+    found = advice(results, rows)
+    assert found.standing is not None
+    assert found.standing.method == "full"
+    assert "–" not in found.reasons[0]
+    write_report(results, rows, tmp_path)
+    text = visible((tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert {NAN: "not a number (no interval)", INF: "∞ (∞ to ∞)", -INF: "−∞"}.get(value, "not a number") in text
+    assert "cannot be compared" in text
+    alone = advice(at(results, "zero-shot", NAN), rows)
+    assert alone.standing is not None
+    assert alone.standing.method == "full"
+    assert "No other method's accuracy is a finite number" in alone.reasons[0]
+
+
+def test_a_seed_that_diverged_is_counted(tmp_path: Path) -> None:
+    rows = labelled(300)
+    results = classified(rows, {"zero-shot": 0.5, "lora": 0.9}, seeds=3)
+    (broken,) = at([results[-1]], "lora", NAN)
+    write_report([*results[:-1], broken], rows, tmp_path)
+    text = visible((tmp_path / "report.md").read_text(encoding="utf-8"))
+    of_lora = [100 * r.primary.value for r in results if r.method == "lora"][:2]
+    assert f"seeds {min(of_lora):.1f} to {max(of_lora):.1f}; of 1 of 3 seeds no finite number" in text
+    chosen = advice([*results[:-1], broken], rows).standing
+    assert chosen is not None
+    assert chosen.method == "zero-shot"
+
+
+def test_a_method_with_nothing_right_is_not_recommended_for_being_cheap() -> None:
+    """One of 60 right cannot be told apart from none, and is still more."""
+    rows = labelled(60)
+    results = at(classified(rows, {"zero-shot": 0.5, "lora": 0.02}), "zero-shot", 0.0)
+    found = advice(results, rows)
+    assert found.standing is not None
+    assert found.standing.method == "lora"
+    assert "The others have nothing right" in found.reasons[0]
+    assert "an interval that contains 0" in found.reasons[0]
+
+
+def test_the_best_of_several_is_said_to_look_better_than_it_is(tmp_path: Path) -> None:
+    rows = labelled()
+    results = classified(rows, {"zero-shot": 0.6, "soft-prompt": 0.88, "lora": 0.9})
+    standings = make_standings(results, rows)
+    ahead = difference([results[2]], [results[1]])
+    write_report(results, rows, tmp_path)
+    for name in ("report.html", "report.md"):
+        text = visible((tmp_path / name).read_text(encoding="utf-8"))
+        words = figures.signed_gap("accuracy", ahead.value), figures.gap_interval("accuracy", ahead)
+        assert visible(f"{words[0]} ({words[1]}) to the next, the soft prompt; picked on these test rows") in text
+        assert "looks better than it is: a part of its lead is chance" in text
+    assert "picked on these test rows, so it looks better than it is" in recommend(standings).reasons[0]
+    (alone,) = make_standings(results[:1], rows)
+    assert not any("better than it is" in note for note in provenance([alone], rows).notes)
+    assert "picked" not in " ".join(recommend([alone]).reasons)
 
 
 HOSTILE = '<script>alert("x")</script> & $a_b$ `*| \u202eabc'

@@ -12,7 +12,7 @@ from softprompt.cli.show import TerminalWatcher, err, figure, plain_table
 from softprompt.comparison.compare import ComparisonWatcher
 from softprompt.comparison.figures import size
 from softprompt.comparison.method import Protocol
-from softprompt.comparison.results import PRIMARY, Result
+from softprompt.comparison.results import Result
 from softprompt.training.watcher import Watcher
 
 _QUICK = 30.0  # seconds: about what a method without training takes
@@ -47,7 +47,7 @@ class TerminalComparison(ComparisonWatcher):
     def result(self, result: Result) -> None:
         self.todo.remove((result.method, result.seed))
         metric = result.primary
-        name = PRIMARY[result.task]
+        name = result.ranking
         err.print(
             f"{result.method}, seed {result.seed}: {name} {figure(name, metric.value)} "
             f"({figure(name, metric.low)} to {figure(name, metric.high)}) "
@@ -57,7 +57,7 @@ class TerminalComparison(ComparisonWatcher):
 
 def comparison_table(results: Sequence[Result]) -> Table:
     """Return a line a method, the mean over its seeds."""
-    name = PRIMARY[results[0].task]
+    name = results[0].ranking
     rows = []
     for method in dict.fromkeys(r.method for r in results):
         mine = [r for r in results if r.method == method]

@@ -76,12 +76,10 @@ def compare(
         stop.args = ("stopped; the same command goes on with the method that was interrupted",)
         raise
     if as_json:
-        from softprompt.comparison.results import PRIMARY
-
         print_json(
             {
                 "report": str(out / "report.html"),
-                "metric": PRIMARY[rows.task],
+                "metric": done.results[0].ranking,
                 "results": [r.model_dump(exclude={"predictions", "statistics", "curve"}) for r in done.results],
             }
         )

@@ -22,7 +22,7 @@ from softprompt.comparison.learned_prompts import DeepEnsembles, DeepPrefixes, E
 from softprompt.comparison.method import Equal, Learned, Method, Protocol
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.report import MARKDOWN, PAGE, PICTURE, write_report
-from softprompt.comparison.results import Costs, Result, read_result
+from softprompt.comparison.results import Costs, Result, judged_anew, read_result
 from softprompt.comparison.trained import Trained
 from softprompt.comparison.weights import require_whole
 from softprompt.config import PROMPT, TuneConfig
@@ -32,6 +32,7 @@ from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, nearest
 from softprompt.evaluation.evaluate import Side
+from softprompt.evaluation.ranking import PRIMARY
 from softprompt.launch import count
 from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.fingerprint import AnyFingerprint, difference, fingerprint
@@ -134,7 +135,7 @@ def compare(
             sweep(place)
         _begin(folder, protocol)
         asked = [(name, seed) for name in dict.fromkeys(methods) for seed in range(1 if name in _SAME else seeds)]
-        kept = [read_result(file) for file in sorted((folder / RESULTS).glob("*.json"))]
+        kept = [_judged(read_result(file), protocol) for file in sorted((folder / RESULTS).glob("*.json"))]
         results = {(result.method, result.seed): result for result in kept}
         every = list(dict.fromkeys([*asked, *results]))
         todo = [key for key in asked if key not in results]
@@ -335,6 +336,15 @@ def _require_model(folder: Path, noted: object, protocol: Protocol) -> None:
         )
 
 
+def _judged(result: Result, protocol: Protocol) -> Result:
+    """Return a result of this folder, judged like those that are still to come."""
+    if result.ranked_by or protocol.test.task != "completion":
+        return result
+    config = protocol.config
+    form = make_format("completion", [], config.template, None, bool(config.chat_template))
+    return judged_anew(result, form, protocol.test)
+
+
 class Base:
     """The base model before anything was learned."""
 
@@ -419,6 +429,7 @@ def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Si
         metrics=side.metrics(),
         confusion=side.scores.confusion(),
         predictions=[] if protocol.test.task == "text" else [str(r["prediction"]) for r in side.predictions()],
+        ranked_by=side.completions.ranked_by if side.completions else PRIMARY[protocol.test.task],
         statistics=side.statistics(),
         costs=costs,
         curve=learned.curve,

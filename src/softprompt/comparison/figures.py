@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from softprompt.comparison.results import PRIMARY
-from softprompt.data.rows import Task
 from softprompt.evaluation.intervals import Metric
 
 _SPACE = "\u00a0"  # a number and its unit stay on one line
@@ -39,12 +37,14 @@ def metric(name: str, value: float) -> str:
 
 def interval(name: str, of: Metric) -> str:
     """Write a metric's 95 % interval, without its unit."""
+    if math.isnan(of.low) or math.isnan(of.high):
+        return "no interval"
     return f"{_value(name, of.low)} to {_value(name, of.high)}"
 
 
 def _value(name: str, value: float) -> str:
     if not math.isfinite(value):
-        return _NONE
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
     if is_share(name):
         return f"{100 * value:.1f}"
     if name in _OF_100:
@@ -59,26 +59,26 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def gap(task: Task, value: float) -> str:
-    """Write how far two methods are apart, with its unit."""
-    return f"{_gap(task, value)}{_SPACE}{'nats' if task == 'text' else 'points'}"
+def gap(name: str, value: float) -> str:
+    """Write how far two methods are apart in a metric, with its unit."""
+    return f"{_gap(name, value)}{_SPACE}{'nats' if name == 'loss' else 'points'}"
 
 
-def signed_gap(task: Task, value: float) -> str:
-    """Write how far two methods are apart, with its sign and unit."""
-    return _signed(gap(task, value), value)
+def signed_gap(name: str, value: float) -> str:
+    """Write how far two methods are apart in a metric, with its sign and unit."""
+    return _signed(gap(name, value), value)
 
 
-def gap_interval(task: Task, of: Metric) -> str:
-    """Write the 95 % interval of a difference, with signs and without its unit."""
-    return f"{_signed(_gap(task, of.low), of.low)} to {_signed(_gap(task, of.high), of.high)}"
+def gap_interval(name: str, of: Metric) -> str:
+    """Write the 95 % interval of a difference in a metric, with signs and without its unit."""
+    return f"{_signed(_gap(name, of.low), of.low)} to {_signed(_gap(name, of.high), of.high)}"
 
 
-def _gap(task: Task, value: float) -> str:
+def _gap(name: str, value: float) -> str:
     if not math.isfinite(value):
         return _NONE
-    size = 100 * abs(value) if is_share(PRIMARY[task]) else abs(value)
-    return f"{size:.3f}" if task == "text" else f"{size:.1f}"
+    size = 100 * abs(value) if is_share(name) else abs(value)
+    return f"{size:.3f}" if name == "loss" else f"{size:.1f}"
 
 
 def _signed(text: str, value: float) -> str:

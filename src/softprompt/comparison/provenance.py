@@ -41,7 +41,7 @@ def provenance(standings: Sequence[Standing], rows: Sequence[Row]) -> Provenance
     environments = [r.environment for r in results]
     return Provenance(
         summary=", ".join([_rows(results, rows), _seeds(standings), *_days(results)]),
-        notes=[*_NOTES, *_fewer(standings)],
+        notes=[*_NOTES, *_ranked(standings), *_fewer(standings)],
         shared=shared,
         own=own,
         environments=[e for n, e in enumerate(environments) if e and e not in environments[:n]],
@@ -59,6 +59,28 @@ _NOTES = [
     "Costs are means over the seeds. Memory is the peak above the loaded model while learning or choosing; the time to "
     "switch tasks runs from the stored files of another task to the first row that can be answered.",
 ]
+
+
+_RANKED = {
+    "exact_match": "exact match, because most right answers have fewer than four words",
+    "chrf": "chrF, which counts characters, because most right answers have no spaces, or some are short and some long",
+    "bleu": "BLEU, because most right answers have at least four words between spaces",
+}
+
+
+def _ranked(standings: Sequence[Standing]) -> list[str]:
+    """Say what the best is the best of, and by which metric where the right answers decide that."""
+    found = []
+    by = standings[0].results[0].ranked_by
+    if by in _RANKED:
+        found.append(f"Methods are ranked by {_RANKED[by]}. What the methods wrote plays no part in that choice.")
+    if len(standings) > 1:
+        found.append(
+            "The best method is picked by its figure on the test rows themselves. The best of several that are picked "
+            "like this looks better than it is: a part of its lead is chance, and its interval does not allow for "
+            "that. For a figure without it, evaluate the method once more on rows that played no part here."
+        )
+    return found
 
 
 def _fewer(standings: Sequence[Standing]) -> list[str]:

@@ -18,7 +18,7 @@ from softprompt.comparison.figures import (
     size,
 )
 from softprompt.comparison.results import difference
-from softprompt.comparison.standings import Standing, contains_zero
+from softprompt.comparison.standings import PICKED, Standing, contains_zero, second
 from softprompt.evaluation.intervals import Metric
 
 _FEW_ROWS = 200  # an accuracy's interval is then some 14 points wide
@@ -32,13 +32,13 @@ class Recommendation:
     """What to do.
 
     Attributes:
-        standing: the method that is recommended.
+        standing: the method that is recommended; None where none can be.
         headline: one sentence.
         reasons: sentences with the numbers that it follows from.
         cautions: what the numbers do not say, or what would be taken wrongly.
     """
 
-    standing: Standing
+    standing: Standing | None
     headline: str
     reasons: list[str]
     cautions: list[str]
@@ -50,13 +50,15 @@ def recommend(standings: Sequence[Standing]) -> Recommendation:
     Cheaper is what needs no training, then what has less to keep for a task, then what took less processor time.
     """
     (best,) = (s for s in standings if s.to_best is None)
+    if len(standings) == 1:
+        headline = f"Only {best.kind.phrase} was run: there is nothing to compare it with."
+        reasons = [f"Its {_name(best)} is {_figure(best)}.", _takes(best)]
+        return Recommendation(best, headline, reasons, _cautions(standings, best))
+    if not best.can_be_best:
+        return Recommendation(None, "No method can be recommended.", [_none(best)], _cautions(standings, best))
     alike = _alike(standings)
     chosen = min(alike, key=_price)
     cautions = _cautions(standings, chosen)
-    if len(standings) == 1:
-        headline = f"Only {chosen.kind.phrase} was run: there is nothing to compare it with."
-        reasons = [f"Its {_name(chosen)} is {_figure(chosen)}.", _takes(chosen)]
-        return Recommendation(chosen, headline, reasons, cautions)
     reasons = [
         _why(standings, alike, chosen, best),
         _takes(chosen) if chosen is best else _saves(chosen, best),
@@ -70,14 +72,22 @@ def recommend(standings: Sequence[Standing]) -> Recommendation:
 def _alike(standings: Sequence[Standing]) -> list[Standing]:
     """Return the best method and those that cannot be told apart from it.
 
-    Not one that is behind a method that can: its figure is worse, only its interval is wider.
+    Not one that is behind a method that can: its figure is worse, only its interval is wider. And not one that has
+    nothing right: the best has few right then, but it has some.
     """
     apart = max((_gap_to_best(s) for s in standings if not s.tied), default=-math.inf)
-    return [s for s in standings if s.tied and _gap_to_best(s) >= apart]
+    return [s for s in standings if s.tied and s.can_be_best and _gap_to_best(s) >= apart]
 
 
 def _price(standing: Standing) -> tuple[bool, int, float]:
     return standing.learns, standing.costs.stored_bytes, standing.costs.train_cpu_seconds
+
+
+def _none(best: Standing) -> str:
+    if math.isfinite(best.figure.value):
+        figure = metric(best.primary, best.figure.value)
+        return f"No method has a better {_name(best)} than {figure}, so none of them is the best."
+    return f"No method's {_name(best)} is a finite number, so none of them is the best."
 
 
 def _name(standing: Standing) -> str:
@@ -110,24 +120,28 @@ def _units(standing: Standing) -> int:
 def _gap_to_best(standing: Standing) -> float:
     if standing.to_best is None:
         return 0.0
-    return -math.inf if math.isnan(standing.to_best.value) else standing.to_best.value
+    return standing.to_best.value if math.isfinite(standing.to_best.value) else -math.inf
 
 
 def _why(standings: Sequence[Standing], alike: Sequence[Standing], chosen: Standing, best: Standing) -> str:
     others = [s for s in standings if s is not best]
     tied = [s for s in alike if s is not best]
-    leads = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}."
+    leads = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
+    following = second(standings)
+    if following is None or following.to_best is None:
+        return f"{leads} No other method's {_name(best)} is a finite number."
+    after = (
+        f"{following.kind.phrase}, {'the next one, ' if len(others) > 1 else 'the other one, '}is "
+        f"{_behind(following, following.to_best)}"
+    )
+    if not tied and following.tied:
+        return f"{leads} The others have nothing right; {after}, an interval that contains 0."
     if not tied:
-        second = max(others, key=_gap_to_best)
-        assert second.to_best is not None
-        return (
-            f"{leads} It is ahead by more than the choice of test rows explains: {second.kind.phrase}, "
-            f"{'the next one, ' if len(others) > 1 else 'the other one, '}is {_behind(second, second.to_best)}."
-        )
+        return f"{leads} It is ahead by more than the choice of test rows explains: {after}."
     whole = len(tied) == len(others) > 1
     told = f"{'No method' if whole else _start(_and(tied))} can{'' if whole else 'not'} be told apart from it"
     if chosen is best:
-        return f"{leads} {told} on these {_scored(best)}, and it is the cheapest of them."
+        return f"{leads} {told} on these {_scored(best)}, and it is the cheapest of them; {after}."
     assert chosen.to_best is not None
     return (
         f"{leads} {told} on these {_scored(best)}; of all these, {chosen.kind.phrase} is the cheapest. With "
@@ -136,11 +150,11 @@ def _why(standings: Sequence[Standing], alike: Sequence[Standing], chosen: Stand
 
 
 def _behind(standing: Standing, by: Metric) -> str:
-    return f"{_side(standing, by)} ({_INTERVAL} of the difference {gap_interval(standing.task, by)})"
+    return f"{_side(standing, by)} ({_INTERVAL} of the difference {gap_interval(standing.primary, by)})"
 
 
 def _side(standing: Standing, by: Metric) -> str:
-    return f"{gap(standing.task, by.value)} {'behind' if by.value < 0 else 'ahead'}" if by.value else "level with it"
+    return f"{gap(standing.primary, by.value)} {'behind' if by.value < 0 else 'ahead'}" if by.value else "level with it"
 
 
 def _takes(chosen: Standing) -> str:
@@ -185,7 +199,7 @@ def _faster(alike: Sequence[Standing], chosen: Standing) -> list[str]:
 
 
 def _against_prompt_engineering(standings: Sequence[Standing], chosen: Standing) -> list[str]:
-    written = [s for s in standings if not s.learns]
+    written = [s for s in standings if not s.learns and math.isfinite(s.figure.value)]
     if not chosen.learns:
         trained = any(s.learns for s in standings)
         return ["Training gained nothing that these rows can show."] if trained else []
@@ -195,8 +209,8 @@ def _against_prompt_engineering(standings: Sequence[Standing], chosen: Standing)
     gained = difference(chosen.results, best.results)
     doubt = ", which may be none" if contains_zero(gained) else ""
     return [
-        f"Over the best that was done without training, {best.kind.phrase}, it gains {gap(chosen.task, gained.value)}"
-        f" ({_INTERVAL} {gap_interval(chosen.task, gained)}){doubt}."
+        f"Over the best that was done without training, {best.kind.phrase}, it gains "
+        f"{gap(chosen.primary, gained.value)} ({_INTERVAL} {gap_interval(chosen.primary, gained)}){doubt}."
     ]
 
 

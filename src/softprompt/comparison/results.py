@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from softprompt.data.rows import Task
+from softprompt.data.rows import Rows, Task
+from softprompt.data.templates import Format
 from softprompt.errors import InputError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
+from softprompt.evaluation.ranking import PRIMARY, lower_is_better, statistic
 from softprompt.evaluation.scoring import Confusion
 from softprompt.storage import write_text
-
-# What each task's methods are ranked by: higher is better, but for the loss.
-PRIMARY: dict[Task, str] = {"classification": "accuracy", "completion": "bleu", "text": "loss"}
 
 
 class _Kept(BaseModel):
@@ -88,7 +87,9 @@ class Result(_Kept):
         metrics: on the test rows, with 95 % intervals.
         confusion: of classification.
         predictions: for each test row, the label or the text; empty for plain text.
-        statistics: `[N, …]` per test row (per distinct input of a completion task): what the primary metric is
+        ranked_by: the metric that methods are ranked by (`ranking_metric`). Results of before it was chosen by the
+            right answers do not name one; theirs is `PRIMARY`.
+        statistics: `[N, …]` per test row (per distinct input of a completion task): what the metric that ranks is
             made from, see `statistic`.
         costs: what it took.
         curve: how it learned; empty for prompt engineering.
@@ -106,6 +107,7 @@ class Result(_Kept):
     metrics: dict[str, Metric]
     confusion: Confusion | None = None
     predictions: list[str] = []
+    ranked_by: str = ""
     statistics: list[list[float]] = []
     costs: Costs
     curve: list[Point] = []
@@ -113,9 +115,14 @@ class Result(_Kept):
     date: str = ""
 
     @property
+    def ranking(self) -> str:
+        """The name of the metric that methods are ranked by."""
+        return self.ranked_by or PRIMARY[self.task]
+
+    @property
     def primary(self) -> Metric:
         """The metric that methods are ranked by."""
-        return self.metrics[PRIMARY[self.task]]
+        return self.metrics[self.ranking]
 
     def save(self, folder: Path) -> Path:
         """Write `METHOD-SEED.json`.
@@ -126,6 +133,30 @@ class Result(_Kept):
         path = result_file(folder, self.method, self.seed)
         write_text(path, self.model_dump_json(indent=1) + "\n")
         return path
+
+
+def judged_anew(result: Result, form: Format, rows: Rows) -> Result:
+    """Return a result as it would be judged today, from what was written.
+
+    Results of before the metric was chosen by the right answers were all ranked by BLEU over words, which is 0.0 for
+    right answers of fewer than four words. Next to new ones they have to be judged alike.
+
+    Args:
+        result: of a completion task.
+        form: how rows become text.
+        rows: the test rows. A result without an answer to each of them is returned as it is.
+    """
+    if len(result.predictions) != len(rows):
+        return result
+    from softprompt.evaluation.completions import judge
+
+    found = judge(form, rows, result.predictions)
+    judged = {
+        "metrics": {**result.metrics, **found.metrics()},
+        "statistics": found.statistics(),
+        "ranked_by": found.ranked_by,
+    }
+    return result.model_copy(update=judged)
 
 
 def result_file(folder: Path, method: str, seed: int) -> Path:
@@ -152,19 +183,6 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
 
 
-def statistic(task: Task, sums: NDArray[np.float64]) -> float:
-    """Return the primary metric of rows whose statistics add up to `sums`.
-
-    Classification has `[right, 1]` per row, text `[nats, tokens]`, completion what sacrebleu sums up: both lengths,
-    then how many n-grams were right and how many there are.
-    """
-    if task == "completion":
-        from sacrebleu.metrics.bleu import BLEU
-
-        return float(BLEU()._compute_score_from_stats(sums.tolist()).score)
-    return float(sums[0] / sums[1])
-
-
 _RESAMPLES = 2000
 
 
@@ -177,7 +195,7 @@ def difference(first: Sequence[Result], second: Sequence[Result]) -> Metric:
         first, second: a method's results, one a seed; a method's figure is the mean over its seeds, and the same rows
             are drawn for all of them.
     """
-    sign = -1.0 if first[0].task == "text" else 1.0
+    sign = -1.0 if lower_is_better(first[0].ranking) else 1.0
     of_first, of_second = _mean_over_seeds(first), _mean_over_seeds(second)
     return bootstrap(lambda drawn: sign * (of_first(drawn) - of_second(drawn)), len(first[0].statistics), _RESAMPLES)
 
@@ -190,7 +208,7 @@ def mean_primary(results: Sequence[Result]) -> Metric:
     """
     if len(results) == 1:
         return results[0].primary
-    if results[0].task == "classification":
+    if results[0].ranking in ("accuracy", "exact_match"):
         return proportion(np.mean([np.array(result.statistics)[:, 0] for result in results], axis=0))
     return bootstrap(_mean_over_seeds(results), len(results[0].statistics))
 
@@ -198,5 +216,5 @@ def mean_primary(results: Sequence[Result]) -> Metric:
 def _mean_over_seeds(results: Sequence[Result]) -> Callable[[NDArray[np.int64]], float]:
     """Return what computes a method's primary metric from row indices."""
     statistics = [np.array(result.statistics) for result in results]
-    task = results[0].task
-    return lambda drawn: float(np.mean([statistic(task, rows[drawn].sum(axis=0)) for rows in statistics]))
+    metric = results[0].ranking
+    return lambda drawn: float(np.mean([statistic(metric, rows[drawn].sum(axis=0)) for rows in statistics]))

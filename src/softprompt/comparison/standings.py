@@ -9,10 +9,11 @@ from functools import cached_property
 
 import numpy as np
 
-from softprompt.comparison.results import PRIMARY, Costs, Result, difference, mean_primary
+from softprompt.comparison.results import Costs, Result, difference, mean_primary
 from softprompt.data.rows import Row, Task
 from softprompt.errors import InputError
 from softprompt.evaluation.intervals import Metric
+from softprompt.evaluation.ranking import can_be_best, lower_is_better
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Standing:
         place: its place in the order in which methods are shown.
         results: one a seed.
         figure: the primary metric over all seeds, with its interval over the test rows.
-        to_best: how much better it is than the best method, so at most about 0; None for the best itself.
+        to_best: how much better it is than the best method, so at most about 0; None for the best itself, which is the
+            first where no method can be called the best (`can_be_best`).
     """
 
     method: str
@@ -130,7 +132,12 @@ class Standing:
     @property
     def primary(self) -> str:
         """The name of the metric that methods are ranked by."""
-        return PRIMARY[self.task]
+        return self.results[0].ranking
+
+    @property
+    def can_be_best(self) -> bool:
+        """Whether its figure is one that the best method can have; not 0.0, and not what is no finite number."""
+        return can_be_best(self.primary, self.figure.value)
 
     @property
     def learns(self) -> bool:
@@ -153,6 +160,21 @@ class Standing:
         }
         whole = {name: round(means[name]) for name, field in Costs.model_fields.items() if field.annotation is int}
         return Costs.model_validate({**means, **whole, "base_unchanged": all(c.base_unchanged for c in of_seeds)})
+
+
+# What stands beside the figure of the best of several methods.
+PICKED = "picked on these test rows, so it looks better than it is"
+
+
+def second(standings: Sequence[Standing]) -> Standing | None:
+    """Return the method that comes next to the best; None where no other has a finite figure."""
+    others = [s for s in standings if s.to_best is not None and math.isfinite(s.to_best.value)]
+    return max(others, key=lambda s: s.to_best.value if s.to_best else 0.0, default=None)
+
+
+def negative(of: Metric) -> Metric:
+    """Return a difference seen from the other side."""
+    return Metric(value=-of.value, low=-of.high, high=-of.low)
 
 
 def contains_zero(of: Metric) -> bool:
@@ -185,7 +207,7 @@ def make_standings(results: Sequence[Result], rows: Sequence[Row]) -> list[Stand
         return family, named.index(method)
 
     figures = {method: mean_primary(of_method) for method, of_method in by_method.items()}
-    sign = -1.0 if results[0].task == "text" else 1.0
+    sign = -1.0 if lower_is_better(results[0].ranking) else 1.0
     best = max(figures, key=lambda m: sign * figures[m].value if math.isfinite(figures[m].value) else -math.inf)
     return [
         Standing(
@@ -205,6 +227,7 @@ def _require_comparable(results: Sequence[Result], rows: Sequence[Row]) -> None:
         raise InputError("there are no results to report; run softprompt compare first")
     of_all: dict[str, set[str]] = {
         "task": {str(r.task) for r in results},
+        "metric to be ranked by": {r.ranking for r in results},
         "number of scored rows": {str(len(r.statistics)) for r in results},
     }
     for what, values in of_all.items():

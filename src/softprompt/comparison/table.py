@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from softprompt.comparison.figures import (
     size,
 )
 from softprompt.comparison.results import Costs
-from softprompt.comparison.standings import Standing
+from softprompt.comparison.standings import PICKED, Standing, negative, second
 from softprompt.evaluation.intervals import Metric
 
 PARAMETERS, TRAINING = "Trainable parameters", "Time to train or choose"
@@ -63,7 +64,7 @@ class Short:
 
 def short_table(standings: Sequence[Standing]) -> list[Short]:
     """Return the tutorial's table: resource intensity, training needed, what it is best for, and how well it did."""
-    return [Short(s, _figure(s), _to_best(s), _resources(s), _training(s)) for s in standings]
+    return [Short(s, _figure(s), _to_best(s, standings), _resources(s), _training(s)) for s in standings]
 
 
 def full_table(standings: Sequence[Standing]) -> list[Group]:
@@ -85,7 +86,7 @@ def full_table(standings: Sequence[Standing]) -> list[Group]:
             "Quality",
             [
                 line(metric_title(primary), _figure),
-                line("Difference to the best", _to_best),
+                line("Difference to the best", lambda s: _to_best(s, standings)),
                 *map(of_metric, others),
             ],
         ),
@@ -122,16 +123,33 @@ def _figure(standing: Standing) -> Cell:
     detail = interval(name, standing.figure)
     if len(standing.results) > 1:
         values = [r.primary.value for r in standing.results]
-        detail += f"; seeds {interval(name, Metric(value=standing.figure.value, low=min(values), high=max(values)))}"
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            detail += f"; seeds {interval(name, Metric(value=finite[0], low=min(finite), high=max(finite)))}"
+        if len(finite) < len(values):
+            detail += f"; of {len(values) - len(finite)} of {len(values)} seeds no finite number"
     return Cell(metric(name, standing.figure.value), detail)
 
 
-def _to_best(standing: Standing) -> Cell:
+def _to_best(standing: Standing, standings: Sequence[Standing]) -> Cell:
     by = standing.to_best
     if by is None:
-        return Cell("best")
+        return _best(standing, standings)
+    if not math.isfinite(by.value):
+        return Cell("–", "cannot be compared")
     told = "; cannot be told apart" if standing.tied else ""
-    return Cell(signed_gap(standing.task, by.value), gap_interval(standing.task, by) + told)
+    return Cell(signed_gap(standing.primary, by.value), gap_interval(standing.primary, by) + told)
+
+
+def _best(standing: Standing, standings: Sequence[Standing]) -> Cell:
+    if not standing.can_be_best:
+        return Cell("–", "no method is the best")
+    following = second(standings)
+    if following is None or following.to_best is None:
+        return Cell("best", PICKED if len(standings) > 1 else "")
+    lead = negative(following.to_best)
+    ahead = f"{signed_gap(standing.primary, lead.value)} ({gap_interval(standing.primary, lead)})"
+    return Cell("best", f"{ahead} to the next, {following.kind.phrase}; {PICKED}")
 
 
 def _other(standing: Standing, name: str) -> Cell:

@@ -16,9 +16,12 @@ from torch import Tensor
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder, plain_ids
 from softprompt.data.rows import Row, Rows
+from softprompt.data.templates import Format
 from softprompt.decoding import continue_ids
 from softprompt.errors import DataError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
+from softprompt.evaluation.ranking import bleu, chrf, ranking_metric, statistic
+from softprompt.evaluation.words import Words
 from softprompt.model.frozen import FrozenModel
 
 
@@ -41,51 +44,103 @@ class Completions:
 
         The best-matching right answer counts, or all of them together (BLEU). Intervals are over distinct inputs.
         """
-        count = len(self.outputs)
-        exact = np.array([output in right for output, right in zip(self.outputs, self.references, strict=True)])
         overlap = self._rouge_l
         return {
-            "exact_match": proportion(exact),
-            "bleu": self._corpus(BLEU()),
-            "chrf": self._corpus(CHRF()),
-            "rouge_l": bootstrap(lambda chosen: float(overlap[chosen].mean()), count),
+            "exact_match": proportion(self._statistics("exact_match")[:, 0]),
+            "bleu": self._corpus("bleu"),
+            "chrf": self._corpus("chrf"),
+            "rouge_l": bootstrap(lambda chosen: float(overlap[chosen].mean()), len(self.outputs)),
         }
 
-    def bleu_statistics(self) -> list[list[float]]:
-        """Return what BLEU is made from, per distinct input: lengths, then right n-grams and all, of 1 to 4 words."""
-        statistics: list[list[float]] = self._statistics(BLEU()).tolist()
+    @cached_property
+    def ranked_by(self) -> str:
+        """The metric that methods are ranked by on these inputs, see `ranking_metric`."""
+        return ranking_metric("completion", self._right)
+
+    def statistics(self) -> list[list[float]]:
+        """Return what the metric that ranks is made from, per distinct input, see `statistic`."""
+        statistics: list[list[float]] = self._statistics(self.ranked_by).tolist()
         return statistics
 
-    def _statistics(self, metric: BLEU | CHRF) -> NDArray[np.float64]:
-        most = max(map(len, self.references))
-        by_rank = [[right[k] if k < len(right) else None for right in self.references] for k in range(most)]
-        return np.array(metric._extract_corpus_statistics(self.outputs, by_rank))  # type: ignore[arg-type]
+    @cached_property
+    def _right(self) -> list[str]:
+        return [text for right in self.references for text in right]
 
-    def _corpus(self, metric: BLEU | CHRF) -> Metric:
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self._right)
+
+    def _statistics(self, metric: str) -> NDArray[np.float64]:
+        """Return `[N, …]`, for each distinct input what a metric is made from, see `statistic`."""
+        if metric == "exact_match":
+            pairs = zip(self.outputs, self.references, strict=True)
+            return np.array([[float(output in right), 1.0] for output, right in pairs])
+        if metric == "chrf":
+            return _counted(chrf(), self.outputs, self.references)
+
+        def cut(texts: Sequence[str]) -> list[str]:
+            return [" ".join(self._words.tokens(text)) for text in texts]
+
+        return _counted(bleu(), cut(self.outputs), [cut(right) for right in self.references])
+
+    def _corpus(self, metric: str) -> Metric:
         """Return a corpus metric with its interval.
 
         sacrebleu's own bootstrap gives a symmetric half-width only, so its statistics are summed here.
         """
         statistics = self._statistics(metric)
-
-        def score(chosen: NDArray[np.int64]) -> float:
-            return float(metric._compute_score_from_stats(statistics[chosen].sum(axis=0).tolist()).score)
-
-        return bootstrap(score, len(self.outputs))
+        return bootstrap(lambda chosen: statistic(metric, statistics[chosen].sum(axis=0)), len(self.outputs))
 
     @cached_property
     def _rouge_l(self) -> NDArray[np.float64]:
         """The F1 of the longest common subsequence of words, which is the normalized Indel similarity."""
+
+        def words(text: str) -> list[str]:
+            return self._words.plain(text.lower())
+
         return np.array(
             [
-                max(Indel.normalized_similarity(_words(output), _words(right)) for right in all_right)
+                max(Indel.normalized_similarity(words(output), words(right)) for right in all_right)
                 for output, all_right in zip(self.outputs, self.references, strict=True)
             ]
         )
 
 
-def _words(text: str) -> list[str]:
-    return text.lower().split()
+def _counted(metric: BLEU | CHRF, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """Return sacrebleu's statistics of each output; it takes the first right answers, then the second, and so on."""
+    most = max(map(len, references))
+    by_rank = [[right[k] if k < len(right) else None for right in references] for k in range(most)]
+    return np.array(metric._extract_corpus_statistics(outputs, by_rank))  # type: ignore[arg-type]
+
+
+def judge(form: Format, rows: Rows, written: Sequence[str]) -> Completions:
+    """Judge what was written before.
+
+    Args:
+        form: how rows become text.
+        rows: of a completion task.
+        written: for each row, what was written; the same for rows with the same input.
+    """
+    _, references, place = _by_input(form, rows)
+    first = np.unique(place, return_index=True)[1]
+    return Completions([written[row] for row in first], references, place)
+
+
+def _by_input(form: Format, rows: Rows) -> tuple[list[Row], list[list[str]], list[int]]:
+    """Return the first row of every distinct input, the right answers to each, and which input each row has."""
+    order: dict[str, int] = {}  # by the whole text: inputs that are cut to the same tokens are not the same
+    distinct: list[Row] = []
+    references: list[list[str]] = []
+    place: list[int] = []
+    for row in rows:
+        text = form.input(row)
+        if text not in order:
+            order[text] = len(order)
+            distinct.append(row)
+            references.append([])
+        place.append(order[text])
+        references[order[text]].append(form.answer(text, form.target(row)))
+    return distinct, references, place
 
 
 def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Encoder, rows: Rows) -> Completions:
@@ -100,10 +155,9 @@ def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Enco
     Raises:
         DataError: the model has no positions left for the longest right answer.
     """
-    texts = (encoder.format.input(row) for row in rows)
-    targets = [encoder.format.answer(text, encoder.format.target(row)) for text, row in zip(texts, rows, strict=True)]
+    distinct, references, place = _by_input(encoder.format, rows)
     stop = (encoder.format.end,) if encoder.format.end else ()
-    longest = 1 + max(len(plain_ids(encoder.tokenizer, target)) for target in targets)
+    longest = 1 + max(len(plain_ids(encoder.tokenizer, right)) for each in references for right in each)
     room = encoder.max_length
     if model.context_length is not None:
         virtual = max(0 if prompt is None else prompt.shape[-2] for prompt in prompts)
@@ -112,18 +166,6 @@ def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Enco
         raise DataError(
             f"{rows.name}: a target has {longest - 1} tokens, and the model's positions leave none before it"
         )
-    order: dict[str, int] = {}  # by the whole text: inputs that are cut to the same tokens are not the same
-    distinct: list[Row] = []
-    references: list[list[str]] = []
-    place: list[int] = []
-    for row, target in zip(rows, targets, strict=True):
-        text = encoder.format.input(row)
-        if text not in order:
-            order[text] = len(order)
-            distinct.append(row)
-            references.append([])
-        place.append(order[text])
-        references[order[text]].append(target)
     inputs = Encoder(encoder.tokenizer, encoder.format, room, encoder.vocabulary).inputs(distinct)
     outputs = continue_ids(model, prompts, inputs, [longest] * len(inputs), GenerateConfig(stop=stop))
     return Completions([_as_given(*each) for each in zip(outputs, references, strict=True)], references, place)

@@ -201,5 +201,5 @@ class Side:
         return records
 
     def statistics(self) -> list[list[float]]:
-        """Return what the task's first metric is made from, for each row or distinct input (`comparison.results`)."""
-        return self.completions.bleu_statistics() if self.completions else self.scores.statistics()
+        """Return what the metric that ranks is made from, for each row or distinct input (`evaluation.ranking`)."""
+        return self.completions.statistics() if self.completions else self.scores.statistics()
