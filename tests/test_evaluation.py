@@ -382,3 +382,21 @@ def test_the_untouched_model_can_be_given_labels_that_no_row_has(llama: FrozenMo
     rows = labelled(["good"])
     with pytest.warns(UserWarning, match=r"no row has the label 'goood' \(did you mean 'good'"):
         assert evaluate(llama, rows, verbalizers={"goood": "bad"}).rows == len(rows)
+
+
+def test_a_rows_own_columns_stay_in_the_predictions_and_ours_are_called_otherwise(model: FrozenModel) -> None:
+    own = {"prediction": "mine", "probabilities": "p", "loss": "l", "tokens": "t"}
+    rows = load_data([{"text": text, "label": ONE_TOKEN[i % 3], **own} for i, text in enumerate(TEXTS)])
+    done = evaluate(model, rows, soft_prompt(model, ONE_TOKEN))
+    for record, row in zip(done.predictions, rows, strict=True):
+        assert {name: record[name] for name in row} == row
+        assert record["softprompt_prediction"] in ONE_TOKEN
+        assert set(record) - set(row) == {"softprompt_prediction", "softprompt_probabilities"}
+    texts = load_data([{"text": text, **own} for text in TEXTS[:2]], task="text")
+    record = evaluate(model, texts).predictions[0]
+    assert (record["loss"], record["tokens"]) == ("l", "t")
+    assert record["softprompt_loss"] > 0
+    completions = load_data([{"input": text, "target": "good", "prediction": "mine"} for text in TEXTS[:2]])
+    record = evaluate(model, completions).predictions[0]
+    assert record["prediction"] == "mine"
+    assert isinstance(record["softprompt_prediction"], str)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from softprompt.config import GenerateConfig, Mode
 from softprompt.data.examples import Encoder, leading_tokens, plain_ids, require_embeddings
-from softprompt.data.rows import Row, require_characters
+from softprompt.data.labels import is_blank
+from softprompt.data.rows import Row
 from softprompt.data.templates import DEFAULT_TEMPLATE
+from softprompt.data.values import require_characters, scalar_text
 from softprompt.decoding import continue_ids
-from softprompt.errors import DataError, SettingsError
+from softprompt.errors import DataError, SettingsError, nearest
 from softprompt.evaluation.choosing import choose
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt, require_all_fit
@@ -149,14 +151,15 @@ def input_rows(prompt: Prompt, texts: Sequence[str | Mapping[str, object]]) -> l
     """Return texts as rows of a prompt's columns.
 
     Raises:
+        DataError: a column holds no text.
         SettingsError: a text alone, and the template names several columns.
     """
-    return [_row(prompt, text) for text in texts]
+    return [_row(prompt, text, f"text {number}") for number, text in enumerate(texts, start=1)]
 
 
-def _row(prompt: Prompt, text: str | Mapping[str, object]) -> Row:
+def _row(prompt: Prompt, text: str | Mapping[str, object], where: str) -> Row:
     if not isinstance(text, str):
-        return {column: str(value) for column, value in text.items()}
+        return input_row(prompt, text, where)
     columns = prompt.format.columns
     if len(columns) > 1:
         raise SettingsError(
@@ -164,6 +167,51 @@ def _row(prompt: Prompt, text: str | Mapping[str, object]) -> Row:
             "give dictionaries of them from Python, or the whole text with --raw"
         )
     return {columns[0]: text}
+
+
+def input_columns(prompt: Prompt | None) -> list[str]:
+    """Return the columns that make up a prompt's input; the base model reads `text`."""
+    return prompt.format.columns if prompt is not None else ["text"]
+
+
+def input_row(
+    prompt: Prompt | None, record: Mapping[str, object], where: str, map: Mapping[str, str] | None = None
+) -> Row:
+    """Return what a prompt's template names of a record, as texts.
+
+    Args:
+        prompt: None for the base model.
+        record: a row as it was read. Of several columns some may be empty or, but for the first row's, missing.
+        where: its place, for messages.
+        map: the template's column names to the columns that hold them.
+
+    Raises:
+        DataError: a column is missing, holds no text, or all are empty.
+    """
+    columns = input_columns(prompt)
+    held = {column: (map or {}).get(column, column) for column in columns}
+    if len(columns) == len(record) == 1 and held[columns[0]] not in record and not map:
+        held = {columns[0]: next(iter(record))}
+    for column, source in held.items():
+        if source not in record:
+            raise DataError(
+                f"{where}: it has no column {source!r}{nearest(source, record)}, which the prompt's template names; it "
+                f"has {', '.join(record)}. Say which one it is, with --map {column}=…"
+            )
+    empty = len(columns) > 1  # where other columns are not
+    row = {
+        column: "" if empty and _is_nothing(record[source]) else scalar_text(record[source], source, where)
+        for column, source in held.items()
+    }
+    if all(is_blank(text) for text in row.values()):
+        which = ", ".join(repr(source) for source in held.values())
+        raise DataError(f"{where}: the column{f's {which} are' if len(held) > 1 else f' {which} is'} empty")
+    require_characters(row, where)
+    return row
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or value == ""
 
 
 def _room(ids: Sequence[int], most: int | None, max_length: int | None, positions: int | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     model = load(DEFAULT_MODEL, config)
 
     from softprompt.cli.show import TerminalWatcher, print_json
+    from softprompt.data.split import split_rows
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.training.tune import tune
 
@@ -50,8 +51,9 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     say(f"\nTuning a prompt on {len(train)} messages to an online shop, labelled\n{', '.join(train.labels)}.\n")
     result = tune(model, train, config, out=run, watcher=TerminalWatcher(origins, verbose=verbose))
     say(f"\nScoring {len(test)} messages that were held back, without the prompt and with it.\n")
-    done = evaluate(model, test, result.prompt)
-    answers = _answers(model, test[:_SHOWN], result.prompt)
+    learned, validation = split_rows(train, None, config.eval_rows, config.seed)  # as `tune` has split them
+    done = evaluate(model, test, result.prompt, bias_rows=(learned, validation) if validation is not None else None)
+    answers = _answers(model, test[:_SHOWN], result.prompt, done.base_bias)
     if as_json:
         print_json(_json(run, result.seconds, done, answers))
     else:
@@ -76,14 +78,18 @@ class Answers:
     tuned_text: str
 
 
-def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt) -> Answers:
+def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> Answers:
     """Let both models choose a label for each row, by the same rule, and write freely behind the first."""
     from softprompt.config import GenerateConfig
+    from softprompt.evaluation.calibration import shifted
+    from softprompt.evaluation.choosing import choose
     from softprompt.generation import generate
 
     messages = [row["text"] for row in rows]
     some = GenerateConfig(max_new_tokens=_WRITTEN)
-    base, tuned = (generate(model, messages, prompt, mode="choose", virtual_tokens=with_) for with_ in (False, True))
+    chosen = shifted(choose(model, prompt, rows, virtual_tokens=False), base_bias)
+    base = [chosen.labels[best] for best in chosen.predicted]
+    tuned = generate(model, messages, prompt)
     (base_text,), (tuned_text,) = (
         generate(model, messages[:1], prompt, some, mode="write", virtual_tokens=with_) for with_ in (False, True)
     )

@@ -178,7 +178,9 @@ def require_ours(folder: Path) -> None:
         if any((folder / RESULTS).glob("*.json")):
             return
         ours |= {RESULTS, TASKS, PAGE, MARKDOWN, PICTURE}
-    if folder.exists() and (not folder.is_dir() or any(p.name not in ours and MARK not in p.name for p in folder.iterdir())):
+    if folder.exists() and (
+        not folder.is_dir() or any(p.name not in ours and MARK not in p.name for p in folder.iterdir())
+    ):
         raise InputError(f"{folder} exists and holds no comparison; give a new folder")
 
 
@@ -428,7 +430,7 @@ def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Si
         },
         metrics=side.metrics(),
         confusion=side.scores.confusion(),
-        predictions=[] if protocol.test.task == "text" else [str(r["prediction"]) for r in side.predictions()],
+        predictions=side.answers(),
         ranked_by=side.completions.ranked_by if side.completions else PRIMARY[protocol.test.task],
         statistics=side.statistics(),
         costs=costs,

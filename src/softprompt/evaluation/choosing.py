@@ -47,7 +47,9 @@ def ready(model: FrozenModel, prompt: Prompt) -> ReadyPrompt:
             # As `evaluate` has it: a row and its label fit behind the virtual tokens.
             most = min(longest, (model.context_length or longest + virtual) - virtual)
             footprint = replace(measure(model, virtual), prefixes=len(prompt.members))
-            of_model[prompt] = ReadyPrompt(Encoder(model.tokenizer, prompt.format, most, model.vocabulary_size), footprint)
+            of_model[prompt] = ReadyPrompt(
+                Encoder(model.tokenizer, prompt.format, most, model.vocabulary_size), footprint
+            )
         return of_model[prompt]
 
 

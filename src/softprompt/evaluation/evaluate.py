@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.config import Calibration
+from softprompt.data.added_columns import with_columns
 from softprompt.data.chat import dated
 from softprompt.data.examples import Encoder
 from softprompt.data.labels import clean_label
@@ -38,6 +39,7 @@ class Evaluation:
         without_prompt: with the same template and no virtual tokens; None where no prompt was given.
         without_bias: with the prompt, but without its label bias, for the base has none either; None where the prompt
             has none, or the base has got one by the same rule.
+        base_bias: the label bias that the base has got; empty if none.
         confusion: of classification, which labels were taken for which; None otherwise.
         seconds: time it took.
         predictions: a record a row.
@@ -49,6 +51,7 @@ class Evaluation:
     metrics: dict[str, Metric]
     without_prompt: dict[str, Metric] | None
     without_bias: dict[str, Metric] | None
+    base_bias: dict[str, float]
     confusion: Confusion | None
     seconds: float
     predictions: list[dict[str, Any]]
@@ -125,6 +128,7 @@ def evaluate(
         metrics=side.metrics(),
         without_prompt=None if prompt is None else base.metrics(),
         without_bias=side.plain.metrics() if side.plain is not side.scores and bias_rows is None else None,
+        base_bias=base_bias,
         confusion=side.scores.confusion(),
         seconds=time.monotonic() - began,
         predictions=side.predictions(),
@@ -196,9 +200,16 @@ class Side:
         """Return a record a row."""
         records = self.scores.predictions()
         if self.completions:
-            for record, place in zip(records, self.completions.place, strict=True):
-                record["prediction"] = self.completions.outputs[place]
+            written = zip(records, self.answers(), strict=True)
+            records = [with_columns(record, {"prediction": text}) for record, text in written]
         return records
+
+    def answers(self) -> list[str]:
+        """Return the label that was chosen for each row, or what was written; nothing of plain text."""
+        if self.completions:
+            return [self.completions.outputs[place] for place in self.completions.place]
+        scores = self.scores
+        return [scores.labels[best] for best in scores.predicted] if isinstance(scores, LabelScores) else []
 
     def statistics(self) -> list[list[float]]:
         """Return what the metric that ranks is made from, for each row or distinct input (`evaluation.ranking`)."""

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.config import GenerateConfig, Mode
-from softprompt.data.labels import is_blank
 from softprompt.data.readers import read_records
 from softprompt.data.rows import Row
-from softprompt.data.values import require_characters, scalar_text
-from softprompt.errors import DataError, SettingsError, nearest
+from softprompt.errors import SettingsError
 from softprompt.evaluation.choosing import choose
-from softprompt.generation import answer_mode, generate
+from softprompt.generation import answer_mode, generate, input_columns, input_row
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt
 
@@ -81,7 +79,7 @@ def predict(
         records: Iterable[Mapping[str, Any]] = ({columns[0]: text} for text in rows)
     else:
         records = read_records(rows)
-    inputs = [input_row(prompt, record, f"row {n}", map or {}) for n, record in enumerate(records, start=1)]
+    inputs = [input_row(prompt, record, f"row {n}", map) for n, record in enumerate(records, start=1)]
     found: list[Prediction] = []
     for first in range(0, len(inputs), AT_ONCE):
         found += predict_inputs(model, inputs[first : first + AT_ONCE], prompt, mode=mode, config=config)
@@ -108,46 +106,3 @@ def predict_inputs(
         label = scores.labels[best]
         made.append(Prediction(label=label, probability=probabilities[label], probabilities=probabilities))
     return made
-
-
-def input_columns(prompt: Prompt | None) -> list[str]:
-    """Return the columns that make up a prompt's input; the base model reads `text`."""
-    return prompt.format.columns if prompt is not None else ["text"]
-
-
-def input_row(prompt: Prompt | None, record: Mapping[str, Any], where: str, map: Mapping[str, str]) -> Row:
-    """Return what a prompt's template names of a record, as texts.
-
-    Args:
-        prompt: None for the base model.
-        record: a row as it was read. Of several columns some may be empty or, but for the first row's, missing.
-        where: its place, for messages.
-        map: the template's column names to the columns that hold them.
-
-    Raises:
-        DataError: a column is missing, holds no text, or all are empty.
-    """
-    columns = input_columns(prompt)
-    held = {column: map.get(column, column) for column in columns}
-    if len(columns) == len(record) == 1 and held[columns[0]] not in record and not map:
-        held = {columns[0]: next(iter(record))}
-    for column, source in held.items():
-        if source not in record:
-            raise DataError(
-                f"{where}: it has no column {source!r}{nearest(source, record)}, which the prompt's template names; it "
-                f"has {', '.join(record)}. Say which one it is, with --map {column}=…"
-            )
-    empty = len(columns) > 1  # where other columns are not
-    row = {
-        column: "" if empty and _is_nothing(record[source]) else scalar_text(record[source], source, where)
-        for column, source in held.items()
-    }
-    if all(is_blank(text) for text in row.values()):
-        which = ", ".join(repr(source) for source in held.values())
-        raise DataError(f"{where}: the column{f's {which} are' if len(held) > 1 else f' {which} is'} empty")
-    require_characters(row, where)
-    return row
-
-
-def _is_nothing(value: object) -> bool:
-    return value is None or value == ""

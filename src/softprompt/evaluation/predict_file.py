@@ -24,8 +24,8 @@ from softprompt.data.added_columns import (
 )
 from softprompt.data.rows import Row
 from softprompt.errors import DataError, InputError
-from softprompt.evaluation.predict import AT_ONCE, input_row, predict_inputs
-from softprompt.generation import answer_mode
+from softprompt.evaluation.predict import AT_ONCE, predict_inputs
+from softprompt.generation import answer_mode, input_row
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt
 from softprompt.storage import storage_errors, write_text

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
+from softprompt.data.added_columns import with_columns
 from softprompt.data.batching import deal, micro_batches
 from softprompt.data.examples import Choices, Encoder, Example, shared_text
 from softprompt.data.rows import Rows
@@ -68,7 +69,7 @@ class Scores(ABC):
 
     @abstractmethod
     def predictions(self) -> list[dict[str, Any]]:
-        """Return a record a row, for the predictions file."""
+        """Return a record a row, for the predictions file; a row's own columns are kept."""
 
 
 def perplexity(loss: float) -> float:
@@ -95,7 +96,7 @@ class TextScores(Scores):
     def predictions(self) -> list[dict[str, Any]]:
         each = zip(self.rows, self.losses, self.tokens, strict=True)
         return [
-            {**row, "loss": float(loss / tokens) if tokens else None, "tokens": int(tokens)}
+            with_columns(row, {"loss": float(loss / tokens) if tokens else None, "tokens": int(tokens)})
             for row, loss, tokens in each
         ]
 
@@ -171,7 +172,7 @@ class LabelScores(Scores):
         made = []
         for row, best, shares in zip(self.rows, self.predicted, self.probabilities(), strict=True):
             probabilities = {label: float(share) for label, share in zip(self.labels, shares, strict=True)}
-            made.append({**row, "prediction": self.labels[best], "probabilities": probabilities})
+            made.append(with_columns(row, {"prediction": self.labels[best], "probabilities": probabilities}))
         return made
 
 

@@ -71,7 +71,9 @@ class TrainablePrompt(torch.nn.Module):
                 "leave it out, and take smaller batches"
             )
         if every_n_layers != 1 or offload:
-            raise SettingsError("gradient_checkpointing takes every layer, and keeps nothing elsewhere; leave those out")
+            raise SettingsError(
+                "gradient_checkpointing takes every layer, and keeps nothing elsewhere; leave those out"
+            )
         self._recomputes = True
 
     def activation_checkpointing_disable(self) -> None:
