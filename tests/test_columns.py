@@ -207,8 +207,9 @@ def labelled(count: int, start: int = 0) -> list[dict[str, str]]:
 def test_rows_that_a_prompt_was_learned_from_are_warned_of(llama: FrozenModel, tmp_path: Path) -> None:
     rows, held = labelled(40), labelled(10, 40)
     learned = tune(llama, rows, QUICK).prompt
-    with pytest.warns(UserWarning, match="rows: the prompt was learned from these very rows"):
+    with pytest.warns(UserWarning, match="rows: the prompt was learned from these very rows") as caught:
         evaluate(llama, rows, load_prompt(learned.save(tmp_path / "prompt")))
+    assert {Path(warning.filename) for warning in caught} == {Path(__file__)}
     chosen = tune(llama, rows, QUICK, eval_data=held).prompt
     with pytest.warns(UserWarning, match="rows: the prompt was chosen by these very rows"):
         evaluate(llama, held, chosen)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from softprompt.data.values import NO_CONVERSATIONS
 from softprompt.errors import DataError, nearest
+from softprompt.notices import warn
 
 Task = Literal["classification", "completion", "text"]
 
@@ -101,10 +101,9 @@ def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task |
     found = Layout(task, held, INSTRUCTED if instructed else (INPUT_COLUMN[task],), alone)
     found.require_none_hidden(columns, name)
     if len(set(held.values())) < len(held):
-        warnings.warn(
+        warn(
             f"{name}: the column {names[needed[0]]!r} is both {' and '.join(needed)}, so the answer stands in the "
             "question; map another one",
-            stacklevel=4,
         )
     return found
 

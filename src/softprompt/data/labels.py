@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection
+
+from softprompt.notices import warn
 
 # Characters that nobody sees. Not those that join others: see `_joiner`.
 _INVISIBLE = (
@@ -59,16 +60,14 @@ def warn_of_labels(counts: Counter[str], rows: int, name: str) -> None:
     if groups:
         shown = "; ".join(", ".join(f"{label!r} ({counts[label]:,} rows)" for label in g) for g in groups[:_MOST_SHOWN])
         more = f"; and {len(groups) - _MOST_SHOWN} more such" if len(groups) > _MOST_SHOWN else ""
-        warnings.warn(
+        warn(
             f"{name}: labels that look alike are labels of their own: {shown}{more}. Write them in one way if they "
             "mean the same",
-            stacklevel=3,
         )
     if rows >= _FEWEST and len(counts) == rows:
-        warnings.warn(
+        warn(
             f"{name}: each of the {rows:,} rows has a label of its own, so none can be learned from several rows; if "
             "they are texts, map them as a completion: --map input=… --map target=…",
-            stacklevel=3,
         )
 
 

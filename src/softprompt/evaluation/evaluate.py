@@ -25,6 +25,7 @@ from softprompt.evaluation.ensemble import combined
 from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scoring import Confusion, LabelScorer, LabelScores, Scorer, tokens_at_once
 from softprompt.model.frozen import FrozenModel
+from softprompt.notices import warn
 from softprompt.prompt.ensemble import Ensemble, Prompt, require_all_fit
 
 
@@ -154,10 +155,9 @@ def _warn_of_known_rows(prompt: Prompt, data: Rows) -> None:
     ours, members = data.sha256, prompt.prompts if isinstance(prompt, Ensemble) else ()
     for name, did in (("training_data", "learned from"), ("validation_data", "chosen by")):
         if any(one.record.data.get(name) == ours for one in (prompt, *members)):
-            warnings.warn(
+            warn(
                 f"{data.name}: the prompt was {did} these very rows, on which it looks better than it is; give rows "
                 "that it has not seen",
-                stacklevel=3,
             )
             return
 
