@@ -7,14 +7,14 @@ import random
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import tiny_tokenizer
 from softprompt.data.examples import Encoder, Example, common_start, leading_tokens, shared_text
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import Format, make_format
-from softprompt.errors import DataError, ModelError
+from softprompt.errors import DataError, ModelError, SettingsError
 from softprompt.model.bundled import SMOLLM2, kept_folder
 
 LONG = 10_000
@@ -389,3 +389,34 @@ def test_the_common_start_is_what_a_plain_comparison_finds() -> None:
         assert shared_text(examples) == expected
     assert len(lengths) > 4
     assert common_start([]) == shared_text([]) == ()
+
+
+def test_two_labels_of_the_same_tokens_are_named() -> None:
+    lowered = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
+    lowered.normalizer = normalizers.Lowercase()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=lowered, eos_token="<eos>")
+    encoder = Encoder(tokenizer, label_format(["bad", "Good", "good"]), LONG)
+    with pytest.raises(SettingsError, match=r"the labels 'Good' and 'good' have the same tokens .*; give one of them"):
+        encoder.choices(labelled(("a", "bad"), ("b", "good")))
+
+
+def test_a_token_without_an_embedding_is_told_with_its_row() -> None:
+    grown = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str()), eos_token="<eos>"
+    )
+    size = len(grown)
+    grown.add_tokens(["<product>", "<brand>"])
+    rows = labelled(("a film", "good"), ("a <brand>", "bad"))
+    for labels, text in ((["bad", "good"], "{{ text }}"), (["bad", "good", "<brand>"], "{{ text }}<product>")):
+        encoder = Encoder(grown, label_format(labels, text), LONG, size)
+        for read in (encoder.examples, encoder.choices):
+            with pytest.raises(DataError, match=rf"row \d: the token '<(brand|product)>' has the id {size}"):
+                read(rows)
+    for form in (make_format("text", []), make_format("text", [], "{{ text }} <brand>")):
+        with pytest.raises(DataError, match=r"row 2: the token '<brand>' has the id .*resize_token_embeddings"):
+            Encoder(grown, form, LONG, size).examples(load_data([{"text": "a"}, {"text": "<brand>"}])[1:])
+    plain = Encoder(grown, label_format(["bad", "good"]), LONG, size)
+    assert plain.examples(labelled(("a", "good"), ("b", "bad")))
+    assert plain.inputs([{"text": "a film"}])
+    with pytest.raises(DataError, match="text 1: the token '<brand>'"):
+        plain.inputs([{"text": "<brand>"}])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from conftest import Command
+from softprompt import load_data, load_prompt
+from softprompt.comparison.method import Answers
 from softprompt.data.rows import Task
-from softprompt.data.templates import DEFAULT_TEMPLATE, make_format
-from softprompt.errors import SettingsError
+from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format, require_unseen_answer
+from softprompt.errors import PromptError, SettingsError
+from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
 LABELS = ["bad", "good"]
 
@@ -140,3 +147,113 @@ def test_a_column_that_a_row_lacks_can_have_a_default() -> None:
     assert form.input({"text": "fine", "note": "new", "by": "you"}) == "fine (new) you"
     with pytest.raises(SettingsError, match="names the column 'by'; the rows have text"):
         make_format("text", [], "{{ text }} {{ by }}").input({"text": "fine"})
+
+
+@pytest.mark.parametrize(
+    ("task", "template", "column"),
+    [
+        ("classification", "{{ text }}\nTeam: {{ label }}\nLabel:", "label"),
+        ("classification", '{{ text }}{{ row["label"] }}', "label"),
+        ("classification", "{{ text }}{% if label == 'good' %}!{% endif %}", "label"),
+        ("classification", "{{ text }}{{ label|default('') }}", "label"),
+        ("completion", "{{ input }}{{ target|upper }}", "target"),
+        ("completion", "{{ input }}{{ 'a' if target else 'b' }}", "target"),
+    ],
+)
+def test_a_template_that_shows_the_answer_is_refused(task: Task, template: str, column: str) -> None:
+    with pytest.raises(SettingsError, match=f"shows the answer: the column '{column}' is what is to be predicted"):
+        make_format(task, LABELS if task == "classification" else [], template)
+
+
+def test_other_tasks_may_name_such_a_column() -> None:
+    assert make_format("text", [], "{{ text }} {{ label }}").columns == ["label", "text"]
+    assert make_format("completion", [], "{{ input }} {{ label }}").columns == ["input", "label"]
+
+
+STARS = [{"review": "a", "stars": "Good ", "n": "1"}, {"review": "b", "stars": "bad", "n": "bad"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "shown"),
+    [
+        (STARS, "{{ text }} {{ stars }}", True),
+        (STARS, '{{ review }} {{ row["stars"]|lower }}', True),
+        (STARS, "{{ text }} {{ n }}", False),
+        (STARS, "{{ review }}", False),
+        (STARS[:1], "{{ text }} {{ stars }}", False),
+        ([{**row, "review": row["stars"]} for row in STARS], "{{ review }}", False),
+    ],
+)
+def test_a_column_that_the_answer_was_mapped_from_is_found(
+    rows: list[dict[str, str]], template: str, shown: bool
+) -> None:
+    data = load_data(rows, map={"text": "review", "label": "stars"})
+    form = make_format("classification", data.labels, template)
+    if not shown:
+        require_unseen_answer(form, data)
+        return
+    with pytest.raises(SettingsError, match="shows the answer: in rows the column 'stars' is the label in every row"):
+        require_unseen_answer(form, data)
+
+
+@pytest.mark.parametrize("verb", ["tune", "check", "evaluate", "compare"])
+@pytest.mark.parametrize(
+    ("template", "mapped"),
+    [
+        ("{{ text }} {{ label }}\\nLabel:", []),
+        ("{{ text }} {{ stars }}", ["--map", "text=text", "--map", "label=stars"]),
+    ],
+)
+def test_every_verb_refuses_a_template_that_shows_the_answer(
+    verb: str, template: str, mapped: list[str], fails: Command, llama_folder: Path, tmp_path: Path
+) -> None:
+    column = "stars" if mapped else "label"
+    lines = [f"film {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
+    (tmp_path / "r.csv").write_text("\n".join([f"text,{column}", *lines]) + "\n")
+    common = ["r.csv", "--model", llama_folder, *mapped, "--set", f"template={template}"]
+    out = ["--out", "run"] if verb in ("tune", "compare") else []
+    done = fails(verb, *(["none"] if verb == "evaluate" else []), *common, *out)
+    assert "shows the answer" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_whose_template_shows_the_answer_is_not_loaded(llama: FrozenModel, tmp_path: Path) -> None:
+    described = {"task": "classification", "template": "{{ text }} {{ label }}", "verbalizers": {"a": "a", "b": "b"}}
+    record = Record(base_model=base_model_record(llama), **described)
+    folder = SoftPrompt(llama.embed([1, 2]).float(), record).save(tmp_path / "prompt")
+    with pytest.raises(PromptError, match=r"cannot be used: .* shows the answer"):
+        load_prompt(folder)
+
+
+@pytest.mark.parametrize("template", ["{{ text.strip() }}", "{{ text }} {{ label }}"])
+def test_what_a_comparison_kept_is_checked_too(llama: FrozenModel, tmp_path: Path, template: str) -> None:
+    form = Format("classification", template, {"a": "a", "b": "b"})
+    Answers(llama, form, 100, biases=({},)).save(tmp_path / "task")
+    with pytest.raises(SettingsError, match=r"write {{ text\|trim }}|shows the answer"):
+        Answers.read(tmp_path / "task", llama, "classification")
+
+
+def test_half_a_character_in_a_verbalizer_is_refused() -> None:
+    with pytest.raises(SettingsError, match="half of a character"):
+        make_format("classification", LABELS, verbalizers={"bad": "\ud800"})
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "whole", "compared"),
+    [
+        ("def f(a):\n", "    x = a\n    return x\n", "    x = a\n    return x\n", None),
+        ("def f(a):", "\n    return a", "\n    return a", None),
+        ("x\t", " good", " good", None),
+        ("City:", "London", " London", "London"),
+        ("City:", " London", " London", "London"),
+        ("City:", "   London", " London", "London"),
+        ("City:\n", "London", "London", None),
+        ("", "  a", "  a", None),
+    ],
+)
+def test_what_is_learned_is_what_is_compared(text: str, target: str, whole: str, compared: str | None) -> None:
+    form = make_format("completion", [])
+    assert form.joined(text, target) == whole
+    assert form.answer(text, target) == (whole if compared is None else compared)
+    chat = make_format("completion", [], chat_template=True)
+    assert chat.joined(text, target) == chat.answer(text, target) == target

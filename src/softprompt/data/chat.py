@@ -53,9 +53,7 @@ class Chat:
         """The template with a clock that stands still; None where it asks for no time, and is taken as it is."""
         if self.day is None or not prints_date(self.tokenizer):
             return None
-        own = self.tokenizer.get_chat_template()
-        # The line break is not printed, and what the template begins with stays as it is.
-        return f"{{% macro {_CLOCK}(format) %}}{{{{ {_formatted(self.day)} }}}}{{% endmacro %}}\n{own}"
+        return _clock(self.day) + self.tokenizer.get_chat_template()
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -79,8 +77,8 @@ def dated(form: Format, tokenizer: PreTrainedTokenizerBase, asked: str | None) -
     return replace(form, chat_date=asked or USUAL_DATE)
 
 
-def _formatted(day: str) -> str:
-    """Return a Jinja expression that formats a day, at midnight, as `strftime` does by the string `format`."""
+def _clock(day: str) -> str:
+    """Return a Jinja macro in the place of the clock: it formats a day, at midnight, as `strftime` does."""
     midnight = datetime.combine(date.fromisoformat(day), datetime.min.time())
     values = {"%s": str(int(midnight.replace(tzinfo=UTC).timestamp()))}
     for code in _CODES:
@@ -90,5 +88,9 @@ def _formatted(day: str) -> str:
             continue
         shortened = value.lstrip("0 ") or "0" if value.strip().isdigit() else value
         values |= {f"%{code}": value, f"%-{code}": shortened, f"%#{code}": shortened}
-    replaced = "".join(f".replace({code!r}, {value!r})" for code, value in values.items())
-    return rf"format.replace('%%', '\x00'){replaced}.replace('\x00', '%')"
+    # The line break at its end is not printed, and what the template behind it begins with stays as it is.
+    return (
+        rf"{{% macro {_CLOCK}(format) %}}{{% set kept = namespace(text=format.replace('%%', '\x00')) %}}"
+        f"{{% for code, value in {list(values.items())} %}}{{% set kept.text = kept.text.replace(code, value) %}}"
+        rf"{{% endfor %}}{{{{ kept.text.replace('\x00', '%') }}}}{{% endmacro %}}" + "\n"
+    )
