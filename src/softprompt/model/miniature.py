@@ -21,6 +21,13 @@ _SMALL = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
+    "ffn_dim": 64,
+    "ffn_hidden_size": 64,
+    # What the decoders of encoder-decoder models call it:
+    "decoder_layers": 2,
+    "decoder_attention_heads": _HEADS,
+    "decoder_ffn_dim": 64,
+    "max_target_positions": 256,
 }
 _WINDOWS = ("sliding_window", "window_size", "local_attention")
 _SOFTCAPS = ("attn_logit_softcapping",)  # on attention's scores, which are seldom so large in a tiny model
