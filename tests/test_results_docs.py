@@ -1,0 +1,76 @@
+"""The README's table and `docs/results.md` say what the result files say, and where each run comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sacrebleu.metrics.bleu import BLEU
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks" / "results" / "quality"
+SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def runs(name: str, method: str) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted((FOLDER / name).glob(f"{method}-[0-9]*.json"))]
+
+
+def figure(of: list[dict[str, Any]]) -> float:
+    if "right" in of[0]:
+        return float(np.mean([100 * run["right"].count("1") / len(run["right"]) for run in of]))
+    sums = [np.sum(run["statistics"], axis=0).tolist() for run in of]
+    return float(np.mean([BLEU()._compute_score_from_stats(each).score for each in sums]))
+
+
+def expected_marks(of: list[dict[str, Any]]) -> str:
+    tries = [run for run in of if run["task"] == "classification" and run["method"] != "peft-prompt-tuning"]
+    older = any("prior_matching" not in run["settings"] for run in tries)
+    return "†" * older + "‡" * any("gpu" in run["environment"] for run in of)
+
+
+def cells(text: str, start: str, end: str) -> list[list[str]]:
+    part = text.split(start, 1)[1].split(end, 1)[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+
+
+def test_the_readme_s_table_has_the_figures_and_marks_of_the_result_files() -> None:
+    head, *rows = cells(README, "<!-- Written by benchmarks/results_page.py. -->", "<!-- Until here. -->")
+    assert len(head) == 7
+    methods = ("zero-shot", "few-shot", "peft-prompt-tuning", "soft-prompt", "deep-prefix", "lora")
+    assert len(rows) == len(SETS)
+    for name, row in zip(SETS, rows, strict=True):
+        plain = [cell.replace("*", "") for cell in row[1:]]
+        assert plain == [f"{figure(of):.1f}{expected_marks(of)}" for of in (runs(name, method) for method in methods)]
+        best = max(range(6), key=lambda place: figure(runs(name, methods[place])))
+        assert row[1 + best].startswith("**"), name
+
+
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README.md", "docs/results.md"])
+def test_what_is_mixed_is_said(text: str) -> None:
+    words = " ".join(text.split())
+    for said in ("before", "prior matching", "NVIDIA H200", "AMD EPYC", "looks better than it is", "†", "‡", "mix"):
+        assert said in words, said
+
+
+def test_the_results_say_where_every_run_comes_from() -> None:
+    (_, *methods), *rows = cells(RESULTS, "\n## Runs\n", "\n## ")
+    for name, (found, *row) in zip(SETS, rows, strict=True):
+        assert found == name
+        for method, cell in zip(methods, row, strict=True):
+            each = ["GPU" if "gpu" in run["environment"] else "CPU" for run in runs(name, method)]
+            marks = [expected_marks([run]).replace("‡", "") for run in runs(name, method)]
+            assert cell == ", ".join(map("".join, zip(each, marks, strict=True))), (name, method)
+    quality = cells(RESULTS, "\n## Quality\n", "\n## ")
+    for name, row in zip(SETS, quality[1:], strict=False):
+        for method, cell in zip(quality[0][1:], row[1:], strict=True):
+            match = re.match(r"[\d.]+([†‡]*) \(", cell)
+            assert match, cell
+            assert match[1] == expected_marks(runs(name, method)), (name, method)
