@@ -59,7 +59,7 @@ WHY = {
         "label whatever the text says (Zhao et al. 2021)",
     },
     GenerateConfig: {
-        "max_new_tokens": "a few sentences; a label needs no more than the longest of them",
+        "max_new_tokens": "a few sentences",
         "max_length": "texts of unlike length get equally many new tokens",
         "repetition_penalty": "the model's own distribution; higher where a small model repeats itself",
         "no_repeat_ngram_size": "forbidding repetition forbids right answers too",

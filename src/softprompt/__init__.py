@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from softprompt.evaluation.evaluate import Evaluation as Evaluation
     from softprompt.evaluation.evaluate import evaluate as evaluate
     from softprompt.evaluation.intervals import Metric as Metric
+    from softprompt.evaluation.predict import Prediction as Prediction
+    from softprompt.evaluation.predict import predict as predict
     from softprompt.generation import generate as generate
     from softprompt.model.choice import freeze as freeze
     from softprompt.model.frozen import FrozenModel as FrozenModel
@@ -57,6 +59,7 @@ _HOMES = {
     ),
     "softprompt.evaluation.evaluate": ("Evaluation", "evaluate"),
     "softprompt.evaluation.intervals": ("Metric",),
+    "softprompt.evaluation.predict": ("Prediction", "predict"),
     "softprompt.generation": ("generate",),
     "softprompt.model.choice": ("freeze",),
     "softprompt.model.frozen": ("FrozenModel",),
