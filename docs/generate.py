@@ -23,6 +23,7 @@ WHY = {
         "threads": "more threads than cores wait for each other",
         "template": "short: the wording matters before training, hardly after (SST-2, " + _BENCHMARK + ")",
         "chat_template": "the virtual tokens take the place of an instruction; a chat puts tokens into every row",
+        "chat_date": "the same rows give the same tokens on every day",
         "verbalizers": "a label that is a word is what the model knows best; write words for labels such as 0 and 1",
         "max_length": "longer texts cost memory with the square of their length; cut rows are counted and told",
         "method": "a soft prompt is smaller, runs everywhere (vLLM takes no deep prefix) and has words near it; a deep "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conftest import SHORT, Command, tiny_tokenizer
 
@@ -143,3 +144,41 @@ def test_a_row_that_memory_does_not_suffice_for_ends_the_run_with_one_message(tm
     assert "try a smaller --set max_length" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "prompt").exists()
+
+
+@pytest.fixture
+def grown_folder(llama_folder: Path, tmp_path: Path) -> Path:
+    """A model folder whose tokenizer has a token that the model has no embedding of."""
+    folder = tmp_path / "grown"
+    folder.mkdir()
+    for file in llama_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.add_tokens([f"<new-{i}>" for i in range(400 - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(folder)
+    last = tokenizer.decode([400])
+    (tmp_path / "r.csv").write_text(f"text,label\n{GOOD}{last},negative\n")
+    return folder
+
+
+@pytest.mark.parametrize("init", ["auto", "text", "examples", "labels", "vocabulary"])
+def test_a_run_that_meets_a_token_without_an_embedding_does_not_begin(
+    init: str, fails: Command, grown_folder: Path, tmp_path: Path
+) -> None:
+    settings = ["--set", f"init={init}", "--set", "max_steps=20", "--set", "eval_rows=0"]
+    done = fails("tune", "r.csv", "--model", grown_folder, "--out", "run", *settings)
+    assert re.search(r"r\.csv, row 41: the token '<new-\d+>' has the id 400, and the model has emb", done.err)
+    assert "resize_token_embeddings" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_verb_tells_of_a_token_without_an_embedding(fails: Command, grown_folder: Path, tmp_path: Path) -> None:
+    typed = (tmp_path / "r.csv").read_text().splitlines()[-1].removesuffix(",negative")
+    for verb in (["check", "r.csv"], ["evaluate", "none", "r.csv"], ["compare", "r.csv", "--out", "compared"]):
+        assert ", row 41: the token '<new-" in fails(*verb, "--model", grown_folder).err
+    assert not (tmp_path / "compared").exists()
+    assert "text 1: the token '<new-" in fails("generate", "none", typed, "--model", grown_folder).err
+    start = ["--set", "init=text", "--set", f"init_text={typed}"]
+    (tmp_path / "s.csv").write_text(f"text,label\n{GOOD}")
+    done = fails("tune", "s.csv", "--model", grown_folder, "--out", "run", *start)
+    assert "init_text: the token '<new-" in done.err

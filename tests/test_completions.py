@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from sacrebleu.metrics.bleu import BLEU
@@ -13,6 +14,7 @@ from conftest import frozen
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
 from softprompt.data.examples import Encoder
+from softprompt.data.templates import make_format
 from softprompt.errors import DataError
 from softprompt.evaluation import completions
 from softprompt.evaluation.completions import Completions, complete
@@ -142,3 +144,39 @@ def test_inputs_that_are_cut_to_the_same_tokens_are_not_one(llama: FrozenModel) 
     found = complete(llama, [None], Encoder(llama.tokenizer, prompt.format, 12), rows)
     assert found.references == [["one"], ["two"]]
     assert found.place == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("template", "right", "written", "kept", "exact"),
+    [
+        ("{{ input }}\n", "    x = a\n    return x\n", "    x = a\n    return x\n", "    x = a\n    return x\n", 1),
+        ("{{ input }}\n", "    x = a\n    return x\n", "x = a\n    return x\n", "x = a\n    return x\n", 0),
+        ("{{ input }}\n", "    x = a", "    x = a\n", "    x = a", 1),
+        ("{{ input }}", "\n    return a", "\n    return a", "\n    return a", 1),
+        ("{{ input }}\n", "London", " London\n", "London", 1),
+        ("{{ input }}:", "London", " London", "London", 1),
+        ("{{ input }}:", "  London", " London", "London", 1),
+    ],
+)
+def test_an_indentation_is_compared_as_it_is_learned(
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch, template: str, right: str, written: str, kept: str, exact: int
+) -> None:
+    monkeypatch.setattr(completions, "continue_ids", lambda model, prompts, inputs, *_: [written] * len(inputs))
+    rows = load_data([{"input": "def f(a):", "target": right}])
+    encoder = Encoder(llama.tokenizer, make_format("completion", [], template), 80)
+    found = complete(llama, [None], encoder, rows)
+    assert found.outputs == [kept]
+    assert found.metrics()["exact_match"].value == exact
+    (example,) = encoder.examples(rows)
+    learned = llama.tokenizer.decode(example.ids[example.start : -1])
+    assert learned in (found.references[0][0], f" {found.references[0][0]}")
+
+
+def test_demonstrations_end_before_a_blank_line_and_what_they_show_is_compared(llama: FrozenModel) -> None:
+    form = make_format("completion", [])
+    shown = replace(form, demonstrations=({"input": "def g(a):", "target": "    return a\n"},))
+    assert shown.demonstrated == "def g(a):\n    return a\n\n"
+    row = {"input": "def f(a):", "target": "    x = a\n    return x\n"}
+    assert shown.target(row) == "    x = a\n    return x"
+    (example,) = Encoder(llama.tokenizer, shown, 80).examples(load_data([row]))
+    assert llama.tokenizer.decode(example.ids) == shown.input(row) + "    x = a\n    return x\n\n"

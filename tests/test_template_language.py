@@ -143,7 +143,8 @@ def test_a_column_may_have_any_name() -> None:
 
 
 def test_a_column_with_any_name_is_read_and_cut(llama_folder: Path, command: Command, tmp_path: Path) -> None:
-    (tmp_path / "r.csv").write_text("review text,text,label\n" + "a fine film,x,good\na dull film,x,bad\n" * 20)
+    lines = [f"a dull film {i},x {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
+    (tmp_path / "r.csv").write_text("\n".join(["review text,text,label", *lines]) + "\n")
     template = 'template={{ row["review text"] }}\\nLabel:'
     done = command("check", "r.csv", "--model", llama_folder, "--set", "max_steps=1", "--set", template)
     assert (done.code, "a dull film" in done.out) == (0, True)

@@ -304,8 +304,10 @@ def _begin(folder: Path, protocol: Protocol) -> None:
     file = folder / PROTOCOL
     if not (file.exists() and any((folder / RESULTS).glob("*.json"))):
         require_ours(folder)  # there are no results yet, or no more
-        plan = protocol.plan()  # what does not fit together is said before anything is written
-        protocol.test.require_inputs(plan.encoder.format.columns)
+        # What does not fit together is said before anything is written, and so is a test row that cannot be read.
+        encoder = protocol.plan().encoder
+        protocol.test.require_inputs(encoder.format.columns)
+        encoder.examples(protocol.test)
         write_records(folder / ROWS, protocol.test)
         write_text(file, json.dumps(record, indent=1) + "\n")
         return
