@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,12 +18,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from conftest import Command
 from softprompt import Rows, TuneConfig, Watcher, evaluate, load_data, tune
 from softprompt.errors import RunError
 from softprompt.evaluation.scoring import LabelScorer, Scores
 from softprompt.model.frozen import FrozenModel
+from softprompt.signals import interrupts_deferred, terminations_raised
 from softprompt.training import prompt_loop
-from softprompt.signals import interrupts_deferred
 from softprompt.training.plan import Plan
 from softprompt.training.run_folder import RunFolder, State
 
@@ -153,13 +156,222 @@ def test_the_command_says_how_to_go_on(llama_folder: Path, reviews: Path, tmp_pa
     assert len(list((tmp_path / "run" / "state").glob("step-*"))) == 1
 
 
-def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
+# What is sent, what the command exits with, and the words it says.
+STOPS = [
+    ([signal.SIGINT], 130, "stopped; the same command"),
+    ([signal.SIGTERM], 143, "stopped; the same command"),
+    ([signal.SIGHUP], 129, "stopped; the same command"),
+    ([signal.SIGTERM, signal.SIGTERM], 143, "stopped; the same command"),
+    ([signal.SIGINT, signal.SIGINT], 130, "stopped; the same command"),
+]
+
+
+def stopped(arguments: list[object], at: str, signals: Sequence[int]) -> tuple[int, str, str]:
+    """Run a command, and send it signals when it says something; return exit code, stdout and stderr."""
+    command = [sys.executable, "-m", "softprompt", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        said = []
+        for line in process.stderr:  # it says how far it is: no clock
+            said.append(line)
+            if at in line:
+                for number in signals:
+                    process.send_signal(number)
+        out = process.stdout.read()
+    return process.returncode, out, "".join(said)
+
+
+@pytest.mark.parametrize(("signals", "code", "message"), STOPS, ids=["INT", "TERM", "HUP", "TERM,TERM", "INT,INT"])
+def test_a_signal_to_end_saves_as_ctrl_c_does(
+    signals: list[int], code: int, message: str, llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    settings = ["--set", "max_steps=5000", "--set", "eval_rows=0", "--set", "save_every=5000"]
+    arguments = ["tune", reviews, "--model", llama_folder, "--out", tmp_path / "run", *settings]
+    returned, out, said = stopped(arguments, "step 500/5000", signals)
+    assert (returned, out) == (code, "")
+    assert said.splitlines()[-1].startswith(message)
+    assert said.count("stopped") == 1
+    assert "Traceback" not in said
+    (state,) = (tmp_path / "run" / "state").iterdir()
+    assert int(state.name.removeprefix("step-")) >= 500
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "state",
+    }
+
+
+def test_an_ensemble_that_is_terminated_goes_on(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
+    settings = ["--set", "max_steps=400", "--set", "eval_rows=0", "--set", "save_every=5000"]
+    arguments = ["tune", reviews, "--model", llama_folder, "--out", tmp_path / "run", "--ensemble", 2, *settings]
+    code, _, said = stopped(arguments, "step 200/400", [signal.SIGTERM])
+    assert code == 143
+    assert said.count("stopped; the same command with --resume goes on from here") == 1
+    assert [path.parent.parent.name for path in tmp_path.rglob("step-*")] == ["member-1"]
+    code, out, said = stopped([*arguments, "--resume", "--json"], "never", [])
+    assert code == 0
+    assert "going on after step" in said
+    assert json.loads(out)["steps"] == 800
+
+
+def test_a_comparison_that_is_terminated_has_a_report(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
+    settings = ["--set", "max_steps=5000", "--equal", "examples", "--no-search"]
+    arguments = ["compare", reviews, "--model", llama_folder, "--out", tmp_path / "out", *settings]
+    code, out, said = stopped([*arguments, "--methods", "zero-shot,soft-prompt"], "step 500/5000", [signal.SIGTERM])
+    assert (code, out) == (143, "")
+    assert said.count("stopped; the same command goes on with the method that was interrupted") == 1
+    assert [path.name for path in (tmp_path / "out" / "results").iterdir()] == ["zero-shot-0.json"]
+    assert (tmp_path / "out" / "report.html").exists()
+    code, out, _ = stopped([*arguments, "--methods", "zero-shot", "--json"], "never", [])
+    assert (code, len(json.loads(out)["results"])) == (0, 1)
+
+
+@pytest.mark.parametrize("verb", ["check", "evaluate"])
+def test_a_verb_that_saves_nothing_ends_at_once(
+    verb: str, command: Command, llama_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "softprompt.training.plan.make_plan" if verb == "check" else "softprompt.evaluation.evaluate.evaluate"
+    monkeypatch.setattr(place, Mock(side_effect=lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)))
+    before = sorted(tmp_path.rglob("*"))
+    done = command(*(["evaluate", "none"] if verb == "evaluate" else ["check"]), reviews, "--model", llama_folder)
+    assert (done.code, done.out) == (143, "")
+    assert done.err.strip().splitlines()[-1] == "terminated"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+_SCRIPT = """
+import signal, sys
+import softprompt as sp
+
+class Ended(sp.Watcher):
+    def step(self, step, loss):
+        if step == 3:
+            signal.raise_signal(int(sys.argv[3]))
+
+{before}
+model, rows = sp.load_model(sys.argv[1]), sp.load_data(sys.argv[2])
+config = sp.TuneConfig(max_steps=6, batch_size=4, eval_rows=0, save_every=100)
+try:
+    sp.tune(model, rows, config, out="run", watcher=Ended())
+    print("went on")
+finally:
+    print("unwound")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "number", "code", "out", "saved"),
+    [
+        ("", signal.SIGTERM, -signal.SIGTERM, "", True),  # ended by it, as without us
+        ("", signal.SIGHUP, -signal.SIGHUP, "", True),
+        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))", signal.SIGTERM, 7, "unwound\n", True),
+        (
+            "signal.signal(signal.SIGTERM, lambda *_: print('noted'))",
+            signal.SIGTERM,
+            0,
+            "noted\nwent on\nunwound\n",
+            None,
+        ),
+        ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", signal.SIGHUP, 0, "went on\nunwound\n", None),  # nohup
+    ],
+    ids=["TERM", "HUP", "TERM-exits", "TERM-handled", "HUP-ignored"],
+)
+def test_a_script_that_is_terminated_saves_and_ends_as_it_would_have(
+    before: str, number: int, code: int, out: str, saved: bool | None, llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    script = [sys.executable, "-c", _SCRIPT.format(before=before), llama_folder, reviews, str(int(number))]
+    done = subprocess.run(list(map(str, script)), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    steps = [path.name for path in (tmp_path / "run" / "state").iterdir()]
+    assert steps == ["step-3" if saved else "step-6"]
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_in_another_thread_signals_are_left_as_they_are(llama: FrozenModel, reviews: Path) -> None:
+    seen = []
+
+    class Looking(Watcher):
+        def step(self, step: int, loss: float) -> None:
+            seen.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=tune, args=(llama, load_data(reviews), short()), kwargs={"watcher": Looking()})
+    thread.start()
+    thread.join()
+    assert set(seen) == {before}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_the_end_of_the_block(number: int) -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
-        interrupt()
+    with pytest.raises(KeyboardInterrupt), terminations_raised(), interrupts_deferred():
+        os.kill(os.getpid(), number)
         done.append("the rest")
     assert done == ["the rest"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_stop_is_not_lost_where_the_block_fails() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, interrupts_deferred():
+        interrupt()
+        raise RunError("the disk is full")
+    assert isinstance(caught.value.__context__, RunError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_every_stop_that_waited_is_told() -> None:
+    told = []
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            before = signal.signal(number, lambda caught, _: told.append(caught))
+            stack.callback(signal.signal, number, before)
+        with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+    assert sorted(told) == sorted((signal.SIGTERM, signal.SIGHUP))
+
+
+def test_a_step_that_fails_while_a_stop_waits_is_not_saved_by_half(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = load_data(reviews)
+    tune(llama, rows, short(save_every=2), out=tmp_path / "whole")
+    step, calls = torch.optim.AdamW.step, iter(range(100))
+
+    def failing(self: torch.optim.AdamW) -> None:
+        step(self)
+        if next(calls) == 3:
+            interrupt()
+            raise RunError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            tune(llama, rows, short(save_every=2), out=tmp_path / "cut")
+    assert [path.name for path in (tmp_path / "cut" / "state").iterdir()] == ["step-2"]
+    tune(llama, rows, None, out=tmp_path / "cut", resume=True)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_second_stop_while_the_state_is_written_waits_for_it(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = RunFolder.save_state
+
+    def again(self: RunFolder, state: State) -> None:
+        interrupt()
+        saved(self, state)
+        interrupt()
+
+    monkeypatch.setattr(RunFolder, "save_state", again)
+    monkeypatch.setattr(prompt_loop, "prompt_gradient", once(prompt_loop.prompt_gradient, 3))
+    with pytest.raises(KeyboardInterrupt):
+        tune(llama, load_data(reviews), short(), out=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["step-3"]
 
 
 class Sizes(Watcher):

@@ -1,4 +1,4 @@
-"""What is written to the disk: links stay links, a kill leaves the old or the new, and debris goes with the next start."""
+"""What is written to the disk: links stay links, a kill leaves old or new, and debris goes with the next start."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "prompt" / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", [".prompt-settings", ".prompt.tmp", ".prompt-abcd1234", ".prompt.softprompt-notes", "x"])
+@pytest.mark.parametrize(
+    "name", [".prompt-settings", ".prompt.tmp", ".prompt-abcd1234", ".prompt.softprompt-notes", "x"]
+)
 def test_what_is_not_provably_ours_stays(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     write(tmp_path / "prompt", "new")
@@ -158,11 +160,11 @@ def test_a_link_to_what_is_to_come_is_followed_and_one_to_nowhere_refused(writin
     writing(tmp_path / "coming", "new")
     assert (tmp_path / "end").exists()
     (tmp_path / "nowhere").symlink_to(tmp_path / "unmounted" / "end")
-    with pytest.raises(StorageError, match="the link leads to .*unmounted/end, which is not there"):
+    with pytest.raises(StorageError, match=r"the link leads to .*unmounted/end, which is not there"):
         writing(tmp_path / "nowhere", "new")
     assert not (tmp_path / "unmounted").exists()
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    with pytest.raises(StorageError, match="symbolic links|the link leads"):
+    with pytest.raises(StorageError, match=r"symbolic links|the link leads"):
         writing(tmp_path / "circle", "new")
 
 
@@ -192,9 +194,7 @@ def test_half_of_a_surrogate_pair_is_written_as_json_has_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["²", "١", "01", "0", "1" * 30, "1a"])
-def test_only_numbers_as_we_write_them_are_versions(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_numbers_as_we_write_them_are_versions(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path))
     (tmp_path / "prompts" / "film" / name).mkdir(parents=True)
     (tmp_path / "prompts" / "film" / "highest").write_bytes(name.encode() + b"\xff")

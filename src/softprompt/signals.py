@@ -9,15 +9,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FrameType
+from typing import TypeAlias
 
 from softprompt.launch import count
 
 _INTERRUPT = int(signal.SIGINT)
 _TERMINATING = tuple(int(getattr(signal, name)) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_MOMENTS = 2.0  # seconds
 _asked: list[int] = []
+_Handler: TypeAlias = Callable[[int, FrameType | None], object]
+_Caught: TypeAlias = tuple[_Handler, int, FrameType | None]
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,12 +44,20 @@ def exit_code(stop: KeyboardInterrupt) -> int:
 
 @contextmanager
 def terminations_raised() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise `Terminated` where they would end the process at once."""
+    """Let SIGTERM and SIGHUP raise `Terminated` where they would end the process at once, as Ctrl-C raises.
+
+    Schedulers and launchers send several signals at a time: what follows within moments asks for the same.
+    """
+    asked: list[float] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        raise Terminated(number)
+        if not asked or time.monotonic() - asked[-1] > _MOMENTS:
+            asked.append(time.monotonic())
+            raise KeyboardInterrupt if number == _INTERRUPT else Terminated(number)
 
     usual = [number for number in _TERMINATING if signal.getsignal(number) is signal.SIG_DFL]
+    if signal.getsignal(_INTERRUPT) is signal.default_int_handler:
+        usual.append(_INTERRUPT)
     with _handled(dict.fromkeys(usual, stop)):
         yield
 
@@ -64,9 +77,9 @@ def saves_before_it_ends() -> Iterator[None]:
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
     """Let signals that ask to stop wait until the block is done, also where it fails."""
-    caught: list[tuple[Callable[[int, FrameType | None], object], int, FrameType | None]] = []
+    caught: list[_Caught] = []
 
-    def waiting(usual: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
+    def waiting(usual: _Handler) -> Callable[[int, FrameType | None], None]:
         return lambda number, frame: caught.append((usual, number, frame))
 
     handlers = {number: signal.getsignal(number) for number in (_INTERRUPT, *_TERMINATING)}
@@ -74,9 +87,17 @@ def interrupts_deferred() -> Iterator[None]:
         with _handled({number: waiting(usual) for number, usual in handlers.items() if callable(usual)}):
             yield
     finally:
-        with ExitStack() as each:  # the first one may raise, and the others are told all the same
-            for usual, number, frame in reversed(caught):
-                each.callback(usual, number, frame)
+        _tell(caught)
+
+
+def _tell(caught: list[_Caught]) -> None:
+    """Call the handlers that waited; one may raise, and the others are called all the same."""
+    if caught:
+        usual, number, frame = caught[0]
+        try:
+            usual(number, frame)
+        finally:
+            _tell(caught[1:])
 
 
 @contextmanager
@@ -104,12 +125,12 @@ def stops_asked() -> tuple[bool, bool]:
 
 
 @contextmanager
-def _handled(handlers: dict[int, Callable[[int, FrameType | None], object]]) -> Iterator[None]:
+def _handled(handlers: dict[int, _Handler]) -> Iterator[None]:
     """Handle signals; afterwards they are handled as before."""
     if not _in_main_thread():
         yield
         return
-    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+    before: dict[int, _Handler | int | None] = {}
     try:
         for number, handler in handlers.items():
             before[number] = signal.getsignal(number)

@@ -17,7 +17,7 @@ _UNWRITABLE = {errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO, errno.EFBIG, e
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Let nothing fail for a stream's encoding: a character that it lacks is written as `\\u1234`.
+    """Let nothing fail for a stream's encoding: a character that it lacks is written as its escape.
 
     Raises:
         StorageError: stdout cannot be written to: a full disk, or a reader, `head` say, that has gone.

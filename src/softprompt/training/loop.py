@@ -282,8 +282,8 @@ class Loop(ABC):
                 }
         except (KeyError, RuntimeError) as error:
             raise InputError(
-                f"the state of step {state.progress.step} in {self.folder.path} is damaged: {error}; remove its folder, "
-                "and the run goes on from the state before"
+                f"the state of step {state.progress.step} in {self.folder.path} is damaged: {error}; remove its "
+                "folder, and the run goes on from the state before"
             ) from error
 
 

@@ -17,10 +17,10 @@ from softprompt.prompt.soft_prompt import Record, SoftPrompt
 _IGNORED = -100  # transformers' label of what is not learned
 # What the Trainer asks a model for, and why this one does not have it.
 _NOT_THERE = {
-    "config": "label_smoothing_factor is not supported: TrainablePrompt takes the loss of the labels alone; leave it out",
+    "config": "label_smoothing_factor is not supported: TrainablePrompt takes the labels' loss alone; leave it out",
     "get_input_embeddings": "neftune_noise_alpha is not supported: its noise belongs to embeddings that are trained; "
     "leave it out",
-    "generate": "predict_with_generate is not supported: softprompt.generate(model, texts, prompt=….soft_prompt()) writes",
+    "generate": "predict_with_generate is not supported; use softprompt.generate(model, texts, prompt=made.soft_prompt())",
 }
 
 
@@ -32,8 +32,8 @@ class TrainablePrompt(torch.nn.Module):
     """Virtual tokens in front of a frozen model; `transformers.Trainer` takes it where it takes PEFT's wrapped model.
 
     The frozen model is no submodule: checkpoints hold the prompt alone, and `train()` switches no dropout on in it.
-    The Trainer's `gradient_checkpointing` runs the frozen layers once more in the backward pass; `torch_compile` changes
-    nothing; label smoothing, NEFTune's noise and `predict_with_generate` are refused.
+    The Trainer's `gradient_checkpointing` runs the frozen layers once more in the backward pass; `torch_compile`
+    changes nothing; label smoothing, NEFTune's noise and `predict_with_generate` are refused.
 
     Args:
         model: the frozen model.
