@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from softprompt.model.attention import attention
 
@@ -27,8 +26,19 @@ def bloom_attention(
     Returns:
         `[1, N, H]`, and None for the weights.
     """
-    query, key, value = module._reshape(module.query_key_value(hidden_states))
-    ones = torch.ones(1, 2, device=hidden_states.device)
-    slopes = build_alibi_tensor(ones, module.num_heads, torch.float32)[:, 0, 1]  # the bias of position 1
+    joined = module.query_key_value(hidden_states).unflatten(-1, (module.num_heads, 3, -1)).transpose(1, 2)
+    query, key, value = joined.unbind(3)  # from `[1, A, N, 3, D]`
+    slopes = alibi_slopes(module.num_heads).to(hidden_states.device)
     out, _ = attention(module, query, key, value, None, scaling=module.inv_norm_factor, alibi_slopes=slopes)
     return residual + module.dense(out.flatten(2)), None
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Return what is added to each head's scores per position of the key, `[A]` (Press et al. 2022).
+
+    They fall geometrically, for as many heads as the largest power of two; those left over lie between them.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes)

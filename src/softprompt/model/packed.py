@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AttentionInterface, AttentionMaskInterface, GradientCheckpointingLayer, PreTrainedModel
 
 from softprompt.model.ahead import one_each
 from softprompt.model.attention import LIKE, LIKE_ON_GPU, Row, attention, current

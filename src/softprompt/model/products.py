@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from softprompt.private_interfaces import onednn_product
+
 
 def products() -> AbstractContextManager[object]:
     """Return a context in which a model's products run in oneDNN where that is the faster library."""
-    return _OneDNN() if mkl_is_slow() else nullcontext()
+    return _OneDNN() if mkl_is_slow() and onednn_product() is not None else nullcontext()
 
 
 class _OneDNN(TorchFunctionMode):
@@ -75,5 +77,6 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight, bias, "none", [], "")
-    return made
+    product = onednn_product()
+    assert product is not None
+    return product(inputs.contiguous(), weight, bias)

@@ -16,6 +16,7 @@ from softprompt.model.attention import LIKE
 from softprompt.model.head import Head
 from softprompt.model.prefix import Prefix
 from softprompt.model.products import products
+from softprompt.private_interfaces import device_of_hook
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ class Way(ABC):
 def input_device(hf_model: PreTrainedModel) -> torch.device:
     """Return where a model takes its token ids: where its embedding is, or is brought to when it is run."""
     embedding = hf_model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)  # of accelerate, on a model that is split over devices
-    place = getattr(hook, "execution_device", None)
+    place = device_of_hook(embedding)
     return torch.device(next(embedding.parameters()).device if place is None else place)
 
 

@@ -1,0 +1,98 @@
+"""What of other packages is used although they promise nothing about it, and what happens when it goes.
+
+`pyproject.toml` bounds these packages' versions; a test finds private names that `PRIVATE` does not list.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Private(NamedTuple):
+    """A private name.
+
+    Attributes:
+        package: whose it is.
+        used_in: the modules that name it.
+        why: what it is for, and why nothing public does it.
+        without: what happens when it is gone, or does something else.
+    """
+
+    package: str
+    used_in: tuple[str, ...]
+    why: str
+    without: str
+
+
+PRIVATE: dict[str, Private] = {
+    "_linear_pointwise": Private(
+        "torch",
+        ("private_interfaces",),
+        "multiplies float32 matrices in oneDNN; `linear` takes MKL, and no setting changes that",
+        "PyTorch's own choice is taken, which is slower on AMD's processors; that is logged once",
+    ),
+    "_attn_implementation": Private(
+        "transformers",
+        ("model.packed", "model.miniature"),
+        "the name of the attention that a pass uses; `set_attn_implementation` is public, but looks through the whole "
+        "model and may ask a hub for kernels, twice a pass",
+        "the packed way's attention is not called; the load check refuses that way, and the cached way is taken",
+    ),
+    "_hf_hook": Private(
+        "accelerate",
+        ("private_interfaces",),
+        "the device that a module's inputs are brought to, on a model that is split over devices",
+        "inputs are put where the embedding's weights are; a model whose weights are offloaded fails to load",
+    ),
+    "_extract_corpus_statistics": Private(
+        "sacrebleu",
+        ("evaluation.completions",),
+        "each output's counts, from which intervals are resampled; the public scores have no interval per text",
+        "completions are not scored: AttributeError",
+    ),
+    "_compute_score_from_stats": Private(
+        "sacrebleu",
+        ("evaluation.completions", "comparison.results"),
+        "the score of summed counts",
+        "completions are not scored: AttributeError",
+    ),
+}
+
+
+@cache
+def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """Return PyTorch's product in oneDNN of inputs `[…, in]`, a weight `[out, in]` and a bias; None where it has none.
+
+    It is tried once: an operator that means something else by now is none.
+    """
+
+    def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return made
+
+    inputs, weight, bias = (torch.arange(1.0, 1 + n).reshape(shape) for n, shape in ((6, (2, 3)), (12, (4, 3)), (4, 4)))
+    try:
+        with torch.no_grad():
+            same = torch.allclose(product(inputs, weight, bias), torch.nn.functional.linear(inputs, weight, bias))
+    except Exception as error:  # gone, or with other arguments: whatever PyTorch raises then
+        reason = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
+    else:
+        if same:
+            return product
+        reason = "it gives other results"
+    logger.warning("PyTorch %s multiplies more slowly than it could: no oneDNN product (%s)", torch.__version__, reason)
+    return None
+
+
+def device_of_hook(module: torch.nn.Module) -> torch.device | str | int | None:
+    """Return the device that accelerate brings a module's inputs to; None where it brings them nowhere."""
+    place: torch.device | str | int | None = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return place
