@@ -52,7 +52,7 @@ WHY = {
         "train_rows": "all that there are",
         "eval_rows": "at most a fifth of the rows: the others are to be learned from; 200 take little time",
         "budget": "minutes on a CPU with a small model",
-        "seed": "the same run twice gives the same prompt to the byte",
+        "seed": "the same run twice gives the same prompt, on a CPU to the byte",
         "tensorboard": "`metrics.jsonl` holds the same figures",
     },
     EvaluateConfig: {

@@ -20,7 +20,7 @@ _NOT_THERE = {
     "config": "label_smoothing_factor is not supported: TrainablePrompt takes the labels' loss alone; leave it out",
     "get_input_embeddings": "neftune_noise_alpha is not supported: its noise belongs to embeddings that are trained; "
     "leave it out",
-    "generate": "predict_with_generate is not supported; use softprompt.generate(model, texts, prompt=made.soft_prompt())",
+    "generate": "predict_with_generate is not supported; take softprompt.generate with the soft_prompt() that was made",
 }
 
 
