@@ -84,6 +84,14 @@ def test_a_prompt_that_writes_predicts_texts(llama: FrozenModel) -> None:
         predict(llama, TEXTS, prompt_of(llama), config=config)
 
 
+def test_a_prompt_for_plain_text_continues_it(llama: FrozenModel) -> None:
+    prompt = SoftPrompt(prompt_of(llama).weights, Record(base_model=base_model_record(llama)))
+    config = sp.GenerateConfig(max_new_tokens=4)
+    for asked in (prompt, None):
+        made = predict(llama, [{"text": text, "n": 1} for text in TEXTS], asked, config=config)
+        assert [each.text for each in made] == generate(llama, TEXTS, asked, config)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -205,6 +213,7 @@ def test_what_a_prompt_writes_stays_in_its_line(command: Command, writing_prompt
         (["rows.csv", "--set", "seed=1"], "decoding rules are for writing"),
         (["rows.csv", "--mode", "write", "--probabilities"], "this prompt writes"),
         (["rows.csv", "--map", "text=txt"], "row 1: it has no column 'txt'"),
+        (["rows.csv", "--map", "label=x"], "--map label=x: the prompt reads text"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(

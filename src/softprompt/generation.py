@@ -174,6 +174,20 @@ def input_columns(prompt: Prompt | None) -> list[str]:
     return prompt.format.columns if prompt is not None else ["text"]
 
 
+def require_columns(prompt: Prompt | None, map: Mapping[str, str]) -> None:
+    """Make sure that what is mapped are columns that a prompt reads.
+
+    Raises:
+        SettingsError: one is none.
+    """
+    columns = input_columns(prompt)
+    unknown = next((column for column in map if column not in columns), None)
+    if unknown is not None:
+        raise SettingsError(
+            f"--map {unknown}={map[unknown]}: the prompt reads {', '.join(columns)}{nearest(unknown, columns)}"
+        )
+
+
 def input_row(
     prompt: Prompt | None, record: Mapping[str, object], where: str, map: Mapping[str, str] | None = None
 ) -> Row:

@@ -12,7 +12,7 @@ from softprompt.data.readers import read_records
 from softprompt.data.rows import Row
 from softprompt.errors import SettingsError
 from softprompt.evaluation.choosing import choose
-from softprompt.generation import answer_mode, generate, input_columns, input_row
+from softprompt.generation import answer_mode, generate, input_columns, input_row, require_columns
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt
 
@@ -72,6 +72,7 @@ def predict(
         SettingsError: the settings do not fit the prompt.
     """
     answer_mode(prompt, mode, config)
+    require_columns(prompt, map or {})
     if isinstance(rows, (list, tuple)) and all(isinstance(row, str) for row in rows):
         columns = input_columns(prompt)
         if len(columns) > 1:
@@ -96,7 +97,8 @@ def predict_inputs(
 ) -> list[Prediction]:
     """Predict rows of the template's columns together; arguments as of `predict`."""
     if answer_mode(prompt, mode, config) == "write":
-        texts = inputs if prompt is not None else [row[column] for row in inputs for column in row]
+        columns = input_columns(prompt)
+        texts = inputs if len(columns) > 1 else [row[columns[0]] for row in inputs]
         return [Prediction(text=text) for text in generate(model, texts, prompt, config, mode=mode)]
     assert prompt is not None
     scores = choose(model, prompt, inputs)

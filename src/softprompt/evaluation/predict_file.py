@@ -25,7 +25,7 @@ from softprompt.data.added_columns import (
 from softprompt.data.rows import Row
 from softprompt.errors import DataError, InputError
 from softprompt.evaluation.predict import AT_ONCE, predict_inputs
-from softprompt.generation import answer_mode, input_row
+from softprompt.generation import answer_mode, input_row, require_columns
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt
 from softprompt.storage import storage_errors, write_text
@@ -65,6 +65,7 @@ def predict_file(
         InputError: a row cannot be predicted; those before it are in the file. Or the file cannot be gone on with.
         StorageError: the file cannot be written.
     """
+    require_columns(prompt, map)
     chooses = answer_mode(prompt, mode, config) == "choose"
     added = [
         "prediction",
