@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -31,6 +32,11 @@ def held(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = 
 def taken(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> Fingerprint:
     """A fingerprint as a file gives it back."""
     return Fingerprint.model_validate_json(fingerprint(held(hf_model, tokenizer)).model_dump_json())
+
+
+def said(before: Fingerprint, now: Fingerprint) -> str:
+    """What differs, all of it."""
+    return "; ".join(f"{what} ({', '.join(names)})" for what, names in before.differences(now).items())
 
 
 def merged(hf_model: PreTrainedModel, names: str, relative: float, dtype: torch.dtype) -> PreTrainedModel:
@@ -66,8 +72,7 @@ def test_a_change_to_any_one_weight_of_any_architecture_is_named(architecture: s
             continue
         kept = weight.detach().clone()
         weight.data.mul_(1.02).add_(0.001)
-        differs = before.mismatch(fingerprint(held(model)))
-        assert differs is not None, name
+        differs = said(before, fingerprint(held(model)))
         assert name in differs or (weight is head and "head" in differs)
         weight.data.copy_(kept)
     assert before.mismatch(fingerprint(held(model))) is None
@@ -80,8 +85,7 @@ def test_a_lora_merged_into_a_single_matrix_is_noticed(names: str, relative: flo
     """Of a model that is kept in one precision; in bfloat16 a thousandth changes a fifth of the values."""
     torch.manual_seed(3)
     model = tiny_model("llama").to(precision)
-    differs = taken(model).mismatch(taken(merged(model, names, relative, precision)))
-    assert differs is not None
+    differs = said(taken(model), taken(merged(model, names, relative, precision)))
     assert names in differs or (names, "head" in differs) == ("lm_head", True)
 
 
@@ -105,7 +109,7 @@ def test_a_layer_that_is_another_models_is_noticed() -> None:
     torch.manual_seed(1)
     for weight in other.model.layers.parameters():
         weight.data.normal_(0, 0.06)
-    assert "its weights (model.layers.0" in str(before.mismatch(taken(other)))
+    assert said(before, taken(other)).startswith("its weights (model.layers.0")
 
 
 def test_tied_weights_are_the_same_as_their_untied_copy() -> None:
@@ -116,15 +120,15 @@ def test_tied_weights_are_the_same_as_their_untied_copy() -> None:
     assert taken(tied).mismatch(taken(untied)) is None
     assert taken(untied).mismatch(taken(tied)) is None
     untied.lm_head.weight.data.mul_(1.1)
-    assert taken(tied).mismatch(taken(untied)) == "its weights (head)"
+    assert said(taken(tied), taken(untied)) == "its weights (head)"
 
 
 def test_a_weight_that_only_one_side_has_is_noticed_but_not_a_renamed_one() -> None:
     model = tiny_model("llama")
     before = taken(model)
     more = before.model_copy(update={"weights": {**before.weights, "model.layers.0.lora_A": "AAAAAA=="}})
-    assert before.mismatch(more) == "its weights (model.layers.0.lora_A)"
-    assert more.mismatch(before) == "its weights (model.layers.0.lora_A)"
+    assert said(before, more) == "its weights (model.layers.0.lora_A)"
+    assert said(more, before) == "its weights (model.layers.0.lora_A)"
     renamed = {name.replace("self_attn", "attention"): value for name, value in before.weights.items()}
     assert before.mismatch(before.model_copy(update={"weights": renamed})) is None
 
@@ -140,9 +144,9 @@ def test_a_weight_that_only_one_side_has_is_noticed_but_not_a_renamed_one() -> N
     ],
 )
 def test_a_setting_that_changes_answers_is_named(settings: dict[str, Any], named: str) -> None:
-    differs = taken(tiny_model("llama")).mismatch(taken(tiny_model("llama", **settings)))
-    assert named in str(differs)
-    assert str(differs).startswith("its configuration (")
+    differs = said(taken(tiny_model("llama")), taken(tiny_model("llama", **settings)))
+    assert named in differs
+    assert differs.startswith(("its configuration (", "its architecture or size ("))
 
 
 def test_windows_and_scalings_of_other_architectures_are_settings_too() -> None:
@@ -220,7 +224,7 @@ def test_what_changes_ids_in_a_tokenizer_is_named(
     change: Callable[[PreTrainedTokenizerFast], object], named: str
 ) -> None:
     model = tiny_model("llama")
-    differs = str(taken(model).mismatch(taken(model, changed(change))))
+    differs = said(taken(model), taken(model, changed(change)))
     assert differs.startswith("its tokenizer (")
     assert named in differs
 
@@ -250,6 +254,24 @@ def test_a_newer_librarys_further_settings_do_not_refuse() -> None:
     newer["tokenizer"]["pre_tokenizer"]["a_new_one"] = True
     newer["tokenizer"]["a_new_part"] = "x"
     assert before.mismatch(Fingerprint(**newer)) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weights": {"a": "no base64!"}},
+        {"weights": {"a": "AAA="}},
+        {"weights": {"a": 5}},
+        {"skipped": -1},
+        {"version": 3},
+        {"embeddings": [0.0]},
+        {"configuration": "x"},
+    ],
+)
+def test_a_damaged_fingerprint_is_refused_when_it_is_read(damage: dict[str, Any]) -> None:
+    whole = json.loads(taken(tiny_model("llama")).model_dump_json())
+    with pytest.raises(ValidationError):
+        Fingerprint(**{**whole, **damage})
 
 
 def test_the_chat_template_counts_where_it_is_used() -> None:
@@ -294,6 +316,9 @@ def test_a_prompt_is_refused_on_a_model_with_a_lora_merged_in(
     merged(frozen("llama").hf_model, "layers.2.mlp.down_proj", 1e-2, torch.float32).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     done = fails("evaluate", "run/prompt", reviews, "--model", other)
-    assert "is another model: its weights (model.layers.2.mlp.down_proj.weight) differs" in done.err
+    assert "is another model: its weights differs (model.layers.2.mlp.down_proj.weight)." in done.err
     done = fails("tune", reviews, "--model", other, "--out", "run", "--resume")
-    assert "the base model of run is another: its weights (model.layers.2.mlp.down_proj.weight)" in done.err
+    assert (
+        "the base model of run is another: its weights differs (model.layers.2.mlp.down_proj.weight); resume"
+        in done.err
+    )

@@ -167,5 +167,5 @@ def test_the_fingerprint_tells_models_apart_and_precisions_not(llama: FrozenMode
     assert fingerprint(llama).mismatch(fingerprint(half)) is None
     weight = half.hf_model.get_input_embeddings().weight
     weight.data.mul_(1.1)
-    assert fingerprint(llama).mismatch(fingerprint(half)) == "its weights (model.embed_tokens.weight)"
+    assert fingerprint(llama).mismatch(fingerprint(half)) == "its weights"
     assert tiny_tokenizer().is_fast

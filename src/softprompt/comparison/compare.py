@@ -335,7 +335,7 @@ def _require_model(folder: Path, noted: object, protocol: Protocol) -> None:
     differs = difference(before, protocol.model, bool(protocol.config.chat_template))
     if differs:
         raise InputError(
-            f"{folder} holds a comparison with another base model: {differs} differs; give another folder, or the same "
+            f"{folder} holds a comparison with another base model: {differs}; give another folder, or the same "
             "model to go on with it"
         )
 

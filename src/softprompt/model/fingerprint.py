@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import PretrainedConfig
 
 from softprompt.model.first_fingerprint import FirstFingerprint, first_fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.tokenizer_facts import different_tokenizer, tokenizer_facts
-from softprompt.model.weight_sample import different_weights, sample_weights
+from softprompt.model.weight_sample import different_weights, require_readable, sample_weights
 
 # Settings of a configuration that change no answer: where a model comes from, how it is trained, what else it returns,
 # and which tokens it was trained with; texts are encoded by the tokenizer alone.
@@ -30,6 +30,8 @@ _NO_ANSWER = re.compile(
 )
 # These scale positions by the length that a model is said to take; for others it is a limit and no more.
 _SCALED_BY_LENGTH = ("dynamic", "longrope", "yarn")
+# What a model of another architecture or size differs in.
+_SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _NAMED = 3  # differences in a message
 _TOKENIZERS: WeakKeyDictionary[FrozenModel, dict[str, Any]] = WeakKeyDictionary()
 
@@ -46,12 +48,20 @@ class Fingerprint(BaseModel):
         skipped: how many weights are not among them, because they are quantized or not on the device.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
     version: Literal[2]
     configuration: dict[str, Any]
     tokenizer: dict[str, Any]
     chat_template: str | None
     weights: dict[str, str]
-    skipped: int
+    skipped: int = Field(ge=0)
+
+    @field_validator("weights")
+    @classmethod
+    def _readable(cls, weights: dict[str, str]) -> dict[str, str]:
+        require_readable(weights)
+        return weights
 
     def mismatch(self, other: Fingerprint, chat_template: bool = False) -> str | None:
         """Return what differs in `other`, or None where both are the same model.
@@ -62,19 +72,21 @@ class Fingerprint(BaseModel):
             other: of the model that is loaded now.
             chat_template: whether that plays a part.
         """
-        found = []
-        settings = [f"{name} was {a!r} and is {b!r}" for name, a, b in _apart(self.configuration, other.configuration)]
-        if settings:
-            found.append(f"its configuration ({_listed(settings)})")
-        parts = different_tokenizer(self.tokenizer, other.tokenizer)
-        if parts:
-            found.append(f"its tokenizer ({_listed(parts)})")
-        if chat_template and self.chat_template != other.chat_template:
-            found.append("its chat template")
-        weights = different_weights(self.weights, other.weights, not (self.skipped or other.skipped))
-        if weights:
-            found.append(f"its weights ({_listed(weights)})")
-        return ", ".join(found) or None
+        return ", ".join(self.differences(other, chat_template)) or None
+
+    def differences(self, other: Fingerprint, chat_template: bool = False) -> dict[str, list[str]]:
+        """Return what differs as `mismatch` calls it, and what in it."""
+        settings, shape = list[str](), list[str]()
+        for name, before, now in _apart(self.configuration, other.configuration):
+            (shape if name in _SHAPE else settings).append(f"{name} was {before!r} and is {now!r}")
+        found = {
+            "its architecture or size": shape,
+            "its configuration": settings,
+            "its tokenizer": different_tokenizer(self.tokenizer, other.tokenizer),
+            "its chat template": ["its text"] if chat_template and self.chat_template != other.chat_template else [],
+            "its weights": different_weights(self.weights, other.weights, not (self.skipped or other.skipped)),
+        }
+        return {what: names for what, names in found.items() if names}
 
     def unchecked(self, other: Fingerprint) -> int:
         """Return how many weights cannot be compared."""
@@ -99,7 +111,7 @@ def fingerprint(model: FrozenModel) -> Fingerprint:
 
 
 def difference(before: AnyFingerprint, model: FrozenModel, chat_template: bool = False) -> str | None:
-    """Return what differs in a loaded model from the one that a fingerprint was taken of, None where it is the same.
+    """Say what differs in a loaded model from the one that a fingerprint was taken of; None where it is the same.
 
     What could not be compared is said in a warning.
 
@@ -109,23 +121,23 @@ def difference(before: AnyFingerprint, model: FrozenModel, chat_template: bool =
         chat_template: whether that plays a part.
     """
     if isinstance(before, FirstFingerprint):
-        differs = before.mismatch(first_fingerprint(model))
-        if differs is None:
+        changed = before.mismatch(first_fingerprint(model))
+        if changed is None:
             warnings.warn(
                 f"the record of the base model is of format version 1: whether {model.source} is the same model in its "
                 "layers, its head, its RoPE settings and its way of splitting text could not be checked",
                 stacklevel=2,
             )
-        return differs
+        return f"{changed} differs" if changed else None
     now = fingerprint(model)
-    differs = before.mismatch(now, chat_template)
-    if differs is None and before.unchecked(now):
+    found = before.differences(now, chat_template)
+    if not found and before.unchecked(now):
         warnings.warn(
             f"{before.unchecked(now)} of the weights of {model.source} are quantized or not on the device: whether "
             "they are the same could not be checked",
             stacklevel=2,
         )
-    return differs
+    return "; ".join(f"{what} differs ({_listed(names)})" for what, names in found.items()) or None
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:

@@ -372,6 +372,6 @@ def require_fit(prompt: SoftPrompt, model: FrozenModel) -> None:
     differs = difference(base.fingerprint, model, prompt.record.chat_template) if base.fingerprint else None
     if differs:
         raise PromptError(
-            f"the prompt was trained on {base.id}; {model.source} is another model: {differs} differs. "
+            f"the prompt was trained on {base.id}; {model.source} is another model: {differs}. "
             f"Use --model {base.path or base.id}, or tune a prompt for this one"
         )

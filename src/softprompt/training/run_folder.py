@@ -206,8 +206,7 @@ class RunFolder:
         differs = difference(before, model, chat_template)
         if differs:
             raise InputError(
-                f"the base model of {self.path} is another: {differs} differs; resume with the model that it was begun "
-                "with"
+                f"the base model of {self.path} is another: {differs}; resume with the model that it was begun with"
             )
 
     def save_state(self, state: State) -> None:
