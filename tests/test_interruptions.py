@@ -141,13 +141,13 @@ def test_an_interrupted_save_leaves_the_state_before(
 def test_the_command_says_how_to_go_on(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from softprompt.cli.main import main; main()"]
     command += ["tune", str(reviews), "--model", str(llama_folder), "--out", str(tmp_path / "run")]
-    command += ["--set", "max_steps=5000", "--set", "eval_rows=0", "--set", "save_every=5000"]
+    command += ["--set", "max_steps=2000", "--set", "eval_rows=0", "--set", "save_every=5000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = []
         for line in process.stderr:  # the log says how far it is: no clock
             said.append(line)
-            if line.startswith("step 500/5000"):
+            if line.startswith("step 200/2000"):
                 process.send_signal(signal.SIGINT)
     text = "".join(said)
     assert process.returncode == 130
@@ -186,15 +186,15 @@ def stopped(arguments: list[object], at: str, signals: Sequence[int]) -> tuple[i
 def test_a_signal_to_end_saves_as_ctrl_c_does(
     signals: list[int], code: int, message: str, llama_folder: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    settings = ["--set", "max_steps=5000", "--set", "eval_rows=0", "--set", "save_every=5000"]
+    settings = ["--set", "max_steps=2000", "--set", "eval_rows=0", "--set", "save_every=5000"]
     arguments = ["tune", reviews, "--model", llama_folder, "--out", tmp_path / "run", *settings]
-    returned, out, said = stopped(arguments, "step 500/5000", signals)
+    returned, out, said = stopped(arguments, "step 200/2000", signals)
     assert (returned, out) == (code, "")
     assert said.splitlines()[-1].startswith(message)
     assert said.count("stopped") == 1
     assert "Traceback" not in said
     (state,) = (tmp_path / "run" / "state").iterdir()
-    assert int(state.name.removeprefix("step-")) >= 500
+    assert int(state.name.removeprefix("step-")) >= 200
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.yaml",
         "environment.json",
@@ -204,22 +204,22 @@ def test_a_signal_to_end_saves_as_ctrl_c_does(
 
 
 def test_an_ensemble_that_is_terminated_goes_on(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
-    settings = ["--set", "max_steps=400", "--set", "eval_rows=0", "--set", "save_every=5000"]
+    settings = ["--set", "max_steps=300", "--set", "eval_rows=0", "--set", "save_every=5000"]
     arguments = ["tune", reviews, "--model", llama_folder, "--out", tmp_path / "run", "--ensemble", 2, *settings]
-    code, _, said = stopped(arguments, "step 200/400", [signal.SIGTERM])
+    code, _, said = stopped(arguments, "step 90/300", [signal.SIGTERM])
     assert code == 143
     assert said.count("stopped; the same command with --resume goes on from here") == 1
     assert [path.parent.parent.name for path in tmp_path.rglob("step-*")] == ["member-1"]
     code, out, said = stopped([*arguments, "--resume", "--json"], "never", [])
     assert code == 0
     assert "going on after step" in said
-    assert json.loads(out)["steps"] == 800
+    assert json.loads(out)["steps"] == 600
 
 
 def test_a_comparison_that_is_terminated_has_a_report(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
-    settings = ["--set", "max_steps=5000", "--equal", "examples", "--no-search"]
+    settings = ["--set", "max_steps=2000", "--equal", "examples", "--no-search"]
     arguments = ["compare", reviews, "--model", llama_folder, "--out", tmp_path / "out", *settings]
-    code, out, said = stopped([*arguments, "--methods", "zero-shot,soft-prompt"], "step 500/5000", [signal.SIGTERM])
+    code, out, said = stopped([*arguments, "--methods", "zero-shot,soft-prompt"], "step 200/2000", [signal.SIGTERM])
     assert (code, out) == (143, "")
     assert said.count("stopped; the same command goes on with the method that was interrupted") == 1
     assert [path.name for path in (tmp_path / "out" / "results").iterdir()] == ["zero-shot-0.json"]

@@ -238,7 +238,7 @@ def _read_file(file: Path | None) -> dict[str, Any]:
         raise SettingsError(f"no such settings file: {file}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the settings file {file}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"{file} is not YAML: {error}") from error
     if not isinstance(loaded, dict | None):
         raise SettingsError(f"{file} must hold NAME: VALUE lines")

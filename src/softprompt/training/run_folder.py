@@ -152,7 +152,7 @@ class RunFolder:
         """
         if (self.path / _SETTINGS).exists():
             raise InputError(f"{self.path} holds another run; give another folder, or --resume to go on with it")
-        ours = {LOCK, _ENVIRONMENT, _METRICS}  # of a command that was stopped before the run had begun
+        ours = {LOCK, _ENVIRONMENT, _METRICS, _SETTINGS}  # of a command that was stopped before the run had begun
         if self.path.exists() and (not self.path.is_dir() or any(not _is(ours, p) for p in self.path.iterdir())):
             raise InputError(f"{self.path} exists and is not empty; give a new folder")
 
@@ -241,9 +241,12 @@ class RunFolder:
         """
         file = self.path / _SETTINGS
         try:
-            return read_settings(TuneConfig, file)[0]
+            config, set_there = read_settings(TuneConfig, file)
         except SettingsError as error:
             raise SettingsError(f"{file} is damaged: {error}; begin a new run in another folder") from error
+        if not set_there:
+            raise SettingsError(f"{file} is damaged: it is empty; begin a new run in another folder")
+        return config
 
     def open_board(self, step: int) -> None:
         """Also log to TensorBoard from now on; what was logged there after `step` is dropped.
