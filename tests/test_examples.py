@@ -410,7 +410,9 @@ def test_a_token_without_an_embedding_is_told_with_its_row() -> None:
     for labels, text in ((["bad", "good"], "{{ text }}"), (["bad", "good", "<brand>"], "{{ text }}<product>")):
         encoder = Encoder(grown, label_format(labels, text), LONG, size)
         for read in (encoder.examples, encoder.choices):
-            with pytest.raises(DataError, match=rf"row \d: the token '<(brand|product)>' has the id ({size}|{size + 1}),"):
+            with pytest.raises(
+                DataError, match=rf"row \d: the token '<(brand|product)>' has the id ({size}|{size + 1}),"
+            ):
                 read(rows)
     for form in (make_format("text", []), make_format("text", [], "{{ text }} <brand>")):
         with pytest.raises(DataError, match=r"row 2: the token '<brand>' has the id .*resize_token_embeddings"):
