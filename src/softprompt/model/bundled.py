@@ -124,7 +124,10 @@ def _command() -> list[str] | None:
         found = shutil.which(name)
         if found:
             return [found, "pip"] if name == "uv" else [found]
-    return None
+    # Python brings a pip to put into new environments; it runs where it lies.
+    own = find_spec("ensurepip")
+    wheels = sorted(Path(own.origin).parent.glob("_bundled/pip-*.whl")) if own is not None and own.origin else []
+    return [sys.executable, str(wheels[-1] / "pip")] if wheels else None
 
 
 def _download(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:

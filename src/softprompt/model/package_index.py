@@ -22,7 +22,6 @@ from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request, 
 
 import platformdirs
 
-USUAL = "https://index.example/simple"  # what pip asks where nobody has said another
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
 _SECONDS = 60.0
 _LARGEST_PAGE, _AT_ONCE = 20_000_000, 1 << 20  # bytes
@@ -54,7 +53,7 @@ def sources(environment: Mapping[str, str] = os.environ) -> Sources:
         found = next((environment[name] for name in names if environment.get(name, "").strip()), kept.get(option, ""))
         return found.split()
 
-    main = said("index-url", "UV_DEFAULT_INDEX", "UV_INDEX_URL") or [USUAL]
+    main = said("index-url", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
     further = said("extra-index-url", "UV_INDEX", "UV_EXTRA_INDEX_URL")
     if (environment.get("PIP_NO_INDEX") or kept.get("no-index") or "0").lower() in ("1", "true", "yes", "on"):
         main, further = [], []
@@ -122,7 +121,7 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, most: 
             failed.append(f"{at} does not have it" if error.code in (404, 410) else f"{at}: {error}")
         except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
             failed.append(f"{at}: {getattr(error, 'reason', None) or error}")
-    raise LookupError("; ".join(failed) or "no package index is named, and no-index is set")
+    raise LookupError("; ".join(failed) or "no package index is named")
 
 
 def _pages(package: str, where: Sources) -> Iterator[tuple[str, str]]:
