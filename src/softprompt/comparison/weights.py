@@ -87,7 +87,8 @@ def unfrozen(model: FrozenModel) -> FrozenModel:
 
 def around(hf_model: PreTrainedModel, like: FrozenModel) -> FrozenModel:
     """Run another model of the same kind in the same way."""
-    return FrozenModel(hf_model, like.tokenizer, type(like.way)(hf_model), like.source, like.revision)
+    way = type(like.way)(hf_model)
+    return FrozenModel(hf_model, like.tokenizer, way, like.source, like.revision, like.shares_cache)
 
 
 class WeightsLoop(Loop):
