@@ -58,7 +58,7 @@ def test_completions_end_as_demonstrations_show_it(llama: FrozenModel, monkeypat
     form = replace(make_format("completion", []), demonstrations=ANSWERED)
     rows = load_data([{"input": "a film", "target": "good"}, {"input": "money", "target": "waste of time"}])
     encoder = Encoder(llama.tokenizer, form, 512)
-    text = "a fine film\nhello world\n\nthe parcel\nnever came\n\n"
+    text = "a fine film\n hello world\n\nthe parcel\nnever came\n\n"  # as it is given, but for its end
     for row, example in zip(rows, encoder.examples(rows), strict=True):
         assert list(example.ids) == llama.tokenizer(f"{text}{row['input']}\n{row['target']}\n\n")["input_ids"]
         assert example.start == len(llama.tokenizer(f"{text}{row['input']}\n")["input_ids"])
