@@ -59,6 +59,7 @@ def test_the_second_command_in_a_folder_is_told(
         methods = ["--methods", "zero-shot"] if verb == "compare" else []
         assert command(*first, *methods, *short).code == 0
     process = holder(tmp_path / "run")
+    assert process.stdout is not None
     before = sorted((tmp_path / "run").rglob("*"))
     try:
         assert BUSY in fails(*words).err
@@ -66,6 +67,7 @@ def test_the_second_command_in_a_folder_is_told(
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()
     require_free(tmp_path / "run")  # its lock ended with it
     if verb == "tune" and not there:
         assert command(*words, *SHORT).code == 0
