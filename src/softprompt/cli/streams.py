@@ -12,15 +12,17 @@ from contextlib import contextmanager, suppress
 from softprompt.errors import StorageError
 
 # What is wrong with a stream, where no file is named.
-_UNWRITABLE = {errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUOT}
+_UNWRITABLE = {errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUOT}
 
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
     """Let nothing fail for a stream's encoding: a character that it lacks is written as its escape.
 
+    A reader that has gone, `head` say, has seen enough: that is no error.
+
     Raises:
-        StorageError: stdout cannot be written to: a full disk, or a reader, `head` say, that has gone.
+        StorageError: stdout cannot be written to, for a full disk say.
     """
     if sys.stdout is None:  # closed by who started this; writing to it fails, as it does where that is noticed later
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
@@ -32,8 +34,8 @@ def usable_streams() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # while there is somebody to tell that it fails
-    except SystemExit as error:  # click's, where the reader has gone
-        raise StorageError(f"cannot write to stdout: {os.strerror(errno.EPIPE)}") from error
+    except (SystemExit, BrokenPipeError):  # click's, where the reader has gone, and everybody else's
+        pass
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
