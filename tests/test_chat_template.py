@@ -88,7 +88,9 @@ def test_a_prompt_remembers_that_it_was_trained_in_a_chat(model: FrozenModel, re
     assert evaluate(model, data).metrics["loss"].value != pytest.approx(base)
     text = "<bos><user>a fine film\nLabel:\n<assistant>"
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    made = generate(model, ["a fine film"], prompt, GenerateConfig(max_new_tokens=8), raw=False, virtual_tokens=False)
+    made = generate(
+        model, ["a fine film"], prompt, GenerateConfig(max_new_tokens=8), mode="write", virtual_tokens=False
+    )
     plain = model.hf_model.generate(
         input_ids=model.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"],
         max_new_tokens=8,

@@ -11,7 +11,14 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import MambaConfig, MambaForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from conftest import ARCHITECTURES, frozen, tiny_model, tiny_tokenizer
 from softprompt.data.batching import micro_batches
@@ -229,7 +236,9 @@ def test_a_recurrent_model_is_refused() -> None:
 
 
 def test_an_encoder_decoder_model_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    T5Config(vocab_size=400, d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    config = T5Config(vocab_size=400, d_model=16, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="its prompt sees the input"):
         load_model(tmp_path)
 

@@ -209,7 +209,7 @@ def test_an_ensemble_that_is_terminated_goes_on(llama_folder: Path, reviews: Pat
     assert [path.parent.parent.name for path in tmp_path.rglob("step-*")] == ["member-1"]
     code, out, said = stopped([*arguments, "--resume", "--json"], "never", [])
     assert code == 0
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert json.loads(out)["steps"] == 120
 
 

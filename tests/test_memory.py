@@ -308,7 +308,7 @@ def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) ->
     limited = f"ulimit -v {taken // 1024 + 500_000}; {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, cwd=tmp_path, env=one, check=False)
     assert done.returncode == 0, done.stderr
-    assert "step 1: memory is short; going on with micro-batches of" in done.stderr
+    assert "step 1: memory is short; continuing with micro-batches of" in done.stderr
 
 
 def test_files_that_were_read_leave_memory_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,7 +274,7 @@ def test_a_row_that_was_written_by_half_is_written_again(
     def stopped(*_: Any, **__: Any) -> Any:
         raise Killed
 
-    for cut in range(0, len(whole) + 1, 23):
+    for cut in range(0, len(whole) + 1, 97):
         Path(out).unlink(missing_ok=True)
         with monkeypatch.context() as patch:
             patch.setattr(predict_file, "predict_inputs", stopped)

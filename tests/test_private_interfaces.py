@@ -26,7 +26,7 @@ SOURCE = ROOT / "src" / "softprompt"
 DOCUMENTED = {
     "torch": {"distributed", "nn", "nn.functional", "nn.utils.rnn", "overrides", "utils.checkpoint"},
     "transformers": {"utils", "modeling_outputs"},
-    "sacrebleu": {"metrics.bleu", "metrics.chrf"},
+    "sacrebleu": {"metrics.bleu", "metrics.chrf", "tokenizers.tokenizer_13a"},
     "peft": set(),
     "accelerate": set(),
 }

@@ -191,7 +191,7 @@ def test_a_prompt_that_peft_trained_is_imported_with_what_its_folder_does_not_sa
     peft_model.save_pretrained(tmp_path / "peft")
     given = ("--set", 'verbalizers={"positive": "positive", "negative": "negative"}')
     done = command("prompts", "import", "film", "peft", "--model", llama_folder, "--task", "classification", *given)
-    assert (done.code, done.out, done.err) == (0, "film@1\n", "")
+    assert (done.code, done.out, done.err) == (0, "film@1\n", f"loading {llama_folder}\n")
     kept = load_prompt("film")
     assert kept.record.base_model.fingerprint is not None
     torch.testing.assert_close(kept.weights, peft_model.prompt_encoder["default"].embedding.weight.detach())

@@ -60,7 +60,7 @@ PRIVATE: dict[str, Private] = {
     ),
     "_compute_score_from_stats": Private(
         "sacrebleu",
-        ("evaluation.completions", "comparison.results"),
+        ("evaluation.ranking",),
         "the score of summed counts",
         "completions are not scored: AttributeError",
     ),
