@@ -92,6 +92,16 @@ def test_a_prompt_for_plain_text_continues_it(llama: FrozenModel) -> None:
         assert [each.text for each in made] == generate(llama, TEXTS, asked, config)
 
 
+def test_an_instruction_needs_no_input(llama: FrozenModel) -> None:
+    template = "{{ instruction }}\n{% if input|default('')|trim %}{{ input }}\n{% endif %}"
+    prompt = prompt_of(llama, task="completion", template=template, verbalizers={})
+    rows = [{"instruction": "a film"}, {"instruction": "a film", "input": ""}, {"instruction": "a film", "input": None}]
+    config = sp.GenerateConfig(max_new_tokens=3)
+    assert len({each.text for each in predict(llama, rows, prompt, config=config)}) == 1
+    with pytest.raises(DataError, match="row 1: it has no column 'instruction'"):
+        predict(llama, [{"input": "a film"}], prompt)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

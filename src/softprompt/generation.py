@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from softprompt.config import GenerateConfig, Mode
+from softprompt.data.columns import INSTRUCTED
 from softprompt.data.examples import Encoder, leading_tokens, plain_ids, require_embeddings
 from softprompt.data.labels import is_blank
 from softprompt.data.rows import Row
@@ -195,7 +196,8 @@ def input_row(
 
     Args:
         prompt: None for the base model.
-        record: a row as it was read. Of several columns some may be empty or, but for the first row's, missing.
+        record: a row as it was read. Of several columns some may be empty, and the `input` beside an `instruction`
+            missing.
         where: its place, for messages.
         map: the template's column names to the columns that hold them.
 
@@ -206,6 +208,8 @@ def input_row(
     held = {column: (map or {}).get(column, column) for column in columns}
     if len(columns) == len(record) == 1 and held[columns[0]] not in record and not map:
         held = {columns[0]: next(iter(record))}
+    if set(INSTRUCTED) <= held.keys():
+        record = {held[INSTRUCTED[1]]: None, **record}
     for column, source in held.items():
         if source not in record:
             raise DataError(
