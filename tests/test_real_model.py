@@ -29,7 +29,7 @@ def tuned(smollm2: sp.FrozenModel, tmp_path_factory: pytest.TempPathFactory) -> 
     """A short run on the demo's messages, and the base weights' hashes before and after."""
     folder = tmp_path_factory.mktemp("runs") / "support"
     before = weights_hash(smollm2)
-    config = sp.TuneConfig(max_steps=40, eval_rows=0)
+    config = sp.TuneConfig(max_steps=20, eval_rows=0)
     result = sp.tune(smollm2, demo_rows("train"), config, out=folder)
     return result, before, weights_hash(smollm2)
 
@@ -116,5 +116,5 @@ def test_the_runs_folder_says_what_was_done(tuned: tuple[sp.TuneResult, str, str
     assert run is not None
     record = json.loads((run / "prompt" / "softprompt.json").read_text())
     assert record["base_model"]["id"] == "smollm2-135m"
-    assert record["training"]["steps"] == 40
+    assert record["training"]["steps"] == 20
     assert record["data"]["training_data"] == demo_rows("train").sha256

@@ -79,5 +79,5 @@ def comparison_table(results: Sequence[Result]) -> Table:
                 f"{1000 * np.mean([c.prediction_seconds for c in costs]):.0f} ms",
             )
         )
-    headers = ("method", name.replace("_", " "), "trainable parameters", "stored", "learning", "memory", "a row")
+    headers = ("method", name.replace("_", " "), "trainable params", "stored", "learning", "memory", "a row")
     return plain_table(headers, rows, whole=1)
