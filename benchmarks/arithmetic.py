@@ -11,9 +11,9 @@ from torch.nn.functional import linear
 
 import softprompt as sp
 from softprompt.data.batching import micro_batches
-from softprompt.data.examples import Example
-from softprompt.model.products import products
-from softprompt.training.plan import Plan
+from softprompt.data.encoder import Example
+from softprompt.model.backends.onednn import products
+from softprompt.training.prepare import Plan
 
 _MULTIPLY_ADD = 2
 _PASSES = 2  # forward, and backward to the inputs: frozen weights take no gradient

@@ -20,10 +20,10 @@ from typing import Any
 
 import softprompt as sp
 from quality import SETS, rows_of
-from softprompt.comparison.method import Protocol
 from softprompt.comparison.methods import METHODS
+from softprompt.comparison.methods.base import Protocol
+from softprompt.training.callbacks import Watcher
 from softprompt.training.run_folder import environment
-from softprompt.training.watcher import Watcher
 
 RESULTS = Path(__file__).parent / "results"
 CHOSEN_ON = ("sst2", "banking77", "e2e")

@@ -8,7 +8,7 @@ first eight and leaves the rest; with `torch._dynamo.config.recompile_limit = 10
 
 SmolLM2-135M, batches of 16 rows of SST-2 and 20 virtual tokens, as `softprompt tune` takes them. Every decoder layer is
 compiled for sizes that change, as the lengths of a step's texts do. Both run with PyTorch's own matrix products, since
-the compiler does not take those of `softprompt.model.products`. FOLDER is that of `benchmarks/speed.py`.
+the compiler does not take those of `softprompt.model.backends.onednn`. FOLDER is that of `benchmarks/speed.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import softprompt as sp
 from sides import Softprompt
-from softprompt.model import products
-from softprompt.training.plan import make_plan
+from softprompt.model.backends import onednn
+from softprompt.training.prepare import make_plan
 from softprompt.training.run_folder import environment
 
 FILE = Path(__file__).parent / "results" / "compiled.json"
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
     options = parser.parse_args()
     disable_progress_bar()
-    products.mkl_is_slow = lambda: False  # type: ignore[assignment]
+    onednn.mkl_is_slow = lambda: False  # type: ignore[assignment]
     model = sp.load_model()
     plain, losses = steps(model, options.data)
     layers: Any = model.hf_model.get_decoder().layers

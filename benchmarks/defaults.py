@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import softprompt as sp
-from softprompt.cli.demo_verb import demo_rows
+from softprompt.cli.demo import demo_rows
 from softprompt.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results"

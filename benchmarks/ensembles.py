@@ -22,11 +22,11 @@ from typing import Any
 
 import softprompt as sp
 from quality import apart, rows_of, timed
-from softprompt.comparison.learned_prompts import MEMBERS
-from softprompt.data.examples import Encoder
+from softprompt.comparison.methods.prompts import MEMBERS
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows
-from softprompt.evaluation.ensemble import averaged
-from softprompt.evaluation.scoring import TextScorer, make_scorer
+from softprompt.evaluation.average import averaged
+from softprompt.evaluation.scores import TextScorer, make_scorer
 from softprompt.prompt.ensemble import joined
 from softprompt.prompt.initialization import MANY_LABELS
 

@@ -31,9 +31,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import softprompt as sp
 from sides import Softprompt
-from softprompt.data.examples import Example
-from softprompt.data.lazy import Extent
-from softprompt.training.plan import make_plan
+from softprompt.data.encoder import Example
+from softprompt.data.lazy_examples import Extent
+from softprompt.training.prepare import make_plan
 from softprompt.training.run_folder import environment
 from training import resident
 

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import softprompt as sp
 from sides import load, peft_model, ratio
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scoring import LabelScorer
+from softprompt.evaluation.scores import LabelScorer
 from softprompt.prompt.initialization import task_text, text_prompt
 
 LIKELIHOODS_AGREE = 1e-3  # nats

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import softprompt as sp
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scoring import LabelScorer
+from softprompt.evaluation.scores import LabelScorer
 from softprompt.prompt.soft_prompt import Record
 from softprompt.training.run_folder import environment
 

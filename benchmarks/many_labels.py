@@ -22,11 +22,11 @@ from typing import Any
 
 import softprompt as sp
 from quality import VALIDATION, apart, rows_of
-from softprompt.comparison.method import Protocol
 from softprompt.comparison.methods import METHODS
+from softprompt.comparison.methods.base import Protocol
 from softprompt.evaluation.calibration import prior_matching, shifted
-from softprompt.evaluation.scoring import LabelScores
-from softprompt.training.watcher import Watcher
+from softprompt.evaluation.scores import LabelScores
+from softprompt.training.callbacks import Watcher
 
 FILE = Path(__file__).parent / "results" / "many_labels.jsonl"
 SET = "banking77"

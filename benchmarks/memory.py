@@ -26,8 +26,8 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import softprompt as sp
-from softprompt.data.examples import Example
-from softprompt.model.choice import freeze
+from softprompt.data.encoder import Example
+from softprompt.model.backends.verify import freeze
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import give_back, measure
 from softprompt.training.run_folder import environment

@@ -8,7 +8,7 @@ import numpy as np
 
 from origins import Runs
 from softprompt.comparison.results import Result
-from softprompt.evaluation.ranking import statistic
+from softprompt.evaluation.primary_metric import statistic
 
 _RESAMPLES = 2000
 

@@ -40,24 +40,24 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 
 import softprompt as sp
 from sides import collate, virtual_tokens
-from softprompt.comparison.compare import TASKS, Base, run_method
-from softprompt.comparison.learned_prompts import MEMBERS, DeepPrefixes, Prompts, SoftPrompts
-from softprompt.comparison.learned_weights import Full, Lora
-from softprompt.comparison.method import Answers, Method, Protocol
 from softprompt.comparison.methods import METHODS
+from softprompt.comparison.methods.base import Answers, Method, Protocol
+from softprompt.comparison.methods.prompts import MEMBERS, DeepPrefixes, Prompts, SoftPrompts
+from softprompt.comparison.methods.trained import Trained
+from softprompt.comparison.methods.weights import Full, Lora
 from softprompt.comparison.results import Result
-from softprompt.comparison.trained import Trained
-from softprompt.data.examples import Example
+from softprompt.comparison.run import TASKS, Base, run_method
+from softprompt.data.encoder import Example
 from softprompt.data.split import sample
-from softprompt.evaluation.scoring import Scorer, Scores
+from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import joined
 from softprompt.prompt.soft_prompt import load_soft_prompt
-from softprompt.training.loop import TIMED, TIMING, Cuts, Loop, Pace, Weights
-from softprompt.training.plan import Plan
+from softprompt.training.callbacks import UNWATCHED, Watcher
+from softprompt.training.prepare import Plan
 from softprompt.training.run_folder import NOWHERE
-from softprompt.training.watcher import UNWATCHED, Watcher
+from softprompt.training.trainer import TIMED, TIMING, Cuts, Loop, Pace, Weights
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
 SEEDS = 3

@@ -25,10 +25,10 @@ from statistics import mean
 import softprompt as sp
 from quality import LEARNING, REFERENCE, SETS, STEPS, VALIDATION, Timed, rows_of, timed, work
 from softprompt.comparison.costs import measured
-from softprompt.comparison.method import Protocol
+from softprompt.comparison.methods.base import Protocol
 from softprompt.data.batching import draw
 from softprompt.data.split import sample
-from softprompt.training.watcher import UNWATCHED
+from softprompt.training.callbacks import UNWATCHED
 
 _STEPS = 3
 _EVALUATED = 50  # validation rows; the time is taken as many times as there are more of them

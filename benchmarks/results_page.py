@@ -11,8 +11,8 @@ from headline import write_headline
 from origins import OLDER, Runs, marks, matched, mixture, runs_table
 from paired import differences, points
 from quality import EARLY, FOLDER, LEARNING, MINUTES, ORDER, SETS, SHIPPED, of_several, read, timed
-from softprompt.comparison.figures import count, duration, size
 from softprompt.comparison.results import Result
+from softprompt.formatting import count, duration, size
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 CLASSIFICATION = SETS[:-1]

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import softprompt as sp
-from softprompt.data.examples import Example
-from softprompt.model.choice import freeze
-from softprompt.training.plan import Plan
-from softprompt.training.prompt_loop import PromptLoop
+from softprompt.data.encoder import Example
+from softprompt.model.backends.verify import freeze
+from softprompt.training.callbacks import Watcher
+from softprompt.training.prepare import Plan
+from softprompt.training.prompt_trainer import PromptLoop
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import reproducible
-from softprompt.training.watcher import Watcher
 
 
 def load(name: str) -> sp.FrozenModel:

@@ -37,13 +37,13 @@ def first_step(rows: str, out: str) -> None:
     """Run `softprompt tune` in this process, for one step, and print when each phase was over."""
     moments: dict[str, float] = {}
 
-    from softprompt.cli import show, tune_verbs
-    from softprompt.training import tune
+    from softprompt.cli import tables, tune
+    from softprompt.training import tune as training
 
     moments["imports"] = time.time()
-    del tune
+    del training
 
-    class Told(show.TerminalWatcher):
+    class Told(tables.TerminalWatcher):
         def begin(self, plan: Any, step: int) -> None:
             moments["model, rows, settings"] = time.time()
 
@@ -56,8 +56,8 @@ def first_step(rows: str, out: str) -> None:
         def end(self) -> None:
             pass
 
-    show.TerminalWatcher = Told  # type: ignore[misc]
-    tune_verbs.tune([rows, "--out", out, "--set", "max_steps=1"], standalone_mode=False)
+    tables.TerminalWatcher = Told  # type: ignore[misc]
+    tune.tune([rows, "--out", out, "--set", "max_steps=1"], standalone_mode=False)
     print(json.dumps(moments))
 
 

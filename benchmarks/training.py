@@ -16,8 +16,8 @@ import softprompt as sp
 from arithmetic import bound, needed_seconds
 from sides import Peft, Rounds, Softprompt, load, ratio, trainer
 from softprompt.data.batching import draw
-from softprompt.data.examples import Example
-from softprompt.training.plan import Plan, make_plan
+from softprompt.data.encoder import Example
+from softprompt.training.prepare import Plan, make_plan
 
 LOSSES_AGREE, GRADIENTS_AGREE = 1e-3, 1e-4
 

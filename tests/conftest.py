@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from softprompt.cli.main import main
-from softprompt.model.choice import freeze
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 
 logging.set_verbosity_error()

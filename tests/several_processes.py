@@ -18,9 +18,9 @@ from unittest.mock import patch
 import torch
 
 import softprompt as sp
-from softprompt.evaluation.scoring import LabelScorer
-from softprompt.processes import launched
-from softprompt.training import prompt_loop
+from softprompt.distributed.collective import launched
+from softprompt.evaluation.scores import LabelScorer
+from softprompt.training import prompt_trainer
 
 SETTINGS = {
     "max_steps": 4,
@@ -157,21 +157,21 @@ def main() -> None:
     for name, settings in CASES.items():
         seen[name] = tuned(model, rows, out / name, **settings)
     seen["text"] = tuned(model, texts(rows), out / "text", micro_batch_tokens=20)
-    with on(1, prompt_loop, "prompt_gradient", little_memory):
+    with on(1, prompt_trainer, "prompt_gradient", little_memory):
         seen["memory"] = tuned(model, rows, out / "memory")
     with on(1, LabelScorer, "_found", little_memory_to_score):
         seen["memory-to-score"] = tuned(model, rows, out / "memory-to-score")
-    with on(1, prompt_loop, "prompt_gradient", no_number):
+    with on(1, prompt_trainer, "prompt_gradient", no_number):
         seen["no-number"] = tuned(model, rows, out / "no-number")
     rows_run: list[int] = []
-    with on(processes.rank, prompt_loop, "prompt_gradient", noting_rows(rows_run)):
+    with on(processes.rank, prompt_trainer, "prompt_gradient", noting_rows(rows_run)):
         seen["minutes"] = tuned(model, rows, out / "minutes", max_steps=None, max_minutes=0.03)
     seen["rows-run"] = rows_run
     seen["unlike"] = tuned(model, rows.pick(range(30 + processes.rank)), out / "unlike")
     for name, place, function, call in (
-        ("cut-in-a-step", prompt_loop, "prompt_gradient", 2),
+        ("cut-in-a-step", prompt_trainer, "prompt_gradient", 2),
         ("cut-in-an-evaluation", LabelScorer, "_found", 1),
-        ("cut-before-a-step", prompt_loop, "prompt_gradient", 0),
+        ("cut-before-a-step", prompt_trainer, "prompt_gradient", 0),
     ):
         with on(1, place, function, interrupted(call)):
             seen[name] = tuned(model, rows, out / name)

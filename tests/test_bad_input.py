@@ -119,7 +119,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(fails: Com
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is Linux's")
 def test_a_row_that_memory_does_not_suffice_for_ends_the_run_with_one_message(tmp_path: Path) -> None:
     """For real: 20,000 tokens attend to each other in 2 GB of address space beside what PyTorch takes for itself."""
-    program = "import psutil, softprompt.cli.show, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
+    program = (
+        "import psutil, softprompt.cli.tables, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
+    )
     taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=40_000)

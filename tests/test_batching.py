@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from softprompt.data.batching import draw, micro_batches
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.split import sample, seen_before, split_rows
 from softprompt.errors import DataError

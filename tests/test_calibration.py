@@ -11,10 +11,11 @@ import pytest
 
 from conftest import SHORT, Command, frozen
 from softprompt.config import GenerateConfig, TuneConfig
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import make_format
 from softprompt.errors import PromptError, SettingsError
+from softprompt.evaluation.average import averaged
 from softprompt.evaluation.calibration import (
     CalibratedScorer,
     CalibratedScores,
@@ -24,9 +25,8 @@ from softprompt.evaluation.calibration import (
     prior_matching,
     shifted,
 )
-from softprompt.evaluation.ensemble import averaged
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer, make_scorer
+from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import joined, load_prompt

@@ -14,7 +14,7 @@ from conftest import Command, frozen, tiny_tokenizer
 from softprompt import TuneConfig, evaluate, generate, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig, make_config
 from softprompt.data.chat import USUAL_DATE, Chat
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.model.frozen import FrozenModel

@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError
-from softprompt.model.attention import Group
-from softprompt.model.check import largest_difference
-from softprompt.model.choice import freeze
+from softprompt.model.backends.attention import Group
+from softprompt.model.backends.differences import largest_difference
+from softprompt.model.backends.packed import Packed
+from softprompt.model.backends.tiny_copy import WINDOW, miniature, sliding_window
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.miniature import WINDOW, miniature, sliding_window
-from softprompt.model.packed import Packed
 
 WINDOWED = ["mistral", "qwen2-window", "gemma2", "gemma3", "phi3", "gpt-oss", "phimoe"]
 LONG = 64  # no text of the load check is so long

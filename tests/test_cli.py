@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import SHORT, Command, tiny_model, tiny_tokenizer
 from softprompt.cli.main import main, softprompt
-from softprompt.cli.show import confusion_table
-from softprompt.evaluation.scoring import Confusion
+from softprompt.cli.tables import confusion_table
+from softprompt.evaluation.scores import Confusion
 from softprompt.model.frozen import FrozenModel
 
 WEIGHTS = "adapter_model.safetensors"
@@ -425,7 +425,7 @@ def test_a_command_that_makes_no_sense_is_refused_before_a_model_is_loaded(
     def never(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("no model is needed to see this")
 
-    monkeypatch.setattr("softprompt.model.loading.load_model", never)
+    monkeypatch.setattr("softprompt.model.load.load_model", never)
     assert message in fails(*arguments).err
 
 

@@ -16,27 +16,27 @@ import torch
 
 import softprompt as sp
 from conftest import Command
-from softprompt.comparison import USUAL, learned_weights
-from softprompt.comparison import compare as comparing
-from softprompt.comparison import trained as learning
-from softprompt.comparison.compare import ComparisonWatcher, compare
+from softprompt.comparison import USUAL
+from softprompt.comparison import run as comparing
 from softprompt.comparison.costs import general_perplexity, measured, weights_hash
-from softprompt.comparison.learned_prompts import MEMBERS
-from softprompt.comparison.method import Answers
-from softprompt.comparison.methods import METHODS
+from softprompt.comparison.methods import METHODS, weights
+from softprompt.comparison.methods import trained as learning
+from softprompt.comparison.methods.base import Answers
+from softprompt.comparison.methods.prompts import MEMBERS
 from softprompt.comparison.results import Result, read_result
+from softprompt.comparison.run import ComparisonWatcher, compare
 from softprompt.data.batching import draw
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.evaluation.ranking import statistic
-from softprompt.evaluation.scoring import LabelScores
+from softprompt.evaluation.primary_metric import statistic
+from softprompt.evaluation.scores import LabelScores
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.loop import Loop, Pace
-from softprompt.training.plan import STEPS
+from softprompt.training.callbacks import Watcher
+from softprompt.training.prepare import STEPS
 from softprompt.training.search import FACTORS
-from softprompt.training.watcher import Watcher
+from softprompt.training.trainer import Loop, Pace
 from test_training import short
 
 ALL = (*USUAL, "soft-prompt-ensemble", "deep-prefix-ensemble")
@@ -575,7 +575,7 @@ def test_the_command_compares_and_goes_on(command: Command, llama_folder: Path, 
 def test_a_method_that_fails_does_not_stop_the_others(
     llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.training.prompt_loop import PromptLoop
+    from softprompt.training.prompt_trainer import PromptLoop
 
     def diverged(*_: Any) -> float:
         return float("nan")
@@ -596,7 +596,7 @@ def test_a_method_that_fails_does_not_stop_the_others(
 def test_a_method_s_copy_of_the_model_is_gone_when_the_next_begins(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies, left, right = list[weakref.ref[Any]](), list[int](), learned_weights.unfrozen
+    copies, left, right = list[weakref.ref[Any]](), list[int](), weights.unfrozen
 
     def noted(model: FrozenModel) -> FrozenModel:
         left.append(sum(copy() is not None for copy in copies))
@@ -604,7 +604,7 @@ def test_a_method_s_copy_of_the_model_is_gone_when_the_next_begins(
         copies.append(weakref.ref(made.hf_model))
         return made
 
-    monkeypatch.setattr(learned_weights, "unfrozen", noted)
+    monkeypatch.setattr(weights, "unfrozen", noted)
     gc.disable()  # it would come by sooner or later: a large model does not fit until then
     try:
         compare(llama, films(60), methods=["full"], seeds=3, config=settings(), equal="examples")

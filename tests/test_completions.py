@@ -13,7 +13,7 @@ from sacrebleu.metrics.chrf import CHRF
 from conftest import frozen
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError
 from softprompt.evaluation import completions

@@ -11,9 +11,9 @@ import torch
 from conftest import ARCHITECTURES, SHORT, Command, frozen, tiny_model, tiny_tokenizer
 from softprompt import SoftPrompt, TuneConfig, Watcher, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.generation import continue_ids
-from softprompt.model.choice import freeze
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from test_generation import TEXTS, prompt_for

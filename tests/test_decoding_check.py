@@ -15,13 +15,13 @@ from conftest import Command, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.decoding import continue_ids
 from softprompt.errors import ModelError
-from softprompt.model import ahead
-from softprompt.model.cached import cached_tensors
-from softprompt.model.check import Plain
-from softprompt.model.choice import freeze
-from softprompt.model.continuing import SharedCache
+from softprompt.model.backends import prefix_batch
+from softprompt.model.backends.decode import SharedCache
+from softprompt.model.backends.differences import Plain
+from softprompt.model.backends.packed import Packed
+from softprompt.model.backends.padded import cached_tensors
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.packed import Packed
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
@@ -154,8 +154,10 @@ def test_a_cache_that_is_used_wrongly_is_found_out(
 
 def test_rows_that_are_read_wrongly_refuse_a_model(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # Padding behind a shorter prefix, where its text should follow: nothing but unlike prefixes shows it.
-    monkeypatch.setattr(ahead, "pad", lambda tensor, sides: torch.nn.functional.pad(tensor, (0, 0, sides[3], sides[2])))
-    monkeypatch.setattr("softprompt.model.choice.WAYS", (Packed,))
+    monkeypatch.setattr(
+        prefix_batch, "pad", lambda tensor, sides: torch.nn.functional.pad(tensor, (0, 0, sides[3], sides[2]))
+    )
+    monkeypatch.setattr("softprompt.model.backends.verify.WAYS", (Packed,))
     with pytest.raises(ModelError, match=r"packed: texts of unlike lengths in one batch: logits differ by \d"):
         freeze(llama.hf_model, llama.tokenizer)
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from conftest import ARCHITECTURES, Command, frozen, tiny_model
 from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.batching import micro_batches
-from softprompt.data.examples import Example, shared_text
+from softprompt.data.encoder import Example, shared_text
 from softprompt.data.rows import load_data
 from softprompt.errors import PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
@@ -24,11 +24,11 @@ from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import load_prompt
-from softprompt.prompt.reading import nearest_tokens
+from softprompt.prompt.nearest_tokens import nearest_tokens
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
-from softprompt.training.plan import make_plan
+from softprompt.training.callbacks import Watcher
+from softprompt.training.prepare import make_plan
 from softprompt.training.tune import tune
-from softprompt.training.watcher import Watcher
 from test_gradient import examples_of, relative
 from test_training import log_without_times, prompt_bytes, short, weights_hash
 

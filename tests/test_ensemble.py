@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conftest import frozen
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
-from softprompt.evaluation.ensemble import averaged
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, Scorer, TextScores, make_scorer
+from softprompt.distributed.collective import Processes
+from softprompt.evaluation.average import averaged
+from softprompt.evaluation.scores import LabelScorer, LabelScores, Scorer, TextScores, make_scorer
 from softprompt.model.frozen import FrozenModel
-from softprompt.processes import Processes
 from test_evaluation import TEXTS, prompt_for
 
 LABELS = {"one token": ["good", "bad", "dull"], "several tokens": ["a good film", "a good waste", "a dull film", "12"]}

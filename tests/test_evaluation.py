@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from conftest import ARCHITECTURES, frozen
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE, make_format
 from softprompt.errors import DataError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.intervals import bootstrap, proportion
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer, make_scorer
+from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import tiny_tokenizer
-from softprompt.data.examples import Encoder, Example, common_start, leading_tokens, shared_text
+from softprompt.data.encoder import Encoder, Example, common_start, leading_tokens, shared_text
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, ModelError, SettingsError

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from conftest import frozen
-from softprompt.comparison import few_shot
-from softprompt.comparison.few_shot import FewShot, Trial, search, zero_shot
-from softprompt.data.examples import Encoder
+from softprompt.comparison.methods import few_shot
+from softprompt.comparison.methods.few_shot import FewShot, Trial, search, zero_shot
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation import completions
 from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, prior_matching, shifted
 from softprompt.evaluation.completions import complete
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, TextScorer, make_scorer
+from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
 from softprompt.model.frozen import FrozenModel
 from test_chat_template import with_chat
 from test_evaluation import TEXTS, prompt_for, token_losses

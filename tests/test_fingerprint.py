@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from conftest import ARCHITECTURES, Command, frozen, tiny_model, tiny_tokenizer
 from softprompt.model.fingerprint import Fingerprint, difference, fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.loading import load_model
+from softprompt.model.load import load_model
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -15,9 +15,9 @@ from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import DataError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.generation import continue_ids, generate
+from softprompt.model.backends.base import Way
 from softprompt.model.frozen import _KEPT, FrozenModel
 from softprompt.model.prefix import Prefix
-from softprompt.model.way import Way
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
 TEXTS = ["the parcel never came and", "a fine film", "what", "hello world I want my money back please"]

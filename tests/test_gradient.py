@@ -22,17 +22,17 @@ from transformers import (
 
 from conftest import ARCHITECTURES, frozen, tiny_model, tiny_tokenizer
 from softprompt.data.batching import micro_batches
-from softprompt.data.examples import Example, shared_text
+from softprompt.data.encoder import Example, shared_text
 from softprompt.errors import ModelError
-from softprompt.model import head
-from softprompt.model.attention import LIKE_ON_GPU
-from softprompt.model.cached import Cached
-from softprompt.model.choice import freeze
-from softprompt.model.concatenated import concatenated_loss
+from softprompt.model import lm_head
+from softprompt.model.backends.attention import LIKE_ON_GPU
+from softprompt.model.backends.packed import Packed
+from softprompt.model.backends.padded import Cached
+from softprompt.model.backends.reference import concatenated_loss
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.loading import load_model
-from softprompt.model.packed import Packed
+from softprompt.model.load import load_model
 
 AMONG = [
     Example((9, 8, 7, 40, 41), 3, ((40, 50, 60), (41, 42))),
@@ -101,7 +101,7 @@ def told_apart(logits: list[Tensor], examples: list[Example]) -> Tensor:
 def test_targets_are_told_from_what_other_labels_go_on_with(
     architecture: str, way: type[Packed] | type[Cached], parts: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", at_once)
     model = model_by(architecture, way)
     prompt = start(model, 4)
     cut = [AMONG] if parts == 1 else [AMONG[:1], AMONG[1:]]
@@ -289,7 +289,7 @@ def test_logits_are_never_held_whole(architecture: str, monkeypatch: pytest.Monk
     model, examples = frozen(architecture), [Example(e.ids, 1) for e in examples_of("mixed lengths")] * 8
     prompt, vocabulary = start(model, 5), 400
     whole, expected = prompt_gradient(model, prompt, (), [examples])
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 7 * vocabulary)
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 7 * vocabulary)
     with Logits(vocabulary) as logits:
         loss, gradient = prompt_gradient(model, prompt, (), [examples])
     assert 7 * vocabulary <= logits.most < sum(e.targets for e in examples) * vocabulary / 8

@@ -20,12 +20,12 @@ import torch
 
 from conftest import Command
 from softprompt import Rows, TuneConfig, Watcher, evaluate, load_data, tune
+from softprompt.distributed.signals import interrupts_deferred, terminations_raised
 from softprompt.errors import RunError
-from softprompt.evaluation.scoring import LabelScorer, Scores
+from softprompt.evaluation.scores import LabelScorer, Scores
 from softprompt.model.frozen import FrozenModel
-from softprompt.signals import interrupts_deferred, terminations_raised
-from softprompt.training import prompt_loop
-from softprompt.training.plan import Plan
+from softprompt.training import prompt_trainer
+from softprompt.training.prepare import Plan
 from softprompt.training.run_folder import RunFolder, State
 
 SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 100, "num_virtual_tokens": 5}
@@ -99,7 +99,7 @@ def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(
     rows = load_data(reviews)
     tune(llama, rows, short(), out=tmp_path / "whole")
     place, name = {
-        "gradient": (prompt_loop, "prompt_gradient"),
+        "gradient": (prompt_trainer, "prompt_gradient"),
         "optimizer": (torch.optim.AdamW, "step"),
         "log": (RunFolder, "log"),
         "evaluation": (LabelScorer, "_score"),
@@ -229,7 +229,7 @@ def test_a_comparison_that_is_terminated_has_a_report(llama_folder: Path, review
 def test_a_verb_that_saves_nothing_ends_at_once(
     verb: str, command: Command, llama_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = "softprompt.training.plan.make_plan" if verb == "check" else "softprompt.evaluation.evaluate.evaluate"
+    place = "softprompt.training.prepare.make_plan" if verb == "check" else "softprompt.evaluation.evaluate.evaluate"
     monkeypatch.setattr(place, Mock(side_effect=lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)))
     before = sorted(tmp_path.rglob("*"))
     done = command(*(["evaluate", "none"] if verb == "evaluate" else ["check"]), reviews, "--model", llama_folder)
@@ -365,7 +365,7 @@ def test_a_second_stop_while_the_state_is_written_waits_for_it(
         interrupt()
 
     monkeypatch.setattr(RunFolder, "save_state", again)
-    monkeypatch.setattr(prompt_loop, "prompt_gradient", once(prompt_loop.prompt_gradient, 3))
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", once(prompt_trainer.prompt_gradient, 3))
     with pytest.raises(KeyboardInterrupt):
         tune(llama, load_data(reviews), short(), out=tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["step-3"]
@@ -404,7 +404,7 @@ def test_where_memory_runs_out_less_is_run_at_once_and_the_result_is_the_same(
     whole = tune(llama, rows, short(), out=tmp_path / "whole").prompt.weights
     watcher = Sizes()
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_loop, "prompt_gradient", little_memory(prompt_loop.prompt_gradient, 25))
+        patch.setattr(prompt_trainer, "prompt_gradient", little_memory(prompt_trainer.prompt_gradient, 25))
         squeezed = tune(llama, rows, short(), out=tmp_path / "squeezed", watcher=watcher).prompt.weights
     assert watcher.seen
     assert all(step == 1 for step, _ in watcher.seen)  # found once, kept afterwards
@@ -418,7 +418,7 @@ def test_a_run_that_went_on_with_less_memory_is_resumed_with_less(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, config = load_data(reviews), short(save_every=3, eval_rows=0)
-    monkeypatch.setattr(prompt_loop, "prompt_gradient", little_memory(prompt_loop.prompt_gradient, 25))
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", little_memory(prompt_trainer.prompt_gradient, 25))
     tune(llama, rows, config, out=tmp_path / "run")
     newest = tmp_path / "run" / "state" / "step-6"
     for file in newest.iterdir():
@@ -431,7 +431,7 @@ def test_a_run_that_went_on_with_less_memory_is_resumed_with_less(
 def test_where_one_row_does_not_fit_the_run_says_what_to_try(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt_loop, "prompt_gradient", little_memory(prompt_loop.prompt_gradient, 3))
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", little_memory(prompt_trainer.prompt_gradient, 3))
     with pytest.raises(RunError, match=r"out of memory at one row of \d+ tokens .*--set max_length"):
         tune(llama, load_data(reviews), short(), out=tmp_path / "run")
 
@@ -442,7 +442,7 @@ def test_any_other_error_is_not_taken_for_a_lack_of_memory(
     def broken(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(prompt_loop, "prompt_gradient", broken)
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         tune(llama, load_data(reviews), short())
 

@@ -12,14 +12,14 @@ from transformers import JambaConfig, JambaForCausalLM, PreTrainedModel, Roberta
 
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError
-from softprompt.model import attention, cached, choice
-from softprompt.model.attention import Group
-from softprompt.model.check import Differences, Plain
-from softprompt.model.choice import freeze, subjects
+from softprompt.model.backends import attention, padded, verify
+from softprompt.model.backends.attention import Group
+from softprompt.model.backends.base import Way
+from softprompt.model.backends.differences import Differences, Plain
+from softprompt.model.backends.packed import Packed
+from softprompt.model.backends.tiny_copy import miniature
+from softprompt.model.backends.verify import freeze, subjects
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.miniature import miniature
-from softprompt.model.packed import Packed
-from softprompt.model.way import Way
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PACKED = [name for name, (way, _) in ARCHITECTURES.items() if way == "packed"]
@@ -115,7 +115,7 @@ PLANTED = [(fault, name) for fault, (*_, names) in FAULTS.items() for name in na
 
 
 def packed_fault(model: PreTrainedModel, way: type[Way] = Packed) -> str | None:
-    return choice._fault(way, subjects(model), tiny_tokenizer())[0]
+    return verify._fault(way, subjects(model), tiny_tokenizer())[0]
 
 
 @pytest.mark.parametrize(("fault", "name"), PLANTED)
@@ -144,9 +144,9 @@ def test_faults_of_the_other_way_refuse_a_model(name: str, fault: str, monkeypat
     """Planted in what a model is given along with a filled cache."""
     if fault == "positions" and name in ("falcon-alibi", "mpt"):
         pytest.skip("has no positions but those of the cache")
-    right = cached.Cached.text_pass
+    right = padded.Cached.text_pass
 
-    def wrong(self: cached.Cached, *args: Any, **kwargs: Any) -> Any:
+    def wrong(self: padded.Cached, *args: Any, **kwargs: Any) -> Any:
         def given(_module: object, args: Any, inputs: dict[str, Any]) -> Any:
             if inputs.get("past_key_values") is None:  # the output head's own run
                 return args, inputs
@@ -166,11 +166,11 @@ def test_faults_of_the_other_way_refuse_a_model(name: str, fault: str, monkeypat
         finally:
             handle.remove()
 
-    monkeypatch.setattr(cached.Cached, "text_pass", wrong)
+    monkeypatch.setattr(padded.Cached, "text_pass", wrong)
     for dtype in DTYPES:
         model = tiny_model(name).to(dtype)
         if fault == "padding seen":  # prefixes of one length need no padding, and are run apart
-            assert packed_fault(model, cached.Cached) is not None
+            assert packed_fault(model, padded.Cached) is not None
             continue
         with pytest.raises(ModelError, match="cannot share a prompt between examples exactly"):
             freeze(model, tiny_tokenizer())
@@ -180,9 +180,9 @@ def test_faults_of_the_other_way_refuse_a_model(name: str, fault: str, monkeypat
 def test_what_is_right_is_far_within_the_bound(name: str) -> None:
     """So far that another machine's rounding does not refuse a model: by a factor of twenty."""
     for model in (tiny_model(name), miniature(tiny_model(name))):
-        way = {"packed": Packed, "cached": cached.Cached}[ARCHITECTURES[name][0]]
+        way = {"packed": Packed, "cached": padded.Cached}[ARCHITECTURES[name][0]]
         frozen, plain = FrozenModel(model, tiny_tokenizer(), way(model), ""), Plain(model)
-        assert max(*plain.differences(frozen), *plain.decoding(frozen)) < choice._EXACT / 20
+        assert max(*plain.differences(frozen), *plain.decoding(frozen)) < verify._EXACT / 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -199,11 +199,11 @@ def test_a_model_in_half_precision_without_a_tiny_copy_is_warned_of(
     def resists(_model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("sizes do not fit")
 
-    monkeypatch.setattr(choice, "miniature", resists)
+    monkeypatch.setattr(verify, "miniature", resists)
     assert freeze(tiny_model("llama").to(dtype), tiny_tokenizer()).way.name == "packed"
     assert "no tiny copy of it could be made (ValueError: sizes do not fit)" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(choice, "_FEW", 0)  # a large model in float32 shows all by itself
+    monkeypatch.setattr(verify, "_FEW", 0)  # a large model in float32 shows all by itself
     assert freeze(tiny_model("llama"), tiny_tokenizer()).way.name == "packed"
     assert not caplog.text
 
@@ -211,7 +211,7 @@ def test_a_model_in_half_precision_without_a_tiny_copy_is_warned_of(
 def test_a_large_model_is_checked_in_part_and_its_tiny_copy_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = subjects(tiny_model("llama"))
     assert whole.whole
-    monkeypatch.setattr(choice, "_FEW", 0)
+    monkeypatch.setattr(verify, "_FEW", 0)
     small, large = subjects(tiny_model("llama"))
     assert (small.whole, large.whole) == (True, False)
     assert small.allowed < large.allowed
@@ -221,7 +221,7 @@ def test_a_difference_that_is_not_a_number_is_none_that_passes(monkeypatch: pyte
     """`max` of 0 and NaN is 0."""
     nothing = torch.full((4, 32), float("nan"))
     calls = iter([(1.0, torch.zeros(4, 32)), (float("nan"), nothing)])
-    monkeypatch.setattr("softprompt.model.check.prompt_gradient", lambda *_args: next(calls))
+    monkeypatch.setattr("softprompt.model.backends.differences.prompt_gradient", lambda *_args: next(calls))
     model = tiny_model("llama")
     found = Plain(model).differences(FrozenModel(model, tiny_tokenizer(), Packed(model), ""))
     assert found == Differences(float("inf"), float("inf"))

@@ -17,7 +17,7 @@ from softprompt.errors import ModelError
 from softprompt.model import bundled
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.loading import load_model, resolve_device, resolve_dtype, resolve_threads
+from softprompt.model.load import load_model, resolve_device, resolve_dtype, resolve_threads
 
 CUSTOM_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

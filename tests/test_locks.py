@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from conftest import SHORT, Command
 from softprompt import TuneConfig, Watcher, compare, load_data, tune
 from softprompt.errors import InputError, StorageError
-from softprompt.evaluation.scoring import perplexity
+from softprompt.evaluation.scores import perplexity
 from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.ensemble import tune_ensemble
@@ -230,7 +230,7 @@ def test_a_figure_beyond_numbers_is_valid_json_everywhere(
     command: Command, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """In files and on stdout; the run goes on with it, and the prompt can be used."""
-    monkeypatch.setattr("softprompt.evaluation.scoring.perplexity", lambda loss: perplexity(1000 * loss))
+    monkeypatch.setattr("softprompt.evaluation.scores.perplexity", lambda loss: perplexity(1000 * loss))
     (tmp_path / "t.csv").write_text("text\n" + "\n".join(f"a fine film {i}" for i in range(40)))
     words = ["tune", "t.csv", "--model", llama_folder, "--out", "run"]
     with warnings.catch_warnings():

@@ -22,13 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ARCHITECTURES, SHORT, frozen, tiny_tokenizer
 from softprompt import TuneConfig, Watcher, load_data, tune
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.model import memory
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure, micro_batch_tokens
-from softprompt.training import prompt_loop
-from softprompt.training.plan import Plan, make_plan
+from softprompt.training import prompt_trainer
+from softprompt.training.prepare import Plan, make_plan
 
 CPU = torch.device("cpu")
 SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
@@ -233,8 +233,8 @@ def test_where_memory_shrinks_less_is_run_at_once_before_the_step_is_tried(
         return third if len(ran) >= 3 else 1e12  # other programs take it after three steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_loop, "available_memory", free)
-        patch.setattr(prompt_loop, "prompt_gradient", watched(watcher, free, ran))
+        patch.setattr(prompt_trainer, "available_memory", free)
+        patch.setattr(prompt_trainer, "prompt_gradient", watched(watcher, free, ran))
         squeezed = tune(llama, rows, settings(), out=tmp_path / "run", watcher=watcher).prompt.weights
     assert ran[:3] == [1, 1, 1]
     assert min(ran[3:]) > 1
@@ -257,10 +257,10 @@ def test_rows_that_do_not_fit_even_alone_are_tried(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prediction is on the safe side, and a warning was given."""
-    monkeypatch.setattr(prompt_loop, "available_memory", lambda _device: 1000)
+    monkeypatch.setattr(prompt_trainer, "available_memory", lambda _device: 1000)
     ran: list[int] = []
     watcher = Sizes()
-    monkeypatch.setattr(prompt_loop, "prompt_gradient", watched(watcher, lambda: 1000, ran))
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", watched(watcher, lambda: 1000, ran))
     assert tune(llama, load_data(reviews), settings(), watcher=watcher).steps == 6
     assert ran == [8] * 6
 
@@ -269,8 +269,8 @@ def test_what_the_allocator_holds_is_given_back_before_less_is_run_at_once(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = [True]
-    monkeypatch.setattr(prompt_loop, "give_back", held.clear)
-    monkeypatch.setattr(prompt_loop, "available_memory", lambda _device: 1000 if held else 10**12)
+    monkeypatch.setattr(prompt_trainer, "give_back", held.clear)
+    monkeypatch.setattr(prompt_trainer, "available_memory", lambda _device: 1000 if held else 10**12)
     watcher = Sizes()
     tune(llama, load_data(reviews), settings(), watcher=watcher)
     assert not held
@@ -296,9 +296,11 @@ def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) ->
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"text": "the parcel never came and I want my money back " * 80}] * 8
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ready = "import psutil, softprompt.cli.show, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
+    ready = "import psutil, softprompt.cli.tables, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
     # Of PyTorch, that is a RuntimeError.
-    uncaught = "import softprompt.training.loop as loop; loop.is_out_of_memory = lambda e: isinstance(e, MemoryError)"
+    uncaught = (
+        "import softprompt.training.trainer as loop; loop.is_out_of_memory = lambda e: isinstance(e, MemoryError)"
+    )
     command = [sys.executable, "-c", f"{uncaught}; from softprompt.cli.main import main; main()", "tune", "rows.jsonl"]
     command += ["--model", "model", "--out", "run", *SHORT, "--set", "batch_size=8", "--set", "max_steps=2"]
     command += ["--set", "eval_rows=0", "--set", "micro_batch_tokens=100000"]

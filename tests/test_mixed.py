@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from conftest import ARCHITECTURES, frozen
-from softprompt.data.examples import Example
-from softprompt.model.attention import LIKE, Row, like_lengths
-from softprompt.model.cached import Cached
-from softprompt.model.concatenated import concatenated_loss
+from softprompt.data.encoder import Example
+from softprompt.model.backends.attention import LIKE, Row, like_lengths
+from softprompt.model.backends.padded import Cached
+from softprompt.model.backends.reference import concatenated_loss
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from test_gradient import model_by

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 from conftest import Command, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError, PromptError
 from softprompt.model.fingerprint import fingerprint
-from softprompt.model.first_fingerprint import first_fingerprint
+from softprompt.model.fingerprint_v1 import first_fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.loading import load_model, require_complete
+from softprompt.model.load import load_model, require_complete
 from softprompt.prompt.base_model import BaseModelRecord, base_model_record
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, load_soft_prompt
 

@@ -16,8 +16,8 @@ from softprompt.data.rows import load_data
 from softprompt.decoding import continue_ids
 from softprompt.errors import ModelError, RunError
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.model import continuing
-from softprompt.model.choice import freeze
+from softprompt.model.backends import decode
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -84,16 +84,16 @@ def test_nor_are_those_that_become_so_later(
     llama: FrozenModel, value: float, rules: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the third pass: all of a row, or one of it where that spoils the row."""
-    read, passes = continuing.SharedCache.read, []
+    read, passes = decode.SharedCache.read, []
 
-    def later(self: continuing.SharedCache, tokens: list[int]) -> torch.Tensor:
+    def later(self: decode.SharedCache, tokens: list[int]) -> torch.Tensor:
         passes.append(1)
         logits = read(self, tokens)
         if len(passes) == 2:
             logits[0, ... if value == -float("inf") else 7] = value
         return logits
 
-    monkeypatch.setattr(continuing.SharedCache, "read", later)
+    monkeypatch.setattr(decode.SharedCache, "read", later)
     with pytest.raises(RunError, match="logits are not finite: its weights are finite, but"):
         continue_ids(llama, [None], [[5, 6, 7]], [9], GenerateConfig(**rules))
 

@@ -10,8 +10,8 @@ from softprompt.data.rows import load_data
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.parameterization import Residual, parameterize
-from softprompt.training.plan import make_plan
-from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training.prepare import make_plan
+from softprompt.training.prompt_trainer import PromptLoop
 from softprompt.training.tune import tune
 from test_training import short
 

@@ -25,7 +25,7 @@ from softprompt.errors import PromptError
 from softprompt.generation import generate
 from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
-from softprompt.training.trainable import TrainablePrompt
+from softprompt.training.hf_module import TrainablePrompt
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])

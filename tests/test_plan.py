@@ -13,19 +13,19 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from conftest import frozen, tiny_model, tiny_tokenizer
 from softprompt import SoftPrompt, TuneConfig, load_data, tune
-from softprompt.data.examples import Encoder
-from softprompt.data.lazy import LazyExamples
+from softprompt.data.encoder import Encoder
+from softprompt.data.lazy_examples import LazyExamples
 from softprompt.data.rows import Rows
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, InputError, PromptError, SettingsError
-from softprompt.model.choice import freeze
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt import store
-from softprompt.prompt.reading import nearest_tokens
+from softprompt.prompt import registry
+from softprompt.prompt import start as starting
+from softprompt.prompt.nearest_tokens import nearest_tokens
 from softprompt.prompt.soft_prompt import Record, base_model_record
-from softprompt.training import plan as planning
-from softprompt.training import start as starting
-from softprompt.training.plan import make_plan
+from softprompt.training import prepare as planning
+from softprompt.training.prepare import make_plan
 
 SHORT = {"max_steps": 4, "batch_size": 4, "num_virtual_tokens": 3}
 
@@ -44,7 +44,7 @@ def source(llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytes
     )
     made = tune(llama, load_data(reviews), config).prompt
     made.save("source")
-    store.keep(made, "film")
+    registry.keep(made, "film")
     return made
 
 
@@ -203,7 +203,7 @@ def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, mon
     similarity = torch.cosine_similarity(prompt.weights[:, None], table[None], dim=2)
     expected = [[llama.tokenizer.decode([i]) for i in row] for row in similarity.topk(5).indices.tolist()]
     for at_once in (8192, 64, 7):
-        monkeypatch.setattr("softprompt.prompt.reading._AT_ONCE", at_once)
+        monkeypatch.setattr("softprompt.prompt.nearest_tokens._AT_ONCE", at_once)
         assert [[token for token, _ in row] for row in nearest_tokens(llama, prompt)] == expected
 
 
@@ -293,8 +293,8 @@ def test_where_rows_are_long_one_of_every_label_is_shown(llama: FrozenModel, mon
     rows = load_data([{"text": f"a film {i}", "label": str(i % 3)} for i in range(30)])
 
     def start(usual: int, longest: int = 512) -> tuple[str, int]:
-        monkeypatch.setattr("softprompt.training.start.EXAMPLE_TOKENS", usual)
-        monkeypatch.setattr("softprompt.training.start._LONGEST_TEXT", longest)
+        monkeypatch.setattr("softprompt.prompt.start.EXAMPLE_TOKENS", usual)
+        monkeypatch.setattr("softprompt.prompt.start._LONGEST_TEXT", longest)
         plan = make_plan(llama, rows, TuneConfig(max_length=64))
         ids = [int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in plan.start]
         assert len(ids) == plan.start.shape[0] == plan.config.num_virtual_tokens

@@ -15,9 +15,9 @@ from packaging.utils import canonicalize_name
 
 from conftest import tiny_model, tiny_tokenizer
 from softprompt import private_interfaces
-from softprompt.model import products
-from softprompt.model.bloom import alibi_slopes
-from softprompt.model.choice import freeze
+from softprompt.model.backends import onednn
+from softprompt.model.backends.bloom import alibi_slopes
+from softprompt.model.backends.verify import freeze
 from softprompt.private_interfaces import PRIVATE, onednn_product
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def test_without_the_onednn_product_pytorchs_own_is_taken_and_said_once(
     operators: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", operators)
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     onednn_product.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, private_interfaces.__name__):

@@ -21,14 +21,15 @@ import torch
 import several_processes
 from conftest import Command
 from several_processes import CASES, tuned
-from softprompt import Rows, TuneConfig, launch, load_data, tune
+from softprompt import Rows, TuneConfig, load_data, tune
 from softprompt.cli import main as cli
 from softprompt.data.batching import deal
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
+from softprompt.distributed import launch
 from softprompt.model import bundled
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.loading import resolve_device, resolve_threads
-from softprompt.prompt.store import names
+from softprompt.model.load import resolve_device, resolve_threads
+from softprompt.prompt.registry import names
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--nproc-per-node", "2"]

@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ARCHITECTURES, frozen
-from softprompt.data.examples import Example
-from softprompt.model import products
+from softprompt.data.encoder import Example
+from softprompt.model.backends import onednn
 from softprompt.model.gradient import prompt_gradient
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -37,10 +37,10 @@ def test_onednn_gives_the_gradient_that_pytorchs_own_choice_gives(
 ) -> None:
     model = frozen(architecture)
     prompt = model.embed(range(20, 24)).float()
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: False)
     with Called() as plain:
         loss, gradient = prompt_gradient(model, prompt, (), [EXAMPLES[:1], EXAMPLES[1:]])
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     with Called() as fast:
         other, found = prompt_gradient(model, prompt, (), [EXAMPLES[:1], EXAMPLES[1:]])
     assert other == pytest.approx(loss, rel=1e-5)
@@ -52,9 +52,9 @@ def test_onednn_gives_the_gradient_that_pytorchs_own_choice_gives(
 
 
 def test_weights_that_are_trained_or_in_half_precision_stay_with_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     inputs, trained = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
-    with products.products(), Called() as called:
+    with onednn.products(), Called() as called:
         linear(inputs, trained).sum().backward()
         linear(inputs.bfloat16(), trained.detach().bfloat16())
     assert called.counts["_linear_pointwise"] == 0
@@ -63,11 +63,11 @@ def test_weights_that_are_trained_or_in_half_precision_stay_with_pytorch(monkeyp
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_inputs_of_any_shape_and_stride_give_what_linear_gives(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     weight, offset = torch.randn(6, 4), torch.randn(6) if bias else None
     for inputs in (torch.randn(4), torch.randn(0, 4), torch.randn(2, 3, 4), torch.randn(4, 7).t()):
         grads = []
-        for context in (products.products(), torch.enable_grad()):
+        for context in (onednn.products(), torch.enable_grad()):
             given = inputs.clone().requires_grad_()
             with context:
                 out = linear(given, weight, offset)

@@ -19,15 +19,15 @@ from transformers import (
 
 from conftest import tiny_tokenizer
 from softprompt import TuneConfig, generate, load_data, tune
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.errors import InputError, ModelError
-from softprompt.model import loading
-from softprompt.model.choice import subjects
-from softprompt.model.concatenated import concatenated_loss
+from softprompt.model import load
+from softprompt.model.backends.reference import concatenated_loss
+from softprompt.model.backends.verify import subjects
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.loading import load_model
+from softprompt.model.load import load_model
 
 EXAMPLES = [Example((5, 6, 7, 8, 9, 10), 4), Example((5, 11, 12), 2)]
 
@@ -112,7 +112,7 @@ def test_layers_that_are_brought_in_when_they_run_give_the_same(kind: str) -> No
 
     plain, split = made(kind).eval().requires_grad_(False), made(kind).eval().requires_grad_(False)
     cpu_offload(split, execution_device=torch.device("cpu"), offload_buffers=True)
-    way = type(loading.freeze(plain, tiny_tokenizer()).way)
+    way = type(load.freeze(plain, tiny_tokenizer()).way)
     prompt = plain.get_input_embeddings()(torch.tensor([20, 21, 22])).detach()
     whole = concatenated_loss(plain, prompt, EXAMPLES) / sum(e.targets for e in EXAMPLES)
     loss, _ = prompt_gradient(FrozenModel(split, tiny_tokenizer(), way(split), ""), prompt, (), [EXAMPLES])

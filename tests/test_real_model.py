@@ -13,7 +13,7 @@ from peft import PeftModel
 
 import softprompt as sp
 from conftest import shared_data
-from softprompt.cli.demo_verb import demo_rows
+from softprompt.cli.demo import demo_rows
 from softprompt.model import bundled
 
 pytestmark = pytest.mark.real

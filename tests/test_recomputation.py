@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, SHORT, Command, frozen, tiny_tokenizer
 from softprompt import TuneConfig, load_data, tune
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.errors import SettingsError
 from softprompt.model import memory
-from softprompt.model.choice import freeze
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure
-from softprompt.training import plan as planning
-from softprompt.training import prompt_loop
-from softprompt.training.plan import make_plan
+from softprompt.training import prepare as planning
+from softprompt.training import prompt_trainer
+from softprompt.training.prepare import make_plan
 from test_gradient import examples_of, start
 from test_memory import Live, kept_bytes
 
@@ -153,7 +153,7 @@ def test_a_run_learns_the_same_prompt(llama: FrozenModel, reviews: Path, monkeyp
         asked.append(given[4])
         return prompt_gradient(*given)
 
-    monkeypatch.setattr(prompt_loop, "prompt_gradient", noted)
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", noted)
     once, twice = (tune(llama, rows, settings(gradient_checkpointing=given)) for given in (False, True))
     assert asked == [False] * 4 + [True] * 4
     assert torch.equal(once.prompt.weights, twice.prompt.weights)

@@ -23,19 +23,19 @@ from PIL import Image
 from sacrebleu.metrics.bleu import BLEU
 from scipy.stats import binomtest
 
-from softprompt.comparison import figures
-from softprompt.comparison.provenance import provenance
-from softprompt.comparison.recommendation import Recommendation, recommend
-from softprompt.comparison.report import write_report
+from softprompt import formatting
+from softprompt.comparison.report.experiment_setup import provenance
+from softprompt.comparison.report.page import write_report
+from softprompt.comparison.report.ranking import make_standings
+from softprompt.comparison.report.recommendation import Recommendation, recommend
+from softprompt.comparison.report.samples import choose_samples
 from softprompt.comparison.results import Costs, Point, Result, difference, judged_anew, mean_primary, read_result
-from softprompt.comparison.samples import choose_samples
-from softprompt.comparison.standings import make_standings
 from softprompt.data.rows import Row, Task, load_data
 from softprompt.data.templates import make_format
 from softprompt.errors import InputError
 from softprompt.evaluation.completions import Completions
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
-from softprompt.evaluation.scoring import Confusion
+from softprompt.evaluation.scores import Confusion
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LABELS = ("negative", "positive")
@@ -206,30 +206,30 @@ def test_the_report_shows_the_figures_of_the_results(
 
 def test_figures_are_written_as_people_write_them() -> None:
     plain = {
-        "11,520": figures.count(11520),
-        "1.2 MB": figures.size(1_200_000),
-        "999 bytes": figures.size(999),
-        "1.0 MB": figures.size(999_900),
-        "0 bytes": figures.size(0),
-        "2.0 TB": figures.size(2e12),
-        "87.3 %": figures.metric("accuracy", 0.8734),
-        "32.5": figures.metric("bleu", 32.46),
-        "2.964": figures.metric("loss", 2.9641),
-        "4 min 10 s": figures.duration(250),
-        "1 min": figures.duration(59.9),
-        "2 h": figures.duration(7199),
-        "1 h 2 min": figures.duration(3725),
-        "4.2 ms": figures.duration(0.0042),
-        "1.0 s": figures.duration(0.9999),
-        "0.0 ms": figures.duration(1e-6),
-        "0 s": figures.duration(0),
-        "not a number": figures.metric("loss", float("nan")),
-        "∞": figures.metric("perplexity", float("inf")),
-        "2.5 to ∞": figures.interval("bleu", Metric(value=3, low=2.5, high=float("inf"))),
-        "no interval": figures.interval("accuracy", Metric(value=0.5, low=0.1, high=float("nan"))),
-        "−1.2 points": figures.signed_gap("accuracy", -0.012),
-        "0.0 points": figures.signed_gap("accuracy", -0.0001),
-        "+0.250 nats": figures.signed_gap("loss", 0.25),
+        "11,520": formatting.count(11520),
+        "1.2 MB": formatting.size(1_200_000),
+        "999 bytes": formatting.size(999),
+        "1.0 MB": formatting.size(999_900),
+        "0 bytes": formatting.size(0),
+        "2.0 TB": formatting.size(2e12),
+        "87.3 %": formatting.metric("accuracy", 0.8734),
+        "32.5": formatting.metric("bleu", 32.46),
+        "2.964": formatting.metric("loss", 2.9641),
+        "4 min 10 s": formatting.duration(250),
+        "1 min": formatting.duration(59.9),
+        "2 h": formatting.duration(7199),
+        "1 h 2 min": formatting.duration(3725),
+        "4.2 ms": formatting.duration(0.0042),
+        "1.0 s": formatting.duration(0.9999),
+        "0.0 ms": formatting.duration(1e-6),
+        "0 s": formatting.duration(0),
+        "not a number": formatting.metric("loss", float("nan")),
+        "∞": formatting.metric("perplexity", float("inf")),
+        "2.5 to ∞": formatting.interval("bleu", Metric(value=3, low=2.5, high=float("inf"))),
+        "no interval": formatting.interval("accuracy", Metric(value=0.5, low=0.1, high=float("nan"))),
+        "−1.2 points": formatting.signed_gap("accuracy", -0.012),
+        "0.0 points": formatting.signed_gap("accuracy", -0.0001),
+        "+0.250 nats": formatting.signed_gap("loss", 0.25),
     }
     assert {text: text for text in plain} == {text: made.replace("\u00a0", " ") for text, made in plain.items()}
 
@@ -421,7 +421,7 @@ def test_completions_are_ranked_by_what_can_tell_them_apart(form: str, metric: s
     assert found.headline == "Use the soft prompt."
     text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
     assert shown in text
-    assert f"Methods are ranked by {figures.metric_name(metric)}" in text
+    assert f"Methods are ranked by {formatting.metric_name(metric)}" in text
 
 
 def test_several_seeds_of_exact_matches_have_wilsons_interval() -> None:
@@ -591,7 +591,7 @@ def test_the_best_of_several_is_said_to_look_better_than_it_is(tmp_path: Path) -
     write_report(results, rows, tmp_path)
     for name in ("report.html", "report.md"):
         text = visible((tmp_path / name).read_text(encoding="utf-8"))
-        words = figures.signed_gap("accuracy", ahead.value), figures.gap_interval("accuracy", ahead)
+        words = formatting.signed_gap("accuracy", ahead.value), formatting.gap_interval("accuracy", ahead)
         assert visible(f"{words[0]} ({words[1]}) to the next, the soft prompt; picked on these test rows") in text
         assert "looks better than it is: a part of its lead is chance" in text
     assert "picked on these test rows, so it looks better than it is" in recommend(standings).reasons[0]

@@ -14,16 +14,16 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from conftest import SHORT, Command
-from softprompt.cli import show
-from softprompt.cli.demo_verb import gain
-from softprompt.cli.settings_show import RESUMED, row_text, settings_screen, shortened
-from softprompt.cli.show import ProgressLine, TerminalWatcher, clock
+from softprompt.cli import tables
+from softprompt.cli.demo import gain
+from softprompt.cli.settings_tables import RESUMED, row_text, settings_screen, shortened
+from softprompt.cli.tables import ProgressLine, TerminalWatcher, clock
 from softprompt.config import TuneConfig, read_settings
 from softprompt.data.rows import load_data
 from softprompt.evaluation.intervals import Metric
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.forecast import RenderedRow
-from softprompt.training.plan import Plan, make_plan
+from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.throughput import RenderedRow
 
 LINES, COLUMNS = 24, 80
 Made = Callable[..., tuple[Plan, dict[str, str]]]
@@ -140,7 +140,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(show.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(tables.time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_log_has_about_ten_lines(
             r"step \d+/\d+  loss 1\.000  (validation accuracy 50\.0%, loss \S+  )?\S+ elapsed, \S+ left", line
         )
     if eval_every:  # the last line has the last evaluation
-        assert f"loss {show.figure('loss', float(steps))} " in lines[-1]
+        assert f"loss {tables.figure('loss', float(steps))} " in lines[-1]
 
 
 def test_a_run_that_ends_early_shows_where(planned: Made, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +248,7 @@ def test_a_terminal_has_one_line_that_is_kept_up_to_date(planned: Made, monkeypa
     plan, origins = planned("max_steps=40")
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=COLUMNS, color_system=None)
-    monkeypatch.setattr(show, "err", console)
+    monkeypatch.setattr(tables, "err", console)
     watcher = TerminalWatcher(origins)
     watcher.begin(plan, 0)
     watcher.evaluation(0, VALUES)
@@ -268,7 +268,7 @@ def test_a_terminal_has_one_line_that_is_kept_up_to_date(planned: Made, monkeypa
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(planned: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     screen = io.StringIO()
-    monkeypatch.setattr(show, "err", Console(file=screen, force_terminal=True, width=COLUMNS))
+    monkeypatch.setattr(tables, "err", Console(file=screen, force_terminal=True, width=COLUMNS))
     plan, _ = planned("max_steps=3", "eval_rows=0")
     watcher = TerminalWatcher(None)
     watcher.begin(plan, 0)

@@ -16,13 +16,13 @@ from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
-from softprompt.training.forecast import Forecast, make_forecast
-from softprompt.training.loop import Pace, measure_pace
-from softprompt.training.plan import Plan, make_plan
-from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training.callbacks import Watcher
+from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.prompt_trainer import PromptLoop
 from softprompt.training.search import candidates, search
+from softprompt.training.throughput import Forecast, make_forecast
+from softprompt.training.trainer import Pace, measure_pace
 from softprompt.training.tune import tune
-from softprompt.training.watcher import Watcher
 from test_training import prompt_bytes, short
 
 OPEN = {"max_steps": 40, "eval_every": None, "num_virtual_tokens": None}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import frozen, tiny_tokenizer
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
-from softprompt.data.examples import Encoder, plain_ids, token_ids
+from softprompt.data.encoder import Encoder, plain_ids, token_ids
 from softprompt.data.special_tokens import SpecialTokens, Written
 from softprompt.data.templates import make_format
 from test_chat_template import CHAT, with_chat

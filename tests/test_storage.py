@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.errors import PromptError, StorageError
-from softprompt.prompt import store
+from softprompt.prompt import registry
 from softprompt.storage import MARK, recover, strict_json, sweep, write_folder, write_records, write_text
 
 # Writes a folder or a file and is killed: while it is filled, or after so many renames.
@@ -75,7 +75,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder(
     killed(place, "new", "folder", renames)
     assert debris(tmp_path)
     if by == "a reader":
-        assert store.find(place) == place
+        assert registry.find(place) == place
     elif by == "the next start":
         sweep(tmp_path)
         assert not debris(tmp_path)
@@ -198,8 +198,8 @@ def test_only_numbers_as_we_write_them_are_versions(name: str, tmp_path: Path, m
     monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path))
     (tmp_path / "prompts" / "film" / name).mkdir(parents=True)
     (tmp_path / "prompts" / "film" / "highest").write_bytes(name.encode() + b"\xff")
-    assert store.versions("film") == []
-    assert store.names() == []
-    assert store.new_version("film").name == "1"
+    assert registry.versions("film") == []
+    assert registry.names() == []
+    assert registry.new_version("film").name == "1"
     with pytest.raises(PromptError, match="no such prompt"):
-        store.find("film")
+        registry.find("film")

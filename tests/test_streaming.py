@@ -24,17 +24,17 @@ import torch
 
 from conftest import SHORT, Command
 from softprompt import TuneConfig, load_data, tune
-from softprompt.cli.show import rows_line
-from softprompt.data import spool
+from softprompt.cli.tables import rows_line
+from softprompt.data import disk_rows
 from softprompt.data.batching import draw, taken
-from softprompt.data.examples import Encoder, Example
+from softprompt.data.disk_rows import SpooledRows
+from softprompt.data.encoder import Encoder, Example
 from softprompt.data.rows import Row, Rows
 from softprompt.data.split import sample, seen_before, split_rows
-from softprompt.data.spool import SpooledRows
 from softprompt.errors import DataError, StorageError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.forecast import make_forecast
-from softprompt.training.plan import make_plan
+from softprompt.training.prepare import make_plan
+from softprompt.training.throughput import make_forecast
 
 FEW, MANY = 5_000, 25_000
 ODD = ["a fine film", " Ä 日本 😀 ", "two\nlines\u2028\x85", 'a "quote", \\', "{{ x }}"]
@@ -69,7 +69,7 @@ def growth(work: Callable[[Path], object], folder: Path, suffix: str) -> float:
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let so few rows stay in memory that the figures are about all the others."""
-    monkeypatch.setattr(spool, "_MOST_HELD", 2**20)
+    monkeypatch.setattr(disk_rows, "_MOST_HELD", 2**20)
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -103,7 +103,7 @@ def spooled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Rows]:
 
     def load(source: Any) -> Rows:
         with monkeypatch.context() as patch:
-            patch.setattr(spool, "_MOST_HELD", 0)
+            patch.setattr(disk_rows, "_MOST_HELD", 0)
             rows = load_data(source)
         assert isinstance(rows.rows, SpooledRows)
         return rows
@@ -215,7 +215,7 @@ def test_a_full_disk_ends_the_command_with_the_cure(
 ) -> None:
     ignored: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
-    monkeypatch.setattr(spool, "_MOST_HELD", 1000)
+    monkeypatch.setattr(disk_rows, "_MOST_HELD", 1000)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
     rows = write_rows(Path("rows.jsonl"), count)
     done = fails("tune", rows, "--model", llama_folder, "--out", "run", *SHORT, code=1)

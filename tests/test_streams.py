@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import Command
-from softprompt.cli.show import print_json
+from softprompt.cli.tables import print_json
 from softprompt.errors import StorageError
 
 LABELS = ("جيد", "سيئ 😀")

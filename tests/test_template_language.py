@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from conftest import Command, tiny_tokenizer
 from softprompt import load_prompt
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.rendering import MOST_BYTES, MOST_WORK, Rendering, TooMuchError
 from softprompt.data.rows import load_data
 from softprompt.data.template_language import MOST_NESTED, parse_template

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import Command
 from softprompt import load_data, load_prompt
-from softprompt.comparison.method import Answers
+from softprompt.comparison.methods.base import Answers
 from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format, require_unseen_answer
 from softprompt.errors import PromptError, SettingsError

@@ -20,12 +20,12 @@ from softprompt.config import TuneConfig
 from softprompt.data.rows import load_data
 from softprompt.errors import InputError, PromptError, RunError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.model.choice import freeze
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.initialization import labels_prompt, random_prompt, text_prompt, vocabulary_prompt
-from softprompt.training import prompt_loop
-from softprompt.training.loop import learning_rate
+from softprompt.training import prompt_trainer
+from softprompt.training.trainer import learning_rate
 from softprompt.training.tune import tune
 
 SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 2, "num_virtual_tokens": 5}
@@ -121,7 +121,7 @@ def test_resuming_after_any_step_gives_the_same_prompt(
     class StopError(Exception):
         pass
 
-    from softprompt.training.watcher import Watcher
+    from softprompt.training.callbacks import Watcher
 
     class Stopping(Watcher):
         def step(self, step: int, loss: float) -> None:
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
 ) -> None:
     losses = iter([1.0, 1.0, 1.0, math.nan])
     monkeypatch.setattr(
-        prompt_loop, "prompt_gradient", lambda model, prompt, *_: (next(losses), torch.ones_like(prompt))
+        prompt_trainer, "prompt_gradient", lambda model, prompt, *_: (next(losses), torch.ones_like(prompt))
     )
     with pytest.raises(RunError, match="not finite at step 4"):
         tune(llama, load_data(reviews), short(save_every=1), out=tmp_path / "run")

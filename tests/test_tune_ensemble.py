@@ -23,8 +23,8 @@ from softprompt.prompt.ensemble import Ensemble, joined, load_prompt
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training import tune as tuning
 from softprompt.training.ensemble import tune_ensemble
-from softprompt.training.loop import Pace
-from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training.prompt_trainer import PromptLoop
+from softprompt.training.trainer import Pace
 from softprompt.training.tune import TuneResult, tune
 from test_training import prompt_bytes, short
 

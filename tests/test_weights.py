@@ -12,15 +12,15 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from conftest import frozen, tiny_model
-from softprompt.comparison.weights import RANK, WeightsLoop, lora, unfrozen
+from softprompt.comparison.methods.weights_trainer import RANK, WeightsLoop, lora, unfrozen
 from softprompt.data.batching import draw
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.data.rows import load_data
 from softprompt.errors import RunError
-from softprompt.model import head
+from softprompt.model import lm_head
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-from softprompt.training.plan import make_plan
+from softprompt.training.prepare import make_plan
 from test_gradient import told_apart
 from test_training import short, weights_hash
 from test_work import Made
@@ -58,12 +58,12 @@ def test_gradients_are_those_of_peft_and_transformers(
         reference.requires_grad_(True)
         plain = dict(reference.named_parameters())
     with learning(frozen(architecture), method, 3) as model:
-        loop = loop_of(model, reviews, loss=loss_of)
-        for name, parameter in loop.learned.items():  # away from zero, where LoRA's second factors start
+        trainer = loop_of(model, reviews, loss=loss_of)
+        for name, parameter in trainer.learned.items():  # away from zero, where LoRA's second factors start
             parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
             plain[name].data.copy_(parameter.data)
-        batch = [loop.plan.examples[i] for i in draw(len(loop.plan.examples), 6, 0, 0)]
-        loss = loop.gradient(batch)
+        batch = [trainer.plan.examples[i] for i in draw(len(trainer.plan.examples), 6, 0, 0)]
+        loss = trainer.gradient(batch)
         total = torch.zeros(())
         for example in batch:
             ids = torch.tensor([example.ids])
@@ -76,8 +76,8 @@ def test_gradients_are_those_of_peft_and_transformers(
         expected.backward()
         assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
         learned = {name for name, p in plain.items() if p.requires_grad}
-        assert learned == set(loop.learned)
-        for name, parameter in loop.learned.items():
+        assert learned == set(trainer.learned)
+        for name, parameter in trainer.learned.items():
             wanted = plain[name].grad
             if wanted is None:
                 assert parameter.grad is None
@@ -90,13 +90,13 @@ def test_gradients_are_those_of_peft_and_transformers(
 def test_it_learns_and_the_model_is_as_it_was(llama: FrozenModel, method: str, reviews: Path) -> None:
     before, names = weights_hash(llama), set(llama.hf_model.state_dict())
     with learning(llama, method) as model:
-        loop = loop_of(model, reviews, max_steps=20, learning_rate=0.003)
-        first = loop.evaluate(loop.weights())
-        found = loop.run()
+        trainer = loop_of(model, reviews, max_steps=20, learning_rate=0.003)
+        first = trainer.evaluate(trainer.weights())
+        found = trainer.run()
         assert found.scores is not None
         assert found.scores.loss() < first.loss() - 0.3
         assert found.progress.best == found.scores.values()
-        assert loop.evaluate(found.weights).loss() == pytest.approx(found.scores.loss())
+        assert trainer.evaluate(found.weights).loss() == pytest.approx(found.scores.loss())
     assert weights_hash(llama) == before
     assert set(llama.hf_model.state_dict()) == names
     assert not any(p.requires_grad for p in llama.hf_model.parameters())
@@ -117,18 +117,18 @@ def test_where_memory_runs_out_less_is_run_at_once(
         return right(model, prefix, examples, recompute)
 
     with learning(llama, method) as model:
-        loop = loop_of(model, reviews, max_steps=1)
-        batch = [loop.plan.examples[i] for i in range(6)]
-        loss = loop.gradient(batch)
-        expected = {name: p.grad.clone() for name, p in loop.learned.items() if p.grad is not None}
+        trainer = loop_of(model, reviews, max_steps=1)
+        batch = [trainer.plan.examples[i] for i in range(6)]
+        loss = trainer.gradient(batch)
+        expected = {name: p.grad.clone() for name, p in trainer.learned.items() if p.grad is not None}
         monkeypatch.setattr(FrozenModel, "loss", little_memory)
-        assert loop.gradient(batch) == pytest.approx(loss, rel=1e-5)
-        assert loop.progress.micro_batch_tokens == 20
+        assert trainer.gradient(batch) == pytest.approx(loss, rel=1e-5)
+        assert trainer.progress.micro_batch_tokens == 20
         for name, gradient in expected.items():
-            torch.testing.assert_close(loop.learned[name].grad, gradient, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(trainer.learned[name].grad, gradient, rtol=1e-3, atol=1e-6)
         monkeypatch.setattr(FrozenModel, "loss", broken)
         with pytest.raises(RunError, match="out of memory at one row"):
-            loop.gradient(batch)
+            trainer.gradient(batch)
 
 
 def broken(*_: object) -> torch.Tensor:
@@ -138,8 +138,8 @@ def broken(*_: object) -> torch.Tensor:
 def test_all_methods_take_the_same_rows_in_the_same_order(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.training import loop
-    from softprompt.training.prompt_loop import PromptLoop
+    from softprompt.training import trainer as training
+    from softprompt.training.prompt_trainer import PromptLoop
 
     seen: dict[str, list[list[int]]] = {}
     rows = load_data(reviews)
@@ -150,7 +150,7 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
             into.append(draw(*args))
             return into[-1]
 
-        monkeypatch.setattr(loop, "draw", noted)
+        monkeypatch.setattr(training, "draw", noted)
         if method in ("lora", "full"):
             with learning(llama, method) as model:
                 WeightsLoop(model, make_plan(model, rows, short())).run()
@@ -179,7 +179,7 @@ def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
     for others in (None, among):
         whole = found(others)
         with monkeypatch.context() as patch, Made(copy) as made:
-            patch.setattr(head, "LOGITS_AT_ONCE", 2 * copy.vocabulary_size)
+            patch.setattr(lm_head, "LOGITS_AT_ONCE", 2 * copy.vocabulary_size)
             pieces = found(others)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(pieces, whole, strict=True))
         assert made.most == copy.hf_model.get_output_embeddings().weight.numel()  # its gradient is the widest
@@ -188,7 +188,7 @@ def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
 def test_a_weight_that_text_does_not_come_by_has_no_moments(reviews: Path) -> None:
     model = unfrozen(frozen("llama"))
     model.hf_model.register_parameter("for_images", torch.nn.Parameter(torch.zeros(3)))
-    loop = loop_of(model, reviews)
-    loop.run()
-    assert "learned.for_images" in loop._state().tensors
-    assert "exp_avg.for_images" not in loop._state().tensors
+    trainer = loop_of(model, reviews)
+    trainer.run()
+    assert "learned.for_images" in trainer._state().tensors
+    assert "exp_avg.for_images" not in trainer._state().tensors

@@ -11,7 +11,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from softprompt.evaluation.completions import Completions
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.ranking import ranking_metric, statistic
+from softprompt.evaluation.primary_metric import ranking_metric, statistic
 
 BEST = {"exact_match": 1, "bleu": 100, "chrf": 100, "rouge_l": 1}
 TEXTS = {

@@ -17,16 +17,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from conftest import ARCHITECTURES, tiny_tokenizer
 from softprompt import Rows, TuneConfig, Watcher, load_data
 from softprompt.data.batching import draw
-from softprompt.data.examples import Encoder, Example
+from softprompt.data.encoder import Encoder, Example
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scoring import LabelScorer, Scorer
+from softprompt.evaluation.scores import LabelScorer, Scorer
 from softprompt.generation import generate
-from softprompt.model import head
-from softprompt.model.choice import freeze
+from softprompt.model import lm_head
+from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
-from softprompt.training.plan import Plan, make_plan
-from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.prompt_trainer import PromptLoop
 from softprompt.training.run_folder import RunFolder
 
 WAYS = {"llama": "packed", "bloom": "packed", "falcon-alibi": "cached"}
@@ -268,7 +268,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(
 ) -> None:
     """Logits are made a piece at a time, and nothing else is as wide: not even a loss over all tokens."""
     at_once = 2 * VOCABULARY
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", at_once)
     plan = plan_of(model, task, 10_000)
     assert plan.scorer is not None
     with Made(model) as made, counted(model) as work:

@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.comparison.compare import Comparison as Comparison
-    from softprompt.comparison.compare import ComparisonWatcher as ComparisonWatcher
-    from softprompt.comparison.compare import compare as compare
+    from softprompt.comparison.run import Comparison as Comparison
+    from softprompt.comparison.run import ComparisonWatcher as ComparisonWatcher
+    from softprompt.comparison.run import compare as compare
     from softprompt.config import GenerateConfig as GenerateConfig
     from softprompt.config import TuneConfig as TuneConfig
     from softprompt.data.rows import Rows as Rows
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from softprompt.evaluation.predict import Prediction as Prediction
     from softprompt.evaluation.predict import predict as predict
     from softprompt.generation import generate as generate
-    from softprompt.model.choice import freeze as freeze
+    from softprompt.model.backends.verify import freeze as freeze
     from softprompt.model.frozen import FrozenModel as FrozenModel
-    from softprompt.model.loading import load_model as load_model
+    from softprompt.model.load import load_model as load_model
     from softprompt.prompt.ensemble import Ensemble as Ensemble
     from softprompt.prompt.ensemble import load_prompt as load_prompt
     from softprompt.prompt.soft_prompt import SoftPrompt as SoftPrompt
+    from softprompt.training.callbacks import Watcher as Watcher
     from softprompt.training.ensemble import EnsembleResult as EnsembleResult
     from softprompt.training.ensemble import tune_ensemble as tune_ensemble
-    from softprompt.training.trainable import TrainablePrompt as TrainablePrompt
+    from softprompt.training.hf_module import TrainablePrompt as TrainablePrompt
     from softprompt.training.tune import TuneResult as TuneResult
     from softprompt.training.tune import tune as tune
-    from softprompt.training.watcher import Watcher as Watcher
 
 __version__ = "0.1.0"
 
 # Where each public name lives: imported on first use, so that `softprompt --help` does not wait for torch.
 _HOMES = {
-    "softprompt.comparison.compare": ("Comparison", "ComparisonWatcher", "compare"),
+    "softprompt.comparison.run": ("Comparison", "ComparisonWatcher", "compare"),
     "softprompt.config": ("GenerateConfig", "TuneConfig"),
     "softprompt.data.rows": ("Rows", "load_data"),
     "softprompt.errors": (
@@ -61,15 +61,15 @@ _HOMES = {
     "softprompt.evaluation.intervals": ("Metric",),
     "softprompt.evaluation.predict": ("Prediction", "predict"),
     "softprompt.generation": ("generate",),
-    "softprompt.model.choice": ("freeze",),
+    "softprompt.model.backends.verify": ("freeze",),
     "softprompt.model.frozen": ("FrozenModel",),
-    "softprompt.model.loading": ("load_model",),
+    "softprompt.model.load": ("load_model",),
     "softprompt.prompt.ensemble": ("Ensemble", "load_prompt"),
     "softprompt.prompt.soft_prompt": ("SoftPrompt",),
     "softprompt.training.ensemble": ("EnsembleResult", "tune_ensemble"),
     "softprompt.training.tune": ("TuneResult", "tune"),
-    "softprompt.training.trainable": ("TrainablePrompt",),
-    "softprompt.training.watcher": ("Watcher",),
+    "softprompt.training.hf_module": ("TrainablePrompt",),
+    "softprompt.training.callbacks": ("Watcher",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # noqa: PLE0605

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softprompt.config import GenerateConfig, Mode
 from softprompt.data.columns import INSTRUCTED
-from softprompt.data.examples import Encoder, leading_tokens, plain_ids, require_embeddings
+from softprompt.data.encoder import Encoder, leading_tokens, plain_ids, require_embeddings
 from softprompt.data.labels import is_blank
 from softprompt.data.rows import Row
 from softprompt.data.templates import DEFAULT_TEMPLATE

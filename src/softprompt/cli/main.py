@@ -12,16 +12,17 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 
 import click
 
-from softprompt import __version__, launch, signals
-from softprompt.cli.compare_verb import compare
-from softprompt.cli.demo_verb import demo
-from softprompt.cli.doctor_verb import doctor
-from softprompt.cli.model_verbs import models
-from softprompt.cli.predict_verb import predict
-from softprompt.cli.prompt_verbs import prompts
+from softprompt import __version__
+from softprompt.cli.compare import compare
+from softprompt.cli.demo import demo
+from softprompt.cli.doctor import doctor
+from softprompt.cli.evaluate import evaluate, generate
+from softprompt.cli.models import models
+from softprompt.cli.predict import predict
+from softprompt.cli.prompts import prompts
 from softprompt.cli.streams import usable_streams
-from softprompt.cli.tune_verbs import check, tune
-from softprompt.cli.use_verbs import evaluate, generate
+from softprompt.cli.tune import check, tune
+from softprompt.distributed import launch, signals
 from softprompt.errors import SoftpromptError
 
 _FIRST_SPEAKS = 10.0  # seconds that the first process is given to tell of an error, before another one does

@@ -129,7 +129,7 @@ def load(
     quiet()
     import torch
 
-    from softprompt.model.loading import load_model, resolve_threads
+    from softprompt.model.load import load_model, resolve_threads
 
     torch.set_num_threads(resolve_threads(config.threads))
     return load_model(
@@ -153,7 +153,7 @@ def require_named_code(trust_remote_code: bool) -> None:
 def prompt_named(name: str) -> Prompt | None:
     """Return the prompt that a verb was given, None for the base model."""
     from softprompt.prompt.ensemble import load_prompt
-    from softprompt.prompt.store import UNTOUCHED
+    from softprompt.prompt.registry import UNTOUCHED
 
     return None if name == UNTOUCHED else load_prompt(name)
 

@@ -14,10 +14,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scoring import TextScorer, perplexity
+from softprompt.evaluation.scores import TextScorer, perplexity
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import give_back
 

@@ -14,8 +14,8 @@ from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format
 from softprompt.errors import InputError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
-from softprompt.evaluation.ranking import PRIMARY, lower_is_better, statistic
-from softprompt.evaluation.scoring import Confusion
+from softprompt.evaluation.primary_metric import PRIMARY, lower_is_better, statistic
+from softprompt.evaluation.scores import Confusion
 from softprompt.storage import write_text
 
 

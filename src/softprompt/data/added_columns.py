@@ -16,7 +16,7 @@ from softprompt.data.csv_reader import CsvFile
 from softprompt.data.lines import BYTE_ORDER_MARK, text_lines
 from softprompt.data.readers import Record, existing_file, json_record, read_records, split_range
 from softprompt.errors import DataError
-from softprompt.packages import require_package
+from softprompt.extras import require_package
 
 Kind = Literal["csv", "jsonl", "parquet", "lines"]
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 
 
 def draw(rows: int, batch_size: int, step: int, seed: int) -> list[int]:

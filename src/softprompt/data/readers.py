@@ -13,7 +13,7 @@ from typing import Any
 from softprompt.data.csv_reader import read_csv
 from softprompt.data.lines import BYTE_ORDER_MARK, text_lines
 from softprompt.errors import DataError, nearest
-from softprompt.packages import require_package
+from softprompt.extras import require_package
 
 Record = dict[str, Any]
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.data.columns import INPUT_COLUMN, TARGET_COLUMN, Layout, Task, find_layout
+from softprompt.data.disk_rows import SpooledRows, kept
 from softprompt.data.labels import clean_label, is_blank, warn_of_labels
 from softprompt.data.readers import Record, read_records
-from softprompt.data.spool import SpooledRows, kept
 from softprompt.data.values import NoScalarError, loose_text, require_characters, scalar_text, spelled
 from softprompt.errors import DataError
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.config import Calibration
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
-from softprompt.evaluation.scoring import LabelScorer, LabelScores, Scorer, Scores, make_scorer
+from softprompt.evaluation.scores import LabelScorer, LabelScores, Scorer, Scores, make_scorer
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # those of Zhao et al. 2021
 _ROUNDS = 10  # of prior matching; more change nothing to speak of

@@ -8,10 +8,10 @@ from copy import copy
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows
-from softprompt.evaluation.ensemble import scored
-from softprompt.evaluation.scoring import LabelScorer, LabelScores
+from softprompt.evaluation.average import scored
+from softprompt.evaluation.scores import LabelScorer, LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import Footprint, measure, micro_batch_tokens
 from softprompt.prompt.ensemble import Prompt, require_all_fit

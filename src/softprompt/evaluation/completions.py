@@ -14,13 +14,13 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 
 from softprompt.config import GenerateConfig
-from softprompt.data.examples import Encoder, plain_ids
+from softprompt.data.encoder import Encoder, plain_ids
 from softprompt.data.rows import Row, Rows
 from softprompt.data.templates import Format
 from softprompt.decoding import continue_ids
 from softprompt.errors import DataError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
-from softprompt.evaluation.ranking import bleu, chrf, ranking_metric, statistic
+from softprompt.evaluation.primary_metric import bleu, chrf, ranking_metric, statistic
 from softprompt.evaluation.words import Words
 from softprompt.model.frozen import FrozenModel
 

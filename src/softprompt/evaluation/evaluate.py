@@ -14,16 +14,16 @@ from torch import Tensor
 from softprompt.config import Calibration
 from softprompt.data.added_columns import with_columns
 from softprompt.data.chat import dated
-from softprompt.data.examples import Encoder
+from softprompt.data.encoder import Encoder
 from softprompt.data.labels import clean_label
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.templates import default_template, make_format, require_unseen_answer
 from softprompt.errors import DataError, nearest
+from softprompt.evaluation.average import combined
 from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
 from softprompt.evaluation.completions import complete
-from softprompt.evaluation.ensemble import combined
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scoring import Confusion, LabelScorer, LabelScores, Scorer, tokens_at_once
+from softprompt.evaluation.scores import Confusion, LabelScorer, LabelScores, Scorer, tokens_at_once
 from softprompt.model.frozen import FrozenModel
 from softprompt.notices import warn
 from softprompt.prompt.ensemble import Ensemble, Prompt, require_all_fit

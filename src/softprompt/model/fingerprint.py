@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import PretrainedConfig
 
-from softprompt.model.first_fingerprint import FirstFingerprint, first_fingerprint
+from softprompt.model.fingerprint_v1 import FirstFingerprint, first_fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.tokenizer_facts import different_tokenizer, tokenizer_facts
 from softprompt.model.weight_sample import different_weights, require_readable, sample_weights

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.data.examples import Example, common_start
-from softprompt.model.ahead import one_each
-from softprompt.model.continuing import ContinuedRows, OwnPrefixes, SharedCache
+from softprompt.data.encoder import Example, common_start
+from softprompt.model.backends.base import Way, input_device
+from softprompt.model.backends.decode import ContinuedRows, OwnPrefixes, SharedCache
+from softprompt.model.backends.prefix_batch import one_each
 from softprompt.model.prefix import Prefix, is_deep
-from softprompt.model.way import Way, input_device
 
 _KEPT = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
 _WORTH_A_PASS = 64  # tokens: running a few alone takes as long as running so many more along with others

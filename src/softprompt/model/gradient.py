@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softprompt.data.examples import Example
+from softprompt.data.encoder import Example
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_deep
 

@@ -15,10 +15,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from softprompt.launch import local_count
-from softprompt.model.attention import LIKE, like_lengths
+from softprompt.distributed.launch import local_count
+from softprompt.model.backends.attention import LIKE, like_lengths
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.head import LOGITS_AT_ONCE
+from softprompt.model.lm_head import LOGITS_AT_ONCE
 
 try:
     import resource

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from softprompt.errors import PromptError
 from softprompt.model.bundled import BUNDLED
 from softprompt.model.fingerprint import AnyFingerprint, fingerprint
-from softprompt.model.first_fingerprint import FirstFingerprint
+from softprompt.model.fingerprint_v1 import FirstFingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.loading import looks_local
+from softprompt.model.load import looks_local
 
 
 class BaseModelRecord(BaseModel):

@@ -14,6 +14,7 @@ from torch import Tensor
 from softprompt.data.templates import Format
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.registry import ENSEMBLE, find, member_name
 from softprompt.prompt.soft_prompt import (
     FORMAT_VERSION,
     Record,
@@ -22,7 +23,6 @@ from softprompt.prompt.soft_prompt import (
     read_soft_prompt,
     require_fit,
 )
-from softprompt.prompt.store import ENSEMBLE, find, member_name
 from softprompt.storage import strict_json, write_folder, write_text
 
 _MEMBER = re.compile(r"member-[1-9][0-9]{0,2}")

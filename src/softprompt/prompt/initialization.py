@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.config import MOST_TOKENS
-from softprompt.data.examples import plain_ids, require_embeddings, token_ids
+from softprompt.data.encoder import plain_ids, require_embeddings, token_ids
 from softprompt.data.rows import Row
 from softprompt.data.split import labels_in_turn
 from softprompt.data.templates import Format

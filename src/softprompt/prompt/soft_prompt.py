@@ -25,7 +25,7 @@ from softprompt.model.fingerprint import difference
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_deep
 from softprompt.prompt.base_model import BaseModelRecord, base_model_record
-from softprompt.prompt.store import ADAPTER, ENSEMBLE, find
+from softprompt.prompt.registry import ADAPTER, ENSEMBLE, find
 from softprompt.storage import strict_json, write_folder
 
 WEIGHTS, RECORD, CARD = "adapter_model.safetensors", "softprompt.json", "README.md"

@@ -10,17 +10,17 @@ from pathlib import Path
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.split import sample, split_rows
+from softprompt.distributed.collective import launched
+from softprompt.distributed.signals import saves_before_it_ends
 from softprompt.errors import SettingsError
-from softprompt.evaluation.ensemble import averaged
+from softprompt.evaluation.average import averaged
 from softprompt.model.frozen import FrozenModel
-from softprompt.processes import launched
 from softprompt.prompt.ensemble import Ensemble, joined
-from softprompt.prompt.store import member_name
-from softprompt.signals import saves_before_it_ends
-from softprompt.training.plan import make_plan
+from softprompt.prompt.registry import member_name
+from softprompt.training.callbacks import Watcher
+from softprompt.training.prepare import make_plan
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import TuneResult, data_hashes, identity_of, pace_of, tune
-from softprompt.training.watcher import Watcher
 
 _LEAST = 0.01  # minutes, where finding out how long a step takes takes all there are
 

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 from softprompt.config import TuneConfig, read_settings, to_yaml
 from softprompt.errors import InputError, SettingsError, StorageError
+from softprompt.extras import require_package
 from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.fingerprint import AnyFingerprint, difference
 from softprompt.model.frozen import FrozenModel
-from softprompt.packages import require_package
 from softprompt.storage import (
     MARK,
     read_json_object,

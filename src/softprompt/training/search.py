@@ -11,9 +11,9 @@ from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Task
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.plan import Plan, make_plan
-from softprompt.training.prompt_loop import PromptLoop
-from softprompt.training.watcher import Watcher
+from softprompt.training.callbacks import Watcher
+from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.prompt_trainer import PromptLoop
 
 FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
 _SCORING = 0.25  # of max_minutes, at most, goes into scoring what is tried

@@ -15,21 +15,21 @@ import torch
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
-from softprompt.evaluation.scoring import Scores
-from softprompt.launch import fewer_than_asked_for
+from softprompt.distributed.collective import Processes, launched
+from softprompt.distributed.launch import fewer_than_asked_for
+from softprompt.distributed.signals import saves_before_it_ends, stops_together
+from softprompt.evaluation.scores import Scores
+from softprompt.extras import require_package
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.packages import require_package
-from softprompt.processes import Processes, launched
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
-from softprompt.signals import saves_before_it_ends, stops_together
-from softprompt.training import agreement
-from softprompt.training.loop import Outcome, Pace, measure_pace
-from softprompt.training.plan import Plan, make_plan, most_steps
-from softprompt.training.prompt_loop import PromptLoop
+from softprompt.training import sync
+from softprompt.training.callbacks import Watcher
+from softprompt.training.prepare import Plan, make_plan, most_steps
+from softprompt.training.prompt_trainer import PromptLoop
 from softprompt.training.run_folder import BASE_MODEL, RunFolder, SilentRunFolder
 from softprompt.training.search import hindrance, search
-from softprompt.training.watcher import Watcher
+from softprompt.training.trainer import Outcome, Pace, measure_pace
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ def tune(
         state = None
         given = config or TuneConfig()
         if resume:
-            given, state = agreement.resume(processes, run, given, identity, model)
+            given, state = sync.resume(processes, run, given, identity, model)
             plan = make_plan(model, data, given, eval_data)
         else:
             plan = _plan(model, data, given, eval_data, processes, identity, watcher, pace)
-        plan = agreement.agree(processes, plan, identity)
+        plan = sync.agree(processes, plan, identity)
         if not resume:
             run.begin(plan.config, identity)
         step = state.progress.step if state else 0
@@ -154,7 +154,7 @@ def _plan(
         if not seconds:
             pace = None
         else:
-            pilot = agreement.agree(processes, make_plan(model, data, config, eval_data), identity)
+            pilot = sync.agree(processes, make_plan(model, data, config, eval_data), identity)
             most = most_steps(pilot, config)
             pace = pace or measure_pace(PromptLoop(model, pilot, processes=processes), seconds)
         if config.budget == "thorough":

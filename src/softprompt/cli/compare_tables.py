@@ -1,0 +1,83 @@
+"""What people see of a comparison in the terminal: what is running and how long it will take, and the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from softprompt.cli.tables import TerminalWatcher, err, figure, plain_table
+from softprompt.comparison.methods.base import Protocol
+from softprompt.comparison.results import Result
+from softprompt.comparison.run import ComparisonWatcher
+from softprompt.formatting import size
+from softprompt.training.callbacks import Watcher
+
+_QUICK = 30.0  # seconds: about what a method without training takes
+
+
+class TerminalComparison(ComparisonWatcher):
+    """Says which method is at work and how much time is left."""
+
+    def begin(self, protocol: Protocol, done: Sequence[Result], todo: Sequence[tuple[str, int]]) -> None:
+        self.todo, self.protocol = list(todo), protocol
+        err.print(
+            f"{len(protocol.train)} training rows, {len(protocol.validation)} validation rows, "
+            f"{len(protocol.test)} test rows"
+        )
+        if done:
+            err.print(f"{len(done)} results are there already: {', '.join(f'{r.method} {r.seed}' for r in done)}")
+        self.count = len(todo)
+
+    def method(self, name: str, seed: int) -> Watcher:
+        self.began = time.monotonic()
+        left = sum(_QUICK if n == "zero-shot" else self.protocol.seconds + _QUICK for n, _ in self.todo)
+        # So many examples take as long as they take.
+        about = f", about {max(1, round(left / 60))} min left" if self.protocol.equal == "time" else ""
+        number = self.count - len(self.todo) + 1
+        err.print(f"{name}, seed {seed}: running, {number} of {self.count}{about}")
+        return TerminalWatcher(None, transient=True)
+
+    def failed(self, name: str, seed: int, reason: str) -> None:
+        self.todo.remove((name, seed))
+        err.print(f"{name}, seed {seed}: {reason}", markup=False)
+
+    def result(self, result: Result) -> None:
+        self.todo.remove((result.method, result.seed))
+        metric = result.primary
+        name = result.ranking
+        err.print(
+            f"{result.method}, seed {result.seed}: {name} {figure(name, metric.value)} "
+            f"({figure(name, metric.low)} to {figure(name, metric.high)}) "
+            f"after {time.monotonic() - self.began:.0f} s"
+        )
+
+
+def comparison_table(results: Sequence[Result]) -> Table:
+    """Return a line a method, the mean over its seeds."""
+    name = results[0].ranking
+    rows = []
+    for method in dict.fromkeys(r.method for r in results):
+        mine = [r for r in results if r.method == method]
+        first, costs = mine[0].primary, [r.costs for r in mine]
+        values = [r.primary.value for r in mine]
+        spread = (
+            f"({figure(name, first.low)} to {figure(name, first.high)})"
+            if len(mine) == 1
+            else f"({figure(name, min(values))} to {figure(name, max(values))}, {len(mine)} seeds)"
+        )
+        rows.append(
+            (
+                method,
+                f"{figure(name, float(np.mean(values)))} {spread}",
+                f"{costs[0].trainable_parameters:,}",
+                size(costs[0].stored_bytes),
+                f"{np.mean([c.train_seconds for c in costs]):.0f} s",
+                size(int(np.mean([c.peak_bytes for c in costs]))),
+                f"{1000 * np.mean([c.prediction_seconds for c in costs]):.0f} ms",
+            )
+        )
+    headers = ("method", name.replace("_", " "), "trainable params", "stored", "learning", "memory", "a row")
+    return plain_table(headers, rows, whole=1)

@@ -1,0 +1,181 @@
+"""`softprompt demo`: the whole path on the bundled model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from softprompt.cli.options import json_option, load, say, set_option, verbose_option
+
+if TYPE_CHECKING:
+    from softprompt.data.rows import Row, Rows
+    from softprompt.evaluation.evaluate import Evaluation
+    from softprompt.evaluation.intervals import Metric
+    from softprompt.model.frozen import FrozenModel
+    from softprompt.prompt.soft_prompt import SoftPrompt
+    from softprompt.training.tune import TuneResult
+
+_SHOWN = 6
+_STEPS = 60  # what fits in a few minutes on two cores
+_WRITTEN = 16  # new tokens of the text that is written freely
+
+
+@click.command()
+@click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="The run's folder; runs/demo.")
+@set_option
+@verbose_option
+@json_option
+def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json: bool) -> None:
+    """Watch a small model learn to route support messages.
+
+    Fetches the bundled model once (93 MB), tunes a prompt on 180 messages to an online shop, and compares it with the
+    base model on 60 others. A few minutes on two cores.
+    """
+    from softprompt.config import TuneConfig, read_settings
+    from softprompt.model.bundled import DEFAULT_MODEL
+
+    config, origins = read_settings(TuneConfig, assignments=assignments, max_steps=_STEPS)
+    model = load(DEFAULT_MODEL, config)
+
+    from softprompt.cli.tables import TerminalWatcher, print_json
+    from softprompt.data.split import split_rows
+    from softprompt.evaluation.evaluate import evaluate
+    from softprompt.training.tune import tune
+
+    train, test = demo_rows("train"), demo_rows("test")
+    run = out or _free_folder(Path("runs/demo"))
+    say(f"\nTuning a prompt on {len(train)} messages to an online shop, labelled\n{', '.join(train.labels)}.\n")
+    result = tune(model, train, config, out=run, watcher=TerminalWatcher(origins, verbose=verbose))
+    say(f"\nScoring {len(test)} messages that were held back, without the prompt and with it.\n")
+    learned, validation = split_rows(train, None, config.eval_rows, config.seed)  # as `tune` has split them
+    done = evaluate(model, test, result.prompt, bias_rows=(learned, validation) if validation is not None else None)
+    answers = _answers(model, test[:_SHOWN], result.prompt, done.base_bias)
+    if as_json:
+        print_json(_json(run, result.seconds, done, answers))
+    else:
+        _show(run, result, done, answers)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the base model and the tuned one answer to some messages.
+
+    Attributes:
+        messages, right: the messages and their labels.
+        base, tuned: the label that each chooses.
+        base_text, tuned_text: what each writes behind the first message, free to write anything.
+    """
+
+    messages: list[str]
+    right: list[str]
+    base: list[str]
+    tuned: list[str]
+    base_text: str
+    tuned_text: str
+
+
+def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> Answers:
+    """Let both models choose a label for each row, by the same rule, and write freely behind the first."""
+    from softprompt.config import GenerateConfig
+    from softprompt.evaluation.calibration import shifted
+    from softprompt.evaluation.choosing import choose
+    from softprompt.generation import generate
+
+    messages = [row["text"] for row in rows]
+    some = GenerateConfig(max_new_tokens=_WRITTEN)
+    chosen = shifted(choose(model, prompt, rows, virtual_tokens=False), base_bias)
+    base = [chosen.labels[best] for best in chosen.predicted]
+    tuned = generate(model, messages, prompt)
+    (base_text,), (tuned_text,) = (
+        generate(model, messages[:1], prompt, some, mode="write", virtual_tokens=with_) for with_ in (False, True)
+    )
+    return Answers(messages, [row["label"] for row in rows], base, tuned, base_text, tuned_text)
+
+
+def _show(run: Path, result: TuneResult, done: Evaluation, answers: Answers) -> None:
+    """Print the scores, some answers, where the prompt is and, last, what it gained."""
+    from softprompt.cli.tables import metrics_table, out, plain_table, side_by_side
+
+    out.print(metrics_table(done.metrics, done.without_prompt, f"{done.rows} messages held back, 95 % intervals"))
+    out.print()
+    out.print(side_by_side(answers.messages, answers.base, answers.tuned, answers.right))
+    out.print()
+    out.print(
+        plain_table(
+            ("", "label chosen", "writes freely"),
+            [
+                ("without prompt", answers.base[0], repr(answers.base_text)),
+                ("with prompt", answers.tuned[0], repr(answers.tuned_text)),
+            ],
+            "The first message, once choosing a label and once writing freely",
+            whole=2,
+        )
+    )
+    tokens, parameters = result.prompt.num_virtual_tokens, result.prompt.weights.numel()
+    out.print(
+        f"\nThe base model is unchanged. The {tokens} virtual tokens that were trained\n"
+        f"({parameters:,} parameters) are in {run / 'prompt'}, which PEFT reads too. Next:\n",
+        soft_wrap=True,
+        markup=False,
+    )
+    for line in (
+        f'softprompt generate {run / "prompt"} "my parcel never came" --versus-base',
+        "softprompt check YOUR.csv                    # columns text,label: a dry run",
+        "softprompt tune YOUR.csv --out runs/mine     # your own task",
+        "softprompt evaluate runs/mine/prompt TEST.csv",
+    ):
+        out.print(f"  {line}", markup=False, soft_wrap=True)
+    assert done.without_prompt is not None
+    effort = f"after {result.steps} steps in {result.seconds:.0f} s"
+    out.print("\n" + gain(done.rows, done.metrics["accuracy"], done.without_prompt["accuracy"], effort))
+
+
+def gain(rows: int, tuned: Metric, base: Metric, effort: str) -> str:
+    """Say in one sentence what a prompt gained, by `effort`, on rows that it had not seen."""
+    from softprompt.cli.tables import figure
+
+    right, before = round(tuned.value * rows), round(base.value * rows)
+    share, share_before = figure("accuracy", tuned.value), figure("accuracy", base.value)
+    seen = f"f {rows} messages it had not seen, the model"
+    if right > before:
+        chance = "; so small a difference may be chance" if tuned.low <= base.high else ""
+        shares = f"({share} instead of {share_before})"
+        return f"O{seen} now routes {right} right instead of {before} {shares}, {effort}{chance}."
+    than = f"as many as without it ({share})" if right == before else f"{before} without it ({share}, {share_before})"
+    return f"Nothing was gained {effort}: o{seen} routes {right} right with the prompt, {than}."
+
+
+def demo_rows(part: str) -> Rows:
+    """Return the demo's messages, `train` or `test`; they come with the package."""
+    from importlib.resources import as_file, files
+
+    from softprompt.data.rows import load_data
+
+    with as_file(files("softprompt.demo") / f"support-{part}.csv") as path:
+        return load_data(path)
+
+
+def _free_folder(wanted: Path) -> Path:
+    """Return a folder that does not exist yet: a second demo does not overwrite the first."""
+    number, folder = 1, wanted
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def _json(run: Path, seconds: float, done: Evaluation, answers: Answers) -> dict[str, Any]:
+    each = zip(answers.messages, answers.tuned, answers.base, strict=True)
+    assert done.without_prompt is not None
+    return {
+        "run": str(run),
+        "seconds": round(seconds, 1),
+        "metrics": {name: metric.model_dump() for name, metric in done.metrics.items()},
+        "without_prompt": {name: metric.model_dump() for name, metric in done.without_prompt.items()},
+        "outputs": [{"input": text, "text": tuned, "base": base} for text, tuned, base in each],
+        "written": {"input": answers.messages[0], "text": answers.tuned_text, "base": answers.base_text},
+    }

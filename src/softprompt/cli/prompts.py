@@ -1,0 +1,190 @@
+"""`softprompt prompts`: prompts that are kept by name, and what is in one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from softprompt.cli.options import json_option, load_for, model_option, revision_option, say, set_option
+from softprompt.errors import PromptError
+
+if TYPE_CHECKING:
+    from softprompt.prompt.ensemble import Prompt
+
+_NEAREST = 5
+
+
+@click.group()
+def prompts() -> None:
+    """Prompts kept by name: list, show, add, import, export, remove.
+
+    Each name has numbered versions; NAME is the newest, NAME@2 the second.
+    """
+
+
+@prompts.command("list")
+@json_option
+def list_prompts(as_json: bool) -> None:
+    """List the prompts that are kept."""
+    from softprompt.cli.tables import figures, out, plain_table, print_json
+    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.registry import names, store_folder, versions
+
+    found = [f"{name}@{version}" for name in names() for version in versions(name)]
+    loaded = {}
+    for name in found:
+        try:
+            loaded[name] = load_prompt(name)
+        except PromptError as error:  # the others are there all the same
+            say(f"softprompt: {name}: {error}")
+    if as_json:
+        print_json({"prompts": [{"name": name, **_summary(prompt)} for name, prompt in loaded.items()]})
+        return
+    if not found:
+        say(f"no prompts are kept in {store_folder()}; tune --name N keeps one, and so does prompts add")
+        return
+    rows = [
+        (name, p.record.task, p.record.base_model.name, str(p.num_virtual_tokens), figures(p.record.metrics))
+        for name, p in loaded.items()
+    ]
+    out.print(plain_table(("name", "task", "base model", "virtual tokens", "validation"), rows))
+
+
+@prompts.command("show")
+@click.argument("prompt")
+@model_option
+@set_option
+@json_option
+def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Show a prompt: what it is for, the words nearest to its virtual tokens; with --json, how it was trained."""
+    from softprompt.cli.tables import figures, out, plain_table, print_json
+    from softprompt.config import ModelConfig, read_settings
+    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.nearest_tokens import nearest_tokens
+    from softprompt.prompt.soft_prompt import SoftPrompt
+
+    place, _ = read_settings(ModelConfig, assignments=assignments)
+    soft = load_prompt(prompt)
+    plain = soft if isinstance(soft, SoftPrompt) and soft.method == "soft-prompt" else None  # others are near no words
+    near = nearest_tokens(load_for(soft, model, place), plain, _NEAREST) if plain else []
+    if as_json:
+        tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
+        print_json({**_summary(soft), "training": soft.record.training, "nearest_tokens": tokens})
+        return
+    facts = {name: value for name, value in _summary(soft).items() if value not in (None, {}, False)}
+    if soft.record.metrics:
+        facts["metrics"] = figures(soft.record.metrics)
+    texts = [(name.replace("_", " "), value if name == "metrics" else repr(value)) for name, value in facts.items()]
+    out.print(plain_table(("", ""), texts))
+    if plain is None:
+        return
+    lines = [
+        (str(n), f"{norm:.2f}", "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row))
+        for n, (norm, row) in enumerate(zip(plain.weights.norm(dim=1).tolist(), near, strict=True), start=1)
+    ]
+    out.print(plain_table(("token", "norm", "nearest in the vocabulary, with cosine similarity"), lines))
+
+
+@prompts.command("add")
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path))
+def add_prompt(name: str, folder: Path) -> None:
+    """Keep the prompt in FOLDER under NAME, as its next version."""
+    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.registry import keep, new_version
+
+    new_version(name)
+    click.echo(keep(load_prompt(_here(folder)), name))
+
+
+@prompts.command("import")
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path))
+@model_option
+@click.option("--task", type=click.Choice(("classification", "completion", "text")), default="text", show_default=True)
+@set_option
+@revision_option
+def import_prompt(
+    name: str, folder: Path, model: str | None, task: str, assignments: tuple[str, ...], revision: str | None
+) -> None:
+    """Keep a prompt that PEFT trained, with what PEFT's folder does not say.
+
+    That is its task and --set template=… , chat_template=… , verbalizers=… ; and the base model's fingerprint, which is
+    taken here, so that the prompt is never run on another model.
+    """
+    from softprompt.config import FormatConfig, read_settings
+    from softprompt.prompt.registry import keep, new_version
+    from softprompt.prompt.soft_prompt import described, load_soft_prompt
+
+    new_version(name)
+    config, _ = read_settings(FormatConfig, assignments=assignments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the folder does not say: that is added here
+        soft = load_soft_prompt(_here(folder))
+    frozen = load_for(soft, model, config, revision)
+    trained_on = soft.record.base_model
+    if not trained_on.may_be(frozen.source):
+        say(
+            f"softprompt: warning: {folder} names {trained_on.id} as its base model; it is bound to {frozen.source} "
+            "now, and of no use if that is another model"
+        )
+    made = described(soft, frozen, task, config)  # type: ignore[arg-type]
+    click.echo(keep(made, name))
+
+
+@prompts.command("export")
+@click.argument("prompt")
+@click.argument("folder", type=click.Path(path_type=Path))
+def export_prompt(prompt: str, folder: Path) -> None:
+    """Write a kept prompt to FOLDER, which PEFT and vLLM's users can read."""
+    from softprompt.prompt.ensemble import load_prompt
+
+    soft = load_prompt(prompt)
+    click.echo(soft.save(folder))
+    say(
+        f"PEFT reads the virtual tokens; it does not know the template {soft.record.template!r}"
+        + (", the chat template" if soft.record.chat_template else "")
+        + (" or the labels" if soft.record.verbalizers else "")
+        + ": put texts through them yourself, and pad on the right"
+    )
+
+
+@prompts.command("remove")
+@click.argument("prompt")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove_prompt(prompt: str, yes: bool) -> None:
+    """Remove a kept prompt: NAME with all its versions, or NAME@VERSION."""
+    from softprompt.prompt.registry import matching, remove
+
+    found = matching(prompt)
+    if not yes:
+        click.confirm(f"remove {', '.join(found)}?", abort=True, err=True)
+    remove(found)
+    click.echo(f"removed {', '.join(found)}")
+
+
+def _here(folder: Path) -> str:
+    """Return a folder as no kept prompt can be called."""
+    return f"{folder}/"
+
+
+def _summary(prompt: Prompt) -> dict[str, Any]:
+    from softprompt.prompt.ensemble import Ensemble
+
+    record = prompt.record
+    return {
+        "method": "ensemble" if isinstance(prompt, Ensemble) else prompt.method,
+        "members": len(prompt.members),
+        "task": record.task,
+        "base_model": record.base_model.id,
+        "revision": record.base_model.revision,
+        "virtual_tokens": prompt.num_virtual_tokens,
+        "parameters": sum(member.numel() for member in prompt.members),
+        "template": record.template,
+        "chat_template": record.chat_template,
+        "verbalizers": record.verbalizers,
+        "metrics": record.metrics,
+    }

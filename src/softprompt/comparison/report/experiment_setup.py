@@ -1,0 +1,143 @@
+"""How a comparison was measured: rows, seeds, settings, machine, and what the figures mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from softprompt.comparison.report.ranking import Standing
+from softprompt.comparison.results import Result
+from softprompt.data.rows import Row
+from softprompt.formatting import count
+
+_LONGEST_VALUE = 200
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a comparison was measured.
+
+    Attributes:
+        summary: rows, seeds and days, in one line.
+        notes: what the figures mean.
+        shared: the settings that were the same for all methods.
+        own: each method's other settings; several values where its seeds differ.
+        environments: versions and machines, each once.
+    """
+
+    summary: str
+    notes: list[str]
+    shared: dict[str, str]
+    own: dict[str, dict[str, str]]
+    environments: list[dict[str, str]]
+
+
+def provenance(standings: Sequence[Standing], rows: Sequence[Row]) -> Provenance:
+    """Gather how a comparison was measured."""
+    results = [r for s in standings for r in s.results]
+    shared, own = _settings(standings)
+    environments = [r.environment for r in results]
+    return Provenance(
+        summary=", ".join([_rows(results, rows), _seeds(standings), *_days(results)]),
+        notes=[*_NOTES, *_ranked(standings), *_fewer(standings)],
+        shared=shared,
+        own=own,
+        environments=[e for n, e in enumerate(environments) if e and e not in environments[:n]],
+    )
+
+
+_NOTES = [
+    "All methods had the same rows, template and label texts, and were scored by the same code.",
+    "Intervals are 95 % intervals over the test rows: they say how far a figure would move with other rows of the same "
+    "kind, not with other seeds. With several seeds a figure is their mean.",
+    "Differences come from a paired bootstrap: the same test rows are drawn for both methods, 2,000 times (Koehn 2004)."
+    " Two methods cannot be told apart where the interval of their difference contains 0.",
+    "The recommended method is the cheapest of those that cannot be told apart from the best. Cheaper is what needs no "
+    "training, then what has less to keep for a task, then what took less processor time.",
+    "Costs are means over the seeds. Memory is the peak above the loaded model while learning or choosing; the time to "
+    "switch tasks runs from the stored files of another task to the first row that can be answered.",
+]
+
+
+_RANKED = {
+    "exact_match": "exact match, because most right answers have fewer than four words",
+    "chrf": "chrF, which counts characters, because most right answers have no spaces, or some are short and some long",
+    "bleu": "BLEU, because most right answers have at least four words between spaces",
+}
+
+
+def _ranked(standings: Sequence[Standing]) -> list[str]:
+    """Say what the best is the best of, and by which metric where the right answers decide that."""
+    found = []
+    by = standings[0].results[0].ranked_by
+    if by in _RANKED:
+        found.append(f"Methods are ranked by {_RANKED[by]}. What the methods wrote plays no part in that choice.")
+    if len(standings) > 1:
+        found.append(
+            "The best method is picked by its figure on the test rows themselves. The best of several that are picked "
+            "like this looks better than it is: a part of its lead is chance, and its interval does not allow for "
+            "that. For a figure without it, evaluate the method once more on rows that played no part here."
+        )
+    return found
+
+
+def _fewer(standings: Sequence[Standing]) -> list[str]:
+    """Say which methods chose by fewer validation rows, to keep to the time."""
+    found = []
+    for standing in standings:
+        each = [(r.settings.get("eval_rows"), r.rows.get("validation", 0)) for r in standing.results]
+        fewest = min((rows for rows, all_rows in each if isinstance(rows, int) and rows < all_rows), default=None)
+        if fewest is not None:
+            found.append(f"{standing.kind.title} {fewest}")
+    if not found:
+        return []
+    return [f"To keep to the time, some methods chose by a part of the validation rows: {', '.join(found)}."]
+
+
+def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:
+    """Say what was learned from and scored: completions that share an input are scored together."""
+    scored = len(results[0].statistics)
+    inputs = "" if scored == len(rows) else f" with {count(scored)} inputs"
+    used = {part: max(r.rows.get(part, 0) for r in results) for part in ("train", "validation")}
+    said = [
+        f"{count(number)} {'training' if part == 'train' else part} rows" for part, number in used.items() if number
+    ]
+    return ", ".join([*said, f"{count(len(rows))} test rows{inputs}"])
+
+
+def _seeds(standings: Sequence[Standing]) -> str:
+    numbers = {len(s.results) for s in standings}
+    if len(numbers) > 1:
+        return "seeds: " + ", ".join(f"{s.kind.title} {len(s.results)}" for s in standings)
+    (number,) = numbers
+    return "one seed" if number == 1 else f"{number} seeds"
+
+
+def _days(results: Sequence[Result]) -> list[str]:
+    days = sorted({r.date[:10] for r in results if r.date})
+    return [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else []
+
+
+def _settings(standings: Sequence[Standing]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Return the settings that are the same for all, and each method's own."""
+    every: dict[str, dict[str, str]] = {}
+    for standing in standings:
+        of_seeds = [{name: _value(value) for name, value in r.settings.items()} for r in standing.results]
+        names = dict.fromkeys(name for settings in of_seeds for name in settings)
+        every[standing.kind.title] = {
+            name: " / ".join(dict.fromkeys(settings[name] for settings in of_seeds if name in settings))
+            for name in names
+        }
+    first = next(iter(every.values()))
+    shared = {name: text for name, text in first.items() if all(s.get(name) == text for s in every.values())}
+    own = {method: {n: v for n, v in settings.items() if n not in shared} for method, settings in every.items()}
+    return shared, {method: settings for method, settings in own.items() if settings}
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"

@@ -1,0 +1,159 @@
+"""The report of a comparison: a page that needs nothing else, the same as Markdown, and a picture."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from softprompt.comparison.report import plots
+from softprompt.comparison.report.confusion import mistakes
+from softprompt.comparison.report.experiment_setup import provenance
+from softprompt.comparison.report.ranking import Standing, make_standings
+from softprompt.comparison.report.recommendation import recommend
+from softprompt.comparison.report.samples import choose_samples
+from softprompt.comparison.report.tables import (
+    KEPT,
+    MEMORY,
+    PARAMETERS,
+    PREDICTION,
+    TRAINING,
+    Cell,
+    full_table,
+    short_table,
+)
+from softprompt.comparison.results import Result
+from softprompt.data.rows import Row
+from softprompt.extras import require_package
+from softprompt.formatting import metric_name, metric_title
+from softprompt.storage import write_text
+
+PAGE, MARKDOWN, PICTURE = "report.html", "report.md", "report.png"
+_HEIGHT = 280  # of a plot that is 360 wide
+_LONGEST_NAME = 48  # in the picture
+
+
+def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -> Path:
+    """Write `report.html`, `report.md` and `report.png`.
+
+    Args:
+        results: of one comparison, one a method and seed.
+        rows: the test rows, in the order of the results' predictions.
+        folder: where to; it is made if it is not there.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: matplotlib is missing, or the results are not of one comparison on these rows.
+        StorageError: a file cannot be written.
+    """
+    require_package("matplotlib", "the report")
+    standings = make_standings(results, rows)
+    measured = provenance(standings, rows)
+    groups = full_table(standings)
+    data, base_model = results[0].data, results[0].base_model
+    quality = metric_title(standings[0].primary)
+    beside = (quality, TRAINING, KEPT, PREDICTION)  # the recommendation
+    view = {
+        "data": data,
+        "base_model": base_model,
+        "standings": standings,
+        "recommendation": recommend(standings),
+        "metric": quality,
+        "short": short_table(standings),
+        "groups": groups,
+        "key": beside,
+        "confusions": [found for s in standings if (found := mistakes(s)) is not None],
+        "samples": choose_samples(standings, rows),
+        "provenance": measured,
+        "picture": PICTURE,
+    }
+    environment = Environment(
+        loader=PackageLoader("softprompt.comparison.report", "."),
+        autoescape=select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(cut=_cut, code=_code, words=_words, cell=_cell)
+    drawn = _plots(standings, {line.title: line.cells for group in groups for line in group.lines})
+    write_text(folder / PAGE, environment.get_template(PAGE).render(view, plots=drawn))
+    write_text(folder / MARKDOWN, environment.get_template(MARKDOWN).render(view))
+    title = f"{_cut(data, _LONGEST_NAME)} on {_cut(base_model, _LONGEST_NAME)}"
+    plots.write_png(folder / PICTURE, standings, title, _cut(measured.summary, 3 * _LONGEST_NAME))
+    return folder / PAGE
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """A drawn plot and what stands around it."""
+
+    title: str
+    note: str
+    drawn: Markup
+
+
+def _plots(standings: Sequence[Standing], cells: Mapping[str, Sequence[Cell]]) -> list[_Plot]:
+    """Draw the plots; `cells` are the lines of the table by title, to say what is seen in words."""
+    learned = [s for s in standings if any(r.curve for r in s.results)]
+    tall, low = max(200, 64 + 42 * len(standings)), 24 + 32 * len(standings)
+
+    def said(title: str) -> str:
+        return "; ".join(f"{s.kind.title}: {_cell(c)}" for s, c in zip(standings, cells[title], strict=True))
+
+    def plot(title: str, note: str, draw: plots.Draw, words: str, height: int, of: Sequence[Standing] = ()) -> _Plot:
+        legend = 20 * ((len(of) + 1) // 2)
+        drawn = plots.svg(draw, of or standings, f"{title}. {words}", height + legend, legend=bool(of))
+        return _Plot(title, note, Markup(drawn))  # noqa: S704
+
+    def bars(title: str, note: str, draw: plots.Draw) -> _Plot:
+        return plot(title, note, draw, said(title), low)
+
+    figures = said(metric_title(standings[0].primary))
+    against = f"{figures}. {PARAMETERS}: {said(PARAMETERS)}"
+    up = "Up and to the left is much quality from little that is learned."
+    drawn = [
+        plot("Quality", "Test rows, 95 % intervals.", plots.draw_quality, figures, tall),
+        plot("Quality and trainable parameters", up, plots.draw_parameters, against, _HEIGHT, standings),
+    ]
+    name = plots.curve_metric(standings)
+    if name is not None:
+        words = f"Validation {metric_name(name)} against time, for {', '.join(s.kind.title for s in learned)}"
+        note = "Validation rows, a line a seed."
+        drawn.append(plot("Learning curves", note, plots.draw_curves, words, _HEIGHT, learned))
+    return [
+        *drawn,
+        bars(TRAINING, "All that was done before the first prediction.", plots.draw_time),
+        bars(MEMORY, "While learning or choosing.", plots.draw_memory),
+        bars(PREDICTION, "A test row.", plots.draw_prediction),
+    ]
+
+
+def _cut(text: str, most: int) -> str:
+    """Shorten a text; one of nothing but spaces is shown as such."""
+    if not text.strip():
+        return repr(text) if text else "(nothing)"
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def _cell(cell: Cell) -> str:
+    return f"{cell.text} ({cell.detail})" if cell.detail else cell.text
+
+
+def _code(text: str) -> str:
+    """Write a text in Markdown so that nothing in it means anything."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if "`" in line[:1] + line[-1:] else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _words(text: str) -> str:
+    """Write words in Markdown, also inside a table, so that nothing in them means anything."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split(" ")), quote=False).replace("\n", " "))

@@ -1,0 +1,244 @@
+"""How each method stands: its figure over all seeds, its costs, and how far it is from the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from softprompt.comparison.results import Costs, Result, difference, mean_primary
+from softprompt.data.rows import Row, Task
+from softprompt.errors import InputError
+from softprompt.evaluation.intervals import Metric
+from softprompt.evaluation.primary_metric import can_be_best, lower_is_better
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a method without measuring it.
+
+    Attributes:
+        title: its name.
+        phrase: its name inside a sentence.
+        family: the row of the tutorial's table that it belongs to; empty where there is none.
+        advice: what to do where it is recommended.
+        training: what is learned.
+        best_for: when it is taken.
+    """
+
+    title: str
+    phrase: str
+    family: str
+    advice: str
+    training: str
+    best_for: str
+
+
+# In the order of the tutorial's table.
+_KINDS = {
+    "full": Kind(
+        "Full fine-tuning",
+        "full fine-tuning",
+        "Fine-tuning",
+        "Fine-tune the whole model.",
+        "yes: all weights of the model",
+        "one task that must be known deeply, with much data, and room for a whole model for it",
+    ),
+    "lora": Kind(
+        "LoRA",
+        "LoRA",
+        "LoRA",
+        "Use LoRA.",
+        "yes: small matrices beside the weights",
+        "tasks that have to learn what the model does not know, at an adapter for each",
+    ),
+    "soft-prompt": Kind(
+        "Soft prompt",
+        "the soft prompt",
+        "Prompt tuning",
+        "Use the soft prompt.",
+        "yes: a few virtual tokens",
+        "many tasks on one model that stays as it is, some kilobytes for each",
+    ),
+    "deep-prefix": Kind(
+        "Deep prefix",
+        "the deep prefix",
+        "Deep prefix",
+        "Use the deep prefix.",
+        "yes: keys and values for every layer",
+        "many tasks on one model that stays as it is, where a soft prompt learns too little",
+    ),
+    "few-shot": Kind(
+        "Few-shot",
+        "the few-shot prompt",
+        "Prompt engineering",
+        "Put a few examples into the prompt; do not train.",
+        "no: examples are chosen and put into the prompt",
+        "trying out a task with a few examples; models behind an API",
+    ),
+    "zero-shot": Kind(
+        "Zero-shot",
+        "the handwritten prompt",
+        "Prompt engineering",
+        "Write the prompt by hand; do not train.",
+        "no: the task is put in words",
+        "trying out a task at once, without any example; models behind an API",
+    ),
+}
+
+
+def kind_of(method: str) -> Kind:
+    """Return what is known of a method; `soft-prompt-ensemble` is of the kind of `soft-prompt`."""
+    if method in _KINDS:
+        return _KINDS[method]
+    for name, kind in _KINDS.items():
+        if method.startswith(f"{name}-"):
+            rest = method.removeprefix(name).replace("-", " ")
+            phrase = kind.phrase + rest
+            return Kind(kind.title + rest, phrase, kind.family, f"Use {phrase}.", kind.training, kind.best_for)
+    title = method.replace("-", " ")
+    return Kind(title[:1].upper() + title[1:], title, "", f"Use {title}.", "", "")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a method stands.
+
+    Attributes:
+        method: its name in the results.
+        kind: what is known of it.
+        place: its place in the order in which methods are shown.
+        results: one a seed.
+        figure: the primary metric over all seeds, with its interval over the test rows.
+        to_best: how much better it is than the best method, so at most about 0; None for the best itself, which is the
+            first where no method can be called the best (`can_be_best`).
+    """
+
+    method: str
+    kind: Kind
+    place: int
+    results: list[Result]
+    figure: Metric
+    to_best: Metric | None
+
+    @property
+    def task(self) -> Task:
+        """The task's kind."""
+        return self.results[0].task
+
+    @property
+    def primary(self) -> str:
+        """The name of the metric that methods are ranked by."""
+        return self.results[0].ranking
+
+    @property
+    def can_be_best(self) -> bool:
+        """Whether its figure is one that the best method can have; not 0.0, and not what is no finite number."""
+        return can_be_best(self.primary, self.figure.value)
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is trained."""
+        return self.costs.trainable_parameters > 0
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is the best, or cannot be told apart from it."""
+        return self.to_best is None or contains_zero(self.to_best)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The mean over the seeds; the base model is unchanged if every seed left it so."""
+        of_seeds = [result.costs for result in self.results]
+        means = {
+            name: float(np.mean([getattr(costs, name) for costs in of_seeds]))
+            for name in Costs.model_fields
+            if name != "base_unchanged"
+        }
+        whole = {name: round(means[name]) for name, field in Costs.model_fields.items() if field.annotation is int}
+        return Costs.model_validate({**means, **whole, "base_unchanged": all(c.base_unchanged for c in of_seeds)})
+
+
+# What stands beside the figure of the best of several methods.
+PICKED = "picked on these test rows, so it looks better than it is"
+
+
+def second(standings: Sequence[Standing]) -> Standing | None:
+    """Return the method that comes next to the best; None where no other has a finite figure."""
+    others = [s for s in standings if s.to_best is not None and math.isfinite(s.to_best.value)]
+    return max(others, key=lambda s: s.to_best.value if s.to_best else 0.0, default=None)
+
+
+def negative(of: Metric) -> Metric:
+    """Return a difference seen from the other side."""
+    return Metric(value=-of.value, low=-of.high, high=-of.low)
+
+
+def contains_zero(of: Metric) -> bool:
+    """Tell whether two methods cannot be told apart."""
+    return of.low <= 0 <= of.high  # not of figures that are no numbers
+
+
+def make_standings(results: Sequence[Result], rows: Sequence[Row]) -> list[Standing]:
+    """Group results by method and compare each method with the best.
+
+    Args:
+        results: of one comparison, one a method and seed.
+        rows: the test rows.
+
+    Returns:
+        The standings in the order of the tutorial's table, then other methods in the order of the results.
+
+    Raises:
+        InputError: there are no results, or not all of one task, one model and these test rows.
+    """
+    _require_comparable(results, rows)
+    by_method: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: r.seed):
+        by_method.setdefault(result.method, []).append(result)
+    known = list(_KINDS)
+    named = list(dict.fromkeys(result.method for result in results))
+
+    def order(method: str) -> tuple[int, int]:
+        family = next((n for n, name in enumerate(known) if f"{method}-".startswith(f"{name}-")), len(known))
+        return family, named.index(method)
+
+    figures = {method: mean_primary(of_method) for method, of_method in by_method.items()}
+    sign = -1.0 if lower_is_better(results[0].ranking) else 1.0
+    best = max(figures, key=lambda m: sign * figures[m].value if math.isfinite(figures[m].value) else -math.inf)
+    return [
+        Standing(
+            method,
+            kind_of(method),
+            place,
+            by_method[method],
+            figures[method],
+            None if method == best else difference(by_method[method], by_method[best]),
+        )
+        for place, method in enumerate(sorted(by_method, key=order))
+    ]
+
+
+def _require_comparable(results: Sequence[Result], rows: Sequence[Row]) -> None:
+    if not results:
+        raise InputError("there are no results to report; run softprompt compare first")
+    of_all: dict[str, set[str]] = {
+        "task": {str(r.task) for r in results},
+        "metric to be ranked by": {r.ranking for r in results},
+        "number of scored rows": {str(len(r.statistics)) for r in results},
+    }
+    for what, values in of_all.items():
+        if len(values) > 1:
+            raise InputError(
+                f"the results do not have the same {what}: {', '.join(sorted(values))}; "
+                "keep each comparison in a folder of its own"
+            )
+    for result in results:
+        if result.predictions and len(result.predictions) != len(rows):
+            raise InputError(
+                f"{result.method}, seed {result.seed}, was scored on {len(result.predictions)} rows, and {len(rows)} "
+                "are given; remove its result, and it is run again"
+            )

@@ -1,0 +1,265 @@
+"""A recommendation in plain words that follows from the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softprompt.comparison.report.ranking import PICKED, Standing, contains_zero, second
+from softprompt.comparison.results import difference
+from softprompt.evaluation.intervals import Metric
+from softprompt.formatting import (
+    count,
+    duration,
+    gap,
+    gap_interval,
+    interval,
+    metric,
+    metric_name,
+    plain,
+    size,
+)
+
+_FEW_ROWS = 200  # an accuracy's interval is then some 14 points wide
+_SLOWER = 1.25  # times the other's time per prediction, from which on it is worth a sentence
+_INTERVAL = "95\u00a0% interval"
+_LEARNED_PROMPTS = ("Prompt tuning", "Deep prefix")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do.
+
+    Attributes:
+        standing: the method that is recommended; None where none can be.
+        headline: one sentence.
+        reasons: sentences with the numbers that it follows from.
+        cautions: what the numbers do not say, or what would be taken wrongly.
+    """
+
+    standing: Standing | None
+    headline: str
+    reasons: list[str]
+    cautions: list[str]
+
+
+def recommend(standings: Sequence[Standing]) -> Recommendation:
+    """Recommend the cheapest of the methods that cannot be told apart from the best.
+
+    Cheaper is what needs no training, then what has less to keep for a task, then what took less processor time.
+    """
+    (best,) = (s for s in standings if s.to_best is None)
+    if len(standings) == 1:
+        headline = f"Only {best.kind.phrase} was run: there is nothing to compare it with."
+        reasons = [f"Its {_name(best)} is {_figure(best)}.", _takes(best)]
+        return Recommendation(best, headline, reasons, _cautions(standings, best))
+    if not best.can_be_best:
+        return Recommendation(None, "No method can be recommended.", [_none(best)], _cautions(standings, best))
+    alike = _alike(standings)
+    chosen = min(alike, key=_price)
+    cautions = _cautions(standings, chosen)
+    reasons = [
+        _why(standings, alike, chosen, best),
+        _takes(chosen) if chosen is best else _saves(chosen, best),
+        *_faster(alike, chosen),
+        *_against_prompt_engineering(standings, chosen),
+        *_against_learned_prompts(standings, chosen),
+    ]
+    return Recommendation(chosen, chosen.kind.advice, reasons, cautions)
+
+
+def _alike(standings: Sequence[Standing]) -> list[Standing]:
+    """Return the best method and those that cannot be told apart from it.
+
+    Not one that is behind a method that can: its figure is worse, only its interval is wider. And not one that has
+    nothing right: the best has few right then, but it has some.
+    """
+    apart = max((_gap_to_best(s) for s in standings if not s.tied), default=-math.inf)
+    return [s for s in standings if s.tied and s.can_be_best and _gap_to_best(s) >= apart]
+
+
+def _price(standing: Standing) -> tuple[bool, int, float]:
+    return standing.learns, standing.costs.stored_bytes, standing.costs.train_cpu_seconds
+
+
+def _none(best: Standing) -> str:
+    if math.isfinite(best.figure.value):
+        figure = metric(best.primary, best.figure.value)
+        return f"No method has a better {_name(best)} than {figure}, so none of them is the best."
+    return f"No method's {_name(best)} is a finite number, so none of them is the best."
+
+
+def _name(standing: Standing) -> str:
+    return metric_name(standing.primary)
+
+
+def _figure(standing: Standing) -> str:
+    of = standing.figure
+    return f"{metric(standing.primary, of.value)} ({_INTERVAL} {interval(standing.primary, of)})"
+
+
+def _start(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _and(standings: Sequence[Standing]) -> str:
+    phrases = [s.kind.phrase for s in standings]
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+def _scored(standing: Standing) -> str:
+    """Say on how much methods were compared: completions that share an input are judged together."""
+    return f"{count(_units(standing))} {'inputs' if standing.task == 'completion' else 'rows'}"
+
+
+def _units(standing: Standing) -> int:
+    return len(standing.results[0].statistics)
+
+
+def _gap_to_best(standing: Standing) -> float:
+    if standing.to_best is None:
+        return 0.0
+    return standing.to_best.value if math.isfinite(standing.to_best.value) else -math.inf
+
+
+def _why(standings: Sequence[Standing], alike: Sequence[Standing], chosen: Standing, best: Standing) -> str:
+    others = [s for s in standings if s is not best]
+    tied = [s for s in alike if s is not best]
+    leads = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
+    following = second(standings)
+    if following is None or following.to_best is None:
+        return f"{leads} No other method's {_name(best)} is a finite number."
+    after = (
+        f"{following.kind.phrase}, {'the next one, ' if len(others) > 1 else 'the other one, '}is "
+        f"{_behind(following, following.to_best)}"
+    )
+    if not tied and following.tied:
+        return f"{leads} The others have nothing right; {after}, an interval that contains 0."
+    if not tied:
+        return f"{leads} It is ahead by more than the choice of test rows explains: {after}."
+    whole = len(tied) == len(others) > 1
+    told = f"{'No method' if whole else _start(_and(tied))} can{'' if whole else 'not'} be told apart from it"
+    if chosen is best:
+        return f"{leads} {told} on these {_scored(best)}, and it is the cheapest of them; {after}."
+    assert chosen.to_best is not None
+    return (
+        f"{leads} {told} on these {_scored(best)}; of all these, {chosen.kind.phrase} is the cheapest. With "
+        f"{_figure(chosen)} it is {_behind(chosen, chosen.to_best)}, an interval that contains 0."
+    )
+
+
+def _behind(standing: Standing, by: Metric) -> str:
+    return f"{_side(standing, by)} ({_INTERVAL} of the difference {gap_interval(standing.primary, by)})"
+
+
+def _side(standing: Standing, by: Metric) -> str:
+    return f"{gap(standing.primary, by.value)} {'behind' if by.value < 0 else 'ahead'}" if by.value else "level with it"
+
+
+def _takes(chosen: Standing) -> str:
+    costs = chosen.costs
+    if not chosen.learns:
+        searched = f"; choosing it took {duration(costs.train_seconds)}" if costs.train_seconds >= 1 else ""
+        return f"It needs no training{searched}, and {size(costs.stored_bytes)} to keep."
+    return (
+        f"It learns {count(costs.trainable_parameters)} numbers in {duration(costs.train_seconds)}, and takes "
+        f"{size(costs.stored_bytes)} to keep for each task."
+    )
+
+
+def _saves(chosen: Standing, best: Standing) -> str:
+    ours, theirs = chosen.costs, best.costs
+    if not chosen.learns and best.learns:
+        return (
+            f"It needs no training, where {best.kind.phrase} learned {count(theirs.trainable_parameters)} numbers in "
+            f"{duration(theirs.train_seconds)} and takes {size(theirs.stored_bytes)} to keep."
+        )
+    learned = (
+        f"learns {count(ours.trainable_parameters)} numbers instead of {count(theirs.trainable_parameters)}, and "
+        if chosen.learns
+        else ""
+    )
+    return (
+        f"It {learned}takes {size(ours.stored_bytes)} to keep for each task instead of {size(theirs.stored_bytes)}; "
+        f"training or choosing it took {duration(ours.train_seconds)} instead of {duration(theirs.train_seconds)}."
+    )
+
+
+def _faster(alike: Sequence[Standing], chosen: Standing) -> list[str]:
+    """Say which other method to take where the time of a prediction matters most."""
+    other = min(alike, key=lambda s: s.costs.prediction_seconds)
+    ours, theirs = chosen.costs.prediction_seconds, other.costs.prediction_seconds
+    if not ours > _SLOWER * theirs:
+        return []
+    return [
+        f"Where the time of a prediction matters more, take {other.kind.phrase}: {duration(theirs)} instead of "
+        f"{duration(ours)}."
+    ]
+
+
+def _against_prompt_engineering(standings: Sequence[Standing], chosen: Standing) -> list[str]:
+    written = [s for s in standings if not s.learns and math.isfinite(s.figure.value)]
+    if not chosen.learns:
+        trained = any(s.learns for s in standings)
+        return ["Training gained nothing that these rows can show."] if trained else []
+    if not written:
+        return []
+    best = max(written, key=_gap_to_best)
+    gained = difference(chosen.results, best.results)
+    doubt = ", which may be none" if contains_zero(gained) else ""
+    return [
+        f"Over the best that was done without training, {best.kind.phrase}, it gains "
+        f"{gap(chosen.primary, gained.value)} ({_INTERVAL} {gap_interval(chosen.primary, gained)}){doubt}."
+    ]
+
+
+def _against_learned_prompts(standings: Sequence[Standing], chosen: Standing) -> list[str]:
+    """Say what a learned prompt would cost and save where another trained method is ahead of it."""
+    prompts = [s for s in standings if s.kind.family in _LEARNED_PROMPTS and s.to_best and not s.tied]
+    if not chosen.learns or chosen.kind.family in _LEARNED_PROMPTS or not prompts:
+        return []
+    nearest = max(prompts, key=_gap_to_best)
+    less = _side(nearest, difference(nearest.results, chosen.results))
+    return [
+        f"The best learned prompt, {nearest.kind.phrase}, is {less} and takes {size(nearest.costs.stored_bytes)} to "
+        f"keep for each task instead of {size(chosen.costs.stored_bytes)}:"
+        " worth it only where many tasks share the model."
+    ]
+
+
+def _cautions(standings: Sequence[Standing], chosen: Standing) -> list[str]:
+    found = _no_better_than_one_label(chosen)
+    if _units(chosen) < _FEW_ROWS:
+        found.append(f"Only {_scored(chosen)} were scored: even a large difference can hide behind chance.")
+    once = [s for s in standings if s.learns and len(s.results) == 1]
+    if once:
+        found.append(
+            f"{_start(_and(once))} ran with one seed: how far another run would come out elsewhere was not measured."
+        )
+    for standing in standings:
+        costs = standing.costs
+        if abs(costs.perplexity_after - costs.perplexity_before) > 0.01 * costs.perplexity_before:
+            found.append(
+                f"{_start(standing.kind.phrase)} changed what the model does besides the task: its perplexity on "
+                f"unrelated text went from {plain(costs.perplexity_before)} to {plain(costs.perplexity_after)}."
+            )
+    if len({tuple(sorted(r.environment.items())) for s in standings for r in s.results}) > 1:
+        found.append("Not all results come from the same machine and versions: their times and memory differ for that.")
+    return found
+
+
+def _no_better_than_one_label(chosen: Standing) -> list[str]:
+    confusion = chosen.results[0].confusion
+    if confusion is None or not sum(map(sum, confusion.counts)):
+        return []
+    of_label = [sum(row) for row in confusion.counts]
+    share = max(of_label) / sum(of_label)
+    if chosen.figure.low > share:
+        return []
+    label = confusion.labels[of_label.index(max(of_label))]
+    label = f"“\u2068{label}\u2069”"  # isolated: it can run from right to left
+    return [
+        f"{_start(chosen.kind.phrase)} is not clearly better than always answering {label}, which would be right in "
+        f"{metric('accuracy', share)} of the rows."
+    ]

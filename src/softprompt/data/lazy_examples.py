@@ -1,0 +1,83 @@
+"""The examples of a run: encoded when a step asks for them, and what has to be known of them before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from softprompt.data.encoder import Encoder, Example, common_start
+from softprompt.data.rows import Rows
+from softprompt.errors import DataError
+
+
+@dataclass(frozen=True)
+class LazyExamples(Sequence[Example]):
+    """An example for each row, encoded when it is asked for: of a million rows, a short run takes a few thousand.
+
+    Attributes:
+        encoder: rows to token ids; it counts what it cuts each time.
+        rows: the rows.
+        learn_all: whether all tokens are targets, up to those that come before every text.
+        first: the first token that can be one: 1 where nothing predicts a text's very first token.
+        among: whether targets are also to be told from other labels.
+    """
+
+    encoder: Encoder
+    rows: Rows
+    learn_all: bool
+    first: int = 0
+    among: bool = False
+
+    def __post_init__(self) -> None:
+        self.rows.require_inputs(self.encoder.format.columns)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self.rows[index]
+        example = self.encoder.example(row, self.rows.where(index))
+        start = len(self.encoder.leading) if self.learn_all else example.start
+        start = max(start, self.first)
+        if start == len(example.ids):
+            raise DataError(f"{self.rows.where(index)}: one token alone, and nothing before it to learn it from")
+        example = example._replace(start=start)
+        return self.encoder.among_labels(row, example) if self.among else example
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much there is to run, over some examples.
+
+    Attributes:
+        rows, tokens, targets: how many there are.
+        shortest, longest: tokens of the shortest and of the longest example.
+        text: the ids that all begin with, up to their first targets: they can belong to the prefix.
+    """
+
+    rows: int
+    tokens: int
+    targets: int
+    shortest: int
+    longest: int
+    text: tuple[int, ...]
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> Extent:
+        """Go through examples, one or more, and keep none of them."""
+        rows = tokens = targets = shortest = longest = 0
+        text: tuple[int, ...] | None = None
+        for example in examples:
+            before = example.ids[: example.start]
+            text = before if text is None else common_start((text, before))
+            rows, tokens, targets = rows + 1, tokens + len(example.ids), targets + example.targets
+            shortest = min(shortest or len(example.ids), len(example.ids))
+            longest = max(longest, len(example.ids))
+        return cls(rows, tokens, targets, shortest, longest, text or ())

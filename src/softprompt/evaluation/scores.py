@@ -1,0 +1,405 @@
+"""Scoring rows with a prompt: the probability of every label, or the loss of every target token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from torch import Tensor
+
+from softprompt.data.added_columns import with_columns
+from softprompt.data.batching import deal, micro_batches
+from softprompt.data.encoder import Choices, Encoder, Example, shared_text
+from softprompt.data.rows import Rows
+from softprompt.distributed.collective import ALONE, Processes
+from softprompt.errors import DataError, RunError
+from softprompt.evaluation.intervals import Metric, bootstrap, proportion
+from softprompt.model.finite import what_is_not_finite
+from softprompt.model.frozen import FrozenModel
+from softprompt.model.memory import is_out_of_memory, measure, micro_batch_tokens
+from softprompt.model.prefix import Prefix
+
+_AT_ONCE = 1024  # text tokens
+
+
+@dataclass(frozen=True)
+class Scores(ABC):
+    """What scoring some rows gave.
+
+    Attributes:
+        rows: the rows.
+        losses: nats of each row's target, summed over its tokens.
+        tokens: how many target tokens each row has.
+    """
+
+    rows: Rows
+    losses: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    def loss(self, rows: NDArray[np.int64] | slice = slice(None)) -> float:
+        """Return the loss in nats per target token."""
+        return float(self.losses[rows].sum() / self.tokens[rows].sum())
+
+    @abstractmethod
+    def values(self) -> dict[str, float]:
+        """Return the metrics without intervals, for the training loop."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, Metric]:
+        """Return the metrics with intervals."""
+
+    def confusion(self) -> Confusion | None:
+        """Return which labels were taken for which; None where there are no labels."""
+        return None
+
+    @abstractmethod
+    def statistics(self) -> list[list[float]]:
+        """Return for each row what the task's first metric is made from: a sum, and what it is divided by."""
+
+    def better_than(self, other: Scores) -> bool:
+        """Prefer the lower loss: on few rows, accuracy jumps up and down by more than prompts differ."""
+        return self.loss() < other.loss()
+
+    @abstractmethod
+    def predictions(self) -> list[dict[str, Any]]:
+        """Return a record a row, for the predictions file; a row's own columns are kept."""
+
+
+def perplexity(loss: float) -> float:
+    """Return the perplexity of a loss in nats; infinite where there is no number for it, from about 709.8 on."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
+
+
+@dataclass(frozen=True)
+class TextScores(Scores):
+    """Of plain text and completions: how well the target tokens were predicted."""
+
+    def values(self) -> dict[str, float]:
+        return {"loss": self.loss(), "perplexity": perplexity(self.loss())}
+
+    def statistics(self) -> list[list[float]]:
+        return [[float(loss), float(tokens)] for loss, tokens in zip(self.losses, self.tokens, strict=True)]
+
+    def metrics(self) -> dict[str, Metric]:
+        scored = np.flatnonzero(self.tokens)
+        loss = bootstrap(lambda chosen: self.loss(scored[chosen]), len(scored))
+        return {"loss": loss, "perplexity": Metric(**{k: perplexity(v) for k, v in loss.model_dump().items()})}
+
+    def predictions(self) -> list[dict[str, Any]]:
+        each = zip(self.rows, self.losses, self.tokens, strict=True)
+        return [
+            with_columns(row, {"loss": float(loss / tokens) if tokens else None, "tokens": int(tokens)})
+            for row, loss, tokens in each
+        ]
+
+
+class Confusion(BaseModel):
+    """Which labels were taken for which: `counts[i][j]` rows of label i were predicted as label j."""
+
+    labels: list[str]
+    counts: list[list[int]]
+
+    def mistakes(self) -> list[tuple[int, str, str]]:
+        """Return number of rows, right label and predicted label of what went wrong, the most frequent first."""
+        each = [(n, self.labels[i], self.labels[j]) for i, row in enumerate(self.counts) for j, n in enumerate(row)]
+        return sorted((m for m in each if m[0] and m[1] != m[2]), key=lambda mistake: -mistake[0])
+
+
+@dataclass(frozen=True)
+class LabelScores(Scores):
+    """Of classification: `log_likelihoods` `[N, labels]` are the summed log-probabilities of each label's tokens."""
+
+    log_likelihoods: NDArray[np.float64]
+    labels: list[str]
+    gold: NDArray[np.int64]
+
+    @cached_property
+    def predicted(self) -> NDArray[np.int64]:
+        """The most probable label of each row."""
+        best: NDArray[np.int64] = self.log_likelihoods.argmax(axis=1)
+        return best
+
+    def log_shares(self) -> NDArray[np.float64]:
+        """Return the logarithm of each label's share, `[N, labels]`; small ones do not become 0."""
+        together = np.logaddexp.reduce(self.log_likelihoods, axis=1, keepdims=True)
+        shares: NDArray[np.float64] = self.log_likelihoods - together
+        return shares
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """Return each label's share, `[N, labels]`."""
+        shares: NDArray[np.float64] = np.exp(self.log_shares())
+        return shares
+
+    def macro_f1(self, rows: NDArray[np.int64] | slice = slice(None)) -> float:
+        """Return the mean of the labels' F1, over labels that occur or are predicted (scikit-learn's definition)."""
+        counts = self._counts(rows)
+        both = counts.sum(axis=0) + counts.sum(axis=1)
+        there = both > 0
+        return float((2 * counts.diagonal()[there] / both[there]).mean())
+
+    def confusion(self) -> Confusion:
+        return Confusion(labels=self.labels, counts=self._counts(slice(None)).tolist())
+
+    def statistics(self) -> list[list[float]]:
+        return [[float(right), 1.0] for right in self.predicted == self.gold]
+
+    def _counts(self, rows: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        count = len(self.labels)
+        flat = np.bincount(self.gold[rows] * count + self.predicted[rows], minlength=count * count)
+        return flat.reshape(count, count)
+
+    def values(self) -> dict[str, float]:
+        right = float((self.predicted == self.gold).mean())
+        return {"accuracy": right, "macro_f1": self.macro_f1(), "loss": self.loss()}
+
+    def metrics(self) -> dict[str, Metric]:
+        count = len(self.rows)
+        return {
+            "accuracy": proportion(self.predicted == self.gold),
+            "macro_f1": bootstrap(self.macro_f1, count),
+            "loss": bootstrap(self.loss, count),
+        }
+
+    def predictions(self) -> list[dict[str, Any]]:
+        made = []
+        for row, best, shares in zip(self.rows, self.predicted, self.probabilities(), strict=True):
+            probabilities = {label: float(share) for label, share in zip(self.labels, shares, strict=True)}
+            made.append(with_columns(row, {"prediction": self.labels[best], "probabilities": probabilities}))
+        return made
+
+
+class Scorer(ABC):
+    """Rows made ready to be scored again and again, with one prompt after the other.
+
+    Attributes:
+        rows: the rows.
+        at_once: how many text tokens are run at once.
+        processes: those that share the rows among them.
+        shape: of what is found for the rows.
+    """
+
+    rows: Rows
+    at_once: int
+    shape: tuple[int, ...]
+    processes: Processes = ALONE
+
+    def score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
+        """Score the rows with a prompt `[P, H]`, or with none; fewer at once where memory runs out.
+
+        Raises:
+            RunError: not even one row fits in memory, or what the model gives is not finite.
+        """
+        return self.score_all(model, [prompt])[0]
+
+    def score_all(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> list[Scores]:
+        """Score the rows with several prompts; texts behind different ones are run together.
+
+        Returns:
+            For each prompt, what `score` returns.
+
+        Raises:
+            RunError: not even one row fits in memory, or what the model gives is not finite.
+        """
+        while True:
+            try:
+                return self._score(model, prompts)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.at_once == 1:
+                    raise RunError("out of memory at scoring one row; try a smaller max_length or model") from error
+            self.at_once //= 2
+
+    @torch.no_grad()
+    def _score(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> list[Scores]:
+        shape = (len(prompts), *self.shape)
+        found = self.processes.total(lambda: torch.from_numpy(self._found(model, prompts)), shape)
+        if not self._tells(found.numpy()):
+            raise RunError(f"what the model says of a row is not finite: {what_is_not_finite(model.hf_model)}")
+        return [self._scores(each) for each in found.numpy()]
+
+    def _tells(self, found: NDArray[np.float64]) -> bool:
+        """Tell whether what was found for all rows can be compared."""
+        return not bool(np.isnan(found).any())
+
+    @abstractmethod
+    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
+        """Return what this process finds for its share of the rows, of shape `shape` a prompt, and 0 for the others."""
+
+    @abstractmethod
+    def _scores(self, found: NDArray[np.float64]) -> Scores:
+        """Return the scores that follow from what was found for all rows with one prompt."""
+
+    def _parts(
+        self, examples: Sequence[Example], prompts: int, held: int, padded: bool
+    ) -> list[tuple[list[int], list[int]]]:
+        """Cut this process's share of the rows, each behind every prompt, into micro-batches.
+
+        Returns:
+            For each micro-batch, which prompts and which examples behind them.
+        """
+        dealt = deal(examples, self.processes.count)[self.processes.rank]
+        mine = [(k, i) for i in dealt for k in range(prompts)]
+        cut = micro_batches([examples[i] for _, i in mine], self.at_once, held, padded)
+        return [([mine[place][0] for place in part], [mine[place][1] for place in part]) for part in cut]
+
+
+class TextScorer(Scorer):
+    """Sums the loss over each row's target tokens.
+
+    A text's very first token is left out: without a prompt nothing predicts it, and the same tokens have to count
+    with and without.
+    """
+
+    def __init__(self, encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> None:
+        self.rows, self.at_once = rows, at_once
+        self.examples = [example.predicted for example in encoder.examples(rows)]
+        self.scored = [i for i, e in enumerate(self.examples) if e.targets]
+        if not self.scored:
+            raise DataError(f"{rows.name}: no text has a second token, so there is nothing to predict")
+        self.shape = (len(self.examples),)
+
+    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
+        scored = [self.examples[i] for i in self.scored]
+        text = shared_text(scored)
+        prefixes = [model.prefix(prompt, text) for prompt in prompts]
+        losses = np.zeros((len(prompts), *self.shape))
+        for which, part in self._parts(scored, len(prompts), len(text), model.way.pads):
+            examples = [scored[i] for i in part]
+            each = model.loss([prefixes[k] for k in which], examples).cpu().double()
+            for k, i, values in zip(which, part, each.split([e.targets for e in examples]), strict=True):
+                losses[k, self.scored[i]] = float(values.sum())
+        return losses
+
+    def _scores(self, found: NDArray[np.float64]) -> TextScores:
+        return TextScores(self.rows, found, np.array([e.targets for e in self.examples]))
+
+
+class LabelScorer(Scorer):
+    """Sums the log-probability of every label's tokens behind each row's input."""
+
+    def __init__(self, encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> None:
+        self.rows, self.at_once = rows, at_once
+        self.choices = encoder.choices(rows)
+        self.labels = list(encoder.format.verbalizers)
+        self.trees = [_Tree(choice) for choice in self.choices]
+        self.gold = np.array([self.labels.index(row["label"]) for row in rows])
+        self.shape = (len(self.choices), len(self.labels))
+
+    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
+        prefixes = model.shared_prefixes(prompts, [choice.stem for choice in self.choices])
+        likelihoods = np.zeros((len(prompts), *self.shape))
+        examples = [Example(tree.ids, 0) for tree in self.trees]
+        for which, part in self._parts(examples, len(prompts), len(prefixes[0].text), model.way.pads):
+            found = _likelihoods(model, [prefixes[k] for k in which], [self.trees[i] for i in part])
+            likelihoods[which, part] = found
+        return likelihoods
+
+    def _tells(self, found: NDArray[np.float64]) -> bool:
+        return super()._tells(found) and bool((found > -np.inf).any(axis=-1).all())  # of each row, some label
+
+    def _scores(self, found: NDArray[np.float64]) -> LabelScores:
+        tokens = np.array([len(c.tails[g]) for c, g in zip(self.choices, self.gold, strict=True)])
+        losses = -found[np.arange(len(found)), self.gold]
+        return LabelScores(self.rows, losses, tokens, found, self.labels, self.gold)
+
+
+class _Tree:
+    """A row's input and the tokens of all labels behind it, what labels share only once.
+
+    Attributes:
+        ids: the input, then every token of a label that another one follows.
+        parents: for each id, the place of the one before it.
+        ends: places that something is predicted at.
+        labels: what is predicted there.
+    """
+
+    def __init__(self, choices: Choices) -> None:
+        self.labels, stem = _label_tree(choices.tails), len(choices.stem)
+        self.ids = (*choices.stem, *self.labels.ids)
+        self.parents = [*range(-1, stem - 1), *(stem + parent for parent in self.labels.parents)]
+        self.ends = [stem - 1, *range(stem, len(self.ids))]
+
+
+@dataclass(frozen=True)
+class _LabelTree:
+    """The tokens of all labels; the same behind nearly all rows.
+
+    Attributes:
+        ids: every token of a label that another one follows.
+        parents: for each of them, the place of the one before it; -1 for the input's last token.
+        at, tokens: for each prediction, the place that it is made at (0 is the input's last token, then `ids`), and
+            the token.
+        paths: per label, which predictions it is made of.
+    """
+
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    at: tuple[int, ...]
+    tokens: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=32)
+def _label_tree(tails: tuple[tuple[int, ...], ...]) -> _LabelTree:
+    """Lay labels out as a tree, from the tokens of each."""
+    place: dict[tuple[int, ...], int] = {(): -1}
+    predictions: dict[tuple[int, ...], int] = {}
+    for tail in tails:
+        for end in range(1, len(tail) + 1):
+            begun = tail[:end]
+            predictions.setdefault(begun, len(predictions))
+            if end < len(tail):
+                place.setdefault(begun, len(place) - 1)
+    inner = list(place)[1:]
+    return _LabelTree(
+        ids=tuple(begun[-1] for begun in inner),
+        parents=tuple(place[begun[:-1]] for begun in inner),
+        at=tuple(place[begun[:-1]] + 1 for begun in predictions),
+        tokens=tuple(begun[-1] for begun in predictions),
+        paths=tuple(tuple(predictions[tail[:end]] for end in range(1, len(tail) + 1)) for tail in tails),
+    )
+
+
+def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence[_Tree]) -> list[list[float]]:
+    """Return the summed log-probabilities of each label's tokens, for several rows at once.
+
+    Args:
+        model: the frozen model.
+        prefixes: one for each row; all hold the same text.
+        trees: the rows.
+    """
+    held = len(prefixes[0].text)
+    texts = [torch.tensor(tree.ids[held:]) for tree in trees]
+    wanted = [torch.tensor(tree.ends) - held for tree in trees]
+    parents = [torch.tensor(tree.parents[held:]) - held for tree in trees] if any(len(w) > 1 for w in wanted) else None
+    hidden = model.way.text_pass(prefixes, texts, wanted, parents).hidden
+    before = np.cumsum([0, *(len(tree.ends) for tree in trees)])
+    at = torch.cat([torch.tensor(tree.labels.at) + int(b) for tree, b in zip(trees, before, strict=False)])
+    tokens = torch.tensor([token for tree in trees for token in tree.labels.tokens])
+    each = model.way.head.log_probabilities(hidden, at, tokens).double()
+    found = []
+    for tree, own in zip(trees, each.split([len(tree.labels.tokens) for tree in trees]), strict=True):
+        likely = own.tolist()
+        found.append([sum(likely[place] for place in path) for path in tree.labels.paths])
+    return found
+
+
+def tokens_at_once(model: FrozenModel, rows: Rows, virtual: int, longest: int, prompts: int = 1) -> int:
+    """Predict how many text tokens of rows can be scored at once, behind so many virtual tokens of each prompt."""
+    share = 0.0 if rows.task == "classification" else 1.0
+    footprint = replace(measure(model, virtual), prefixes=prompts)
+    return micro_batch_tokens(model.device, footprint, 1, longest, share, scoring=True)
+
+
+def make_scorer(encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> Scorer:
+    """Return the scorer of a task; `at_once` text tokens are run together."""
+    return (LabelScorer if encoder.format.task == "classification" else TextScorer)(encoder, rows, at_once)

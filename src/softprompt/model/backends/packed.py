@@ -1,0 +1,170 @@
+"""The packed way: the true tokens of a micro-batch lie in one row, without padding.
+
+transformers lets a caller plug in the attention of nearly all of today's models (`AttentionInterface`); ours keeps
+the texts apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, GradientCheckpointingLayer, PreTrainedModel
+
+from softprompt.model.backends.attention import LIKE, LIKE_ON_GPU, Row, attention, current
+from softprompt.model.backends.base import TextPass, Way, input_device, rows_of
+from softprompt.model.backends.bloom import bloom_attention
+from softprompt.model.backends.prefix_batch import one_each
+from softprompt.model.lm_head import replaced
+from softprompt.model.prefix import Prefix
+
+ATTENTION = "softprompt_packed"
+# Attention modules that cannot be plugged into, and what runs in place of their forward methods.
+STAND_INS = {"BloomAttention": bloom_attention}
+
+
+def _no_mask(*_args: Any, local_size: int | None = None, **_kwargs: Any) -> Tensor | None:
+    """Build no mask: positions and borders are known to the attention function itself.
+
+    Some models tell their window to the mask alone; it is handed on in the mask's place.
+    """
+    return None if local_size is None else torch.tensor(local_size)
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+class Packed(Way):
+    """For models on transformers' pluggable attention."""
+
+    name = "packed"
+    pads = False
+    joins = True
+
+    def __init__(self, hf_model: PreTrainedModel) -> None:
+        super().__init__(hf_model)
+        self._stand_ins = [
+            (module, partial(STAND_INS[type(module).__name__], module))
+            for module in hf_model.modules()
+            if type(module).__name__ in STAND_INS
+        ]
+        self._layers = [module for module in hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.recomputes = bool(self._layers)
+        self.like = LIKE if input_device(hf_model).type == "cpu" else LIKE_ON_GPU
+
+    @contextmanager
+    def _running(self, row: Row) -> Iterator[None]:
+        config = self.hf_model.config
+        with self.running(), ExitStack() as stack:
+            for module, stand_in in self._stand_ins:
+                stack.enter_context(replaced(module, stand_in))
+            before = config._attn_implementation
+            token = current.set(row)
+            config._attn_implementation = ATTENTION
+            try:
+                yield
+            finally:
+                config._attn_implementation = before
+                current.reset(token)
+
+    @contextmanager
+    def _recomputing(self, row: Row) -> Iterator[None]:
+        """Let each layer keep nothing but its inputs, and run again when its gradients are found (Chen et al. 2016).
+
+        transformers' own way acts in training mode alone. The second run is outside of the text's pass, on a GPU in
+        another thread: it takes the lock and the attention for itself.
+        """
+
+        def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with self._running(row):
+                return forward(*args, **kwargs)
+
+        with ExitStack() as stack:
+            for layer in self._layers:
+                run = partial(again, layer.forward)
+                # In eval mode nothing is random, so there is no random state to be preserved.
+                twice = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+                stack.enter_context(replaced(layer, twice))
+            yield
+
+    def _hidden(self, row: Row, recompute: bool = False, **inputs: Tensor) -> Tensor:
+        """Run a row, and return the output head's input at all of its positions, `[1, N, H]`."""
+        taken: list[Tensor] = []
+        positions = row.positions().to(input_device(self.hf_model))
+        recomputing = self._recomputing(row) if recompute else nullcontext()
+        with self._running(row), self.head.skipped(taken.append), recomputing:
+            self.hf_model(**inputs, position_ids=positions, use_cache=False)
+        return taken[0]
+
+    def prompt_pass(self, embeddings: Tensor) -> Prefix:
+        length = embeddings.shape[1]
+        row = Row([Prefix()], [length], note=True)
+        hidden = self._hidden(row, inputs_embeds=embeddings)
+        return Prefix(
+            keys=[row.noted[i][0] for i in range(len(row.noted))],
+            values=[row.noted[i][1] for i in range(len(row.noted))],
+            last=hidden[0, -1:],
+            length=length,
+        )
+
+    def text_pass(
+        self,
+        prefix: Prefix | Sequence[Prefix],
+        texts: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        parents: Sequence[Tensor] | None = None,
+        extend: bool = False,
+        recompute: bool = False,
+    ) -> TextPass:
+        lengths, starts = _lengths_and_starts(texts)
+        prefixes = one_each(prefix, len(texts))
+        row = Row(prefixes, lengths, parents, note=extend, like=self.like)
+        ids = torch.cat(list(texts)).unsqueeze(0).to(input_device(self.hf_model))
+        hidden = self._hidden(row, recompute, input_ids=ids)
+        wished = rows_of(hidden, starts, wanted, prefixes)
+        if not extend:
+            return TextPass(wished)
+        extended = [
+            _extended(own, row.noted, slice(s, s + t), hidden[0, s + t - 1 : s + t], text)
+            for own, s, t, text in zip(prefixes, starts, lengths, texts, strict=True)
+        ]
+        return TextPass(wished, extended)
+
+    def joint_pass(
+        self, embeddings: Tensor, texts: Sequence[Tensor], wanted: Sequence[Tensor], recompute: bool = False
+    ) -> Tensor:
+        lead = embeddings.shape[1]
+        lengths, starts = _lengths_and_starts(texts, lead)
+        row = Row([Prefix(length=lead)] * len(texts), lengths, lead=lead, like=self.like)
+        ids = torch.cat(list(texts)).to(embeddings.device)
+        embedded = torch.cat([embeddings, self.hf_model.get_input_embeddings()(ids).unsqueeze(0)], dim=1)
+        hidden = self._hidden(row, recompute, inputs_embeds=embedded)
+        return rows_of(hidden, starts, wanted, [Prefix(last=hidden[0, lead - 1 : lead])] * len(texts))
+
+
+def _lengths_and_starts(texts: Sequence[Tensor], first: int = 0) -> tuple[list[int], list[int]]:
+    """Return how long texts are, and where each begins in their row."""
+    lengths = [len(text) for text in texts]
+    return lengths, [first + sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def _extended(
+    prefix: Prefix, noted: dict[int, tuple[Tensor, Tensor]], where: slice, last: Tensor, text: Tensor
+) -> Prefix:
+    def joined(ahead: list[Tensor], which: int) -> list[Tensor]:
+        own = [noted[i][which][:, :, where] for i in range(len(noted))]
+        return [torch.cat([a.to(o.dtype), o], dim=2) for a, o in zip(ahead, own, strict=True)] if ahead else own
+
+    return Prefix(
+        keys=joined(prefix.keys, 0),
+        values=joined(prefix.values, 1),
+        last=last,
+        length=prefix.length + len(text),
+        text=prefix.text + tuple(text.tolist()),
+    )
