@@ -13,7 +13,7 @@ import softprompt as sp
 from softprompt.data.batching import micro_batches
 from softprompt.data.encoder import Example
 from softprompt.model.backends.onednn import products
-from softprompt.training.prepare import Plan
+from softprompt.training.prepare import PreparedRun
 
 _MULTIPLY_ADD = 2
 _PASSES = 2  # forward, and backward to the inputs: frozen weights take no gradient
@@ -47,36 +47,36 @@ def head(model: sp.FrozenModel, rows: float) -> float:
     return float(_MULTIPLY_ADD * _PASSES * model.hf_model.get_output_embeddings().weight.numel() * rows)
 
 
-def text_tokens(plan: Plan, batch: Sequence[Example]) -> list[int]:
+def text_tokens(prepared: PreparedRun, batch: Sequence[Example]) -> list[int]:
     """Return how many tokens of each text have to be run behind the prefix: not its last one."""
-    return [max(len(e.ids) - len(plan.text) - 1, 1) for e in batch]
+    return [max(len(e.ids) - len(prepared.shared_text_ids) - 1, 1) for e in batch]
 
 
-def needed(model: sp.FrozenModel, plan: Plan, batch: Sequence[Example]) -> tuple[float, float, float]:
+def needed(model: sp.FrozenModel, prepared: PreparedRun, batch: Sequence[Example]) -> tuple[float, float, float]:
     """Return the operations that a step needs: of the prompt's one pass, of the true text, of the target logits."""
-    ahead = len(plan.start) + len(plan.text)
+    ahead = len(prepared.start) + len(prepared.shared_text_ids)
     prompt = body(model, ahead, ahead * (ahead + 1) / 2)
-    text = sum(body(model, t, t * ahead + t * (t + 1) / 2) for t in text_tokens(plan, batch))
+    text = sum(body(model, t, t * ahead + t * (t + 1) / 2) for t in text_tokens(prepared, batch))
     return prompt, text, head(model, sum(e.targets for e in batch))
 
 
-def bound(model: sp.FrozenModel, plan: Plan, batch: Sequence[Example]) -> float:
+def bound(model: sp.FrozenModel, prepared: PreparedRun, batch: Sequence[Example]) -> float:
     """Return how many times the needed operations PEFT does: prompt and padding in every row, and all logits."""
-    length = len(plan.start) + max(len(e.ids) for e in batch)
+    length = len(prepared.start) + max(len(e.ids) for e in batch)
     everything = body(model, len(batch) * length, len(batch) * length**2) + head(model, len(batch) * length)
-    return everything / sum(needed(model, plan, batch))
+    return everything / sum(needed(model, prepared, batch))
 
 
-def needed_seconds(model: sp.FrozenModel, plan: Plan, batch: Sequence[Example]) -> float:
+def needed_seconds(model: sp.FrozenModel, prepared: PreparedRun, batch: Sequence[Example]) -> float:
     """Return the time that the needed operations take at the rate of the matrix products they consist of."""
-    prompt, text, logits = needed(model, plan, batch)
-    assert plan.config.micro_batch_tokens
-    parts = micro_batches(batch, plan.config.micro_batch_tokens, len(plan.text), model.way.pads)
-    at_once = sum(text_tokens(plan, batch)) // len(parts)
+    prompt, text, logits = needed(model, prepared, batch)
+    assert prepared.config.micro_batch_tokens
+    parts = micro_batches(batch, prepared.config.micro_batch_tokens, len(prepared.shared_text_ids), model.backend.pads)
+    at_once = sum(text_tokens(prepared, batch)) // len(parts)
     layers = linears(model)[: _LAYERS_TIMED * len(linears(model)) // model.hf_model.config.num_hidden_layers]
     table = [model.hf_model.get_output_embeddings().weight]
     return (
-        prompt / rate(layers, len(plan.start) + len(plan.text))
+        prompt / rate(layers, len(prepared.start) + len(prepared.shared_text_ids))
         + text / rate(layers, at_once)
         + logits / rate(table, sum(e.targets for e in batch) // len(parts))
     )

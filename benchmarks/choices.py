@@ -4,7 +4,7 @@ Every run takes the same rows in the same order; the test rows play no part here
 `results/choices.jsonl`, a run that is there is not made again, and `results/choices.md` is the table of what is there.
 
     python benchmarks/choices.py --data FOLDER                     # all variants on all three tasks
-    python benchmarks/choices.py --data FOLDER sst2 --variants "soft-prompt, learning rate 0.03" --steps 200
+    python benchmarks/choices.py --data FOLDER sst2 --variants "prompt-tuning, learning rate 0.03" --steps 200
 
 FOLDER is described in `quality.py`.
 """
@@ -22,7 +22,7 @@ import softprompt as sp
 from quality import SETS, rows_of
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.methods.base import Protocol
-from softprompt.training.callbacks import Watcher
+from softprompt.training.callbacks import Callback
 from softprompt.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,19 +37,18 @@ def rates(method: str, values: tuple[float, ...], **settings: Any) -> dict[str, 
 
 # Name to method and settings; those left open are the method's defaults.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **rates("soft-prompt", (0.01, 0.03, 0.1), init="text"),
-    **rates("deep-prefix", (0.003, 0.01, 0.03), init="text"),
+    **rates("prompt-tuning", (0.01, 0.03, 0.1), init="text"),
+    **rates("prefix-tuning", (0.003, 0.01, 0.03), init="text"),
     **rates("lora", (3e-4, 1e-3, 3e-3)),
     **rates("full", (1e-5, 5e-5, 2e-4)),
-    **rates("soft-prompt", (0.001, 0.003, 0.01), parameterization="residual"),
-    **rates("soft-prompt", (0.01, 0.03, 0.1), init="a list of all labels"),
-    **rates("deep-prefix", (0.01, 0.03, 0.1), init="a list of all labels"),
-    **rates("soft-prompt", (0.01, 0.03, 0.1), init="examples"),
-    **rates("deep-prefix", (0.003, 0.01, 0.03, 0.1), init="examples"),
-    **rates("soft-prompt", (0.03, 0.1), init="labels"),
-    **rates("deep-prefix", (0.01, 0.03), init="labels"),
-    **rates("soft-prompt", (0.03,), num_virtual_tokens=50),
-    **rates("deep-prefix", (0.01,), num_virtual_tokens=50),
+    **rates("prompt-tuning", (0.01, 0.03, 0.1), init="a list of all labels"),
+    **rates("prefix-tuning", (0.01, 0.03, 0.1), init="a list of all labels"),
+    **rates("prompt-tuning", (0.01, 0.03, 0.1), init="examples"),
+    **rates("prefix-tuning", (0.003, 0.01, 0.03, 0.1), init="examples"),
+    **rates("prompt-tuning", (0.03, 0.1), init="labels"),
+    **rates("prefix-tuning", (0.01, 0.03), init="labels"),
+    **rates("prompt-tuning", (0.03,), num_virtual_tokens=50),
+    **rates("prefix-tuning", (0.01,), num_virtual_tokens=50),
 }
 
 
@@ -62,7 +61,7 @@ def run(model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, d
         settings = {**settings, "init": "text", "init_text": f"Classify the text as one of: {listed}.\n"}
     config = sp.TuneConfig(**settings, max_steps=steps)
     protocol = Protocol(model, train, validation, test, config, "examples", search=False)
-    made = METHODS[method](protocol, seed, Watcher())
+    made = METHODS[method](protocol, seed, Callback())
     try:
         learned = made.learn()
     finally:

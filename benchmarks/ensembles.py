@@ -5,7 +5,7 @@ choose what is kept, and the other 300 are scored. Results are appended to `resu
 are too, of variants that are no longer in the program.
 
     python benchmarks/ensembles.py --data FOLDER                               # what is missing
-    python benchmarks/ensembles.py --data FOLDER sst2 --methods soft-prompt --variants one "60 % together"
+    python benchmarks/ensembles.py --data FOLDER sst2 --methods prompt-tuning --variants one "60 % together"
 
 FOLDER is described in `quality.py`.
 """
@@ -25,9 +25,9 @@ from quality import apart, rows_of, timed
 from softprompt.comparison.methods.prompts import MEMBERS
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows
-from softprompt.evaluation.average import averaged
+from softprompt.evaluation.average import average_scores
 from softprompt.evaluation.scores import TextScorer, make_scorer
-from softprompt.prompt.ensemble import joined
+from softprompt.prompt.ensemble import make_ensemble
 from softprompt.prompt.initialization import MANY_LABELS
 
 FILE = Path(__file__).parent / "results" / "ensembles.jsonl"
@@ -62,7 +62,7 @@ def run(model: sp.FrozenModel, name: str, method: str, variant: str, data: Path)
     began = time.monotonic()
     prompts = learned(model, variant, {"method": method, "max_steps": steps}, train, some)
     seconds = time.monotonic() - began
-    made = joined(prompts, {})
+    made = make_ensemble(prompts, {})
     encoder = Encoder(model.tokenizer, made.format, made.record.max_length)
     kind = TextScorer if len(made.format.verbalizers) > MANY_LABELS else make_scorer
     each = kind(encoder, others).score_all(model, made.members)
@@ -73,7 +73,7 @@ def run(model: sp.FrozenModel, name: str, method: str, variant: str, data: Path)
         "max_steps": steps,
         "validation_rows": [len(some), len(others)],
         "members": [{key: round(value, 4) for key, value in scores.values().items()} for scores in each],
-        "together": {key: round(value, 4) for key, value in averaged(each).values().items()},
+        "together": {key: round(value, 4) for key, value in average_scores(each).values().items()},
         "seconds": round(seconds),
     }
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", default=["sst2", "banking77", "e2e"], help="default: all three")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
-    parser.add_argument("--methods", nargs="*", choices=["soft-prompt", "deep-prefix"], default=["deep-prefix"])
+    parser.add_argument("--methods", nargs="*", choices=["prompt-tuning", "prefix-tuning"], default=["prefix-tuning"])
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args()
     found = [json.loads(line) for line in FILE.read_text().splitlines()]

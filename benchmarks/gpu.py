@@ -73,7 +73,7 @@ def ours(model: sp.FrozenModel, rows: list[Example], virtual: int) -> Callable[[
     prompt = torch.nn.Parameter(0.1 * torch.randn(virtual, model.embedding_width))
 
     def gradient() -> None:
-        _, prompt.grad = prompt_gradient(model, prompt, (), [rows], recompute=False)
+        _, prompt.grad = prompt_gradient(model, prompt, (), [rows], activation_checkpointing=False)
 
     return stepped(prompt, gradient)
 

@@ -15,8 +15,8 @@ METHODS = {
     "zero-shot": "untouched",
     "few-shot": "best prompt with examples",
     SHIPPED: "PEFT's prompt tuning, as its guide has it",
-    "soft-prompt": "soft prompt",
-    "deep-prefix": "deep prefix",
+    "prompt-tuning": "soft prompt",
+    "prefix-tuning": "deep prefix",
     "lora": "LoRA",
 }
 TASKS = {

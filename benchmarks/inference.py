@@ -60,7 +60,7 @@ def evaluation(rows: sp.Rows, first: int | None) -> dict[str, Any]:
     wrapped = peft_model(model.hf_model, prompt).eval()
     rows = rows.pick(range(first or len(rows)))
     scorer = LabelScorer(Encoder(model.tokenizer, form, 512), rows)
-    texts = [(c.stem, tail) for c in scorer.choices for tail in c.tails]
+    texts = [(c.input_ids, tail) for c in scorer.choices for tail in c.tails]
     single = all(len(tail) == 1 for _, tail in texts)
     seconds: dict[str, list[float]] = {"softprompt": [], "peft": []}
     apart = 0.0
@@ -94,9 +94,9 @@ def peft_single(wrapped: Any, scorer: LabelScorer) -> np.ndarray:
     found = []
     for begin in range(0, len(scorer.choices), BATCH):
         batch = scorer.choices[begin : begin + BATCH]
-        logs = padded_pass(wrapped, [choice.stem for choice in batch])
+        logs = padded_pass(wrapped, [choice.input_ids for choice in batch])
         for row, choice in zip(logs, batch, strict=True):
-            found.append([float(row[len(choice.stem) - 1, tail[0]]) for tail in choice.tails])
+            found.append([float(row[len(choice.input_ids) - 1, tail[0]]) for tail in choice.tails])
     return np.array(found)
 
 
@@ -106,9 +106,9 @@ def peft_label(wrapped: Any, scorer: LabelScorer, label: int) -> np.ndarray:
     found = []
     for begin in range(0, len(scorer.choices), BATCH):
         batch = scorer.choices[begin : begin + BATCH]
-        logs = padded_pass(wrapped, [(*choice.stem, *choice.tails[label]) for choice in batch])
+        logs = padded_pass(wrapped, [(*choice.input_ids, *choice.tails[label]) for choice in batch])
         for row, choice in zip(logs, batch, strict=True):
-            tail, start = choice.tails[label], len(choice.stem)
+            tail, start = choice.tails[label], len(choice.input_ids)
             found.append(sum(float(row[start + i - 1, token]) for i, token in enumerate(tail)))
     return np.array(found)
 

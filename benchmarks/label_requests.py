@@ -53,7 +53,7 @@ def measure(model: sp.FrozenModel, folder: Path, virtual: int) -> dict[str, Any]
 
     def plain() -> object:
         with torch.no_grad():
-            return model.way.text_pass(model.kept_prefix(prompt.weights), [ids], [last])
+            return model.backend.text_pass(model.cached_prefix(prompt.weights), [ids], [last])
 
     first = seconds(lambda: sp.generate(model, [text], prompt))
     plain()

@@ -26,30 +26,30 @@ from softprompt.comparison.methods import METHODS
 from softprompt.comparison.methods.base import Protocol
 from softprompt.evaluation.calibration import prior_matching, shifted
 from softprompt.evaluation.scores import LabelScores
-from softprompt.training.callbacks import Watcher
+from softprompt.training.callbacks import Callback
 
 FILE = Path(__file__).parent / "results" / "many_labels.jsonl"
 SET = "banking77"
 # Name to method and settings; those left open are the method's defaults.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "soft prompt, list, target": ("soft-prompt", {"init": "text", "loss": "target", "max_steps": 117}),
-    "soft prompt, list, labels": ("soft-prompt", {"init": "text", "loss": "labels", "max_steps": 117}),
-    "soft prompt, rows, target": ("soft-prompt", {"init": "examples", "loss": "target", "max_steps": 180}),
-    "soft prompt, rows, labels": ("soft-prompt", {"init": "examples", "loss": "labels", "max_steps": 180}),
+    "soft prompt, list, target": ("prompt-tuning", {"init": "text", "loss": "target", "max_steps": 117}),
+    "soft prompt, list, labels": ("prompt-tuning", {"init": "text", "loss": "labels", "max_steps": 117}),
+    "soft prompt, rows, target": ("prompt-tuning", {"init": "examples", "loss": "target", "max_steps": 180}),
+    "soft prompt, rows, labels": ("prompt-tuning", {"init": "examples", "loss": "labels", "max_steps": 180}),
     "soft prompt, rows, labels, rate 0.005": (
-        "soft-prompt",
+        "prompt-tuning",
         {"init": "examples", "loss": "labels", "max_steps": 180, "learning_rate": 0.005},
     ),
     "soft prompt, rows, labels, rate 0.02": (
-        "soft-prompt",
+        "prompt-tuning",
         {"init": "examples", "loss": "labels", "max_steps": 180, "learning_rate": 0.02},
     ),
-    "deep prefix, target": ("deep-prefix", {"loss": "target", "max_steps": 93}),
-    "deep prefix, labels": ("deep-prefix", {"loss": "labels", "max_steps": 93}),
+    "deep prefix, target": ("prefix-tuning", {"loss": "target", "max_steps": 93}),
+    "deep prefix, labels": ("prefix-tuning", {"loss": "labels", "max_steps": 93}),
     "lora, target": ("lora", {"loss": "target", "max_steps": 101}),
     "lora, labels": ("lora", {"loss": "labels", "max_steps": 101}),
-    "deep prefix, list, 279 steps": ("deep-prefix", {"loss": "target", "max_steps": 279}),
-    "deep prefix, list, labels, 279 steps": ("deep-prefix", {"loss": "labels", "max_steps": 279}),
+    "deep prefix, list, 279 steps": ("prefix-tuning", {"loss": "target", "max_steps": 279}),
+    "deep prefix, list, labels, 279 steps": ("prefix-tuning", {"loss": "labels", "max_steps": 279}),
     "lora, 302 steps": ("lora", {"loss": "target", "max_steps": 302}),
 }
 
@@ -61,7 +61,7 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
     some, others = apart(validation)
     config = sp.TuneConfig(**settings, eval_rows=VALIDATION)
     began = time.monotonic()
-    made = METHODS[method](Protocol(model, train, some, test, config, "examples", search=False), 0, Watcher())
+    made = METHODS[method](Protocol(model, train, some, test, config, "examples", search=False), 0, Callback())
     try:
         learned = made.learn()
         answers = replace(learned.answers, biases=())

@@ -29,7 +29,7 @@ import softprompt as sp
 from softprompt.data.encoder import Example
 from softprompt.model.backends.verify import freeze
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import give_back, measure
+from softprompt.model.memory import measure, trim_allocator
 from softprompt.training.run_folder import environment
 from training import resident
 
@@ -42,7 +42,7 @@ class Case:
 
     Attributes:
         loss: over one target a text, or all tokens.
-        recompute: with activation recomputation.
+        recompute: with activation checkpointing.
     """
 
     model: str
@@ -91,10 +91,10 @@ def measured(case: Case) -> dict[str, float]:
         model.vocabulary_size, (case.texts, case.tokens + 1), generator=torch.Generator().manual_seed(0)
     )
     examples = [Example(tuple(row), start) for row in ids.tolist()]
-    footprint = replace(measure(model, case.virtual_tokens), recompute=case.recompute)
+    memory_estimate = replace(measure(model, case.virtual_tokens), activation_checkpointing=case.recompute)
     prompt_gradient(model, prompt, (), [[Example(examples[0].ids[:8], 7)]])  # what is set up once is not counted
     if case.recompute:
-        give_back()  # as the plan does
+        trim_allocator()  # as the plan does
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
@@ -103,7 +103,7 @@ def measured(case: Case) -> dict[str, float]:
     for _ in range(2):
         prompt_gradient(model, prompt, (), [examples], case.recompute)
     seconds = (time.perf_counter() - began) / 2
-    predicted = footprint.step([case.tokens] * case.texts, sum(e.targets for e in examples))
+    predicted = memory_estimate.step([case.tokens] * case.texts, sum(e.targets for e in examples))
     return {"predicted": predicted / 1e9, "peak": (resident("VmHWM") - before) / 1e9, "seconds": seconds}
 
 

@@ -3,20 +3,20 @@
 Every method gets eight minutes of one core of a Zen 5. What learns takes as many steps as fit into them, which
 `quality_steps.py` counts; so its runs can be made on any machine, a GPU too, and with more seeds. Prompts are searched
 for (few-shot) by the clock: before it a fixed piece of learning is timed, and where that takes longer than on the
-reference machine, so does the search; `pace` in the result says by how much.
+reference machine, so does the search; `throughput` in the result says by how much.
 
 Every result is one file below `results/quality`, and what is there is not run again, so this can be stopped at any
 time and goes on with what is missing; several processes share the work. The texts of the data sets are not kept, nor
 what was written from them.
 
     python benchmarks/quality.py --data FOLDER                           # what is missing
-    python benchmarks/quality.py --data FOLDER sst2 cb --methods lora soft-prompt --seeds 1
+    python benchmarks/quality.py --data FOLDER sst2 cb --methods lora prompt-tuning --seeds 1
     python benchmarks/quality.py --data FOLDER --keep PROMPTS            # and ensembles of whole runs
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/quality.py --data FOLDER --methods few-shot --seeds 1
     python benchmarks/results_page.py                                    # write docs/results.md from what is there
 
 With `--keep`, prompts are kept there, and those of three seeds are also scored as an ensemble, which then had three
-times the time (`soft-prompt-of-3`).
+times the time (`prompt-tuning-of-3`).
 
 FOLDER holds a folder of `train.jsonl`, `validation.jsonl` and `test.jsonl` for each set: sst2 (Socher et al. 2013),
 rte, cb and boolq (of SuperGLUE, Wang et al. 2019), banking77 (Casanueva et al. 2020) and germeval18 (Wiegand et al.
@@ -41,8 +41,8 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 import softprompt as sp
 from sides import collate, virtual_tokens
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.methods.base import Answers, Method, Protocol
-from softprompt.comparison.methods.prompts import MEMBERS, DeepPrefixes, Prompts, SoftPrompts
+from softprompt.comparison.methods.base import Method, Predictor, Protocol
+from softprompt.comparison.methods.prompts import MEMBERS, PrefixTuning, Prompts, PromptTuning
 from softprompt.comparison.methods.trained import Trained
 from softprompt.comparison.methods.weights import Full, Lora
 from softprompt.comparison.results import Result
@@ -52,12 +52,12 @@ from softprompt.data.split import sample
 from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.prompt.ensemble import joined
+from softprompt.prompt.ensemble import make_ensemble
 from softprompt.prompt.soft_prompt import load_soft_prompt
-from softprompt.training.callbacks import UNWATCHED, Watcher
-from softprompt.training.prepare import Plan
+from softprompt.training.callbacks import NO_CALLBACK, Callback
+from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import NOWHERE
-from softprompt.training.trainer import TIMED, TIMING, Cuts, Loop, Pace, Weights
+from softprompt.training.trainer import TIMED, TIMING, MicroBatchesByRank, Throughput, Trainer, Weights
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
 SEEDS = 3
@@ -94,20 +94,20 @@ def work(model: FrozenModel, times: int = 1) -> float:
     taken = []
     for _ in range(times):
         began = time.monotonic()
-        prompt_gradient(model, prompt, (), [rows], recompute=False)
+        prompt_gradient(model, prompt, (), [rows], activation_checkpointing=False)
         taken.append(time.monotonic() - began)
     return median(taken)
 
 
-class PeftLoop(Loop):
+class PeftLoop(Trainer):
     """Learns a prompt from noise through PEFT's own model, with rows padded on the right."""
 
-    def __init__(self, model: FrozenModel, plan: Plan, watcher: Watcher = UNWATCHED) -> None:
-        torch.manual_seed(plan.config.seed)
-        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(plan.start))
+    def __init__(self, model: FrozenModel, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> None:
+        torch.manual_seed(prepared.config.seed)
+        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(prepared.start))
         self.peft = get_peft_model(model.hf_model, config)
         self.prompt = virtual_tokens(self.peft)
-        super().__init__(model, plan, NOWHERE, watcher, {"prompt": self.prompt})
+        super().__init__(model, prepared, NOWHERE, callback, {"prompt": self.prompt})
 
     def weights(self) -> Weights:
         """Return a copy of the prompt."""
@@ -115,11 +115,11 @@ class PeftLoop(Loop):
 
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
         """Score rows with our scorer."""
-        scorer = scorer or self.plan.scorer
+        scorer = scorer or self.prepared.scorer
         assert scorer is not None
         return scorer.score(self.model, (weights or self.weights())["prompt"])
 
-    def backward(self, cuts: Cuts) -> float:
+    def backward(self, cuts: MicroBatchesByRank) -> float:
         """Run the batch at once, as PEFT's users do."""
         ((batch,),) = cuts
         with torch.enable_grad():
@@ -149,17 +149,17 @@ class PeftAsShipped(Prompts):
         "eval_rows": 0,
     }
 
-    def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
-        return PeftLoop(self.protocol.model, plan, watcher)
+    def loop(self, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> Trainer:
+        return PeftLoop(self.protocol.model, prepared, callback)
 
 
 SHIPPED = "peft-prompt-tuning"
-EARLY: dict[str, type[Method]] = {"soft-prompt-early": SoftPrompts, "deep-prefix-early": DeepPrefixes}
+EARLY: dict[str, type[Method]] = {"prompt-tuning-early": PromptTuning, "prefix-tuning-early": PrefixTuning}
 ALL: dict[str, type[Method]] = {**METHODS, SHIPPED: PeftAsShipped, **EARLY}
 # What is timed; the others take steps of the same kind.
 LEARNING: dict[str, type[Trained]] = {
-    "soft-prompt": SoftPrompts,
-    "deep-prefix": DeepPrefixes,
+    "prompt-tuning": PromptTuning,
+    "prefix-tuning": PrefixTuning,
     "lora": Lora,
     "full": Full,
     SHIPPED: PeftAsShipped,
@@ -168,12 +168,12 @@ LEARNING: dict[str, type[Trained]] = {
 ORDER = (
     "zero-shot",
     "lora",
-    "soft-prompt",
-    "deep-prefix",
+    "prompt-tuning",
+    "prefix-tuning",
     SHIPPED,
     "few-shot",
-    "deep-prefix-ensemble",
-    "soft-prompt-ensemble",
+    "prefix-tuning-ensemble",
+    "prompt-tuning-ensemble",
     "full",
     *EARLY,
 )
@@ -186,26 +186,26 @@ class Timed:
     Attributes:
         step: for a step.
         evaluation: for the validation rows.
-        plan: to make ready.
+        prepared: to make ready.
         row: to answer a validation row.
         peak_bytes: memory above the loaded model.
-        pace: how many times as long it took where it was timed.
+        throughput: how many times as long it took where it was timed.
         last: to score all of many labels of the validation rows, at the end.
     """
 
     step: float
     evaluation: float
-    plan: float
+    prepared: float
     row: float
     peak_bytes: int
-    pace: float
+    throughput: float
     last: float
 
     def length(self, method: str, rows: int = VALIDATION) -> dict[str, int]:
         """Return the settings by which a method takes as many steps as fit into its time, choosing by so many rows."""
         seconds = 60 * MINUTES
         if method == SHIPPED:  # it does not have to know how long it takes
-            return Pace(self.step, 0).fitting(seconds)
+            return Throughput(self.step, 0).fit_to_budget(seconds)
         if method in EARLY:  # no rows to choose by: they would take most of the time
             return {"max_steps": self._within(_EARLY * seconds, 0)["max_steps"], "eval_rows": 0}
         if method.endswith("-ensemble"):
@@ -214,11 +214,11 @@ class Timed:
         return self._within(seconds, rows)
 
     def _within(self, seconds: float, rows: int, members: int = 1) -> dict[str, int]:
-        """Return what fits beside making ready and finding out how much does, see `measure_pace`, for each member."""
+        """Return what fits beside making ready and measuring it (`measure_throughput`), for each member."""
         steps = 1 + min(TIMED, int(TIMING * seconds / self.step) + 1)
-        pace = Pace(self.step, self.evaluation, self.last, rows) if rows else Pace(self.step, 0.0)
-        left = seconds - self.plan - steps * self.step - pace.evaluation
-        return pace.fitting(left if members == 1 else left / members - self.plan)
+        throughput = Throughput(self.step, self.evaluation, self.last, rows) if rows else Throughput(self.step, 0.0)
+        left = seconds - self.prepared - steps * self.step - throughput.evaluation
+        return throughput.fit_to_budget(left if members == 1 else left / members - self.prepared)
 
 
 def timed() -> dict[str, dict[str, Timed]]:
@@ -233,9 +233,9 @@ def protocol_of(name: str, method: str, model: FrozenModel, data: Path) -> tuple
     some, _ = apart(validation)
     way = next((way for way in LEARNING if method.startswith(way)), None)
     if way is None:
-        pace = work(model, times=5) / REFERENCE
-        config = sp.TuneConfig(max_minutes=MINUTES * pace, eval_rows=VALIDATION)
-        return Protocol(model, train, some, test, config, search=False), pace
+        throughput = work(model, times=5) / REFERENCE
+        config = sp.TuneConfig(max_minutes=MINUTES * throughput, eval_rows=VALIDATION)
+        return Protocol(model, train, some, test, config, search=False), throughput
     found = timed().get(name, {}).get(way)
     if found is None:
         raise SystemExit(f"{way} on {name} was not timed; run quality_steps.py")
@@ -250,8 +250,8 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
     path = path_of(name, of_several(method), 0)
     if path.exists() or len(found) < MEMBERS or not all(folder.exists() for folder in folders):
         return
-    ensemble = joined([load_soft_prompt(folder) for folder in folders], {})
-    answers = Answers(model, ensemble.format, ensemble.record.max_length, ensemble.members, biases=ensemble.biases)
+    ensemble = make_ensemble([load_soft_prompt(folder) for folder in folders], {})
+    answers = Predictor(model, ensemble.format, ensemble.record.max_length, ensemble.members, biases=ensemble.biases)
     began = time.monotonic()
     side = answers.side(test, answers.at_once(test))
     summed = ("trainable_parameters", "stored_bytes", "train_seconds", "train_cpu_seconds", "train_tokens")
@@ -270,7 +270,7 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
     print(path.stem, {metric: round(value.value, 3) for metric, value in result.metrics.items()}, flush=True)
 
 
-class Steps(Watcher):
+class Steps(Callback):
     """Prints the validation figures as they come."""
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -316,12 +316,12 @@ def run(name: str, method: str, seed: int, model: FrozenModel, base: Base, data:
             if path.exists():
                 return
             began = time.monotonic()
-            protocol, pace = protocol_of(name, method, model, data)
+            protocol, throughput = protocol_of(name, method, model, data)
             print(f"{name} {method} {seed}", flush=True)
             place = keep / name if keep else Path(scratch)
             result = run_method(method, seed, protocol, base, place, Steps(), ALL)
-            if pace is not None:
-                result.settings["pace"] = pace
+            if throughput is not None:
+                result.settings["pace"] = throughput
             path.write_text(json.dumps(kept(result)) + "\n")
     except Timeout:
         return

@@ -26,9 +26,9 @@ import softprompt as sp
 from quality import LEARNING, REFERENCE, SETS, STEPS, VALIDATION, Timed, rows_of, timed, work
 from softprompt.comparison.costs import measured
 from softprompt.comparison.methods.base import Protocol
-from softprompt.data.batching import draw
+from softprompt.data.batching import batch_indices
 from softprompt.data.split import sample
-from softprompt.training.callbacks import UNWATCHED
+from softprompt.training.callbacks import NO_CALLBACK
 
 _STEPS = 3
 _EVALUATED = 50  # validation rows; the time is taken as many times as there are more of them
@@ -57,36 +57,38 @@ def measure(clock: Clock, model: sp.FrozenModel, name: str, way: str, data: Path
     train, validation, test = rows_of(name, data)
     some = sample(validation, _EVALUATED, 0)
     protocol = Protocol(model, train, some, test, sp.TuneConfig(eval_rows=len(some)), "examples", search=False)
-    method = LEARNING[way](protocol, 0, UNWATCHED)
+    method = LEARNING[way](protocol, 0, NO_CALLBACK)
     try:
         with measured(model.device) as effort:
             began = time.monotonic()
-            plan = protocol.plan(seed=0, learning_rate=method.rate, **method.settings)
+            prepared = protocol.prepared(seed=0, learning_rate=method.rate, **method.settings)
             planned = time.monotonic() - began
-            loop = method.loop(plan)
+            loop = method.trainer(prepared)
             loop.optimizer.param_groups[0]["lr"] = 0.0
-            assert plan.config.batch_size
-            batches = [draw(len(plan.examples), plan.config.batch_size, step, 0) for step in range(1 + _STEPS)]
+            assert prepared.config.batch_size
+            batches = [
+                batch_indices(len(prepared.examples), prepared.config.batch_size, step, 0) for step in range(1 + _STEPS)
+            ]
 
             def step(rows: Sequence[int]) -> None:
-                loop.gradient([plan.examples[i] for i in rows])
+                loop.gradient([prepared.examples[i] for i in rows])
                 loop.optimizer.step()
 
             clock.paces.clear()
             _, *steps = [clock(partial(step, rows)) for rows in batches]  # the first one sets things up
-            evaluation = clock(loop.evaluate) if plan.scorer else 0.0
-            labels = plan.label_scorer()
+            evaluation = clock(loop.evaluate) if prepared.scorer else 0.0
+            labels = prepared.label_scorer()
             last = clock(partial(loop.evaluate, scorer=labels)) if labels else 0.0
     finally:
         method.close()
-    pace = mean(clock.paces)
+    throughput = mean(clock.paces)
     return Timed(
         step=mean(steps),
         evaluation=evaluation * min(VALIDATION, len(validation)) / len(some),
-        plan=planned / pace,
+        prepared=planned / throughput,
         row=evaluation / len(some),
         peak_bytes=effort.peak_bytes,
-        pace=pace,
+        throughput=throughput,
         last=last * min(VALIDATION, len(validation)) / len(some),
     )
 

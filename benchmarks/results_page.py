@@ -16,7 +16,7 @@ from softprompt.formatting import count, duration, size
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 CLASSIFICATION = SETS[:-1]
-SINGLE = ("soft-prompt", "deep-prefix")
+SINGLE = ("prompt-tuning", "prefix-tuning")
 WHOLE = tuple(method for method in ORDER if method not in EARLY)
 
 
@@ -203,7 +203,7 @@ def matching(runs: Runs) -> str:
 
 def starts(runs: Runs) -> list[str]:
     """Say which soft prompts started from words; of an ensemble its first member."""
-    ways = [method for method in (*WHOLE, *EARLY) if method.startswith("soft-prompt")]
+    ways = [method for method in (*WHOLE, *EARLY) if method.startswith("prompt-tuning")]
     found = [
         f"{method} on {name}"
         for name in CLASSIFICATION

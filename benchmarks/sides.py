@@ -17,9 +17,9 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, Trainer
 import softprompt as sp
 from softprompt.data.encoder import Example
 from softprompt.model.backends.verify import freeze
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import Plan
-from softprompt.training.prompt_trainer import PromptLoop
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import PreparedRun
+from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import reproducible
 
@@ -37,33 +37,33 @@ def load(name: str) -> sp.FrozenModel:
 class Softprompt:
     """Our side: the loop that `softprompt tune` runs."""
 
-    def __init__(self, model: sp.FrozenModel, plan: Plan, scratch: Path) -> None:
+    def __init__(self, model: sp.FrozenModel, prepared: PreparedRun, scratch: Path) -> None:
         run = RunFolder(scratch / "run")
-        run.begin(plan.config, {})
-        self.loop, self.metrics = PromptLoop(model, plan, run, Watcher()), run.path / "metrics.jsonl"
+        run.begin(prepared.config, {})
+        self.loop, self.metrics = PromptTrainer(model, prepared, run, Callback()), run.path / "metrics.jsonl"
 
     def step(self, _batch: Sequence[Example]) -> float:
         """Take a step and return its loss; the loop draws the same batch itself."""
-        with reproducible(self.loop.plan.config.threads):
+        with reproducible(self.loop.prepared.config.threads):
             self.loop.step()
         return float(json.loads(self.metrics.read_text().splitlines()[-1])["loss"])
 
     def gradient(self) -> Tensor:
         """Return the last step's gradient `[P, H]`, clipped."""
-        assert self.loop.prompt.prompt.grad is not None
-        return self.loop.prompt.prompt.grad.clone()
+        assert self.loop.prompt.grad is not None
+        return self.loop.prompt.grad.clone()
 
 
 class Peft:
     """PEFT's prompt tuning in a plain PyTorch loop: rows padded on the right to the batch's longest."""
 
-    def __init__(self, hf_model: PreTrainedModel, plan: Plan) -> None:
-        self.config = plan.config
-        assert plan.config.learning_rate
-        self.model = peft_model(hf_model, plan.start)
+    def __init__(self, hf_model: PreTrainedModel, prepared: PreparedRun) -> None:
+        self.config = prepared.config
+        assert prepared.config.learning_rate
+        self.model = peft_model(hf_model, prepared.start)
         self.prompt = virtual_tokens(self.model)
         self.optimizer = torch.optim.AdamW(
-            [self.prompt], plan.config.learning_rate, weight_decay=plan.config.weight_decay
+            [self.prompt], prepared.config.learning_rate, weight_decay=prepared.config.weight_decay
         )
 
     def step(self, batch: Sequence[Example]) -> float:
@@ -129,9 +129,11 @@ class Rounds(TrainerCallback):
             self.losses.append(float(kwargs["logs"]["loss"]))
 
 
-def trainer(hf_model: PreTrainedModel, plan: Plan, batches: Sequence[Sequence[Example]], scratch: Path) -> Trainer:
+def trainer(
+    hf_model: PreTrainedModel, prepared: PreparedRun, batches: Sequence[Sequence[Example]], scratch: Path
+) -> Trainer:
     """Return the tutorial's way: PEFT under `transformers.Trainer`, with the batches in the given order."""
-    config = plan.config
+    config = prepared.config
     assert config.learning_rate and config.batch_size
     arguments = TrainingArguments(
         output_dir=str(scratch),
@@ -151,7 +153,7 @@ def trainer(hf_model: PreTrainedModel, plan: Plan, batches: Sequence[Sequence[Ex
         train_sampling_strategy="sequential",
     )
     rows = [example for batch in batches for example in batch]
-    return Trainer(peft_model(hf_model, plan.start), arguments, collate, rows)
+    return Trainer(peft_model(hf_model, prepared.start), arguments, collate, rows)
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:

@@ -43,8 +43,8 @@ def first_step(rows: str, out: str) -> None:
     moments["imports"] = time.time()
     del training
 
-    class Told(tables.TerminalWatcher):
-        def begin(self, plan: Any, step: int) -> None:
+    class Told(tables.TerminalCallback):
+        def begin(self, prepared: Any, step: int) -> None:
             moments["model, rows, settings"] = time.time()
 
         def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -56,7 +56,7 @@ def first_step(rows: str, out: str) -> None:
         def end(self) -> None:
             pass
 
-    tables.TerminalWatcher = Told  # type: ignore[misc]
+    tables.TerminalCallback = Told  # type: ignore[misc]
     tune.tune([rows, "--out", out, "--set", "max_steps=1"], standalone_mode=False)
     print(json.dumps(moments))
 

@@ -15,9 +15,9 @@ from typing import Any
 import softprompt as sp
 from arithmetic import bound, needed_seconds
 from sides import Peft, Rounds, Softprompt, load, ratio, trainer
-from softprompt.data.batching import draw
+from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Example
-from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.prepare import PreparedRun, prepare_run
 
 LOSSES_AGREE, GRADIENTS_AGREE = 1e-3, 1e-4
 
@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-def plan_of(case: Case, model: sp.FrozenModel, data: Path, steps: int) -> Plan:
+def plan_of(case: Case, model: sp.FrozenModel, data: Path, steps: int) -> PreparedRun:
     """Return what is learned from; all sides take rows, ids and the initial prompt from it."""
     settings = sp.TuneConfig(
         num_virtual_tokens=case.num_virtual_tokens,
@@ -76,7 +76,7 @@ def plan_of(case: Case, model: sp.FrozenModel, data: Path, steps: int) -> Plan:
         warmup_ratio=0,
         schedule="constant",
     )
-    return make_plan(model, case.rows(data), settings)
+    return prepare_run(model, case.rows(data), settings)
 
 
 def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:
@@ -87,9 +87,9 @@ def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:
     model = load(case.model)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        plan = plan_of(case, model, data, 1 + repeats)
-        batches = [batch_of(plan, step) for step in range(1 + repeats)]
-        ours, theirs = Softprompt(model, plan, scratch), Peft(model.hf_model, plan)
+        prepared = plan_of(case, model, data, 1 + repeats)
+        batches = [batch_of(prepared, step) for step in range(1 + repeats)]
+        ours, theirs = Softprompt(model, prepared, scratch), Peft(model.hf_model, prepared)
         seconds: dict[str, list[float]] = {"softprompt": [], "peft": [], "needed": []}
         losses: dict[str, list[float]] = {"softprompt": [], "peft": []}
         gradients: list[float] = []
@@ -100,11 +100,11 @@ def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:
                 began = time.perf_counter()
                 losses[label].append(side.step(batches[step]))
                 seconds[label].append(time.perf_counter() - began)
-            seconds["needed"].append(needed_seconds(model, plan, batches[step]))
+            seconds["needed"].append(needed_seconds(model, prepared, batches[step]))
             gradients.append(float((ours.gradient() - theirs.gradient()).norm() / theirs.gradient().norm()))
 
         rounds = Rounds(one_round)
-        tutorial = trainer(model.hf_model, plan, batches, scratch / "trainer")
+        tutorial = trainer(model.hf_model, prepared, batches, scratch / "trainer")
         tutorial.add_callback(rounds)
         tutorial.train()
     # The Trainer divides by the labels behind the first column, though PEFT learns the first too.
@@ -125,7 +125,7 @@ def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:
         "seconds": {side: [round(s, 3) for s in each] for side, each in times.items()},
         "faster": ratio(times["peft"], times["softprompt"]),
         "faster_than_trainer": ratio(times["trainer"], times["softprompt"]),
-        "bound": statistics.mean(bound(model, plan, batch) for batch in batches[1:]),
+        "bound": statistics.mean(bound(model, prepared, batch) for batch in batches[1:]),
         "over_needed": ratio(times["softprompt"], times["needed"]),
         "losses_differ": apart,
         "gradients_differ": gradients[0],
@@ -133,10 +133,13 @@ def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:
     }
 
 
-def batch_of(plan: Plan, step: int) -> list[Example]:
+def batch_of(prepared: PreparedRun, step: int) -> list[Example]:
     """Return a step's examples, as the loop draws them."""
-    assert plan.config.batch_size
-    return [plan.examples[i] for i in draw(len(plan.examples), plan.config.batch_size, step, plan.config.seed)]
+    assert prepared.config.batch_size
+    return [
+        prepared.examples[i]
+        for i in batch_indices(len(prepared.examples), prepared.config.batch_size, step, prepared.config.seed)
+    ]
 
 
 def peak(name: str, side: str, data: Path) -> float:
@@ -158,13 +161,13 @@ def memory_of(name: str, side: str, data: Path) -> float:
     """Take two steps in this process, and return the peak of its memory above the loaded model, in gigabytes."""
     case = CASES[name]
     model = load(case.model)
-    plan = plan_of(case, model, data, 2)
+    prepared = plan_of(case, model, data, 2)
     with tempfile.TemporaryDirectory() as folder:
         loaded = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        taken = Softprompt(model, plan, Path(folder)) if side == "softprompt" else Peft(model.hf_model, plan)
+        taken = Softprompt(model, prepared, Path(folder)) if side == "softprompt" else Peft(model.hf_model, prepared)
         for step in range(2):
-            taken.step(batch_of(plan, step))
+            taken.step(batch_of(prepared, step))
     return (resident("VmHWM") - loaded) / 1e9
 
 

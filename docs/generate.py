@@ -28,7 +28,6 @@ WHY = {
         "max_length": "longer texts cost memory with the square of their length; cut rows are counted and told",
         "method": "a soft prompt is smaller, runs everywhere (vLLM takes no deep prefix) and has words near it; a deep "
         "prefix learns more",
-        "parameterization": "the network is one more thing to set, and starts no better",
         "num_virtual_tokens": "from words, 20 learn nearly all that 100 do on most tasks (Lester et al. 2021, section "
         "3.2); examples and lists of labels take what they need",
         "init": "words start where the model is at home; noise learns slowly (Lester et al. 2021, section 3.2)",

@@ -131,13 +131,13 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
         lambda: transformers.PhimoeConfig(**_LIKE_LLAMA, **_WINDOW, **_EXPERTS, num_local_experts=4),
     ),
     "bloom": ("packed", lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=3, n_head=4, **_IDS)),
-    "falcon-rotary": ("cached", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=False)),
-    "falcon-alibi": ("cached", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=True, multi_query=False)),
+    "falcon-rotary": ("padded", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=False)),
+    "falcon-alibi": ("padded", lambda: transformers.FalconConfig(**_LIKE_FALCON, alibi=True, multi_query=False)),
     "mpt": (
-        "cached",
+        "padded",
         lambda: transformers.MptConfig(vocab_size=400, d_model=32, n_heads=4, n_layers=3, max_seq_len=256, **_IDS),
     ),
-    "gptj": ("cached", lambda: transformers.GPTJConfig(**_LIKE_GPT2, rotary_dim=4)),
+    "gptj": ("padded", lambda: transformers.GPTJConfig(**_LIKE_GPT2, rotary_dim=4)),
 }
 
 

@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
-class Told(sp.Watcher):
+class Told(sp.Callback):
     """What a process was told."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def tuned(model: sp.FrozenModel, rows: sp.Rows, out: Path, resume: bool = False,
     with noted_gradients() as gradients:
         try:
             config = None if resume else sp.TuneConfig(**{**SETTINGS, **settings})
-            result = sp.tune(model, rows, config, out=out, resume=resume, watcher=told)
+            result = sp.tune(model, rows, config, out=out, resume=resume, callback=told)
         except (sp.SoftpromptError, KeyboardInterrupt) as error:
             return {"error": f"{type(error).__name__}: {error}", "wrote": out.exists()}
     return {

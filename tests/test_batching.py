@@ -8,15 +8,15 @@ from collections import Counter
 
 import pytest
 
-from softprompt.data.batching import draw, micro_batches
+from softprompt.data.batching import batch_indices, micro_batches
 from softprompt.data.encoder import Example
 from softprompt.data.rows import Rows, load_data
-from softprompt.data.split import sample, seen_before, split_rows
+from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.errors import DataError
 
 
 def drawn(rows: int, batch_size: int, steps: int, seed: int = 0) -> list[int]:
-    return [row for step in range(steps) for row in draw(rows, batch_size, step, seed)]
+    return [row for step in range(steps) for row in batch_indices(rows, batch_size, step, seed)]
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (10, 4), (7, 3), (5, 5), (3, 8), (1, 4), (100, 16)])
@@ -28,14 +28,14 @@ def test_every_row_is_seen_once_a_pass(rows: int, batch_size: int) -> None:
 
 
 def test_a_batch_is_full_even_where_it_crosses_into_the_next_pass() -> None:
-    assert [len(draw(10, 4, step, 0)) for step in range(20)] == [4] * 20
-    third = draw(10, 4, 2, 0)
-    assert set(third[:2]) == set(range(10)) - set(draw(10, 4, 0, 0)) - set(draw(10, 4, 1, 0))
+    assert [len(batch_indices(10, 4, step, 0)) for step in range(20)] == [4] * 20
+    third = batch_indices(10, 4, 2, 0)
+    assert set(third[:2]) == set(range(10)) - set(batch_indices(10, 4, 0, 0)) - set(batch_indices(10, 4, 1, 0))
 
 
 def test_a_batch_depends_on_its_arguments_only() -> None:
-    forwards = [draw(50, 8, step, 3) for step in range(30)]
-    assert [draw(50, 8, step, 3) for step in reversed(range(30))] == forwards[::-1]
+    forwards = [batch_indices(50, 8, step, 3) for step in range(30)]
+    assert [batch_indices(50, 8, step, 3) for step in reversed(range(30))] == forwards[::-1]
 
 
 def test_each_pass_and_each_seed_has_its_own_order() -> None:
@@ -79,7 +79,7 @@ def test_micro_batches_are_a_partition_in_order_of_length_within_the_budget(padd
 def test_tokens_that_the_prefix_holds_are_not_counted() -> None:
     examples = examples_of([10] * 6)
     assert [len(part) for part in micro_batches(examples, 20)] == [2, 2, 2]
-    assert [len(part) for part in micro_batches(examples, 20, held=8)] == [6]
+    assert [len(part) for part in micro_batches(examples, 20, shared_text_len=8)] == [6]
 
 
 def labelled(**counts: int) -> Rows:
@@ -169,8 +169,8 @@ def test_rows_with_one_input_stay_on_one_side() -> None:
     """Several right answers to one question: with one of them in training, the others are no test."""
     generate = random.Random(0)
     for seed in range(100):
-        questions = [f"question {generate.randrange(30)}" for _ in range(generate.randint(60, 200))]
-        data = load_data([{"input": q, "target": str(i)} for i, q in enumerate(questions)])
+        normalized_inputs = [f"question {generate.randrange(30)}" for _ in range(generate.randint(60, 200))]
+        data = load_data([{"input": q, "target": str(i)} for i, q in enumerate(normalized_inputs)])
         train, validation = split_rows(data, None, generate.randint(5, 50), seed)
         assert validation is not None
         assert not {row["input"] for row in train} & {row["input"] for row in validation}
@@ -188,8 +188,8 @@ def test_one_question_in_all_rows_cannot_be_split() -> None:
 def test_validation_rows_that_ask_what_training_rows_ask_are_counted() -> None:
     train = load_data([{"text": t, "label": "x"} for t in ("a film", "b", "c")])
     validation = load_data([{"text": t, "label": "y"} for t in ("A  film", "d", "c ", "c")])
-    assert seen_before(train, validation) == 3
-    assert seen_before(train, train.pick([])) == 0
+    assert count_duplicates(train, validation) == 3
+    assert count_duplicates(train, train.pick([])) == 0
 
 
 def test_a_sample_keeps_the_shares_and_the_order() -> None:

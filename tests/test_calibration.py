@@ -15,7 +15,7 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import make_format
 from softprompt.errors import PromptError, SettingsError
-from softprompt.evaluation.average import averaged
+from softprompt.evaluation.average import average_scores
 from softprompt.evaluation.calibration import (
     CalibratedScorer,
     CalibratedScores,
@@ -29,7 +29,7 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import joined, load_prompt
+from softprompt.prompt.ensemble import load_prompt, make_ensemble
 from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt
 from softprompt.training.tune import tune
 from test_evaluation import ONE_TOKEN, SEVERAL_TOKENS, TEXTS, labelled, prompt_for, soft_prompt, token_losses
@@ -244,7 +244,7 @@ def parcels(first: int, behind: int, labels: int) -> Rows:
 
 @pytest.mark.parametrize("labels", [3, 12])  # a few are scored at each evaluation, many once
 @pytest.mark.parametrize("matched", [True, False])
-@pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 def test_a_prompt_of_labels_keeps_its_bias_and_is_evaluated_with_it(
     llama: FrozenModel, tmp_path: Path, method: str, matched: bool, labels: int
 ) -> None:
@@ -317,18 +317,21 @@ def test_every_member_of_an_ensemble_has_its_own_bias(llama: FrozenModel, tmp_pa
         SoftPrompt(w, plain.record.model_copy(update={"label_bias": bias}))
         for w, bias in zip(weights, biases, strict=True)
     ]
-    ensemble = joined(members, {})
+    ensemble = make_ensemble(members, {})
     assert not ensemble.record.label_bias
     rows = parcels(0, 60, 12)
     scorer = make_scorer(Encoder(llama.tokenizer, ensemble.format, 64), rows, 1024)
-    expected = averaged([shifted(scorer.score(llama, w), bias) for w, bias in zip(weights, biases, strict=True)])
+    expected = average_scores([shifted(scorer.score(llama, w), bias) for w, bias in zip(weights, biases, strict=True)])
     assert isinstance(expected, LabelScores)
     loaded = load_prompt(ensemble.save(tmp_path / "ensemble"))
     done = evaluate(llama, rows, loaded)
     assert [record["prediction"] for record in done.predictions] == [MANY[i] for i in expected.predicted]
     assert generate(llama, [row["text"] for row in rows], loaded) == [MANY[i] for i in expected.predicted]
-    assert done.without_bias == evaluate(llama, rows, joined([plain, SoftPrompt(weights[1], plain.record)], {})).metrics
-    without = joined([plain, SoftPrompt(weights[1], plain.record)], {})
+    assert (
+        done.without_bias
+        == evaluate(llama, rows, make_ensemble([plain, SoftPrompt(weights[1], plain.record)], {})).metrics
+    )
+    without = make_ensemble([plain, SoftPrompt(weights[1], plain.record)], {})
     assert [r["prediction"] for r in evaluate(llama, rows, without).predictions] != [
         r["prediction"] for r in done.predictions
     ]

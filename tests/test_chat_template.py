@@ -60,7 +60,7 @@ def test_labels_and_inputs_are_encoded_like_examples() -> None:
         encoder().examples(rows), encoder().choices(rows), encoder().inputs(list(rows)), rows, strict=True
     ):
         tail = choices.tails[["bad", "good"].index(row["label"])]
-        assert choices.stem + tail == example.ids
+        assert choices.input_ids + tail == example.ids
         assert example.ids[: len(alone)] == alone
 
 

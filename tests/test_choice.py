@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError
-from softprompt.model.backends.attention import Group
+from softprompt.model.backends.attention import LengthBucket
 from softprompt.model.backends.differences import largest_difference
-from softprompt.model.backends.packed import Packed
-from softprompt.model.backends.tiny_copy import WINDOW, miniature, sliding_window
+from softprompt.model.backends.packed import PackedBackend
+from softprompt.model.backends.tiny_copy import WINDOW, sliding_window, tiny_copy
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 
@@ -25,17 +25,19 @@ def long_window(architecture: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_a_model_with_a_long_window_gets_the_way_of_its_kind(architecture: str) -> None:
-    assert freeze(long_window(architecture), tiny_tokenizer()).way.name == ARCHITECTURES[architecture][0]
+    assert freeze(long_window(architecture), tiny_tokenizer()).backend.name == ARCHITECTURES[architecture][0]
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_a_way_that_forgets_a_long_window_is_found_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = long_window(architecture)
-    right = Group.mask
+    right = LengthBucket.mask
     # The packed attention, gone wrong: every token sees all that came before it.
-    monkeypatch.setattr(Group, "mask", lambda self, _window, like: right(self, None, like))
-    assert largest_difference(FrozenModel(model, tiny_tokenizer(), Packed(model), "")) < 1e-3  # not by the model itself
-    assert freeze(model, tiny_tokenizer()).way.name == "cached"
+    monkeypatch.setattr(LengthBucket, "mask", lambda self, _window, like: right(self, None, like))
+    assert (
+        largest_difference(FrozenModel(model, tiny_tokenizer(), PackedBackend(model), "")) < 1e-3
+    )  # not by the model itself
+    assert freeze(model, tiny_tokenizer()).backend.name == "padded"
 
 
 def test_a_window_that_only_some_layers_have_is_found_in_the_miniature() -> None:
@@ -44,14 +46,14 @@ def test_a_window_that_only_some_layers_have_is_found_in_the_miniature() -> None
     config = GPTNeoConfig(vocab_size=400, hidden_size=32, num_layers=4, num_heads=4, attention_types=kinds)
     model = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
     assert sliding_window(config) == 256
-    assert model.way.name == "cached"
+    assert model.backend.name == "padded"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_miniature_is_of_the_models_kind_and_small(architecture: str) -> None:
     model = tiny_model(architecture)
     before = model.config.to_dict()
-    small = miniature(model)
+    small = tiny_copy(model)
     assert type(small) is type(model)
     assert model.config.to_dict() == before
     assert sum(p.numel() for p in small.parameters()) < 1_000_000
@@ -78,5 +80,5 @@ def test_a_model_that_takes_no_embeddings_but_those_of_tokens_is_refused() -> No
 def test_building_a_miniature_leaves_the_random_state() -> None:
     model = tiny_model("mistral")
     before = torch.get_rng_state()
-    miniature(model)
+    tiny_copy(model)
     assert torch.equal(torch.get_rng_state(), before)

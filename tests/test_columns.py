@@ -36,7 +36,7 @@ def test_alpacas_columns_are_read_as_they_are(llama: FrozenModel) -> None:
     rows = load_data(alpaca())
     assert rows.task == "completion"
     assert rows[0] == {"instruction": "Name 0", "input": "", "output": "blue 0", "target": "blue 0"}
-    assert len({rows.question(row) for row in rows}) == 40, "the instruction is a part of the question"
+    assert len({rows.normalized_input(row) for row in rows}) == 40, "the instruction is a part of the question"
     prompt = tune(llama, rows, QUICK).prompt
     assert prompt.format.input(rows[0]) == "Name 0\n"
     assert prompt.format.input(rows[1]) == "Name 1\nsky\n"

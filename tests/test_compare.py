@@ -21,11 +21,11 @@ from softprompt.comparison import run as comparing
 from softprompt.comparison.costs import general_perplexity, measured, weights_hash
 from softprompt.comparison.methods import METHODS, weights
 from softprompt.comparison.methods import trained as learning
-from softprompt.comparison.methods.base import Answers
+from softprompt.comparison.methods.base import Predictor
 from softprompt.comparison.methods.prompts import MEMBERS
 from softprompt.comparison.results import Result, read_result
-from softprompt.comparison.run import ComparisonWatcher, compare
-from softprompt.data.batching import draw
+from softprompt.comparison.run import ComparisonCallback, compare
+from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, StorageError
@@ -33,13 +33,13 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.primary_metric import statistic
 from softprompt.evaluation.scores import LabelScores
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.callbacks import Watcher
+from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import STEPS
 from softprompt.training.search import FACTORS
-from softprompt.training.trainer import Loop, Pace
+from softprompt.training.trainer import Throughput, Trainer
 from test_training import short
 
-ALL = (*USUAL, "soft-prompt-ensemble", "deep-prefix-ensemble")
+ALL = (*USUAL, "prompt-tuning-ensemble", "prefix-tuning-ensemble")
 
 
 def films(count: int) -> Rows:
@@ -83,9 +83,9 @@ def test_costs_are_those_of_the_methods(compared: tuple[Path, list[Result]], lla
     costs = {r.method: r.costs for r in results}
     weights = sum(p.numel() for p in llama.hf_model.parameters())
     assert costs["zero-shot"].trainable_parameters == costs["few-shot"].trainable_parameters == 0
-    assert costs["soft-prompt"].trainable_parameters == 5 * 32
-    assert costs["deep-prefix"].trainable_parameters == 5 * 4 * 2 * 2 * 8
-    assert costs["soft-prompt-ensemble"].trainable_parameters == MEMBERS * 5 * 32
+    assert costs["prompt-tuning"].trainable_parameters == 5 * 32
+    assert costs["prefix-tuning"].trainable_parameters == 5 * 4 * 2 * 2 * 8
+    assert costs["prompt-tuning-ensemble"].trainable_parameters == MEMBERS * 5 * 32
     assert 0 < costs["lora"].trainable_parameters < costs["full"].trainable_parameters == weights
     for name, cost in costs.items():
         kept = folder / "tasks" / f"{name}-0"
@@ -103,7 +103,7 @@ def test_costs_are_those_of_the_methods(compared: tuple[Path, list[Result]], lla
 
 def test_all_trained_methods_see_the_same_tokens(compared: tuple[Path, list[Result]]) -> None:
     by_method = {r.method: r for r in compared[1]}
-    trained = [by_method[name] for name in ("soft-prompt", "deep-prefix", "lora", "full")]
+    trained = [by_method[name] for name in ("prompt-tuning", "prefix-tuning", "lora", "full")]
     assert len({r.costs.train_tokens for r in trained}) == 1
     for result in trained:
         assert result.settings["max_steps"] == 30 - 9  # a tenth of the steps went to each of three learning rates
@@ -119,16 +119,16 @@ def test_all_trained_methods_learn_from_the_same_rows_in_the_same_order(
 ) -> None:
     protocol = comparing._protocol(llama, films(60), None, None, settings(), "examples", False)
     seen: dict[str, list[list[tuple[int, ...]]]] = {}
-    alone = Loop.gradient
-    for name in ("soft-prompt", "deep-prefix", "lora", "full"):
+    alone = Trainer.gradient
+    for name in ("prompt-tuning", "prefix-tuning", "lora", "full"):
         taken = seen.setdefault(name, [])
 
-        def noted(loop: Loop, batch: list[Example], into: list[list[tuple[int, ...]]] = taken) -> float:
+        def noted(loop: Trainer, batch: list[Example], into: list[list[tuple[int, ...]]] = taken) -> float:
             into.append([example.ids for example in batch])
             return alone(loop, batch)
 
-        monkeypatch.setattr(Loop, "gradient", noted)
-        method = METHODS[name](protocol, 0, Watcher())
+        monkeypatch.setattr(Trainer, "gradient", noted)
+        method = METHODS[name](protocol, 0, Callback())
         try:
             method.learn()
         finally:
@@ -137,7 +137,7 @@ def test_all_trained_methods_learn_from_the_same_rows_in_the_same_order(
     assert all(taken == seen["lora"] for taken in seen.values())
 
 
-@pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix", "soft-prompt-ensemble"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning", "prompt-tuning-ensemble"])
 def test_what_was_kept_answers_as_the_figures_say(
     compared: tuple[Path, list[Result]], llama: FrozenModel, method: str
 ) -> None:
@@ -155,19 +155,19 @@ def test_a_stored_method_answers_as_before_when_it_is_loaded(
 ) -> None:
     rows = load_data([{"text": f"a film {n}", "label": f"of the year {n % labels}"} for n in range(30 * labels)])
     protocol = comparing._protocol(llama, rows, None, None, settings(eval_rows=24), "examples", False)
-    method = METHODS[name](protocol, 0, Watcher())
+    method = METHODS[name](protocol, 0, Callback())
     try:
         learned = method.learn()
         matched = learned.settings["prior_matching"]
         assert matched == any(learned.answers.biases)
-        told_apart = labels > 10 and name.startswith("soft-prompt")
+        told_apart = labels > 10 and name.startswith("prompt-tuning")
         assert learned.settings.get("loss") in (None, "labels" if told_apart else "target")
         before = learned.answers.side(protocol.test, 64).scores
         assert isinstance(before, LabelScores)
         method.store(tmp_path / "task")
         for _ in range(2):
             answers = method.load(tmp_path / "task")
-            assert isinstance(answers, Answers)
+            assert isinstance(answers, Predictor)
             after = answers.side(protocol.test, 64).scores
             assert isinstance(after, LabelScores)
             np.testing.assert_allclose(after.losses, before.losses, rtol=1e-4, atol=1e-5)
@@ -180,7 +180,7 @@ def test_a_stored_method_answers_as_before_when_it_is_loaded(
 def test_what_is_done_is_not_run_again_and_what_is_not_is(
     llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, methods = films(60), ("zero-shot", "soft-prompt", "lora")
+    rows, methods = films(60), ("zero-shot", "prompt-tuning", "lora")
     run, ran, stops = comparing.run_method, [], [("lora", 1)]
 
     def counted(name: str, seed: int, *rest: Any) -> Result:
@@ -195,7 +195,7 @@ def test_what_is_done_is_not_run_again_and_what_is_not_is(
     before = weights_hash(llama.hf_model)
     with pytest.raises(KeyboardInterrupt):
         compare(llama, rows, out=tmp_path / "out", **common)
-    assert ran == [("zero-shot", 0), ("soft-prompt", 0), ("soft-prompt", 1), ("lora", 0)]
+    assert ran == [("zero-shot", 0), ("prompt-tuning", 0), ("prompt-tuning", 1), ("lora", 0)]
     assert (tmp_path / "out" / "report.html").exists()  # of what there is
     assert weights_hash(llama.hf_model) == before
     done = compare(llama, rows, out=tmp_path / "out", **common)
@@ -279,17 +279,19 @@ def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
-    monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=0.02, evaluation=0.0))
-    monkeypatch.setattr(Loop, "tried", lambda _loop, steps: tried.append(steps) or 1.0)
-    watcher = Notes()
+    monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=0.02, evaluation=0.0))
+    monkeypatch.setattr(Trainer, "tried", lambda _loop, steps: tried.append(steps) or 1.0)
+    callback = Notes()
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1)
-    done = compare(llama, films(60), methods=["soft-prompt", "few-shot"], config=config, watcher=watcher)
+    done = compare(llama, films(60), methods=["prompt-tuning", "few-shot"], config=config, callback=callback)
     steps = done.results[0].settings["max_steps"]
     assert tried == [30] * 3
     assert 225 <= steps < 300  # of 300 that fit; making ready takes a little
-    assert watcher.told == ["begin 2", "soft-prompt", "soft-prompt done", "few-shot", "few-shot done"]
+    assert callback.told == ["begin 2", "prompt-tuning", "prompt-tuning done", "few-shot", "few-shot done"]
     assert done.report is None
-    given = compare(llama, films(60), methods=["soft-prompt"], config=config.model_copy(update={"learning_rate": 0.5}))
+    given = compare(
+        llama, films(60), methods=["prompt-tuning"], config=config.model_copy(update={"learning_rate": 0.5})
+    )
     assert given.results[0].settings["learning_rate"] == 0.5
 
 
@@ -298,13 +300,13 @@ def test_the_members_of_an_ensemble_share_the_time_and_one_measurement(
 ) -> None:
     measured: list[float] = []
 
-    def paced(_loop: Loop, seconds: float) -> Pace:
+    def paced(_loop: Trainer, seconds: float) -> Throughput:
         measured.append(seconds)
-        return Pace(step=100.0, evaluation=0.0)
+        return Throughput(step=100.0, evaluation=0.0)
 
-    monkeypatch.setattr(learning, "measure_pace", paced)
+    monkeypatch.setattr(learning, "measure_throughput", paced)
     config = short(max_steps=None, eval_every=None, max_minutes=50)
-    done = compare(llama, films(60), methods=["soft-prompt-ensemble"], config=config)
+    done = compare(llama, films(60), methods=["prompt-tuning-ensemble"], config=config)
     assert measured == [3000]
     steps = done.results[0].settings["max_steps"]
     assert steps == [9] * MEMBERS  # of ten; making ready takes a little
@@ -322,16 +324,16 @@ def test_what_is_mistyped_is_said_before_the_model_is_loaded(
     assert "no-such-model" not in done.err
 
 
-class Notes(ComparisonWatcher):
+class Notes(ComparisonCallback):
     def __init__(self) -> None:
         self.told: list[str] = []
 
     def begin(self, protocol: Any, done: Any, todo: Any) -> None:
         self.told.append(f"begin {len(todo)}")
 
-    def method(self, name: str, seed: int) -> Watcher:
+    def method(self, name: str, seed: int) -> Callback:
         self.told.append(name)
-        return Watcher()
+        return Callback()
 
     def result(self, result: Result) -> None:
         self.told.append(f"{result.method} done")
@@ -358,16 +360,16 @@ def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share
 ) -> None:
     """Four minutes: 24 seconds for each of three rates, of which 5.5 for scoring leave too few steps to tell."""
     tried: list[int] = []
-    alone = Loop.tried
+    alone = Trainer.tried
 
-    def noted(loop: Loop, steps: int) -> float:
+    def noted(loop: Trainer, steps: int) -> float:
         tried.append(steps)
         return alone(loop, steps)
 
-    monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=1.0, evaluation=evaluation))
-    monkeypatch.setattr(Loop, "tried", noted)
+    monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=1.0, evaluation=evaluation))
+    monkeypatch.setattr(Trainer, "tried", noted)
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=4)
-    done = compare(llama, films(60), methods=["soft-prompt"], config=config)
+    done = compare(llama, films(60), methods=["prompt-tuning"], config=config)
     assert done.results[0].settings["search"] == searched
     assert tried == ([int(24 - evaluation)] * 3 if searched else [])
 
@@ -381,7 +383,7 @@ def test_a_label_that_no_row_is_left_of_can_still_be_the_answer(llama: FrozenMod
     done = compare(
         llama,
         rows,
-        methods=["zero-shot", "soft-prompt"],
+        methods=["zero-shot", "prompt-tuning"],
         test_data=test,
         config=settings(train_rows=12),
         equal="examples",
@@ -393,16 +395,16 @@ def test_a_label_that_no_row_is_left_of_can_still_be_the_answer(llama: FrozenMod
 def test_a_folder_s_report_has_all_of_its_results(llama: FrozenModel, tmp_path: Path) -> None:
     common: dict[str, Any] = {"config": settings(), "equal": "examples", "out": tmp_path / "out"}
     compare(llama, films(60), methods=["zero-shot"], **common)
-    done = compare(llama, films(60), methods=["soft-prompt"], **common)
-    assert [r.method for r in done.results] == ["soft-prompt", "zero-shot"]
+    done = compare(llama, films(60), methods=["prompt-tuning"], **common)
+    assert [r.method for r in done.results] == ["prompt-tuning", "zero-shot"]
     assert "Zero-shot" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_same_rows_and_model_by_other_names_go_on(llama: FrozenModel, tmp_path: Path) -> None:
     common: dict[str, Any] = {"config": settings(), "equal": "examples", "out": tmp_path / "out"}
     compare(llama, films(60), methods=["zero-shot"], **common)
-    renamed = FrozenModel(llama.hf_model, llama.tokenizer, llama.way, "/elsewhere/model")
-    done = compare(renamed, replace(films(60), name="renamed.csv"), methods=["zero-shot", "soft-prompt"], **common)
+    renamed = FrozenModel(llama.hf_model, llama.tokenizer, llama.backend, "/elsewhere/model")
+    done = compare(renamed, replace(films(60), name="renamed.csv"), methods=["zero-shot", "prompt-tuning"], **common)
     assert done.report is not None
 
 
@@ -418,11 +420,10 @@ def test_a_folder_of_an_older_version_goes_on(llama: FrozenModel, tmp_path: Path
     before = compare(llama, films(60), config=settings(), **common)
     file = tmp_path / "out" / "protocol.json"
     record = json.loads(file.read_text())
-    del record["precision"], record["settings"]["parameterization"]
+    del record["precision"]
+    record["settings"] |= {"method": "soft-prompt", "parameterization": "direct"}
     file.write_text(json.dumps(record))
     assert compare(llama, films(60), config=settings(), **common).results == before.results
-    with pytest.raises(InputError, match="with other settings"):
-        compare(llama, films(60), config=settings(parameterization="residual"), **common)
 
 
 def test_a_mistake_in_the_first_command_leaves_nothing_behind(
@@ -454,17 +455,17 @@ def test_deep_prefixes_that_the_model_cannot_have_are_refused_at_once(
     unlike = property(Mock(side_effect=ModelError("this model's layers are not alike")))
     monkeypatch.setattr(FrozenModel, "prefix_shape", unlike)
     with pytest.raises(SettingsError, match="not alike; leave deep prefixes out of --methods"):
-        compare(llama, films(60), methods=["zero-shot", "deep-prefix"])
+        compare(llama, films(60), methods=["zero-shot", "prefix-tuning"])
 
 
 def test_in_the_same_time_no_more_steps_are_taken_than_were_asked_for(llama: FrozenModel) -> None:
     config = settings().model_copy(update={"max_steps": 3, "max_minutes": 0.1})
-    done = compare(llama, films(60), methods=["soft-prompt"], config=config, search=False)
+    done = compare(llama, films(60), methods=["prompt-tuning"], config=config, search=False)
     assert done.results[0].settings["max_steps"] == 3
 
 
 def test_a_search_tells_what_it_finds(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Told(Watcher):
+    class Told(Callback):
         def __init__(self) -> None:
             self.better_ones: list[tuple[int, float, float]] = []
             self.rates: list[float] = []
@@ -482,7 +483,7 @@ def test_a_search_tells_what_it_finds(llama: FrozenModel, monkeypatch: pytest.Mo
     assert (shown[0], shown[-1]) == (0, learned.settings["demonstrations"])
     assert list(accuracies) == sorted(accuracies)
     assert list(spent) == sorted(spent)
-    METHODS["soft-prompt"](protocol, 0, told).learn()
+    METHODS["prompt-tuning"](protocol, 0, told).learn()
     assert told.rates == pytest.approx([0.03 * factor for factor in FACTORS])
 
 
@@ -492,19 +493,23 @@ def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
     """The beginning that all rows share is run once; a row that begins otherwise must not lose its first tokens."""
     rows = [{"text": f"please classify this film number {n}", "label": ("bad", "good")[n % 2]} for n in range(280)]
     rows += [{"text": f"hi {n}", "label": ("bad", "good")[n % 2]} for n in range(20)]
-    monkeypatch.setattr(learning, "measure_pace", lambda *_: Pace(step=0.02, evaluation=0.0))
+    monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=0.02, evaluation=0.0))
     monkeypatch.setitem(STEPS, "normal", 2)  # so few rows are counted before it is known how many steps fit
     config = short(max_steps=None, eval_every=None, learning_rate=None, batch_size=2, max_minutes=0.1, eval_rows=20)
     taken = set[bool]()
 
-    def noted(loop: Loop, steps: int) -> float:
-        plan = loop.plan
-        drawn = {i for step in range(steps) for i in draw(len(plan.examples), 2, step, plan.config.seed)}
-        taken.update(plan.examples[i].ids[: len(plan.text)] == plan.text for i in drawn)
+    def noted(loop: Trainer, steps: int) -> float:
+        prepared = loop.prepared
+        drawn = {
+            i for step in range(steps) for i in batch_indices(len(prepared.examples), 2, step, prepared.config.seed)
+        }
+        taken.update(
+            prepared.examples[i].ids[: len(prepared.shared_text_ids)] == prepared.shared_text_ids for i in drawn
+        )
         return 1.0
 
-    monkeypatch.setattr(Loop, "tried", noted)
-    compare(llama, load_data(rows), methods=["soft-prompt"], config=config)
+    monkeypatch.setattr(Trainer, "tried", noted)
+    compare(llama, load_data(rows), methods=["prompt-tuning"], config=config)
     assert taken == {True}
 
 
@@ -542,10 +547,10 @@ def test_a_quantized_model_is_refused_before_anything_is_run(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama.hf_model, "is_quantized", True, raising=False)
-    watcher = Notes()
+    callback = Notes()
     with pytest.raises(SettingsError, match="not quantized"):
-        compare(llama, films(60), methods=["zero-shot", "full"], config=settings(), watcher=watcher)
-    assert watcher.told == []
+        compare(llama, films(60), methods=["zero-shot", "full"], config=settings(), callback=callback)
+    assert callback.told == []
 
 
 def test_a_changed_weight_changes_the_hash(llama: FrozenModel) -> None:
@@ -559,15 +564,15 @@ def test_a_changed_weight_changes_the_hash(llama: FrozenModel) -> None:
 
 
 def test_the_command_compares_and_goes_on(command: Command, llama_folder: Path, reviews: Path) -> None:
-    asked = ["compare", reviews, "--model", llama_folder, "--methods", "zero-shot,soft-prompt", "--out", "out"]
+    asked = ["compare", reviews, "--model", llama_folder, "--methods", "zero-shot,prompt-tuning", "--out", "out"]
     asked += ["--equal", "examples", "--set", "max_steps=4", "--set", "num_virtual_tokens=5"]
     shown = command(*asked)
     assert shown.code == 0
-    assert "soft-prompt" in shown.out
+    assert "prompt-tuning" in shown.out
     assert "report: out/report.html" in shown.out
     again = command(*asked, "--json")
     assert "2 results are there already" in again.err
-    assert [r["method"] for r in again.record["results"]] == ["zero-shot", "soft-prompt"]
+    assert [r["method"] for r in again.record["results"]] == ["zero-shot", "prompt-tuning"]
     assert again.record["metric"] == "accuracy"
     assert command(*asked[:5], "nonsense", *asked[6:]).code == 2
 
@@ -575,21 +580,21 @@ def test_the_command_compares_and_goes_on(command: Command, llama_folder: Path, 
 def test_a_method_that_fails_does_not_stop_the_others(
     llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softprompt.training.prompt_trainer import PromptLoop
+    from softprompt.training.prompt_trainer import PromptTrainer
 
     def diverged(*_: Any) -> float:
         return float("nan")
 
-    monkeypatch.setattr(PromptLoop, "gradient", diverged)
+    monkeypatch.setattr(PromptTrainer, "gradient", diverged)
     common: dict[str, Any] = {"config": settings(), "equal": "examples", "out": tmp_path / "out"}
-    watcher = Notes()
-    with pytest.raises(RunError, match=r"soft-prompt, seed 0: the loss is not finite .* the report has the others"):
-        compare(llama, films(60), methods=["soft-prompt", "zero-shot", "lora"], watcher=watcher, **common)
-    assert watcher.told[1:5] == ["soft-prompt", "soft-prompt failed", "zero-shot", "zero-shot done"]
+    callback = Notes()
+    with pytest.raises(RunError, match=r"prompt-tuning, seed 0: the loss is not finite .* the report has the others"):
+        compare(llama, films(60), methods=["prompt-tuning", "zero-shot", "lora"], callback=callback, **common)
+    assert callback.told[1:5] == ["prompt-tuning", "prompt-tuning failed", "zero-shot", "zero-shot done"]
     assert {p.name for p in (tmp_path / "out" / "results").iterdir()} == {"zero-shot-0.json", "lora-0.json"}
     assert (tmp_path / "out" / "report.html").exists()
     monkeypatch.undo()
-    done = compare(llama, films(60), methods=["soft-prompt", "zero-shot", "lora"], **common)
+    done = compare(llama, films(60), methods=["prompt-tuning", "zero-shot", "lora"], **common)
     assert len(done.results) == 3
 
 

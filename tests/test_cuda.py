@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, SHORT, Command, frozen, tiny_model, tiny_tokenizer
-from softprompt import SoftPrompt, TuneConfig, Watcher, load_data, load_prompt, tune
+from softprompt import Callback, SoftPrompt, TuneConfig, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig
 from softprompt.data.encoder import Example
 from softprompt.generation import continue_ids
@@ -30,7 +30,7 @@ def on_gpu(architecture: str) -> FrozenModel:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradient_are_those_of_the_cpu(architecture: str, deep: bool) -> None:
     here, there = frozen(architecture), on_gpu(architecture)
-    assert type(here.way) is type(there.way)
+    assert type(here.backend) is type(there.backend)
     prompt = prompt_for(here)
     prompt = here.prefix(prompt).stacked().detach() if deep else prompt
     examples: list[list[Example]] = [examples_of("mixed lengths")]
@@ -49,7 +49,7 @@ def test_generated_text_is_that_of_the_cpu(architecture: str) -> None:
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_commands_run(command: Command, reviews: Path, llama_folder: Path, method: str, dtype: str) -> None:
     base = ["--model", llama_folder, "--set", "device=cuda", "--set", f"dtype={dtype}"]
@@ -61,21 +61,21 @@ def test_the_commands_run(command: Command, reviews: Path, llama_folder: Path, m
     assert written.code == 0, written.err
 
 
-@pytest.mark.parametrize("method", ["soft-prompt", "deep-prefix"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 def test_a_run_that_was_interrupted_goes_on(
-    method: Literal["soft-prompt", "deep-prefix"], reviews: Path, tmp_path: Path
+    method: Literal["prompt-tuning", "prefix-tuning"], reviews: Path, tmp_path: Path
 ) -> None:
     model, rows = on_gpu("llama"), load_data(reviews)
     config = TuneConfig(max_steps=6, batch_size=4, num_virtual_tokens=5, eval_every=3, method=method)
 
-    class Interrupts(Watcher):
+    class Interrupts(Callback):
         def step(self, step: int, loss: float) -> None:
             if step == 4:
                 raise KeyboardInterrupt
 
     whole = tune(model, rows, config, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        tune(model, rows, config, out=tmp_path / "cut", watcher=Interrupts())
+        tune(model, rows, config, out=tmp_path / "cut", callback=Interrupts())
     assert tune(model, rows, None, out=tmp_path / "cut", resume=True).steps == 6
     resumed = load_prompt(tmp_path / "cut" / "prompt")
     assert isinstance(resumed, SoftPrompt)
@@ -83,7 +83,7 @@ def test_a_run_that_was_interrupted_goes_on(
 
 
 def test_all_methods_are_compared(command: Command, reviews: Path, llama_folder: Path) -> None:
-    methods = "zero-shot,few-shot,soft-prompt,deep-prefix,soft-prompt-ensemble,deep-prefix-ensemble,lora,full"
+    methods = "zero-shot,few-shot,prompt-tuning,prefix-tuning,prompt-tuning-ensemble,prefix-tuning-ensemble,lora,full"
     base = ["--model", llama_folder, "--set", "device=cuda", "--set", "max_minutes=0.02"]
     done = command("compare", reviews, *base, "--methods", methods, "--out", "compared", "--json")
     assert done.code == 0, done.err
@@ -93,7 +93,7 @@ def test_where_memory_runs_out_micro_batches_are_halved() -> None:
     """Really: the process may take a little more than what is there before the first step."""
     model, smaller = on_gpu("llama"), list[int]()
 
-    class Noted(Watcher):
+    class Noted(Callback):
         def smaller(self, step: int, micro_batch_tokens: int) -> None:
             smaller.append(micro_batch_tokens)
 
@@ -105,7 +105,7 @@ def test_where_memory_runs_out_micro_batches_are_halved() -> None:
     whole, held = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((held + 40 * 2**20) / whole)
     try:
-        tune(model, rows, TuneConfig(**settings, micro_batch_tokens=100_000), watcher=Noted())
+        tune(model, rows, TuneConfig(**settings, micro_batch_tokens=100_000), callback=Noted())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert smaller

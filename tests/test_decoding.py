@@ -40,8 +40,8 @@ def by_transformers(model: FrozenModel, prompt: torch.Tensor, ids: list[int], **
 def test_beam_search_finds_what_transformers_finds(architecture: str, beams: int, length_penalty: float) -> None:
     model = frozen(architecture)
     # An end that is likely, so that beams of unlike lengths compete.
-    head = model.hf_model.get_output_embeddings()
-    head.weight.data[2] = head.weight.data[100:104].mean(dim=0) * 3
+    lm_head = model.hf_model.get_output_embeddings()
+    lm_head.weight.data[2] = lm_head.weight.data[100:104].mean(dim=0) * 3
     prompt, inputs = virtual(model), encoded(model)
     config = GenerateConfig(num_beams=beams, length_penalty=length_penalty)
     ours = continue_ids(model, [prompt], inputs, [ROOM] * len(inputs), config)

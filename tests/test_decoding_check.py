@@ -18,7 +18,7 @@ from softprompt.errors import ModelError
 from softprompt.model.backends import prefix_batch
 from softprompt.model.backends.decode import SharedCache
 from softprompt.model.backends.differences import Plain
-from softprompt.model.backends.packed import Packed
+from softprompt.model.backends.packed import PackedBackend
 from softprompt.model.backends.padded import cached_tensors
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
@@ -149,7 +149,7 @@ def test_a_cache_that_is_used_wrongly_is_found_out(
 
     monkeypatch.setattr(SharedCache, "read", wrong)
     model = freeze(llama.hf_model, llama.tokenizer)
-    assert (model.way.name, model.shares_cache) == ("packed", False)
+    assert (model.backend.name, model.shares_cache) == ("packed", False)
 
 
 def test_rows_that_are_read_wrongly_refuse_a_model(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_rows_that_are_read_wrongly_refuse_a_model(llama: FrozenModel, monkeypat
     monkeypatch.setattr(
         prefix_batch, "pad", lambda tensor, sides: torch.nn.functional.pad(tensor, (0, 0, sides[3], sides[2]))
     )
-    monkeypatch.setattr("softprompt.model.backends.verify.WAYS", (Packed,))
+    monkeypatch.setattr("softprompt.model.backends.verify.BACKENDS", (PackedBackend,))
     with pytest.raises(ModelError, match=r"packed: texts of unlike lengths in one batch: logits differ by \d"):
         freeze(llama.hf_model, llama.tokenizer)
 

@@ -26,13 +26,13 @@ from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.nearest_tokens import nearest_tokens
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import make_plan
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import prepare_run
 from softprompt.training.tune import tune
 from test_gradient import examples_of, relative
 from test_training import log_without_times, prompt_bytes, short, weights_hash
 
-DEEP = {"method": "deep-prefix"}
+DEEP = {"method": "prefix-tuning"}
 
 
 def learned_keys(model: FrozenModel, length: int) -> Tensor:
@@ -74,19 +74,19 @@ def test_loss_and_gradient_are_those_of_transformers_cache(architecture: str, ki
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
 def test_a_deep_prefix_starts_as_what_the_model_makes_of_the_text(architecture: str, reviews: Path) -> None:
     model, rows = frozen(architecture), load_data(reviews)
-    soft, deep = (make_plan(model, rows, short(method=method)) for method in ("soft-prompt", "deep-prefix"))
+    soft, deep = (prepare_run(model, rows, short(method=method)) for method in ("prompt-tuning", "prefix-tuning"))
     assert soft.scorer is not None
     assert deep.start.shape[-2] == 5
-    found, expected = (soft.scorer.score(model, plan.start) for plan in (deep, soft))
+    found, expected = (soft.scorer.score(model, prepared.start) for prepared in (deep, soft))
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-5)
 
 
 def test_plain_text_without_a_leading_token_is_learned_from_its_second_token_on(llama: FrozenModel) -> None:
     """Nothing predicts the first: no token stands at a deep prefix's last position."""
     rows = load_data([{"text": f"the parcel never came {n}"} for n in range(30)])
-    methods = ("soft-prompt", "deep-prefix")
-    firsts = {m: {e.start for e in make_plan(llama, rows, short(method=m)).examples} for m in methods}
-    assert firsts == {"soft-prompt": {0}, "deep-prefix": {1}}
+    methods = ("prompt-tuning", "prefix-tuning")
+    firsts = {m: {e.start for e in prepare_run(llama, rows, short(method=m)).examples} for m in methods}
+    assert firsts == {"prompt-tuning": {0}, "prefix-tuning": {1}}
     tune(llama, rows, short(**DEEP, max_steps=1))
 
 
@@ -99,23 +99,20 @@ def test_it_learns_and_the_model_stays_as_it_was(llama: FrozenModel, reviews: Pa
     assert weights_hash(llama) == before
 
 
-@pytest.mark.parametrize("settings", [DEEP, {"parameterization": "residual"}], ids=["deep", "residual"])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    llama: FrozenModel, reviews: Path, tmp_path: Path, settings: dict[str, str]
-) -> None:
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     rows = load_data(reviews)
-    tune(llama, rows, short(**settings), out=tmp_path / "whole")
+    tune(llama, rows, short(**DEEP), out=tmp_path / "whole")
 
     class StoppedError(Exception): ...
 
-    class Stopper(Watcher):
+    class Stopper(Callback):
         def step(self, step: int, loss: float) -> None:
             if step == 5:
                 raise StoppedError
 
     with pytest.raises(StoppedError):
-        tune(llama, rows, short(**settings), out=tmp_path / "parts", watcher=Stopper())
-    tune(llama, rows, short(**settings), out=tmp_path / "parts", resume=True)
+        tune(llama, rows, short(**DEEP), out=tmp_path / "parts", callback=Stopper())
+    tune(llama, rows, short(**DEEP), out=tmp_path / "parts", resume=True)
     assert prompt_bytes(tmp_path / "parts") == prompt_bytes(tmp_path / "whole")
     assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
 
@@ -126,7 +123,7 @@ def test_peft_loads_a_saved_prefix_and_gives_the_same_greedy_tokens(architecture
     prompt = SoftPrompt(learned_keys(model, 6), Record(base_model=base_model_record(model)))
     prompt.save(tmp_path / "prefix")
     again = load_prompt(tmp_path / "prefix")
-    assert again.method == "deep-prefix"
+    assert again.method == "prefix-tuning"
     assert torch.equal(again.weights, prompt.weights)
 
     peft_model = PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "prefix")
@@ -161,13 +158,13 @@ def test_a_prefix_goes_on_from_a_prompt_and_from_a_prefix_but_not_the_other_way(
     deep = tune(llama, rows, short(**DEEP, max_steps=2)).prompt
     soft.save(tmp_path / "soft")
     deep.save(tmp_path / "deep")
-    from_soft = make_plan(llama, rows, TuneConfig(method="deep-prefix", init=f"prompt:{tmp_path / 'soft'}")).start
+    from_soft = prepare_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'soft'}")).start
     with torch.no_grad():
         torch.testing.assert_close(from_soft, llama.prefix(soft.weights).stacked())
-    from_deep = make_plan(llama, rows, TuneConfig(method="deep-prefix", init=f"prompt:{tmp_path / 'deep'}")).start
+    from_deep = prepare_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'deep'}")).start
     assert torch.equal(from_deep, deep.weights)
     with pytest.raises(SettingsError, match="cannot start from a deep prefix"):
-        make_plan(llama, rows, TuneConfig(init=f"prompt:{tmp_path / 'deep'}"))
+        prepare_run(llama, rows, TuneConfig(init=f"prompt:{tmp_path / 'deep'}"))
 
 
 def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> None:
@@ -185,10 +182,6 @@ def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> Non
         file.write_text(json.dumps({**good, name: value}))
         with pytest.raises(PromptError, match="do not make"):
             load_prompt(tmp_path / "prefix")
-    with pytest.raises(SettingsError, match="for method=soft-prompt"):
-        make_plan(
-            llama, load_data([{"text": "a film"}] * 30), TuneConfig(**DEEP, parameterization="residual", eval_rows=0)
-        )
     file.write_text(json.dumps(good))
     weights = tmp_path / "prefix" / "adapter_model.safetensors"
     save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights)
@@ -197,8 +190,8 @@ def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> Non
 
 
 def test_the_command_learns_scores_and_shows_a_deep_prefix(command: Command, llama_folder: Path, reviews: Path) -> None:
-    settings = [x for s in ("method=deep-prefix", "max_steps=2", "num_virtual_tokens=5") for x in ("--set", s)]
+    settings = [x for s in ("method=prefix-tuning", "max_steps=2", "num_virtual_tokens=5") for x in ("--set", s)]
     assert command("tune", reviews, "--model", llama_folder, "--out", "run", *settings).code == 0
     assert command("evaluate", "run/prompt", reviews, "--json").record["metrics"]["accuracy"]["value"] >= 0
     shown = command("prompts", "show", "run/prompt")
-    assert (shown.code, "deep-prefix" in shown.out) == (0, True)
+    assert (shown.code, "prefix-tuning" in shown.out) == (0, True)

@@ -15,7 +15,7 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
 from softprompt.distributed.collective import Processes
-from softprompt.evaluation.average import averaged
+from softprompt.evaluation.average import average_scores
 from softprompt.evaluation.scores import LabelScorer, LabelScores, Scorer, TextScores, make_scorer
 from softprompt.model.frozen import FrozenModel
 from test_evaluation import TEXTS, prompt_for
@@ -89,7 +89,7 @@ def test_the_average_is_of_each_labels_share() -> None:
     draw = np.random.default_rng(0)
     for members in (1, 2, 5):
         each = members_of(draw, members, 30, 4)
-        made = averaged(each)
+        made = average_scores(each)
         shares = [np.exp(m.log_likelihoods) / np.exp(m.log_likelihoods).sum(axis=1, keepdims=True) for m in each]
         assert made.probabilities() == pytest.approx(np.mean(shares, axis=0))
         assert np.exp(made.log_likelihoods) == pytest.approx(np.mean(shares, axis=0))
@@ -104,7 +104,7 @@ def test_the_average_of_texts_is_a_mixture_of_whole_texts() -> None:
     draw = np.random.default_rng(1)
     rows = load_data([{"text": "x"}] * 20)
     each = [TextScores(rows, draw.exponential(9, size=20), np.arange(20)) for _ in range(3)]
-    made = averaged(each)
+    made = average_scores(each)
     assert isinstance(made, TextScores)
     assert np.exp(-made.losses) == pytest.approx(np.mean([np.exp(-m.losses) for m in each], axis=0))
     assert made.predictions()[3]["loss"] == pytest.approx(made.losses[3] / 3)
@@ -112,7 +112,7 @@ def test_the_average_of_texts_is_a_mixture_of_whole_texts() -> None:
 
 def test_labels_that_are_very_unlikely_do_no_harm() -> None:
     each = [scores_of(np.array([[-3000.0, -10.0, -2900.0]]), [0]), scores_of(np.array([[-4000.0, -9.0, -2000.0]]), [0])]
-    made = averaged(each)  # a warning would fail this test
+    made = average_scores(each)  # a warning would fail this test
     assert np.isfinite(made.log_likelihoods).all()
     assert made.predicted[0] == 1
     assert made.loss() == pytest.approx((3000 + np.log(2)) / 2)
@@ -120,7 +120,7 @@ def test_labels_that_are_very_unlikely_do_no_harm() -> None:
 
 def test_an_ensemble_of_one_is_its_member() -> None:
     (member,) = members_of(np.random.default_rng(3), 1, 40, 5)
-    made = averaged([member])
+    made = average_scores([member])
     assert list(made.predicted) == list(member.predicted)
     assert made.losses == pytest.approx(member.losses)
     assert made.values()["accuracy"] == member.values()["accuracy"]
@@ -130,7 +130,7 @@ def test_an_ensemble_of_prompts_is_scored_like_a_prompt(model: FrozenModel) -> N
     scorer = scorer_for(model, "several tokens", 1000)
     assert isinstance(scorer, LabelScorer)
     each = [scores for scores in scorer.score_all(model, prompts_for(model)) if isinstance(scores, LabelScores)]
-    made = averaged(each)
+    made = average_scores(each)
     assert set(made.metrics()) == {"accuracy", "macro_f1", "loss"}
     assert len(made.predictions()) == len(TEXTS)
     assert made.better_than(replace(made, losses=made.losses + 1))

@@ -25,17 +25,17 @@ from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, m
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
-WAYS = {"llama": "packed", "gptj": "cached", "gpt2": "packed"}
+BACKENDS = {"llama": "packed", "gptj": "padded", "gpt2": "packed"}
 TEXTS = ["a fine film", "what a waste of time and money", "the parcel never came", "hello", "good? bad!", "naïve ☕"]
 ONE_TOKEN = ["good", "bad", "dull"]
 SEVERAL_TOKENS = ["good", "very bad indeed", "I want my money back", "12"]
 ONE_BEGINS_ANOTHER = ["good", "good film", "bad"]
 
 
-@pytest.fixture(scope="module", params=list(WAYS))
+@pytest.fixture(scope="module", params=list(BACKENDS))
 def model(request: pytest.FixtureRequest) -> FrozenModel:
     made = frozen(request.param)
-    assert made.way.name == WAYS[request.param]
+    assert made.backend.name == BACKENDS[request.param]
     return made
 
 
@@ -114,14 +114,14 @@ def test_labels_that_begin_alike_are_run_as_a_tree(architecture: str) -> None:
     ]
     assert scorer.score(model, prompt).log_likelihoods == pytest.approx(np.array(expected), abs=3e-4)
     tree, choice = scorer.trees[0], scorer.choices[0]
-    assert len(tree.ids) < len(choice.stem) + sum(len(tail) - 1 for tail in choice.tails)
+    assert len(tree.ids) < len(choice.input_ids) + sum(len(tail) - 1 for tail in choice.tails)
 
 
 def test_more_rows_than_are_run_at_once_keep_their_order(model: FrozenModel) -> None:
     texts = [f"{text} {i} " * (1 + i % 3) + "!" for i in range(60) for text in TEXTS[:3]]
     encoder = Encoder(model.tokenizer, make_format("classification", SEVERAL_TOKENS), 512)
     rows = labelled(SEVERAL_TOKENS, texts)
-    assert sum(len(choice.stem) for choice in encoder.choices(rows)) > 2048
+    assert sum(len(choice.input_ids) for choice in encoder.choices(rows)) > 2048
     prompt = prompt_for(model)
     scores = LabelScorer(encoder, rows).score(model, prompt)
     for i in (0, 1, 77, 179):
@@ -150,7 +150,7 @@ def test_a_row_that_was_cut_is_scored_on_its_labels_alone(model: FrozenModel) ->
     encoder = Encoder(model.tokenizer, make_format("classification", SEVERAL_TOKENS), 24)
     scores = LabelScorer(encoder, rows).score(model, None)
     # Wherever the input was cut, it was cut there for every label.
-    text = model.tokenizer.decode(list(encoder.choices(rows)[0].stem))
+    text = model.tokenizer.decode(list(encoder.choices(rows)[0].input_ids))
     expected = [-float(token_losses(model, None, text, f" {label}").sum()) for label in SEVERAL_TOKENS]
     assert text.endswith("\nLabel:")
     assert scores.log_likelihoods[0] == pytest.approx(expected, abs=2e-4)

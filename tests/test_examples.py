@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import tiny_tokenizer
-from softprompt.data.encoder import Encoder, Example, common_start, leading_tokens, shared_text
+from softprompt.data.encoder import Encoder, Example, bos_token_ids, common_start, shared_text
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, ModelError, SettingsError
@@ -124,14 +124,14 @@ def test_input_and_target_are_tokenized_together_and_split_where_they_meet(
         task="completion",
     )
     made = make_format("completion", [], template)
-    leading = list(leading_tokens(tokenizer))
+    bos_ids = list(bos_token_ids(tokenizer))
     for row, example in zip(rows, Encoder(tokenizer, made, LONG).examples(rows), strict=True):
         text = template.replace("{{ input }}", row["input"]).rstrip(" ")
         words = row["target"].lstrip()
         kept = text[-1].isspace() or "\n" in row["target"].removesuffix(words)
         target = row["target"] if kept else f" {words}"
-        assert list(example.ids) == [*leading, *plain_ids(tokenizer, text + target), tokenizer.eos_token_id]
-        assert example.start == len(leading) + boundary(tokenizer, text, target)
+        assert list(example.ids) == [*bos_ids, *plain_ids(tokenizer, text + target), tokenizer.eos_token_id]
+        assert example.start == len(bos_ids) + boundary(tokenizer, text, target)
         assert example.targets == len(example.ids) - example.start
 
 
@@ -152,7 +152,7 @@ def test_bos_stands_before_every_text_once() -> None:
     text = Encoder(tokenizer, make_format("text", []), LONG)
     found = [
         *(example.ids for example in encoder.examples(rows)),
-        *(choice.stem for choice in encoder.choices(rows)),
+        *(choice.input_ids for choice in encoder.choices(rows)),
         *encoder.inputs(rows),
         *(example.ids for example in text.examples(load_data([{"text": "a film"}]))),
     ]
@@ -164,16 +164,16 @@ def test_bos_stands_before_every_text_once() -> None:
 
 
 def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
-    assert leading_tokens(tiny_tokenizer()) == ()
+    assert bos_token_ids(tiny_tokenizer()) == ()
     (example,) = Encoder(tiny_tokenizer(), label_format(["good"]), LONG).examples(labelled(("a film", "good")))
     assert tiny_tokenizer().bos_token_id not in example.ids
 
 
 def test_plain_text_is_learned_from_its_first_real_token_on(tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = Encoder(tokenizer, make_format("text", []), LONG).examples(load_data([{"text": "a fine film \n"}]))
-    leading = leading_tokens(tokenizer)
-    assert list(example.ids) == [*leading, *plain_ids(tokenizer, "a fine film \n")]
-    assert example.start == len(leading)
+    bos_ids = bos_token_ids(tokenizer)
+    assert list(example.ids) == [*bos_ids, *plain_ids(tokenizer, "a fine film \n")]
+    assert example.start == len(bos_ids)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_stem_and_tail_are_the_whole_text_for_every_label(tokenizer: PreTrainedT
     labels = ["good", "bad", "goodness", "want my money back"]
     rows = labelled(*(("x" + random_text(draw, 4), draw.choice(labels)) for _ in range(20)))
     encoder = Encoder(tokenizer, label_format(labels), LONG)
-    leading = list(leading_tokens(tokenizer))
+    bos_ids = list(bos_token_ids(tokenizer))
     for row, choice in zip(rows, encoder.choices(rows), strict=True):
         for label, tail in zip(labels, choice.tails, strict=True):
-            whole = [*leading, *plain_ids(tokenizer, f"{row['text']}\nLabel: {label}")]
-            assert [*choice.stem, *tail] == [*whole, tokenizer.eos_token_id][: len(whole) + encoder.ends]
+            whole = [*bos_ids, *plain_ids(tokenizer, f"{row['text']}\nLabel: {label}")]
+            assert [*choice.input_ids, *tail] == [*whole, tokenizer.eos_token_id][: len(whole) + encoder.ends]
             assert tail
         borders = [boundary(tokenizer, f"{row['text']}\nLabel:", f" {label}") for label in labels]
-        assert len(choice.stem) == len(leading) + min(borders)
+        assert len(choice.input_ids) == len(bos_ids) + min(borders)
 
 
 @pytest.mark.parametrize("template", ["{{ text }}\nLabel:", "{{ text }}\n", "{{ text }}"])
@@ -237,19 +237,19 @@ def test_a_target_is_told_from_what_other_labels_go_on_with(tokenizer: PreTraine
     encoder = Encoder(tokenizer, label_format(labels, template), 30)
     examples = encoder.examples(rows)
     cut = encoder.truncated
-    told = [encoder.among_labels(row, example) for row, example in zip(rows, examples, strict=True)]
+    told = [encoder.with_candidates(row, example) for row, example in zip(rows, examples, strict=True)]
     assert encoder.truncated == cut > 0
     whole = Encoder(tokenizer, encoder.format, LONG)
     for row, example, uncut, choice in zip(rows, told, whole.examples(rows), whole.choices(rows), strict=True):
         own = choice.tails[labels.index(row["label"])]
-        assert len(example.among) == example.targets
+        assert len(example.candidate_ids) == example.targets
         if example.ids[example.start :] != uncut.ids[uncut.start :]:  # behind a cut column a space can fall away
             assert template == "{{ text }}"
             continue
         for place in range(1, example.targets + 1):
             known = own[: len(own) - place]
             goes_on = {tail[len(known)] for tail in choice.tails if tail[: len(known)] == known}
-            assert set(example.among[-place]) == goes_on
+            assert set(example.candidate_ids[-place]) == goes_on
             assert example.ids[-place] in goes_on
 
 
@@ -316,21 +316,21 @@ def test_a_cut_row_has_one_input_for_all_labels(tokenizer: PreTrainedTokenizerFa
     rows = labelled(*((f"the parcel never came {i} " * 20, labels[i % 2]) for i in range(6)))
     max_length = len(tokenizer(f"\nLabel: {labels[1]}")["input_ids"]) + room
     for choice in Encoder(Counted(tokenizer, most=2000), label_format(labels), max_length).choices(rows):
-        stem = tokenizer.decode(list(choice.stem), skip_special_tokens=True)
+        input_ids = tokenizer.decode(list(choice.input_ids), skip_special_tokens=True)
         written = [tokenizer.decode(list(tail), skip_special_tokens=True) for tail in choice.tails]
         ends = [f"\nLabel: {label}" for label in labels]
-        assert all((stem + tail).endswith(end) for tail, end in zip(written, ends, strict=True))
+        assert all((input_ids + tail).endswith(end) for tail, end in zip(written, ends, strict=True))
         # What is scored is the label, not what is left of the input.
-        inputs = {(stem + tail).removesuffix(end) for tail, end in zip(written, ends, strict=True)}
+        inputs = {(input_ids + tail).removesuffix(end) for tail, end in zip(written, ends, strict=True)}
         assert len(inputs) == 1
-        assert max(len(choice.stem) + len(tail) for tail in choice.tails) <= max_length
+        assert max(len(choice.input_ids) + len(tail) for tail in choice.tails) <= max_length
 
 
 def test_a_long_plain_text_is_cut_at_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_data([{"text": "the parcel never came " * 20}, {"text": "a film"}])
     encoder = Encoder(tokenizer, make_format("text", []), 12)
     long, short = encoder.examples(rows)
-    assert list(long.ids) == [*leading_tokens(tokenizer), *plain_ids(tokenizer, rows[0]["text"])][:12]
+    assert list(long.ids) == [*bos_token_ids(tokenizer), *plain_ids(tokenizer, rows[0]["text"])][:12]
     assert len(short.ids) < 12
     assert encoder.truncated == 1
 

@@ -93,7 +93,7 @@ def test_a_label_that_begins_another_ends_as_demonstrations_show_it(llama: Froze
     (choices,) = encoder.choices(load_data([{"text": "b", "label": "good"}]))
     text = "a\nLabel: good\n\nb\nLabel:"
     for label, tail in zip(labels, choices.tails, strict=True):
-        assert list(choices.stem + tail) == llama.tokenizer(f"{text} {label}\n\n")["input_ids"]
+        assert list(choices.input_ids + tail) == llama.tokenizer(f"{text} {label}\n\n")["input_ids"]
 
 
 @pytest.mark.parametrize("typed", ["{{ text }}", "{% for x in y %}", "{# no #}", "{{ 1 / 0 }}", "<user>\\n"])
@@ -173,7 +173,7 @@ def test_a_long_row_is_cut_and_demonstrations_stay_whole(llama: FrozenModel) -> 
     shown = len(llama.tokenizer(WRITTEN)["input_ids"])
     encoder = Encoder(llama.tokenizer, labels_format(), shown + 20)
     rows = load_data([{"text": "the parcel never came " * 20, "label": "bad"}])
-    for ids in (encoder.examples(rows)[0].ids, encoder.choices(rows)[0].stem, encoder.inputs(list(rows))[0]):
+    for ids in (encoder.examples(rows)[0].ids, encoder.choices(rows)[0].input_ids, encoder.inputs(list(rows))[0]):
         text = llama.tokenizer.decode(ids)
         assert text.startswith(f"{WRITTEN}the parcel never")
         assert "\nLabel:" in text.removeprefix(WRITTEN)
@@ -232,11 +232,11 @@ def test_a_round_halves_its_candidates_by_what_they_did(llama: FrozenModel) -> N
     before, rounds = done.trials[1:17], done.trials[17:]
 
     def best(trials: tuple[Trial, ...], count: int) -> list[Format]:
-        return [trial.format for trial in sorted(trials, key=lambda trial: trial.merit, reverse=True)[:count]]
+        return [trial.format for trial in sorted(trials, key=lambda trial: trial.score, reverse=True)[:count]]
 
     assert [trial.format for trial in rounds[:4]] == best(before, 4)
     assert rounds[4].format == best(rounds[:4], 1)[0]
-    assert done.best.merit == max(trial.merit for trial in done.trials if trial.rows == 192)
+    assert done.best.score == max(trial.score for trial in done.trials if trial.rows == 192)
 
 
 def test_demonstrations_are_training_rows_and_only_validation_rows_choose(
@@ -268,7 +268,7 @@ def test_the_best_of_all_candidates_is_found_where_all_are_tried(llama: FrozenMo
         losses = [token_losses(llama, None, f"{written}{text}\nLabel:", f" {label}").sum() for label in LABELS]
         return -np.array([float(loss) for loss in losses])
 
-    def merit(made: np.ndarray) -> tuple[float, float]:
+    def score(made: np.ndarray) -> tuple[float, float]:
         gold = [LABELS.index(row["label"]) for row in validation]
         shares = np.exp(made) / np.exp(made).sum(axis=1, keepdims=True)
         return float((made.argmax(axis=1) == gold).mean()), float(np.log(shares[range(len(gold)), gold]).mean())
@@ -277,11 +277,11 @@ def test_the_best_of_all_candidates_is_found_where_all_are_tried(llama: FrozenMo
     for shown in (shown for k in (0, 1, 2) for shown in itertools.permutations(train, k)):
         made = np.array([scores(shown, row["text"]) for row in validation])
         shift = np.mean([scores(shown, text) for text in ("N/A", "[MASK]", "")], axis=0)
-        merits[merit(made)], merits[merit(made - shift)] = (shown, "none"), (shown, "contextual")
+        merits[score(made)], merits[score(made - shift)] = (shown, "none"), (shown, "contextual")
     assert len(merits) == 10
-    assert max(merits) != max(merits, key=lambda merit: merit[1])  # accuracy comes first
+    assert max(merits) != max(merits, key=lambda score: score[1])  # accuracy comes first
     best = found(llama, train, validation, 210).best
-    assert best.merit == pytest.approx(max(merits), abs=1e-4)
+    assert best.score == pytest.approx(max(merits), abs=1e-4)
     assert (best.format.demonstrations, best.calibration) == merits[max(merits)]
     assert best.metrics["accuracy"] == max(merits)[0]
 

@@ -25,8 +25,8 @@ PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 def held(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> FrozenModel:
     """A model whose fingerprint alone is wanted: its way is not tested."""
-    way: Any = None
-    return FrozenModel(hf_model, tokenizer or tiny_tokenizer(), way, "tiny")
+    backend: Any = None
+    return FrozenModel(hf_model, tokenizer or tiny_tokenizer(), backend, "tiny")
 
 
 def taken(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> Fingerprint:
@@ -66,14 +66,14 @@ def test_the_same_model_fits_in_every_precision(architecture: str, original: tor
 def test_a_change_to_any_one_weight_of_any_architecture_is_named(architecture: str) -> None:
     model = tiny_model(architecture)
     before = taken(model)
-    head = model.get_output_embeddings().weight
+    lm_head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():
         if weight.numel() == 0:
             continue
         kept = weight.detach().clone()
         weight.data.mul_(1.02).add_(0.001)
         differs = said(before, fingerprint(held(model)))
-        assert name in differs or (weight is head and "head" in differs)
+        assert name in differs or (weight is lm_head and "head" in differs)
         weight.data.copy_(kept)
     assert before.mismatch(fingerprint(held(model))) is None
 

@@ -15,8 +15,8 @@ from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import DataError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.generation import continue_ids, generate
-from softprompt.model.backends.base import Way
-from softprompt.model.frozen import _KEPT, FrozenModel
+from softprompt.model.backends.base import Backend
+from softprompt.model.frozen import _MAX_CACHED, FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
@@ -306,22 +306,22 @@ def test_a_long_input_is_cut_so_that_new_tokens_fit(llama: FrozenModel) -> None:
 def test_a_prompts_prefix_is_computed_once_and_the_last_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = frozen("llama")
     runs: list[int] = []
-    right = type(model.way).prompt_pass
+    right = type(model.backend).prompt_pass
 
-    def counted(self: Way, embeddings: Tensor) -> Prefix:
+    def counted(self: Backend, embeddings: Tensor) -> Prefix:
         runs.append(embeddings.shape[1])
         return right(self, embeddings)
 
-    monkeypatch.setattr(type(model.way), "prompt_pass", counted)
-    prompts = [prompt_of(model, seed) for seed in range(_KEPT + 1)]
+    monkeypatch.setattr(type(model.backend), "prompt_pass", counted)
+    prompts = [prompt_of(model, seed) for seed in range(_MAX_CACHED + 1)]
     first = generate(model, ["a fine film", "hello"], prompts[0])
     assert generate(model, ["a fine film", "hello"], prompts[0]) == first
     assert runs == [5]
     for prompt in prompts:
         generate(model, ["hello"], prompt)
-    assert len(runs) == _KEPT + 1
+    assert len(runs) == _MAX_CACHED + 1
     assert generate(model, ["a fine film", "hello"], prompts[0]) == first
-    assert len(runs) == _KEPT + 2
+    assert len(runs) == _MAX_CACHED + 2
 
 
 def prompt_of(model: FrozenModel, seed: int) -> SoftPrompt:

@@ -25,10 +25,10 @@ from softprompt.data.batching import micro_batches
 from softprompt.data.encoder import Example, shared_text
 from softprompt.errors import ModelError
 from softprompt.model import lm_head
-from softprompt.model.backends.attention import LIKE_ON_GPU
-from softprompt.model.backends.packed import Packed
-from softprompt.model.backends.padded import Cached
-from softprompt.model.backends.reference import concatenated_loss
+from softprompt.model.backends.attention import MAX_LENGTH_RATIO_ON_GPU
+from softprompt.model.backends.packed import PackedBackend
+from softprompt.model.backends.padded import PaddedBackend
+from softprompt.model.backends.reference import reference_loss
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
@@ -39,17 +39,17 @@ AMONG = [
     Example((9, 8, 7, 6, 5, 50), 5, ((40, 50, 60),)),
     Example((9, 3, 60, 61, 2), 2, ((40, 50, 60), (61,), (2, 70, 71, 72))),
 ]
-WAYS = [
-    ("llama", Packed),
-    ("llama", Cached),
-    ("gpt2", Packed),
-    ("gpt2", Cached),
-    ("bloom", Packed),
-    ("bloom", Cached),
-    ("mistral", Packed),
-    ("mistral", Cached),
-    ("gemma2", Packed),
-    ("gemma2", Cached),
+BACKENDS = [
+    ("llama", PackedBackend),
+    ("llama", PaddedBackend),
+    ("gpt2", PackedBackend),
+    ("gpt2", PaddedBackend),
+    ("bloom", PackedBackend),
+    ("bloom", PaddedBackend),
+    ("mistral", PackedBackend),
+    ("mistral", PaddedBackend),
+    ("gemma2", PackedBackend),
+    ("gemma2", PaddedBackend),
 ]
 TEXTS = ["mixed lengths", "first token is a target", "common beginning", "one example"]
 
@@ -70,9 +70,9 @@ def examples_of(kind: str) -> list[Example]:
     return [Example(ids(length), length - targets) for length, targets in ((12, 1), (3, 2), (25, 4), (12, 3), (7, 1))]
 
 
-def model_by(architecture: str, way: type[Packed] | type[Cached]) -> FrozenModel:
+def model_by(architecture: str, backend: type[PackedBackend] | type[PaddedBackend]) -> FrozenModel:
     hf_model = tiny_model(architecture)
-    return FrozenModel(hf_model, tiny_tokenizer(), way(hf_model), architecture)
+    return FrozenModel(hf_model, tiny_tokenizer(), backend(hf_model), architecture)
 
 
 def start(model: FrozenModel, length: int) -> Tensor:
@@ -87,7 +87,7 @@ def told_apart(logits: list[Tensor], examples: list[Example]) -> Tensor:
     """Return the mean loss of targets, half among all tokens and half among their own, from logits row by row."""
     losses = []
     for row, example in zip(logits, examples, strict=True):
-        for place, others in zip(range(example.start, len(example.ids)), example.among, strict=True):
+        for place, others in zip(range(example.start, len(example.ids)), example.candidate_ids, strict=True):
             before, target = row[place - 1].float(), example.ids[place]
             there = torch.full_like(before, -torch.inf)
             there[list(others)] = before[list(others)]
@@ -97,12 +97,16 @@ def told_apart(logits: list[Tensor], examples: list[Example]) -> Tensor:
 
 @pytest.mark.parametrize("at_once", [2**25, 400], ids=["one piece", "a piece a row"])
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(("architecture", "way"), WAYS)
+@pytest.mark.parametrize(("architecture", "backend"), BACKENDS)
 def test_targets_are_told_from_what_other_labels_go_on_with(
-    architecture: str, way: type[Packed] | type[Cached], parts: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    backend: type[PackedBackend] | type[PaddedBackend],
+    parts: int,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", at_once)
-    model = model_by(architecture, way)
+    model = model_by(architecture, backend)
     prompt = start(model, 4)
     cut = [AMONG] if parts == 1 else [AMONG[:1], AMONG[1:]]
     loss, gradient = prompt_gradient(model, prompt, (9,), cut)
@@ -116,10 +120,10 @@ def test_targets_are_told_from_what_other_labels_go_on_with(
 
 
 def test_a_head_that_learns_has_the_loss_of_one_that_does_not() -> None:
-    model = model_by("llama", Packed)
+    model = model_by("llama", PackedBackend)
     model.loss(model.prefix(start(model, 2)), AMONG)  # the head is run as the whole model is
     hidden = torch.randn(4, model.embedding_width, generator=torch.Generator().manual_seed(3))
-    targets, among = (
+    targets, candidate_ids = (
         torch.tensor([40, 41, 50, 2]),
         torch.tensor([[40, 50, -1], [41, -1, -1], [40, 50, 60], [2, 70, 71]]),
     )
@@ -127,7 +131,7 @@ def test_a_head_that_learns_has_the_loss_of_one_that_does_not() -> None:
     for learns in (False, True):
         model.hf_model.get_output_embeddings().requires_grad_(learns)
         own = hidden.clone().requires_grad_()
-        losses = model.way.head.losses(own, targets, among)
+        losses = model.backend.lm_head.losses(own, targets, candidate_ids)
         losses.sum().backward()
         assert own.grad is not None
         found.append((losses.detach(), own.grad))
@@ -137,13 +141,13 @@ def test_a_head_that_learns_has_the_loss_of_one_that_does_not() -> None:
 @pytest.mark.parametrize("budget", [10_000, 10], ids=["one micro-batch", "several micro-batches"])
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("virtual_tokens", [1, 20])
-@pytest.mark.parametrize(("architecture", "way"), WAYS)
+@pytest.mark.parametrize(("architecture", "backend"), BACKENDS)
 def test_loss_and_gradient_are_those_of_concatenation(
-    architecture: str, way: type[Packed] | type[Cached], virtual_tokens: int, kind: str, budget: int
+    architecture: str, backend: type[PackedBackend] | type[PaddedBackend], virtual_tokens: int, kind: str, budget: int
 ) -> None:
-    model, examples = model_by(architecture, way), examples_of(kind)
+    model, examples = model_by(architecture, backend), examples_of(kind)
     prompt = start(model, virtual_tokens).requires_grad_()
-    expected = concatenated_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
+    expected = reference_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
     (wanted,) = torch.autograd.grad(expected, prompt)
 
     text = shared_text(examples) if len(examples) > 1 else ()
@@ -157,11 +161,11 @@ def test_loss_and_gradient_are_those_of_concatenation(
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("virtual_tokens", [1, 20])
-@pytest.mark.parametrize(("architecture", "way"), [w for w in WAYS if w[0] in ("llama", "gpt2", "bloom")])
+@pytest.mark.parametrize(("architecture", "backend"), [w for w in BACKENDS if w[0] in ("llama", "gpt2", "bloom")])
 def test_loss_and_gradient_are_those_of_peft(
-    architecture: str, way: type[Packed] | type[Cached], virtual_tokens: int, kind: str
+    architecture: str, backend: type[PackedBackend] | type[PaddedBackend], virtual_tokens: int, kind: str
 ) -> None:
-    model, examples = model_by(architecture, way), examples_of(kind)
+    model, examples = model_by(architecture, backend), examples_of(kind)
     prompt = start(model, virtual_tokens)
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=virtual_tokens)
     peft_model = get_peft_model(tiny_model(architecture), config)
@@ -187,7 +191,7 @@ def test_loss_and_gradient_are_those_of_peft(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_way_is_found_on_the_model(architecture: str) -> None:
-    assert frozen(architecture).way.name == ARCHITECTURES[architecture][0]
+    assert frozen(architecture).backend.name == ARCHITECTURES[architecture][0]
 
 
 @pytest.mark.parametrize("virtual_tokens", [1, 20])
@@ -198,7 +202,7 @@ def test_every_architecture_gets_the_loss_and_gradient_of_concatenation(architec
     for kind in ("mixed lengths", "common beginning"):
         examples = examples_of(kind)
         prompt = start(model, virtual_tokens).requires_grad_()
-        expected = concatenated_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
+        expected = reference_loss(model.hf_model, prompt, examples) / sum(e.targets for e in examples)
         (wanted,) = torch.autograd.grad(expected, prompt)
         for parts in ([examples], [examples[:2], examples[2:]]):
             loss, gradient = prompt_gradient(model, prompt, shared_text(examples), parts)
@@ -210,23 +214,23 @@ def test_every_architecture_gets_the_loss_and_gradient_of_concatenation(architec
 def test_how_many_texts_have_their_attention_computed_together_changes_nothing(architecture: str) -> None:
     model, prompt = frozen(architecture), start(frozen(architecture), 20)
     found = []
-    for like in (1.0, LIKE_ON_GPU, 100.0):
-        model.way.like = like
+    for like in (1.0, MAX_LENGTH_RATIO_ON_GPU, 100.0):
+        model.backend.like = like
         found.append(prompt_gradient(model, prompt, (), [examples_of("mixed lengths")]))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         assert relative(gradient, found[0][1]) < 1e-4
 
 
-@pytest.mark.parametrize("run", ["text_pass", "joint_pass"])
+@pytest.mark.parametrize("run", ["text_pass", "fused_pass"])
 def test_a_way_that_is_wrong_is_not_taken(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(Packed, run)
+    right = getattr(PackedBackend, run)
 
-    def shifted(self: Packed, before, texts, wanted, *rest, **more):  # type: ignore[no-untyped-def]
+    def shifted(self: PackedBackend, before, texts, wanted, *rest, **more):  # type: ignore[no-untyped-def]
         return right(self, before, texts, [w.clamp(min=0) for w in wanted], *rest, **more)
 
-    monkeypatch.setattr(Packed, run, shifted)
-    assert frozen("llama").way.name == "cached"
+    monkeypatch.setattr(PackedBackend, run, shifted)
+    assert frozen("llama").backend.name == "padded"
 
 
 def test_a_recurrent_model_is_refused() -> None:
@@ -243,11 +247,11 @@ def test_an_encoder_decoder_model_is_refused(tmp_path) -> None:  # type: ignore[
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize(("architecture", "way"), [("llama", Packed), ("bloom", Cached)])
+@pytest.mark.parametrize(("architecture", "backend"), [("llama", PackedBackend), ("bloom", PaddedBackend)])
 def test_the_prompt_is_run_once_a_step_and_logits_only_where_there_are_targets(
-    architecture: str, way: type[Packed] | type[Cached]
+    architecture: str, backend: type[PackedBackend] | type[PaddedBackend]
 ) -> None:
-    model, examples = model_by(architecture, way), examples_of("common beginning")
+    model, examples = model_by(architecture, backend), examples_of("common beginning")
     tokens: list[int] = []
     rows: list[int] = []
     first_layer = next(m for n, m in model.hf_model.named_modules() if n.endswith(("layers.0.mlp", "h.0.mlp")))
@@ -261,7 +265,7 @@ def test_the_prompt_is_run_once_a_step_and_logits_only_where_there_are_targets(
         handle.remove()
     # Of each text what the prefix does not hold, and not its last token either: nobody asks what follows it.
     lengths = [[max(len(e.ids) - len(text) - 1, 1) for e in part] for part in (examples[:2], examples[2:])]
-    if way is Packed:
+    if backend is PackedBackend:
         assert tokens == [20 + len(text), *(sum(part) for part in lengths)]
     else:  # rows of a micro-batch are padded to its longest
         assert tokens == [20 + len(text), *(len(part) * max(part) for part in lengths)]
@@ -310,7 +314,10 @@ def test_the_model_is_as_it_was_after_a_step() -> None:
 
 def test_half_precision_keeps_the_gradient_of_many_targets() -> None:
     """Divided by the number of targets before the backward pass, float16 would lose it."""
-    model, examples = model_by("gpt2", Packed), [Example(e.ids * 4, 0) for e in examples_of("mixed lengths")] * 12
+    model, examples = (
+        model_by("gpt2", PackedBackend),
+        [Example(e.ids * 4, 0) for e in examples_of("mixed lengths")] * 12,
+    )
     prompt = start(model, 5)
     _, exact = prompt_gradient(model, prompt, (), [examples])
     model.hf_model.half()

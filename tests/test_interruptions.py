@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from conftest import Command
-from softprompt import Rows, TuneConfig, Watcher, evaluate, load_data, tune
+from softprompt import Callback, Rows, TuneConfig, evaluate, load_data, tune
 from softprompt.distributed.signals import interrupts_deferred, terminations_raised
 from softprompt.errors import RunError
 from softprompt.evaluation.scores import LabelScorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import prompt_trainer
-from softprompt.training.prepare import Plan
-from softprompt.training.run_folder import RunFolder, State
+from softprompt.training.prepare import PreparedRun
+from softprompt.training.run_folder import Checkpoint, RunFolder
 
 SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 100, "num_virtual_tokens": 5}
 OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
@@ -124,7 +124,7 @@ def test_an_interrupted_save_leaves_the_state_before(
     tune(llama, rows, short(save_every=2), out=tmp_path / "whole")
     saved = RunFolder.save_state
 
-    def pulled(self: RunFolder, state: State) -> None:
+    def pulled(self: RunFolder, state: Checkpoint) -> None:
         if state.progress.step >= 4:  # the second save, and the one that Ctrl-C asks for
             raise KeyboardInterrupt
         saved(self, state)
@@ -216,7 +216,7 @@ def test_an_ensemble_that_is_terminated_goes_on(llama_folder: Path, reviews: Pat
 def test_a_comparison_that_is_terminated_has_a_report(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
     settings = ["--set", "max_steps=2000", "--equal", "examples", "--no-search"]
     arguments = ["compare", reviews, "--model", llama_folder, "--out", tmp_path / "out", *settings]
-    code, out, said = stopped([*arguments, "--methods", "zero-shot,soft-prompt"], "step 200/2000", [signal.SIGTERM])
+    code, out, said = stopped([*arguments, "--methods", "zero-shot,prompt-tuning"], "step 200/2000", [signal.SIGTERM])
     assert (code, out) == (143, "")
     assert said.count("stopped; the same command goes on with the method that was interrupted") == 1
     assert [path.name for path in (tmp_path / "out" / "results").iterdir()] == ["zero-shot-0.json"]
@@ -229,7 +229,7 @@ def test_a_comparison_that_is_terminated_has_a_report(llama_folder: Path, review
 def test_a_verb_that_saves_nothing_ends_at_once(
     verb: str, command: Command, llama_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = "softprompt.training.prepare.make_plan" if verb == "check" else "softprompt.evaluation.evaluate.evaluate"
+    place = "softprompt.training.prepare.prepare_run" if verb == "check" else "softprompt.evaluation.evaluate.evaluate"
     monkeypatch.setattr(place, Mock(side_effect=lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)))
     before = sorted(tmp_path.rglob("*"))
     done = command(*(["evaluate", "none"] if verb == "evaluate" else ["check"]), reviews, "--model", llama_folder)
@@ -290,12 +290,12 @@ def test_a_script_that_is_terminated_saves_and_ends_as_it_would_have(
 def test_in_another_thread_signals_are_left_as_they_are(llama: FrozenModel, reviews: Path) -> None:
     seen = []
 
-    class Looking(Watcher):
+    class Looking(Callback):
         def step(self, step: int, loss: float) -> None:
             seen.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=tune, args=(llama, load_data(reviews), short()), kwargs={"watcher": Looking()})
+    thread = threading.Thread(target=tune, args=(llama, load_data(reviews), short()), kwargs={"callback": Looking()})
     thread.start()
     thread.join()
     assert set(seen) == {before}
@@ -359,7 +359,7 @@ def test_a_second_stop_while_the_state_is_written_waits_for_it(
 ) -> None:
     saved = RunFolder.save_state
 
-    def again(self: RunFolder, state: State) -> None:
+    def again(self: RunFolder, state: Checkpoint) -> None:
         interrupt()
         saved(self, state)
         interrupt()
@@ -371,16 +371,16 @@ def test_a_second_stop_while_the_state_is_written_waits_for_it(
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["step-3"]
 
 
-class Sizes(Watcher):
+class Sizes(Callback):
     """Notes what was run at once."""
 
     def __init__(self) -> None:
         self.planned = 0
         self.seen: list[tuple[int, int]] = []
 
-    def begin(self, plan: Plan, step: int) -> None:
-        assert plan.config.micro_batch_tokens
-        self.planned = plan.config.micro_batch_tokens
+    def begin(self, prepared: PreparedRun, step: int) -> None:
+        assert prepared.config.micro_batch_tokens
+        self.planned = prepared.config.micro_batch_tokens
 
     def smaller(self, step: int, micro_batch_tokens: int) -> None:
         self.seen.append((step, micro_batch_tokens))
@@ -402,16 +402,16 @@ def test_where_memory_runs_out_less_is_run_at_once_and_the_result_is_the_same(
 ) -> None:
     rows = load_data(reviews)
     whole = tune(llama, rows, short(), out=tmp_path / "whole").prompt.weights
-    watcher = Sizes()
+    callback = Sizes()
     with monkeypatch.context() as patch:
         patch.setattr(prompt_trainer, "prompt_gradient", little_memory(prompt_trainer.prompt_gradient, 25))
-        squeezed = tune(llama, rows, short(), out=tmp_path / "squeezed", watcher=watcher).prompt.weights
-    assert watcher.seen
-    assert all(step == 1 for step, _ in watcher.seen)  # found once, kept afterwards
-    assert [tokens for _, tokens in watcher.seen] == [watcher.planned >> n for n in range(1, len(watcher.seen) + 1)]
+        squeezed = tune(llama, rows, short(), out=tmp_path / "squeezed", callback=callback).prompt.weights
+    assert callback.seen
+    assert all(step == 1 for step, _ in callback.seen)  # found once, kept afterwards
+    assert [tokens for _, tokens in callback.seen] == [callback.planned >> n for n in range(1, len(callback.seen) + 1)]
     torch.testing.assert_close(squeezed, whole, atol=1e-4, rtol=1e-4)
     state = json.loads((tmp_path / "squeezed" / "state" / "step-6" / "state.json").read_text())
-    assert state["micro_batch_tokens"] == watcher.seen[-1][1]
+    assert state["micro_batch_tokens"] == callback.seen[-1][1]
 
 
 def test_a_run_that_went_on_with_less_memory_is_resumed_with_less(
@@ -423,9 +423,9 @@ def test_a_run_that_went_on_with_less_memory_is_resumed_with_less(
     newest = tmp_path / "run" / "state" / "step-6"
     for file in newest.iterdir():
         file.unlink()
-    watcher = Sizes()
-    tune(llama, rows, None, out=tmp_path / "run", resume=True, watcher=watcher)
-    assert watcher.seen == []
+    callback = Sizes()
+    tune(llama, rows, None, out=tmp_path / "run", resume=True, callback=callback)
+    assert callback.seen == []
 
 
 def test_where_one_row_does_not_fit_the_run_says_what_to_try(
@@ -515,11 +515,11 @@ def test_a_state_with_metrics_that_are_not_finite_is_read_again(
     tune(llama, rows, short(save_every=2), out=tmp_path / "run")
     for file in (tmp_path / "run" / "state" / "step-6").iterdir():
         file.unlink()
-    begun = Mock(spec=Watcher)
-    tune(llama, rows, None, out=tmp_path / "run", resume=True, watcher=begun)
+    begun = Mock(spec=Callback)
+    tune(llama, rows, None, out=tmp_path / "run", resume=True, callback=begun)
     assert begun.begin.call_args.args[1] == 4
     for file in (tmp_path / "run" / "state").glob("step-*/state.json"):
         file.write_text("{")
     with pytest.warns(UserWarning, match="no state in .* can be read; the run begins at its first step"):
-        tune(llama, rows, None, out=tmp_path / "run", resume=True, watcher=begun)
+        tune(llama, rows, None, out=tmp_path / "run", resume=True, callback=begun)
     assert begun.begin.call_args.args[1] == 0

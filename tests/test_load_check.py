@@ -13,48 +13,48 @@ from transformers import JambaConfig, JambaForCausalLM, PreTrainedModel, Roberta
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError
 from softprompt.model.backends import attention, padded, verify
-from softprompt.model.backends.attention import Group
-from softprompt.model.backends.base import Way
+from softprompt.model.backends.attention import LengthBucket
+from softprompt.model.backends.base import Backend
 from softprompt.model.backends.differences import Differences, Plain
-from softprompt.model.backends.packed import Packed
-from softprompt.model.backends.tiny_copy import miniature
+from softprompt.model.backends.packed import PackedBackend
+from softprompt.model.backends.tiny_copy import tiny_copy
 from softprompt.model.backends.verify import freeze, subjects
 from softprompt.model.frozen import FrozenModel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PACKED = [name for name, (way, _) in ARCHITECTURES.items() if way == "packed"]
-CACHED = [name for name, (way, _) in ARCHITECTURES.items() if way == "cached"]
+PACKED = [name for name, (backend, _) in ARCHITECTURES.items() if backend == "packed"]
+CACHED = [name for name, (backend, _) in ARCHITECTURES.items() if backend == "padded"]
 
-right_positions, right_mask = Group.positions, Group.mask
+right_positions, right_mask = LengthBucket.positions, LengthBucket.mask
 right_keys, right_scores, right_fused = attention._behind, attention._plain, attention.scaled_dot_product_attention
 
 
-def moved(by: int) -> Callable[[Group], Tensor]:
+def moved(by: int) -> Callable[[LengthBucket], Tensor]:
     """Positions of the texts alone, not those of a prompt."""
-    return lambda self: right_positions(self) + (by if self.ahead.longest else 0)
+    return lambda self: right_positions(self) + (by if self.prefix_batch.longest else 0)
 
 
 def hidden(place: int) -> Callable[..., Tensor]:
     """A text does not see one position of its prefix; counted from the prefix's end, which no window hides."""
 
-    def mask(self: Group, window: int | None, like: Tensor) -> Tensor:
+    def mask(self: LengthBucket, window: int | None, like: Tensor) -> Tensor:
         made = right_mask(self, window, like).clone()
-        if self.ahead.longest:
-            made[..., self.ahead.longest - place] = torch.finfo(like.dtype).min
+        if self.prefix_batch.longest:
+            made[..., self.prefix_batch.longest - place] = torch.finfo(like.dtype).min
         return made
 
     return mask
 
 
-def ahead_seen(self: Group, window: int | None, like: Tensor) -> Tensor:
+def ahead_seen(self: LengthBucket, window: int | None, like: Tensor) -> Tensor:
     """A text's first token sees the second."""
     made = right_mask(self, window, like).clone()
     if self.longest > 1:
-        made[..., 0, self.ahead.longest + 1] = 0
+        made[..., 0, self.prefix_batch.longest + 1] = 0
     return made
 
 
-def neighbour_seen(group: Group, lead: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def neighbour_seen(group: LengthBucket, lead: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """A text sees, in its prefix's last place, its neighbour's first token."""
     joined = [states.clone() for states in right_keys(group, lead, layer, keys, values)]
     if len(keys) > 1:
@@ -66,7 +66,7 @@ def neighbour_seen(group: Group, lead: Any, layer: int, keys: Tensor, values: Te
 def window(change: int | None) -> Callable[..., Tensor]:
     """A window that is some positions longer, or forgotten."""
 
-    def mask(self: Group, size: int | None, like: Tensor) -> Tensor:
+    def mask(self: LengthBucket, size: int | None, like: Tensor) -> Tensor:
         return right_mask(self, None if size is None or change is None else size + change, like)
 
     return mask
@@ -92,15 +92,15 @@ def written_out(**changed: Any) -> Callable[..., Tensor]:
 EVERY = ["llama", "gpt2", "gemma2", "gpt-oss", "mixtral", "qwen2-window"]
 # What is replaced, by what, and in which models that changes something.
 FAULTS: dict[str, tuple[object, str, object, list[str]]] = {
-    "positions one too far": (Group, "positions", moved(1), EVERY),
-    "positions one too near": (Group, "positions", moved(-1), EVERY),
-    "the prefix's last position hidden": (Group, "mask", hidden(1), EVERY),
-    "the prefix's last position but two hidden": (Group, "mask", hidden(3), EVERY),
-    "the next token seen": (Group, "mask", ahead_seen, [*EVERY, "bloom"]),
+    "positions one too far": (LengthBucket, "positions", moved(1), EVERY),
+    "positions one too near": (LengthBucket, "positions", moved(-1), EVERY),
+    "the prefix's last position hidden": (LengthBucket, "mask", hidden(1), EVERY),
+    "the prefix's last position but two hidden": (LengthBucket, "mask", hidden(3), EVERY),
+    "the next token seen": (LengthBucket, "mask", ahead_seen, [*EVERY, "bloom"]),
     "a neighbour seen": (attention, "_behind", neighbour_seen, [*EVERY, "bloom"]),
-    "a window one too long": (Group, "mask", window(1), ["mistral", "qwen2-window", "gemma3", "gpt-oss"]),
-    "a window one too short": (Group, "mask", window(-1), ["mistral", "gemma2", "phi3"]),
-    "a window forgotten": (Group, "mask", window(None), ["phimoe", "qwen2-window"]),
+    "a window one too long": (LengthBucket, "mask", window(1), ["mistral", "qwen2-window", "gemma3", "gpt-oss"]),
+    "a window one too short": (LengthBucket, "mask", window(-1), ["mistral", "gemma2", "phi3"]),
+    "a window forgotten": (LengthBucket, "mask", window(None), ["phimoe", "qwen2-window"]),
     "scores 5 % too large": (
         attention,
         "scaled_dot_product_attention",
@@ -114,8 +114,8 @@ FAULTS: dict[str, tuple[object, str, object, list[str]]] = {
 PLANTED = [(fault, name) for fault, (*_, names) in FAULTS.items() for name in names]
 
 
-def packed_fault(model: PreTrainedModel, way: type[Way] = Packed) -> str | None:
-    return verify._fault(way, subjects(model), tiny_tokenizer())[0]
+def packed_fault(model: PreTrainedModel, backend: type[Backend] = PackedBackend) -> str | None:
+    return verify._fault(backend, subjects(model), tiny_tokenizer())[0]
 
 
 @pytest.mark.parametrize(("fault", "name"), PLANTED)
@@ -134,8 +134,8 @@ def test_a_fault_that_was_planted_is_found_in_every_precision(
 def test_a_model_whose_fast_way_is_wrong_gets_the_other_one(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Group, "positions", moved(1))
-    assert freeze(tiny_model("llama").to(dtype), tiny_tokenizer()).way.name == "cached"
+    monkeypatch.setattr(LengthBucket, "positions", moved(1))
+    assert freeze(tiny_model("llama").to(dtype), tiny_tokenizer()).backend.name == "padded"
 
 
 @pytest.mark.parametrize("fault", ["positions", "a hidden place", "padding seen"])
@@ -144,9 +144,9 @@ def test_faults_of_the_other_way_refuse_a_model(name: str, fault: str, monkeypat
     """Planted in what a model is given along with a filled cache."""
     if fault == "positions" and name in ("falcon-alibi", "mpt"):
         pytest.skip("has no positions but those of the cache")
-    right = padded.Cached.text_pass
+    right = padded.PaddedBackend.text_pass
 
-    def wrong(self: padded.Cached, *args: Any, **kwargs: Any) -> Any:
+    def wrong(self: padded.PaddedBackend, *args: Any, **kwargs: Any) -> Any:
         def given(_module: object, args: Any, inputs: dict[str, Any]) -> Any:
             if inputs.get("past_key_values") is None:  # the output head's own run
                 return args, inputs
@@ -166,11 +166,11 @@ def test_faults_of_the_other_way_refuse_a_model(name: str, fault: str, monkeypat
         finally:
             handle.remove()
 
-    monkeypatch.setattr(padded.Cached, "text_pass", wrong)
+    monkeypatch.setattr(padded.PaddedBackend, "text_pass", wrong)
     for dtype in DTYPES:
         model = tiny_model(name).to(dtype)
         if fault == "padding seen":  # prefixes of one length need no padding, and are run apart
-            assert packed_fault(model, padded.Cached) is not None
+            assert packed_fault(model, padded.PaddedBackend) is not None
             continue
         with pytest.raises(ModelError, match="cannot share a prompt between examples exactly"):
             freeze(model, tiny_tokenizer())
@@ -179,9 +179,9 @@ def test_faults_of_the_other_way_refuse_a_model(name: str, fault: str, monkeypat
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_right_is_far_within_the_bound(name: str) -> None:
     """So far that another machine's rounding does not refuse a model: by a factor of twenty."""
-    for model in (tiny_model(name), miniature(tiny_model(name))):
-        way = {"packed": Packed, "cached": padded.Cached}[ARCHITECTURES[name][0]]
-        frozen, plain = FrozenModel(model, tiny_tokenizer(), way(model), ""), Plain(model)
+    for model in (tiny_model(name), tiny_copy(tiny_model(name))):
+        backend = {"packed": PackedBackend, "padded": padded.PaddedBackend}[ARCHITECTURES[name][0]]
+        frozen, plain = FrozenModel(model, tiny_tokenizer(), backend(model), ""), Plain(model)
         assert max(*plain.differences(frozen), *plain.decoding(frozen)) < verify._EXACT / 20
 
 
@@ -189,7 +189,7 @@ def test_what_is_right_is_far_within_the_bound(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_keeps_its_way_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model = freeze(tiny_model(name).to(dtype), tiny_tokenizer())
-    assert (model.way.name, model.shares_cache) == (ARCHITECTURES[name][0], True)
+    assert (model.backend.name, model.shares_cache) == (ARCHITECTURES[name][0], True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -199,12 +199,12 @@ def test_a_model_in_half_precision_without_a_tiny_copy_is_warned_of(
     def resists(_model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("sizes do not fit")
 
-    monkeypatch.setattr(verify, "miniature", resists)
-    assert freeze(tiny_model("llama").to(dtype), tiny_tokenizer()).way.name == "packed"
+    monkeypatch.setattr(verify, "tiny_copy", resists)
+    assert freeze(tiny_model("llama").to(dtype), tiny_tokenizer()).backend.name == "packed"
     assert "no tiny copy of it could be made (ValueError: sizes do not fit)" in caplog.text
     caplog.clear()
     monkeypatch.setattr(verify, "_FEW", 0)  # a large model in float32 shows all by itself
-    assert freeze(tiny_model("llama"), tiny_tokenizer()).way.name == "packed"
+    assert freeze(tiny_model("llama"), tiny_tokenizer()).backend.name == "packed"
     assert not caplog.text
 
 
@@ -223,7 +223,7 @@ def test_a_difference_that_is_not_a_number_is_none_that_passes(monkeypatch: pyte
     calls = iter([(1.0, torch.zeros(4, 32)), (float("nan"), nothing)])
     monkeypatch.setattr("softprompt.model.backends.differences.prompt_gradient", lambda *_args: next(calls))
     model = tiny_model("llama")
-    found = Plain(model).differences(FrozenModel(model, tiny_tokenizer(), Packed(model), ""))
+    found = Plain(model).differences(FrozenModel(model, tiny_tokenizer(), PackedBackend(model), ""))
     assert found == Differences(float("inf"), float("inf"))
 
 

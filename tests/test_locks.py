@@ -20,7 +20,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import SHORT, Command
-from softprompt import TuneConfig, Watcher, compare, load_data, tune
+from softprompt import Callback, TuneConfig, compare, load_data, tune
 from softprompt.errors import InputError, StorageError
 from softprompt.evaluation.scores import perplexity
 from softprompt.locks import LOCK, locked, require_free
@@ -78,7 +78,7 @@ def test_while_python_tunes_in_a_folder_no_other_call_does(llama: FrozenModel, r
     seen: list[str] = []
     out, rows, config = tmp_path / "run", load_data(reviews), TuneConfig(max_steps=2, batch_size=4, eval_rows=0)
 
-    class Second(Watcher):
+    class Second(Callback):
         def step(self, step: int, loss: float) -> None:
             calls: list[Callable[[], Any]] = [
                 lambda: tune(llama, rows, config, out=out),
@@ -91,7 +91,7 @@ def test_while_python_tunes_in_a_folder_no_other_call_does(llama: FrozenModel, r
                     call()
                 seen.append("told")
 
-    assert tune(llama, rows, config, out=out, watcher=Second()).steps == 2
+    assert tune(llama, rows, config, out=out, callback=Second()).steps == 2
     assert len(seen) == 8
     assert not (out / LOCK).exists()
 

@@ -21,20 +21,20 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ARCHITECTURES, SHORT, frozen, tiny_tokenizer
-from softprompt import TuneConfig, Watcher, load_data, tune
+from softprompt import Callback, TuneConfig, load_data, tune
 from softprompt.data.encoder import Example
 from softprompt.model import memory
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.training import prompt_trainer
-from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.prepare import PreparedRun, prepare_run
 
 CPU = torch.device("cpu")
 SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
 
 
-def kept_bytes(model: FrozenModel, ahead: int, lengths: list[int], recompute: bool = False) -> int:
+def kept_bytes(model: FrozenModel, ahead: int, lengths: list[int], activation_checkpointing: bool = False) -> int:
     """What autograd keeps of a pass of some texts, counted."""
     prefix = model.prefix(torch.randn(ahead, model.embedding_width)).leaves()
     there = [*model.hf_model.parameters(), *model.hf_model.buffers(), *prefix.keys, *prefix.values]
@@ -48,7 +48,7 @@ def kept_bytes(model: FrozenModel, ahead: int, lengths: list[int], recompute: bo
     texts = [torch.arange(length) + 5 for length in lengths]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         wanted = [torch.tensor([length - 1]) for length in lengths]
-        done = model.way.text_pass(prefix, texts, wanted, recompute=recompute)
+        done = model.backend.text_pass(prefix, texts, wanted, activation_checkpointing=activation_checkpointing)
     assert done.hidden.requires_grad
     return sum(size for place, size in sizes.items() if place not in known)
 
@@ -82,12 +82,12 @@ class Live(TorchDispatchMode):
 def test_what_many_tokens_keep_is_told_from_what_few_keep(architecture: str) -> None:
     model = frozen(architecture)
     for ahead in (3, 40):
-        footprint = measure(model, ahead)
+        memory_estimate = measure(model, ahead)
         for texts, tokens in SIZES:
             counted = kept_bytes(model, ahead, [tokens] * texts)
             # Some attentions of their own keep views of a single text where they keep copies of several.
-            near = 0.1 if model.way.pads and texts == 1 else 0.01
-            assert footprint.kept([tokens] * texts) == pytest.approx(counted, rel=near)
+            near = 0.1 if model.backend.pads and texts == 1 else 0.01
+            assert memory_estimate.kept([tokens] * texts) == pytest.approx(counted, rel=near)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "falcon-alibi"])
@@ -97,25 +97,25 @@ def test_texts_of_unlike_length_keep_no_more_than_is_predicted(architecture: str
     assert counted <= 1.001 * measure(model, 20).kept(lengths) < 1.3 * counted
 
 
-@pytest.mark.parametrize("aheads", [(50, 50, 50), (3, 20, 12)], ids=["alike", "unlike"])
+@pytest.mark.parametrize("prefix_lengths", [(50, 50, 50), (3, 20, 12)], ids=["alike", "unlike"])
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "falcon-alibi", "mpt", "gptj"])
 def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
-    architecture: str, aheads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    architecture: str, prefix_lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_ALLOCATOR", 1)
     model = frozen(architecture)
-    footprint = replace(measure(model, max(aheads)), prefixes=3)
+    memory_estimate = replace(measure(model, max(prefix_lengths)), prefixes=3)
     for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [2, 1, 2]):
         examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
         with Live() as live:
             leaves = []
-            for ahead in aheads:
+            for ahead in prefix_lengths:
                 prefix = model.prefix(torch.randn(ahead, model.embedding_width).requires_grad_())
                 leaves.append((prefix, prefix.leaves()))
             model.loss([leaves[i % 3][1] for i in range(len(lengths))], examples).sum().backward()
             for prefix, leaf in leaves:
                 prefix.backward(leaf)
-        assert live.most < footprint.step(lengths, len(lengths)) < 3 * live.most
+        assert live.most < memory_estimate.step(lengths, len(lengths)) < 3 * live.most
 
 
 @pytest.mark.parametrize("loss", ["target", "all"])
@@ -125,39 +125,39 @@ def test_a_steps_peak_is_predicted(architecture: str, ahead: int, loss: str, mon
     """Of the bytes of all tensors at once; what an allocator loses between them is known from benchmarks alone."""
     monkeypatch.setattr(memory, "_ALLOCATOR", 1)
     model = frozen(architecture)
-    footprint, prompt = measure(model, ahead), torch.randn(ahead, model.embedding_width)
+    memory_estimate, prompt = measure(model, ahead), torch.randn(ahead, model.embedding_width)
     for texts, tokens in SIZES:
         examples = [Example(tuple(range(5, 6 + tokens)), tokens if loss == "target" else 0)] * texts
         with Live() as live:
             prompt_gradient(model, prompt, (), [examples])
-        predicted = footprint.step([tokens] * texts, sum(e.targets for e in examples))
+        predicted = memory_estimate.step([tokens] * texts, sum(e.targets for e in examples))
         assert 0.97 * live.most < predicted < 1.6 * live.most  # few layers: one of them counts for much
 
 
 def test_scoring_takes_far_less_than_training(llama: FrozenModel) -> None:
-    footprint, prompt = measure(llama, 5), torch.randn(5, 32)
+    memory_estimate, prompt = measure(llama, 5), torch.randn(5, 32)
     examples = [Example(tuple(range(5, 106)), 100)] * 9
     with torch.no_grad(), Live() as live:
         llama.loss(llama.prefix(prompt), examples)
-    predicted = footprint.scoring([100] * 9, 9)
-    assert live.most < predicted < 0.7 * footprint.step([100] * 9, 9)
+    predicted = memory_estimate.scoring([100] * 9, 9)
+    assert live.most < predicted < 0.7 * memory_estimate.step([100] * 9, 9)
 
 
-@pytest.mark.parametrize("aheads", [(20,), (100,), (20, 20, 20), (3, 100, 12)], ids=str)
+@pytest.mark.parametrize("prefix_lengths", [(20,), (100,), (20, 20, 20), (3, 100, 12)], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "falcon-alibi", "mpt", "gptj"])
 def test_scoring_takes_no_more_than_is_predicted(
-    architecture: str, aheads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    architecture: str, prefix_lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind one prefix or several; on the cached way, the keys and values of all layers are there at once."""
     monkeypatch.setattr(memory, "_ALLOCATOR", 1)
-    model, count = frozen(architecture), len(aheads)
-    footprint = replace(measure(model, max(aheads)), prefixes=count)
-    prefixes = [model.prefix(torch.randn(ahead, model.embedding_width)).leaves() for ahead in aheads]
+    model, count = frozen(architecture), len(prefix_lengths)
+    memory_estimate = replace(measure(model, max(prefix_lengths)), prefixes=count)
+    prefixes = [model.prefix(torch.randn(ahead, model.embedding_width)).leaves() for ahead in prefix_lengths]
     for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [1] * 200):
         examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
         with torch.no_grad(), Live() as live:
             model.loss([prefixes[i % count] for i in range(len(lengths))], examples)
-        assert 0.95 * live.most < footprint.scoring(lengths, len(lengths))
+        assert 0.95 * live.most < memory_estimate.scoring(lengths, len(lengths))
 
 
 @pytest.mark.parametrize("scoring", [False, True])
@@ -166,9 +166,9 @@ def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch, free: int, scoring: bool
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda _device: free)
-    footprint = measure(llama, 30)
-    needed = footprint.scoring if scoring else footprint.step
-    tokens = micro_batch_tokens(CPU, footprint, 3, 60, 0.5, scoring)
+    memory_estimate = measure(llama, 30)
+    needed = memory_estimate.scoring if scoring else memory_estimate.step
+    tokens = micro_batch_tokens(CPU, memory_estimate, 3, 60, 0.5, scoring)
 
     def most(tokens: int) -> float:
         """Of texts of either length."""
@@ -182,19 +182,19 @@ def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
 
 def test_a_context_that_the_prompt_fills_is_measured_too() -> None:
     gpt2 = frozen("gpt2")
-    footprint = measure(gpt2, 254)  # of 256 positions
-    assert footprint.kept([2]) == pytest.approx(kept_bytes(gpt2, 254, [2]), rel=0.2)
+    memory_estimate = measure(gpt2, 254)  # of 256 positions
+    assert memory_estimate.kept([2]) == pytest.approx(kept_bytes(gpt2, 254, [2]), rel=0.2)
 
 
-class Sizes(Watcher):
+class Sizes(Callback):
     """Notes what was run at once."""
 
     def __init__(self) -> None:
-        self.plan: Plan | None = None
+        self.prepared: PreparedRun | None = None
         self.seen: list[tuple[int, int]] = []
 
-    def begin(self, plan: Plan, step: int) -> None:
-        self.plan = plan
+    def begin(self, prepared: PreparedRun, step: int) -> None:
+        self.prepared = prepared
 
     def smaller(self, step: int, micro_batch_tokens: int) -> None:
         self.seen.append((step, micro_batch_tokens))
@@ -205,16 +205,18 @@ def settings(**more: object) -> TuneConfig:
     return TuneConfig(**{**given, **more})  # type: ignore[arg-type]
 
 
-def watched(watcher: Sizes, free: Callable[[], float], ran: list[int]) -> Callable[..., Any]:
+def watched(callback: Sizes, free: Callable[[], float], ran: list[int]) -> Callable[..., Any]:
     """A gradient that notes how many micro-batches it took, and stands no micro-batch that does not fit."""
     right = prompt_gradient
 
-    def run(model: FrozenModel, prompt: torch.Tensor, text: Any, parts: list[list[Example]], recompute: bool) -> Any:
-        assert watcher.plan is not None
+    def run(
+        model: FrozenModel, prompt: torch.Tensor, text: Any, parts: list[list[Example]], activation_checkpointing: bool
+    ) -> Any:
+        assert callback.prepared is not None
         for part in parts:
-            assert len(part) == 1 or watcher.plan.step_bytes(part) <= free()
+            assert len(part) == 1 or callback.prepared.step_bytes(part) <= free()
         ran.append(len(parts))
-        return right(model, prompt, text, parts, recompute)
+        return right(model, prompt, text, parts, activation_checkpointing)
 
     return run
 
@@ -224,30 +226,30 @@ def test_where_memory_shrinks_less_is_run_at_once_before_the_step_is_tried(
 ) -> None:
     rows = load_data(reviews)
     whole = tune(llama, rows, settings()).prompt.weights
-    plan = make_plan(llama, rows, settings())
-    third = plan.step_bytes([plan.examples[i] for i in range(8)]) / 3
+    prepared = prepare_run(llama, rows, settings())
+    third = prepared.step_bytes([prepared.examples[i] for i in range(8)]) / 3
     ran: list[int] = []
-    watcher = Sizes()
+    callback = Sizes()
 
     def free(*_: object) -> float:
         return third if len(ran) >= 3 else 1e12  # other programs take it after three steps
 
     with monkeypatch.context() as patch:
         patch.setattr(prompt_trainer, "available_memory", free)
-        patch.setattr(prompt_trainer, "prompt_gradient", watched(watcher, free, ran))
-        squeezed = tune(llama, rows, settings(), out=tmp_path / "run", watcher=watcher).prompt.weights
+        patch.setattr(prompt_trainer, "prompt_gradient", watched(callback, free, ran))
+        squeezed = tune(llama, rows, settings(), out=tmp_path / "run", callback=callback).prompt.weights
     assert ran[:3] == [1, 1, 1]
     assert min(ran[3:]) > 1
-    assert {step for step, _ in watcher.seen} == {4}  # found once, kept afterwards
+    assert {step for step, _ in callback.seen} == {4}  # found once, kept afterwards
     torch.testing.assert_close(squeezed, whole, atol=1e-4, rtol=1e-4)
     newest = tmp_path / "run" / "state" / "step-6"
-    assert json.loads((newest / "state.json").read_text())["micro_batch_tokens"] == watcher.seen[-1][1]
+    assert json.loads((newest / "state.json").read_text())["micro_batch_tokens"] == callback.seen[-1][1]
     # A run that is resumed goes on with what was run at once, though all memory is free again, and ends the same.
     before = (tmp_path / "run" / "prompt" / "adapter_model.safetensors").read_bytes()
     for file in newest.iterdir():
         file.unlink()
     again = Sizes()
-    resumed = tune(llama, rows, None, out=tmp_path / "run", resume=True, watcher=again)
+    resumed = tune(llama, rows, None, out=tmp_path / "run", resume=True, callback=again)
     assert torch.equal(resumed.prompt.weights, squeezed)
     assert (tmp_path / "run" / "prompt" / "adapter_model.safetensors").read_bytes() == before
     assert again.seen == []
@@ -259,9 +261,9 @@ def test_rows_that_do_not_fit_even_alone_are_tried(
     """The prediction is on the safe side, and a warning was given."""
     monkeypatch.setattr(prompt_trainer, "available_memory", lambda _device: 1000)
     ran: list[int] = []
-    watcher = Sizes()
-    monkeypatch.setattr(prompt_trainer, "prompt_gradient", watched(watcher, lambda: 1000, ran))
-    assert tune(llama, load_data(reviews), settings(), watcher=watcher).steps == 6
+    callback = Sizes()
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", watched(callback, lambda: 1000, ran))
+    assert tune(llama, load_data(reviews), settings(), callback=callback).steps == 6
     assert ran == [8] * 6
 
 
@@ -269,12 +271,12 @@ def test_what_the_allocator_holds_is_given_back_before_less_is_run_at_once(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = [True]
-    monkeypatch.setattr(prompt_trainer, "give_back", held.clear)
+    monkeypatch.setattr(prompt_trainer, "trim_allocator", held.clear)
     monkeypatch.setattr(prompt_trainer, "available_memory", lambda _device: 1000 if held else 10**12)
-    watcher = Sizes()
-    tune(llama, load_data(reviews), settings(), watcher=watcher)
+    callback = Sizes()
+    tune(llama, load_data(reviews), settings(), callback=callback)
     assert not held
-    assert watcher.seen == []
+    assert callback.seen == []
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])

@@ -13,15 +13,15 @@ from transformers import DynamicCache
 
 from conftest import ARCHITECTURES, frozen
 from softprompt.data.encoder import Example
-from softprompt.model.backends.attention import LIKE, Row, like_lengths
-from softprompt.model.backends.padded import Cached
-from softprompt.model.backends.reference import concatenated_loss
+from softprompt.model.backends.attention import MAX_LENGTH_RATIO, PackedBatch, length_buckets
+from softprompt.model.backends.padded import PaddedBackend
+from softprompt.model.backends.reference import reference_loss
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from test_gradient import model_by
 
 # Each architecture on its own way, and a few on the cached one too: with a sliding window of 6, soft-capping, ALiBi.
-MODELS = [*ARCHITECTURES, *(f"{name}, cached" for name in ("llama", "gpt2", "bloom", "mistral", "gemma2"))]
+MODELS = [*ARCHITECTURES, *(f"{name}, padded" for name in ("llama", "gpt2", "bloom", "mistral", "gemma2"))]
 VIRTUAL = [3, 20, 15]  # shorter than the windows, and longer
 HELD = 5  # tokens of text that the last prefix holds; with them it is as long as another
 BEHIND = [0, 1, 2, 1, 0, 2, 1, 0, 3]  # for each text, its prefix; the last one's is empty
@@ -33,7 +33,7 @@ TREES = [[-1, 0, 1, 2, 2, 2], [-1, 0, 1, 2, 3, 2, 5, 5], [-1, 0, 1, 2]]
 @functools.cache
 def made(name: str) -> FrozenModel:
     architecture, *cached = name.split(", ")
-    return model_by(architecture, Cached) if cached else frozen(architecture)
+    return model_by(architecture, PaddedBackend) if cached else frozen(architecture)
 
 
 def ids(length: int, seed: int) -> tuple[int, ...]:
@@ -70,10 +70,10 @@ def test_each_text_gives_what_it_gives_behind_its_prefix_alone(name: str) -> Non
     # Everywhere, and at the end of every prefix that is not empty.
     wanted = [torch.arange(0 if k == 3 else -1, n) for k, n in zip(BEHIND, LENGTHS, strict=True)]
     each = [
-        model.way.text_pass(prefixes[k], [text], [want], extend=True)
+        model.backend.text_pass(prefixes[k], [text], [want], extend=True)
         for k, text, want in zip(BEHIND, texts, wanted, strict=True)
     ]
-    mixed = model.way.text_pass([prefixes[k] for k in BEHIND], texts, wanted, extend=True)
+    mixed = model.backend.text_pass([prefixes[k] for k in BEHIND], texts, wanted, extend=True)
     alone = torch.cat([done.hidden for done in each])
     assert same(mixed.hidden, alone)
     for ours, done in zip(mixed.extended, each, strict=True):
@@ -83,9 +83,9 @@ def test_each_text_gives_what_it_gives_behind_its_prefix_alone(name: str) -> Non
             assert same(a, b)
     expected = gradients(prefixes, alone)
     assert all(map(same, gradients(prefixes, mixed.hidden), expected))
-    if model.way.recomputes:
-        again = model.way.text_pass([prefixes[k] for k in BEHIND], texts, wanted, recompute=True)
-        once = model.way.text_pass([prefixes[k] for k in BEHIND], texts, wanted)
+    if model.backend.can_checkpoint:
+        again = model.backend.text_pass([prefixes[k] for k in BEHIND], texts, wanted, activation_checkpointing=True)
+        once = model.backend.text_pass([prefixes[k] for k in BEHIND], texts, wanted)
         assert all(map(torch.equal, gradients(prefixes, again.hidden), gradients(prefixes, once.hidden)))
 
 
@@ -101,12 +101,12 @@ def test_logits_are_those_of_plain_transformers(name: str) -> None:
         row = torch.cat([prompts[k], model.embed(text)]).unsqueeze(0)
         expected.append(model.hf_model(inputs_embeds=row, use_cache=False).logits[0, VIRTUAL[k] - 1 :])
     with torch.no_grad():
-        done = model.way.text_pass(
+        done = model.backend.text_pass(
             [prefixes[k] for k in BEHIND[:-1]],
             [torch.tensor(text) for text in texts],
             [torch.arange(-1, len(text)) for text in texts],
         )
-        logits = model.way.head.logits(done.hidden)
+        logits = model.backend.lm_head.logits(done.hidden)
     assert same(logits, torch.cat(expected))
 
 
@@ -120,7 +120,7 @@ def test_each_prompts_loss_and_gradient_are_those_of_concatenation(name: str) ->
     ]
     prompts = [prompt(model, length).requires_grad_() for length in VIRTUAL]
     own = [[e for e, k in zip(examples, BEHIND, strict=False) if k == which] for which in range(3)]
-    expected = [concatenated_loss(model.hf_model, *pair) for pair in zip(prompts, own, strict=True)]
+    expected = [reference_loss(model.hf_model, *pair) for pair in zip(prompts, own, strict=True)]
     wanted = torch.autograd.grad(sum(expected, torch.zeros(())), prompts)
 
     prefixes = [model.prefix(each, lead if k == 2 else ()) for k, each in enumerate(prompts)]
@@ -146,7 +146,7 @@ def test_trees_grow_behind_different_prefixes(name: str) -> None:
     texts = [torch.tensor(ids(len(tree), i)) for i, tree in enumerate(TREES)]
     parents = [torch.tensor(tree) for tree in TREES]
     wanted = [torch.arange(len(tree)) for tree in TREES]
-    mixed = model.way.text_pass([prefixes[2], prefixes[0], prefixes[1]], texts, wanted, parents).hidden
+    mixed = model.backend.text_pass([prefixes[2], prefixes[0], prefixes[1]], texts, wanted, parents).hidden
     # Every branch as a chain of its own.
     expected = []
     for k, text, tree in zip((2, 0, 1), texts, TREES, strict=True):
@@ -155,20 +155,20 @@ def test_trees_grow_behind_different_prefixes(name: str) -> None:
             while tree[path[0]] >= 0:
                 path.insert(0, tree[path[0]])
             chain = [text[path]]
-            expected.append(model.way.text_pass(prefixes[k], chain, [torch.tensor([len(path) - 1])]).hidden)
+            expected.append(model.backend.text_pass(prefixes[k], chain, [torch.tensor([len(path) - 1])]).hidden)
     assert same(mixed, torch.cat(expected))
     assert all(map(same, gradients(prefixes, mixed), gradients(prefixes, torch.cat(expected))))
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "gptj", "mistral, cached"])
+@pytest.mark.parametrize("name", ["llama", "bloom", "gptj", "mistral, padded"])
 def test_one_prefix_for_all_and_the_same_for_each_are_the_same_to_the_bit(name: str) -> None:
     model = made(name)
     for prefix in prefixes_of(model)[1:3]:
         for lengths in (LENGTHS, [7]):
             texts = [torch.tensor(ids(n, i)) for i, n in enumerate(lengths)]
             wanted = [torch.arange(-1, n) for n in lengths]
-            once = model.way.text_pass(prefix, texts, wanted).hidden
-            each = model.way.text_pass([prefix] * len(lengths), texts, wanted).hidden
+            once = model.backend.text_pass(prefix, texts, wanted).hidden
+            each = model.backend.text_pass([prefix] * len(lengths), texts, wanted).hidden
             assert torch.equal(once, each)
             assert all(map(torch.equal, gradients([prefix], once), gradients([prefix], each)))
 
@@ -190,9 +190,9 @@ def test_learned_keys_and_values_stand_beside_those_of_prompts(name: str) -> Non
     prefixes = [learned(model, 4), model.prefix(prompt(model, 9)), learned(model, 13)]
     texts = [torch.tensor(ids(n, n)) for n in (6, 7, 5)]
     wanted = [torch.arange(6), torch.arange(-1, 7), torch.arange(5)]
-    mixed = model.way.text_pass(prefixes, texts, wanted).hidden
+    mixed = model.backend.text_pass(prefixes, texts, wanted).hidden
     each = [
-        model.way.text_pass(prefix, [text], [want]).hidden
+        model.backend.text_pass(prefix, [text], [want]).hidden
         for prefix, text, want in zip(prefixes, texts, wanted, strict=True)
     ]
     assert same(mixed, torch.cat(each))
@@ -203,15 +203,15 @@ def test_learned_keys_and_values_stand_beside_those_of_prompts(name: str) -> Non
                 cache.update(*pair, layer)
             mask = torch.ones(1, prefix.length + len(text), dtype=torch.long)
             expected = model.hf_model(input_ids=text[None], past_key_values=cache, attention_mask=mask).logits[0]
-            assert same(model.way.head.logits(states), expected)
+            assert same(model.backend.lm_head.logits(states), expected)
     with pytest.raises(ValueError, match="nothing stands before the first token"):
-        model.way.text_pass(prefixes, texts, [torch.tensor([-1])] * 3)
+        model.backend.text_pass(prefixes, texts, [torch.tensor([-1])] * 3)
 
 
 def test_members_of_an_ensemble_take_one_attention_as_one_prompt_does() -> None:
     prefixes = [Prefix(length=20), Prefix(length=20), Prefix(length=20)]
-    assert len(Row(prefixes * 3, [9, 9, 9, 10, 10, 10, 12, 12, 12]).groups) == 1
-    assert len(Row([Prefix(length=20), Prefix(length=400)], [9, 9]).groups) == 2  # most of it would be padding
+    assert len(PackedBatch(prefixes * 3, [9, 9, 9, 10, 10, 10, 12, 12, 12]).buckets) == 1
+    assert len(PackedBatch([Prefix(length=20), Prefix(length=400)], [9, 9]).buckets) == 2  # most of it would be padding
 
 
 def test_the_cuts_leave_little_padding_and_those_behind_one_prefix_follow_the_texts_alone() -> None:
@@ -219,16 +219,16 @@ def test_the_cuts_leave_little_padding_and_those_behind_one_prefix_follow_the_te
     for _ in range(300):
         count = draw.randrange(1, 30)
         lengths = [draw.randrange(1, 40) for _ in range(count)]
-        aheads = [draw.choice([0, 3, 20, 100]) for _ in range(count)]
-        cuts = like_lengths(lengths, aheads)
+        prefix_lengths = [draw.choice([0, 3, 20, 100]) for _ in range(count)]
+        cuts = length_buckets(lengths, prefix_lengths)
         assert [i for begin, end in cuts for i in range(begin, end)] == list(range(count))
         for begin, end in cuts:
-            texts, before = lengths[begin:end], aheads[begin:end]
-            assert max(texts) <= LIKE * min(texts)
-            assert max(texts) + max(before) <= LIKE * min(a + t for a, t in zip(before, texts, strict=True))
-        one = like_lengths(lengths, [draw.choice([0, 7, 100])] * count)
+            texts, before = lengths[begin:end], prefix_lengths[begin:end]
+            assert max(texts) <= MAX_LENGTH_RATIO * min(texts)
+            assert max(texts) + max(before) <= MAX_LENGTH_RATIO * min(a + t for a, t in zip(before, texts, strict=True))
+        one = length_buckets(lengths, [draw.choice([0, 7, 100])] * count)
         for begin, end in one:
-            assert max(lengths[begin:end]) <= LIKE * min(lengths[begin:end])
+            assert max(lengths[begin:end]) <= MAX_LENGTH_RATIO * min(lengths[begin:end])
             if end < count:  # one more would have been too many
                 more = lengths[begin : end + 1]
-                assert max(more) > LIKE * min(more)
+                assert max(more) > MAX_LENGTH_RATIO * min(more)

@@ -103,10 +103,10 @@ def test_single_tokens_may_be_ruled_out_by_the_model(rules: dict[str, object]) -
     model = freeze(tiny_model("llama"), tiny_tokenizer())
     ruled_out = torch.arange(400) >= 250
 
-    def head(_module: object, _args: object, logits: torch.Tensor) -> torch.Tensor:
+    def lm_head(_module: object, _args: object, logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(ruled_out, -torch.inf)
 
-    model.hf_model.get_output_embeddings().register_forward_hook(head)
+    model.hf_model.get_output_embeddings().register_forward_hook(lm_head)
     (text,) = continue_ids(model, [None], [[5, 6, 7]], [6], GenerateConfig(**rules))
     assert text
 

@@ -141,8 +141,8 @@ def test_without_the_onednn_product_pytorchs_own_is_taken_and_said_once(
     onednn_product.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, private_interfaces.__name__):
-            assert freeze(tiny_model("llama"), tiny_tokenizer()).way.name == "packed"
-            assert freeze(tiny_model("gpt2"), tiny_tokenizer()).way.name == "packed"
+            assert freeze(tiny_model("llama"), tiny_tokenizer()).backend.name == "packed"
+            assert freeze(tiny_model("gpt2"), tiny_tokenizer()).backend.name == "packed"
         assert caplog.text.count("multiplies more slowly than it could") == 1
     finally:
         onednn_product.cache_clear()
@@ -156,7 +156,7 @@ def test_without_pluggable_attention_the_cached_way_is_taken(monkeypatch: pytest
         object.__setattr__(self, "_renamed" if name == "_attn_implementation" else name, value)
 
     monkeypatch.setattr(kind, "__setattr__", ignored)
-    assert freeze(model, tiny_tokenizer()).way.name == "cached"
+    assert freeze(model, tiny_tokenizer()).backend.name == "padded"
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 12, 16, 20, 112])

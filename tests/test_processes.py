@@ -23,7 +23,7 @@ from conftest import Command
 from several_processes import CASES, tuned
 from softprompt import Rows, TuneConfig, load_data, tune
 from softprompt.cli import main as cli
-from softprompt.data.batching import deal
+from softprompt.data.batching import shard_by_length
 from softprompt.data.encoder import Example
 from softprompt.distributed import launch
 from softprompt.model import bundled
@@ -175,7 +175,7 @@ def test_the_command_prints_and_keeps_once(
     command = ["-m", "softprompt", "tune", reviews, "--model", llama_folder, "--out", "run", "--name", "mine"]
     out, err = start(*launcher, *command, "--json", *SHORT).communicate(timeout=_LIMIT)
     record = json.loads(out)  # one object, nothing else
-    assert (record["steps"], record["kept"]) == (4, "mine@1")
+    assert (record["steps"], record["registered"]) == (4, "mine@1")
     assert [path.name for path in (tmp_path / "home" / "prompts" / "mine").iterdir()] == ["1"]
     for line in ("Settings", "step 2/4", "step 4/4"):
         assert err.count(line) == 1, err
@@ -311,7 +311,7 @@ def test_each_process_takes_a_gpu_of_its_own(
 @pytest.mark.parametrize("hands", [1, 2, 3, 7])
 def test_a_batch_is_dealt_so_that_all_have_about_as_many_tokens(hands: int) -> None:
     lengths = [3, 40, 7, 7, 12, 31, 5, 18, 22, 9, 2]
-    dealt = deal([Example(tuple(range(length)), 1) for length in lengths], hands)
+    dealt = shard_by_length([Example(tuple(range(length)), 1) for length in lengths], hands)
     assert sorted(i for hand in dealt for i in hand) == list(range(len(lengths)))
     tokens = [sum(lengths[i] for i in hand) for hand in dealt]
     assert max(tokens) - min(tokens) <= max(lengths)

@@ -22,7 +22,7 @@ from softprompt import TuneConfig, generate, load_data, tune
 from softprompt.data.encoder import Example
 from softprompt.errors import InputError, ModelError
 from softprompt.model import load
-from softprompt.model.backends.reference import concatenated_loss
+from softprompt.model.backends.reference import reference_loss
 from softprompt.model.backends.verify import subjects
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
@@ -51,7 +51,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def expected_way(folder: Path) -> str:
-    return "cached" if "gptj" in (folder / "config.json").read_text() else "packed"
+    return "padded" if "gptj" in (folder / "config.json").read_text() else "packed"
 
 
 def step(model: FrozenModel) -> tuple[float, torch.Tensor]:
@@ -62,7 +62,7 @@ def test_a_quantized_model_is_the_same_model_and_learns(folder: Path, reviews: P
     plain = load_model(folder)
     model = load_model(folder, quantization="8bit")
     assert model.hf_model.is_quantized
-    assert model.way.name == expected_way(folder)
+    assert model.backend.name == expected_way(folder)
     # Its own rows depend on their neighbours, so the way is tested on another model of the kind.
     assert [getattr(one.hf_model, "is_quantized", False) for one in subjects(model.hf_model)] == [False]
     # What keeps its precision is compared, so that a prompt fits the model in any number of bits.
@@ -94,7 +94,7 @@ def test_the_package_that_is_missing_is_named(folder: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("where", ["auto", {"": "cpu"}])
 def test_a_model_that_is_placed_by_a_map_gives_the_same(folder: Path, where: str | dict[str, str]) -> None:
     split, plain = load_model(folder, device_map=where), load_model(folder)
-    assert split.way.name == plain.way.name
+    assert split.backend.name == plain.backend.name
     assert step(split)[0] == pytest.approx(step(plain)[0], rel=1e-6)
     torch.testing.assert_close(step(split)[1], step(plain)[1])
     assert generate(split, ["a fine film"]) == generate(plain, ["a fine film"])
@@ -112,8 +112,8 @@ def test_layers_that_are_brought_in_when_they_run_give_the_same(kind: str) -> No
 
     plain, split = made(kind).eval().requires_grad_(False), made(kind).eval().requires_grad_(False)
     cpu_offload(split, execution_device=torch.device("cpu"), offload_buffers=True)
-    way = type(load.freeze(plain, tiny_tokenizer()).way)
+    backend = type(load.freeze(plain, tiny_tokenizer()).backend)
     prompt = plain.get_input_embeddings()(torch.tensor([20, 21, 22])).detach()
-    whole = concatenated_loss(plain, prompt, EXAMPLES) / sum(e.targets for e in EXAMPLES)
-    loss, _ = prompt_gradient(FrozenModel(split, tiny_tokenizer(), way(split), ""), prompt, (), [EXAMPLES])
+    whole = reference_loss(plain, prompt, EXAMPLES) / sum(e.targets for e in EXAMPLES)
+    loss, _ = prompt_gradient(FrozenModel(split, tiny_tokenizer(), backend(split), ""), prompt, (), [EXAMPLES])
     assert loss == pytest.approx(float(whole), rel=1e-5)

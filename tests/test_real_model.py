@@ -107,7 +107,7 @@ def test_a_model_in_another_precision_is_the_same_model(
 ) -> None:
     half = sp.load_model("smollm2-135m", dtype="bfloat16")
     assert half.hf_model.dtype == torch.bfloat16
-    assert half.way.name == smollm2.way.name
+    assert half.backend.name == smollm2.backend.name
     assert sp.generate(half, ["my parcel never came"], tuned[0].prompt)[0]
 
 

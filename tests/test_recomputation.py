@@ -23,23 +23,23 @@ from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure
 from softprompt.training import prepare as planning
 from softprompt.training import prompt_trainer
-from softprompt.training.prepare import make_plan
+from softprompt.training.prepare import prepare_run
 from test_gradient import examples_of, start
 from test_memory import Live, kept_bytes
 
-PACKED = [name for name, (way, _) in ARCHITECTURES.items() if way == "packed"]
+PACKED = [name for name, (backend, _) in ARCHITECTURES.items() if backend == "packed"]
 
 
 @pytest.mark.parametrize("architecture", PACKED)
 def test_the_gradient_is_the_same_to_the_bit(architecture: str) -> None:
     """With sliding windows, stand-ins and experts, in one micro-batch and in several, behind a shared beginning."""
     model = frozen(architecture)
-    assert model.way.recomputes
+    assert model.backend.can_checkpoint
     for kind, text in (("mixed lengths", 0), ("common beginning", 6)):
         examples, prompt = examples_of(kind), start(model, 20)
         for parts in ([examples], [examples[:1], examples[1:3], examples[3:]]):
             once = prompt_gradient(model, prompt, examples[0].ids[:text], parts)
-            twice = prompt_gradient(model, prompt, examples[0].ids[:text], parts, recompute=True)
+            twice = prompt_gradient(model, prompt, examples[0].ids[:text], parts, activation_checkpointing=True)
             assert twice[0] == once[0]
             assert torch.equal(twice[1], once[1])
 
@@ -49,7 +49,9 @@ def test_the_layers_inputs_alone_are_kept(architecture: str) -> None:
     model = frozen(architecture)
     layers, width = model.hf_model.config.num_hidden_layers, model.hf_model.config.hidden_size
     lengths = [40, 41, 42]
-    recomputed, all_of_it = (kept_bytes(model, 20, lengths, recompute) for recompute in (True, False))
+    recomputed, all_of_it = (
+        kept_bytes(model, 20, lengths, activation_checkpointing) for activation_checkpointing in (True, False)
+    )
     inputs = layers * sum(lengths) * width * 4
     # Beside them the final norm's, and what the layers share: angles of rotary embeddings, a map of windows.
     assert inputs <= recomputed < 1.7 * inputs
@@ -60,12 +62,12 @@ def test_the_layers_inputs_alone_are_kept(architecture: str) -> None:
 def test_a_steps_peak_is_lower_and_predicted(architecture: str) -> None:
     model = frozen(architecture)
     examples, prompt = [Example(tuple(range(5, 125)), 119)] * 6, start(model, 20)
-    footprint, peaks = measure(model, 20), []
-    for recompute in (False, True):
+    memory_estimate, peaks = measure(model, 20), []
+    for activation_checkpointing in (False, True):
         with Live() as live:
-            prompt_gradient(model, prompt, (), [examples], recompute)
+            prompt_gradient(model, prompt, (), [examples], activation_checkpointing)
         peaks.append(live.most)
-    predicted = replace(footprint, recompute=True).step([119] * 6, 6)
+    predicted = replace(memory_estimate, activation_checkpointing=True).step([119] * 6, 6)
     assert 0.97 * peaks[1] < predicted < 2 * peaks[1]  # few layers: one of them counts for much
     assert peaks[1] < 0.75 * peaks[0]  # of three or four layers, one is kept whole while it runs again
 
@@ -77,15 +79,15 @@ def test_of_many_layers_their_inputs_are_most_of_what_is_predicted() -> None:
     model = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
     examples, prompt = [Example(tuple(range(5, 125)), 119)] * 6, start(model, 4)
     with Live() as live:
-        prompt_gradient(model, prompt, (), [examples], recompute=True)
-    assert live.most < replace(measure(model, 4), recompute=True).step([119] * 6, 6) < 1.4 * live.most
+        prompt_gradient(model, prompt, (), [examples], activation_checkpointing=True)
+    assert live.most < replace(measure(model, 4), activation_checkpointing=True).step([119] * 6, 6) < 1.4 * live.most
 
 
 def test_nothing_is_left_on_the_model(llama: FrozenModel) -> None:
     for architecture in ("llama", "bloom"):
         model = frozen(architecture)
         implementation = model.hf_model.config._attn_implementation
-        prompt_gradient(model, start(model, 4), (), [examples_of("mixed lengths")], recompute=True)
+        prompt_gradient(model, start(model, 4), (), [examples_of("mixed lengths")], activation_checkpointing=True)
         assert model.hf_model.config._attn_implementation == implementation
         assert not any("forward" in module.__dict__ for module in model.hf_model.modules())
 
@@ -106,10 +108,10 @@ def test_the_backward_pass_may_run_in_another_thread(architecture: str) -> None:
     """As it does on a GPU: nothing that the forward pass set up for its own thread is there."""
     model, examples = frozen(architecture), examples_of("mixed lengths")
     gradients = []
-    for recompute in (False, True):
+    for activation_checkpointing in (False, True):
         leaves = model.prefix(start(model, 20)).leaves()
-        loss = model.loss(leaves, examples, recompute).sum()
-        in_a_thread(loss.backward) if recompute else loss.backward()
+        loss = model.loss(leaves, examples, activation_checkpointing).sum()
+        in_a_thread(loss.backward) if activation_checkpointing else loss.backward()
         gradients.append([leaf.grad for leaf in [*leaves.keys, *leaves.values]])
     for once, twice in zip(*gradients, strict=True):
         assert once is not None
@@ -123,9 +125,11 @@ def test_threads_that_share_a_model_do_not_disturb_each_other(architecture: str)
     expected = {kind: prompt_gradient(model, start(model, 20), (), [examples_of(kind)]) for kind in kinds}
     found: list[tuple[str, float, torch.Tensor]] = []
 
-    def learn(kind: str, recompute: bool) -> None:
+    def learn(kind: str, activation_checkpointing: bool) -> None:
         for _ in range(4):
-            found.append((kind, *prompt_gradient(model, start(model, 20), (), [examples_of(kind)], recompute)))
+            found.append(
+                (kind, *prompt_gradient(model, start(model, 20), (), [examples_of(kind)], activation_checkpointing))
+            )
 
     def all_at_once() -> None:
         threads = [threading.Thread(target=learn, args=(kind, n != 1), daemon=True) for n, kind in enumerate(kinds)]
@@ -164,29 +168,29 @@ def test_it_is_done_where_the_longest_row_does_not_fit_otherwise(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = load_data([{"text": "the parcel never came " * n} for n in (1, 3, 60)])
-    ample = make_plan(llama, rows, settings(eval_rows=0))
+    ample = prepare_run(llama, rows, settings(eval_rows=0))
     assert ample.config.gradient_checkpointing is False
     assert ample.reasons["gradient_checkpointing"] == "the longest row fits in memory"
     longest = max(ample.examples[i] for i in range(3))
     needed = ample.step_bytes([longest])
     monkeypatch.setattr(planning, "available_memory", lambda _device: needed * 0.9)
-    tight = make_plan(llama, rows, settings(eval_rows=0))  # a warning would fail this test
+    tight = prepare_run(llama, rows, settings(eval_rows=0))  # a warning would fail this test
     assert tight.config.gradient_checkpointing is True
     assert tight.reasons["gradient_checkpointing"] == "the longest row does not fit in memory otherwise"
     assert tight.step_bytes([longest]) < needed * 0.9
-    assert make_plan(llama, rows, settings(eval_rows=0, gradient_checkpointing=True)).step_bytes([longest]) < needed
+    assert prepare_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=True)).step_bytes([longest]) < needed
     monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
     for given in (None, False, True):
         with pytest.warns(UserWarning, match="the longest row alone needs about"):
-            plan = make_plan(llama, rows, settings(eval_rows=0, gradient_checkpointing=given))
-        assert plan.config.gradient_checkpointing == (given is not False)
+            prepared = prepare_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=given))
+        assert prepared.config.gradient_checkpointing == (given is not False)
 
 
 def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda _device: 3 * 10**6)
     given = {"micro_batch_tokens": None, "eval_rows": 0}
     once, twice = (
-        make_plan(llama, load_data(reviews), settings(gradient_checkpointing=on, **given)).config.micro_batch_tokens
+        prepare_run(llama, load_data(reviews), settings(gradient_checkpointing=on, **given)).config.micro_batch_tokens
         for on in (False, True)
     )
     assert once is not None
@@ -197,12 +201,12 @@ def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path, monkeypa
 def test_a_way_that_cannot_says_so(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gptj, rows = frozen("gptj"), load_data(reviews)
     with pytest.raises(SettingsError, match=r"gradient_checkpointing: the layers of GPTJForCausalLM .*\(cached\)"):
-        make_plan(gptj, rows, settings(gradient_checkpointing=True))
+        prepare_run(gptj, rows, settings(gradient_checkpointing=True))
     monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
     with pytest.warns(UserWarning, match="the longest row alone needs about"):
-        plan = make_plan(gptj, rows, settings())
-    assert plan.config.gradient_checkpointing is False
-    assert plan.reasons["gradient_checkpointing"] == "not on the cached way"
+        prepared = prepare_run(gptj, rows, settings())
+    assert prepared.config.gradient_checkpointing is False
+    assert prepared.reasons["gradient_checkpointing"] == "not on the cached way"
 
 
 def test_check_says_it(command: Command, llama_folder: Path, reviews: Path) -> None:

@@ -24,9 +24,9 @@ from sacrebleu.metrics.bleu import BLEU
 from scipy.stats import binomtest
 
 from softprompt import formatting
-from softprompt.comparison.report.experiment_setup import provenance
+from softprompt.comparison.report.experiment_setup import experiment_setup
 from softprompt.comparison.report.page import write_report
-from softprompt.comparison.report.ranking import make_standings
+from softprompt.comparison.report.ranking import summarize
 from softprompt.comparison.report.recommendation import Recommendation, recommend
 from softprompt.comparison.report.samples import choose_samples
 from softprompt.comparison.results import Costs, Point, Result, difference, judged_anew, mean_primary, read_result
@@ -43,9 +43,9 @@ LABELS = ("negative", "positive")
 COSTS: dict[str, tuple[int, int, float, int, float]] = {
     "full": (134_515_008, 538_090_408, 480.0, 2_410_000_000, 0.031),
     "lora": (2_442_240, 9_793_104, 462.0, 1_480_000_000, 0.033),
-    "soft-prompt": (11_520, 46_480, 235.0, 640_000_000, 0.027),
-    "soft-prompt-ensemble": (34_560, 139_440, 478.0, 640_000_000, 0.064),
-    "deep-prefix": (230_400, 921_900, 195.0, 590_000_000, 0.026),
+    "prompt-tuning": (11_520, 46_480, 235.0, 640_000_000, 0.027),
+    "prompt-tuning-ensemble": (34_560, 139_440, 478.0, 640_000_000, 0.064),
+    "prefix-tuning": (230_400, 921_900, 195.0, 590_000_000, 0.026),
     "few-shot": (0, 1_890, 310.0, 210_000_000, 0.048),
     "zero-shot": (0, 212, 0.0, 0, 0.025),
 }
@@ -130,7 +130,7 @@ def classified(rows: Sequence[Row], shares: dict[str, float], seeds: int = 1, **
 
 
 def advice(results: Sequence[Result], rows: Sequence[Row]) -> Recommendation:
-    return recommend(make_standings(results, rows))
+    return recommend(summarize(results, rows))
 
 
 def visible(page: str) -> str:
@@ -142,9 +142,9 @@ def visible(page: str) -> str:
 ALL = {
     "zero-shot": 0.70,
     "few-shot": 0.74,
-    "soft-prompt": 0.875,
-    "soft-prompt-ensemble": 0.89,
-    "deep-prefix": 0.885,
+    "prompt-tuning": 0.875,
+    "prompt-tuning-ensemble": 0.89,
+    "prefix-tuning": 0.885,
     "lora": 0.88,
     "full": 0.86,
 }
@@ -201,7 +201,7 @@ def test_the_report_shows_the_figures_of_the_results(
     ):  # fmt: skip
         assert words in text, words
     assert "nan" not in text.lower().replace("finance", "")
-    assert recommend(make_standings(results, rows)).headline in text
+    assert recommend(summarize(results, rows)).headline in text
 
 
 def test_figures_are_written_as_people_write_them() -> None:
@@ -239,7 +239,7 @@ def test_figures_are_written_as_people_write_them() -> None:
 
 def test_lora_is_recommended_where_it_wins_and_the_prompt_s_price_is_told() -> None:
     rows = labelled()
-    found = advice(classified(rows, {"zero-shot": 0.6, "soft-prompt": 0.8, "lora": 0.92}), rows)
+    found = advice(classified(rows, {"zero-shot": 0.6, "prompt-tuning": 0.8, "lora": 0.92}), rows)
     assert found.headline == "Use LoRA."
     text = visible(" ".join(found.reasons))
     assert "LoRA has the best accuracy" in text
@@ -250,8 +250,8 @@ def test_lora_is_recommended_where_it_wins_and_the_prompt_s_price_is_told() -> N
 
 def test_the_handwritten_prompt_is_recommended_where_training_gains_nothing() -> None:
     rows = labelled()
-    found = advice(classified(rows, {"zero-shot": 0.85, "few-shot": 0.85, "soft-prompt": 0.855, "lora": 0.85}), rows)
-    assert found.standing.method == "zero-shot"
+    found = advice(classified(rows, {"zero-shot": 0.85, "few-shot": 0.85, "prompt-tuning": 0.855, "lora": 0.85}), rows)
+    assert found.summary.method == "zero-shot"
     assert found.headline == "Write the prompt by hand; do not train."
     assert "No method can be told apart from it on these 400 rows" in found.reasons[0]
     assert "Training gained nothing that these rows can show." in found.reasons
@@ -259,9 +259,9 @@ def test_the_handwritten_prompt_is_recommended_where_training_gains_nothing() ->
 
 def test_a_soft_prompt_that_ties_with_lora_is_recommended_as_the_cheaper() -> None:
     rows = labelled()
-    results = classified(rows, {"zero-shot": 0.6, "soft-prompt": 0.88, "lora": 0.884, "full": 0.75})
+    results = classified(rows, {"zero-shot": 0.6, "prompt-tuning": 0.88, "lora": 0.884, "full": 0.75})
     found = advice(results, rows)
-    assert found.standing.method == "soft-prompt"
+    assert found.summary.method == "prompt-tuning"
     text = visible(" ".join(found.reasons))
     assert "cannot be told apart" in text
     assert "the soft prompt is the cheapest" in text
@@ -278,7 +278,7 @@ def test_full_fine_tuning_is_recommended_where_nothing_else_comes_near() -> None
 def test_a_method_behind_one_that_can_be_told_apart_is_not_recommended() -> None:
     """Its interval contains 0 only because it is right on other rows; it takes more room than what is ahead of it."""
     rows = labelled(300)
-    results = classified(rows, {"full": 0.9, "soft-prompt": 0.9, "lora": 0.9})
+    results = classified(rows, {"full": 0.9, "prompt-tuning": 0.9, "lora": 0.9})
     best = [row[0] for row in results[0].statistics]
     right, wrong = (np.flatnonzero(np.array(best) == value) for value in (1, 0))
 
@@ -289,12 +289,12 @@ def test_a_method_behind_one_that_can_be_told_apart_is_not_recommended() -> None
 
     behind = results[1].model_copy(update=of(7, 0))
     tied = results[2].model_copy(update=of(35, 25))
-    standings = {s.method: s for s in make_standings([results[0], behind, tied], rows)}
-    assert standings["lora"].tied
-    assert not standings["soft-prompt"].tied
-    assert standings["lora"].figure.value < standings["soft-prompt"].figure.value
+    summaries = {s.method: s for s in summarize([results[0], behind, tied], rows)}
+    assert summaries["lora"].tied
+    assert not summaries["prompt-tuning"].tied
+    assert summaries["lora"].figure.value < summaries["prompt-tuning"].figure.value
     told = advice([results[0], behind, tied], rows)
-    assert told.standing.method == "full"
+    assert told.summary.method == "full"
     assert "LoRA cannot be told apart" not in " ".join(told.reasons)
 
 
@@ -304,7 +304,7 @@ def test_the_lower_loss_wins_on_plain_text(tmp_path: Path) -> None:
     tokens = rng.integers(5, 30, len(rows)).astype(float)
     nats = tokens * rng.normal(3.0, 0.3, len(rows))
     results = []
-    for method, factor in {"zero-shot": 1.0, "soft-prompt": 0.85, "lora": 0.99}.items():
+    for method, factor in {"zero-shot": 1.0, "prompt-tuning": 0.85, "lora": 0.99}.items():
         statistics = np.stack([factor * nats, tokens], axis=1)
         loss = bootstrap(lambda drawn, s=statistics: float(s[drawn, 0].sum() / s[drawn, 1].sum()), len(rows))  # type: ignore[misc]
         results.append(
@@ -317,31 +317,31 @@ def test_the_lower_loss_wins_on_plain_text(tmp_path: Path) -> None:
             )
         )
     found = advice(results, rows)
-    assert found.standing.method == "soft-prompt"
+    assert found.summary.method == "prompt-tuning"
     assert "best loss" in found.reasons[0]
-    behind = {s.method: s.to_best for s in make_standings(results, rows)}
-    assert behind.pop("soft-prompt") is None
+    behind = {s.method: s.to_best for s in summarize(results, rows)}
+    assert behind.pop("prompt-tuning") is None
     assert all(by is not None and by.high < 0 for by in behind.values())  # a higher loss is worse
     text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
-    assert f"{found.standing.figure.value:.3f}" in text
+    assert f"{found.summary.figure.value:.3f}" in text
     assert "Where the methods disagree" not in text
     assert "nats" in text
 
 
 def test_a_method_that_is_no_better_than_the_most_frequent_label_is_called_that() -> None:
     rows = [{"text": f"text {n}", "label": "insult" if n % 3 == 0 else "harmless"} for n in range(300)]
-    found = advice(classified(rows, {"zero-shot": 0.5, "soft-prompt": 0.66}), rows)
+    found = advice(classified(rows, {"zero-shot": 0.5, "prompt-tuning": 0.66}), rows)
     assert any("always answering “\u2068harmless\u2069”" in caution for caution in found.cautions)
     assert not any("always answering" in c for c in advice(classified(rows, {"lora": 0.9}), rows).cautions)
 
 
 def test_methods_that_chose_by_fewer_rows_are_told() -> None:
     rows = labelled(40)
-    results = classified(rows, {"zero-shot": 0.5, "soft-prompt": 0.7, "lora": 0.9}, seeds=2)
-    told = provenance(make_standings(results, rows), rows).notes
+    results = classified(rows, {"zero-shot": 0.5, "prompt-tuning": 0.7, "lora": 0.9}, seeds=2)
+    told = experiment_setup(summarize(results, rows), rows).notes
     for result, chosen_by in zip(results[2:], (200, 52, 200, 200), strict=True):
         result.settings["eval_rows"] = chosen_by
-    last = provenance(make_standings(results, rows), rows).notes
+    last = experiment_setup(summarize(results, rows), rows).notes
     assert last[:-1] == told
     assert last[-1].endswith("by a part of the validation rows: Soft prompt 52.")
 
@@ -362,8 +362,8 @@ def completed(rows: Sequence[Row]) -> list[Result]:
     inputs = list(dict.fromkeys(row["input"] for row in rows))
     references = {text: [r["target"] for r in rows if r["input"] == text] for text in inputs}
     results = []
-    for method in ("zero-shot", "soft-prompt"):
-        written = {text: references[text][0] if method == "soft-prompt" else text for text in inputs}
+    for method in ("zero-shot", "prompt-tuning"):
+        written = {text: references[text][0] if method == "prompt-tuning" else text for text in inputs}
         most = max(map(len, references.values()))
         ranks = [[references[t][k] if k < len(references[t]) else None for t in inputs] for k in range(most)]
         statistics = BLEU()._extract_corpus_statistics([written[t] for t in inputs], ranks)
@@ -409,11 +409,11 @@ def answered(right: Sequence[str], share: dict[str, float], wrong: str = "nothin
 def test_completions_are_ranked_by_what_can_tell_them_apart(form: str, metric: str, shown: str, tmp_path: Path) -> None:
     right = [form.format(n=n) for n in range(100, 300)]
     rows = [{"input": f"question {n}", "target": text} for n, text in enumerate(right)]
-    results = answered(right, {"zero-shot": 0.1, "soft-prompt": 0.85, "lora": 0.5})
-    standings = {s.method: s for s in make_standings(results, rows)}
-    assert {s.primary for s in standings.values()} == {metric}
-    assert standings["soft-prompt"].to_best is None
-    lora = standings["lora"].to_best
+    results = answered(right, {"zero-shot": 0.1, "prompt-tuning": 0.85, "lora": 0.5})
+    summaries = {s.method: s for s in summarize(results, rows)}
+    assert {s.primary for s in summaries.values()} == {metric}
+    assert summaries["prompt-tuning"].to_best is None
+    lora = summaries["lora"].to_best
     assert lora is not None
     assert lora.value == pytest.approx(results[2].primary.value - results[1].primary.value)
     assert lora.low < lora.value < lora.high < 0
@@ -433,7 +433,7 @@ def test_results_of_before_are_judged_like_new_ones(tmp_path: Path) -> None:
     """They name no metric, and their statistics are those of BLEU over words."""
     right = [str(n) for n in range(40)]
     rows = load_data([{"input": f"question {n}", "target": text} for n, text in enumerate(right)])
-    (new,) = answered(right, {"soft-prompt": 0.85})
+    (new,) = answered(right, {"prompt-tuning": 0.85})
     statistics = BLEU()._extract_corpus_statistics(new.predictions, [right])
     metrics = {"bleu": Metric(value=0, low=0, high=0), "loss": Metric(value=1, low=1, high=1)}
     old = new.model_copy(update={"ranked_by": "", "statistics": statistics, "metrics": metrics})
@@ -446,8 +446,8 @@ def test_results_of_before_are_judged_like_new_ones(tmp_path: Path) -> None:
     assert (judged.ranking, judged.statistics) == (new.ranking, new.statistics)
     assert judged.metrics == {**new.metrics, "loss": metrics["loss"]}
     with pytest.raises(InputError, match="same metric to be ranked by: bleu, exact_match"):
-        make_standings([read, new], list(rows))
-    assert len(make_standings([judged, new], list(rows))) == 1
+        summarize([read, new], list(rows))
+    assert len(summarize([judged, new], list(rows))) == 1
 
 
 def test_completions_that_share_an_input_are_one_sample_with_all_right_answers(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_completions_that_share_an_input_are_one_sample_with_all_right_answers(t
         for n, kind in enumerate(["fine", "good"] * 20)
     ]
     results = completed(rows)
-    samples = choose_samples(make_standings(results, rows), rows)
+    samples = choose_samples(summarize(results, rows), rows)
     assert (samples.inputs, samples.disagree) == (20, 20)
     assert samples.shown[0].right == [rows[0]["target"], rows[1]["target"]]
     text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
@@ -465,20 +465,20 @@ def test_completions_that_share_an_input_are_one_sample_with_all_right_answers(t
     assert "validation loss" in text  # BLEU was not found while learning
 
 
-@pytest.mark.parametrize("shares", [{"zero-shot": 0.7}, {"soft-prompt": 0.8}], ids=["untrained", "trained"])
+@pytest.mark.parametrize("shares", [{"zero-shot": 0.7}, {"prompt-tuning": 0.8}], ids=["untrained", "trained"])
 def test_one_method_alone_is_reported_without_a_comparison(shares: dict[str, float], tmp_path: Path) -> None:
     rows = labelled(300)
     results = classified(rows, shares)
     text = visible(write_report(results, rows, tmp_path).read_text(encoding="utf-8"))
     assert "there is nothing to compare it with" in text
     assert "Some answers" in text
-    assert ("Learning curves" in text) == ("soft-prompt" in shares)
+    assert ("Learning curves" in text) == ("prompt-tuning" in shares)
 
 
 def test_many_labels_are_shown_as_their_most_frequent_mistakes(tmp_path: Path) -> None:
     labels = [f"intent {n}" for n in range(77)]
     rows = labelled(770, labels)
-    results = classified(rows, {"soft-prompt": 0.5})
+    results = classified(rows, {"prompt-tuning": 0.5})
     page = write_report(results, rows, tmp_path).read_text(encoding="utf-8")
     assert "The most frequent mistakes" in visible(page)
     shown = re.findall(r"<tr><td>(\d+)</td><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi></td></tr>", page)
@@ -503,9 +503,9 @@ def test_figures_that_are_not_finite_leave_no_hole(tmp_path: Path) -> None:
     )
     page = write_report([results[0], broken], rows, tmp_path).read_text(encoding="utf-8")
     assert not re.search(r"\b(nan|inf)\b", page, re.IGNORECASE)
-    assert advice([results[0], broken], rows).standing.method == "zero-shot"
+    assert advice([results[0], broken], rows).summary.method == "zero-shot"
     cheaper = broken.model_copy(update={"method": "few-shot", "costs": costs("zero-shot")})
-    assert advice([classified(rows, {"lora": 0.9})[0], cheaper], rows).standing.method == "lora"
+    assert advice([classified(rows, {"lora": 0.9})[0], cheaper], rows).summary.method == "lora"
 
 
 NAN, INF = float("nan"), float("inf")
@@ -527,7 +527,7 @@ def test_no_method_is_the_best_where_none_has_anything_right(value: float, tmp_p
     rows = labelled(300)
     results = at(at(classified(rows, {"zero-shot": 0.7, "lora": 0.9}), "lora", value), "zero-shot", value)
     found = advice(results, rows)
-    assert found.standing is None
+    assert found.summary is None
     assert found.headline == "No method can be recommended."
     expected = "better accuracy than 0.0 %" if value == 0 else "No method's accuracy is a finite number"
     assert expected in visible(found.reasons[0])
@@ -546,16 +546,16 @@ def test_a_figure_that_is_not_finite_is_shown_as_such_and_never_the_best(value: 
     rows = labelled(300)
     results = at(classified(rows, {"zero-shot": 0.5, "lora": 0.9, "full": 0.7}), "lora", value)
     found = advice(results, rows)
-    assert found.standing is not None
-    assert found.standing.method == "full"
+    assert found.summary is not None
+    assert found.summary.method == "full"
     assert "–" not in found.reasons[0]
     write_report(results, rows, tmp_path)
     text = visible((tmp_path / "report.md").read_text(encoding="utf-8"))
     assert {NAN: "not a number (no interval)", INF: "∞ (∞ to ∞)", -INF: "−∞"}.get(value, "not a number") in text
     assert "cannot be compared" in text
     alone = advice(at(results, "zero-shot", NAN), rows)
-    assert alone.standing is not None
-    assert alone.standing.method == "full"
+    assert alone.summary is not None
+    assert alone.summary.method == "full"
     assert "No other method's accuracy is a finite number" in alone.reasons[0]
 
 
@@ -567,7 +567,7 @@ def test_a_seed_that_diverged_is_counted(tmp_path: Path) -> None:
     text = visible((tmp_path / "report.md").read_text(encoding="utf-8"))
     of_lora = [100 * r.primary.value for r in results if r.method == "lora"][:2]
     assert f"seeds {min(of_lora):.1f} to {max(of_lora):.1f}; of 1 of 3 seeds no finite number" in text
-    chosen = advice([*results[:-1], broken], rows).standing
+    chosen = advice([*results[:-1], broken], rows).summary
     assert chosen is not None
     assert chosen.method == "zero-shot"
 
@@ -577,16 +577,16 @@ def test_a_method_with_nothing_right_is_not_recommended_for_being_cheap() -> Non
     rows = labelled(60)
     results = at(classified(rows, {"zero-shot": 0.5, "lora": 0.02}), "zero-shot", 0.0)
     found = advice(results, rows)
-    assert found.standing is not None
-    assert found.standing.method == "lora"
+    assert found.summary is not None
+    assert found.summary.method == "lora"
     assert "The others have nothing right" in found.reasons[0]
     assert "an interval that contains 0" in found.reasons[0]
 
 
 def test_the_best_of_several_is_said_to_look_better_than_it_is(tmp_path: Path) -> None:
     rows = labelled()
-    results = classified(rows, {"zero-shot": 0.6, "soft-prompt": 0.88, "lora": 0.9})
-    standings = make_standings(results, rows)
+    results = classified(rows, {"zero-shot": 0.6, "prompt-tuning": 0.88, "lora": 0.9})
+    summaries = summarize(results, rows)
     ahead = difference([results[2]], [results[1]])
     write_report(results, rows, tmp_path)
     for name in ("report.html", "report.md"):
@@ -594,9 +594,9 @@ def test_the_best_of_several_is_said_to_look_better_than_it_is(tmp_path: Path) -
         words = formatting.signed_gap("accuracy", ahead.value), formatting.gap_interval("accuracy", ahead)
         assert visible(f"{words[0]} ({words[1]}) to the next, the soft prompt; picked on these test rows") in text
         assert "looks better than it is: a part of its lead is chance" in text
-    assert "picked on these test rows, so it looks better than it is" in recommend(standings).reasons[0]
-    (alone,) = make_standings(results[:1], rows)
-    assert not any("better than it is" in note for note in provenance([alone], rows).notes)
+    assert "picked on these test rows, so it looks better than it is" in recommend(summaries).reasons[0]
+    (alone,) = summarize(results[:1], rows)
+    assert not any("better than it is" in note for note in experiment_setup([alone], rows).notes)
     assert "picked" not in " ".join(recommend([alone]).reasons)
 
 
@@ -611,7 +611,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": f"{HOSTILE} {'longword' * 200} {n}\nשלום עולם", "label": labels[n % 3]} for n in range(90)]
     results = classified(
         rows,
-        {"zero-shot": 0.5, f"soft-prompt-{HOSTILE}": 0.8, "lora": 0.7},
+        {"zero-shot": 0.5, f"prompt-tuning-{HOSTILE}": 0.8, "lora": 0.7},
         data=f"/very/{'long' * 60}/{HOSTILE}.csv",
         settings={HOSTILE: HOSTILE, "verbalizers": dict.fromkeys(labels, HOSTILE)},
         environment={HOSTILE: HOSTILE},

@@ -340,9 +340,9 @@ def test_a_package_that_is_missing_is_named(
 
 def test_inputs_that_differ_in_spaces_and_capitals_are_one() -> None:
     rows = load_data([{"text": " A  fine\nfilm", "label": "1"}, {"text": "a fine film ", "label": "2"}])
-    assert [rows.question(row) for row in rows] == ["a fine film", "a fine film"]
+    assert [rows.normalized_input(row) for row in rows] == ["a fine film", "a fine film"]
     asked = load_data([{"input": "What?", "target": "That."}])
-    assert asked.question(asked[0]) == "what?"
+    assert asked.normalized_input(asked[0]) == "what?"
 
 
 def test_a_space_beside_a_label_is_no_other_label() -> None:

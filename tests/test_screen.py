@@ -17,25 +17,25 @@ from conftest import SHORT, Command
 from softprompt.cli import tables
 from softprompt.cli.demo import gain
 from softprompt.cli.settings_tables import RESUMED, row_text, settings_screen, shortened
-from softprompt.cli.tables import ProgressLine, TerminalWatcher, clock
+from softprompt.cli.tables import ProgressLine, TerminalCallback, clock
 from softprompt.config import TuneConfig, read_settings
 from softprompt.data.rows import load_data
 from softprompt.evaluation.intervals import Metric
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.prepare import PreparedRun, prepare_run
 from softprompt.training.throughput import RenderedRow
 
 LINES, COLUMNS = 24, 80
-Made = Callable[..., tuple[Plan, dict[str, str]]]
+Made = Callable[..., tuple[PreparedRun, dict[str, str]]]
 
 
 @pytest.fixture
 def planned(llama: FrozenModel, reviews: Path) -> Made:
     """Make the plan of a run that was given some settings."""
 
-    def make(*assignments: str, file: Path | None = None) -> tuple[Plan, dict[str, str]]:
+    def make(*assignments: str, file: Path | None = None) -> tuple[PreparedRun, dict[str, str]]:
         config, origins = read_settings(TuneConfig, file, ["num_virtual_tokens=5", *assignments])
-        return make_plan(llama, load_data(reviews), config), origins
+        return prepare_run(llama, load_data(reviews), config), origins
 
     return make
 
@@ -45,12 +45,12 @@ def names(screen: object) -> list[str]:
 
 
 def test_the_settings_that_matter_fit_on_a_screen(planned: Made) -> None:
-    plan, origins = planned()
-    lines = str(settings_screen(plan, origins, COLUMNS)).splitlines()
+    prepared, origins = planned()
+    lines = str(settings_screen(prepared, origins, COLUMNS)).splitlines()
     assert len(lines) <= 12
     assert max(map(cell_len, lines)) <= COLUMNS
     for line in (
-        "method              soft-prompt (default)",
+        "method              prompt-tuning (default)",
         "num_virtual_tokens  5 (--set)",
         "max_steps           200 (budget normal)",
     ):
@@ -78,8 +78,8 @@ def test_the_settings_that_matter_fit_on_a_screen(planned: Made) -> None:
     ],
 )
 def test_a_setting_that_was_given_is_always_shown(planned: Made, setting: str, line: str) -> None:
-    plan, origins = planned(setting)
-    screen = str(settings_screen(plan, origins, 120))
+    prepared, origins = planned(setting)
+    screen = str(settings_screen(prepared, origins, 120))
     assert line in re.sub(" +", " ", screen)
     assert names(screen)[-1].startswith("runs on")
     for name in ("device", "dtype", "threads"):
@@ -91,8 +91,8 @@ def test_a_setting_that_was_given_is_always_shown(planned: Made, setting: str, l
 def test_no_line_is_wider_than_the_terminal(planned: Made, tmp_path: Path, width: int, word: str) -> None:
     file = tmp_path / ("settings-" * 12 + ".yaml")
     file.write_text("learning_rate: 0.01\n", encoding="utf-8")
-    plan, origins = planned(f"init_text={word * 40}", f"template={word * 14}{{{{ text }}}}", file=file)
-    lines = str(settings_screen(plan, origins, width)).splitlines()[1:]
+    prepared, origins = planned(f"init_text={word * 40}", f"template={word * 14}{{{{ text }}}}", file=file)
+    lines = str(settings_screen(prepared, origins, width)).splitlines()[1:]
     indent = len("  num_virtual_tokens  ")
     assert max(map(cell_len, lines)) <= max(width, indent + 20)  # on a narrower one nothing could be read
     if width >= COLUMNS:
@@ -102,9 +102,9 @@ def test_no_line_is_wider_than_the_terminal(planned: Made, tmp_path: Path, width
 
 
 def test_a_resumed_run_shows_what_differs_from_the_defaults(planned: Made) -> None:
-    plan, _ = planned("weight_decay=0.5")
+    prepared, _ = planned("weight_decay=0.5")
     origins = dict.fromkeys(TuneConfig.model_fields, RESUMED)
-    shown = names(settings_screen(plan, origins, COLUMNS))
+    shown = names(settings_screen(prepared, origins, COLUMNS))
     assert "weight_decay" in shown
     assert not {"patience", "schedule", "verbalizers", "seed", "micro_batch_tokens"} & set(shown)
 
@@ -210,16 +210,16 @@ def test_a_log_has_about_ten_lines(
     planned: Made, capsys: pytest.CaptureFixture[str], steps: int, eval_every: int | None
 ) -> None:
     rows = ["eval_rows=0"] if eval_every is None else [f"eval_every={eval_every}"]
-    plan, _ = planned(f"max_steps={steps}", *rows)
-    watcher = TerminalWatcher(None)
-    watcher.begin(plan, 0)
+    prepared, _ = planned(f"max_steps={steps}", *rows)
+    callback = TerminalCallback(None)
+    callback.begin(prepared, 0)
     if eval_every:
-        watcher.evaluation(0, VALUES)
+        callback.evaluation(0, VALUES)
     for step in range(1, steps + 1):
-        watcher.step(step, 1.0)
+        callback.step(step, 1.0)
         if eval_every and (step % eval_every == 0 or step == steps):
-            watcher.evaluation(step, {**VALUES, "loss": float(step)})
-    watcher.end()
+            callback.evaluation(step, {**VALUES, "loss": float(step)})
+    callback.end()
     lines = capsys.readouterr().err.splitlines()
     assert min(steps, 6) <= len(lines) <= 12
     assert lines[-1].startswith(f"step {steps}/{steps}  loss 1.000  ")
@@ -233,30 +233,30 @@ def test_a_log_has_about_ten_lines(
 
 
 def test_a_run_that_ends_early_shows_where(planned: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    plan, _ = planned("max_steps=100", "eval_rows=0")
-    watcher = TerminalWatcher(None)
-    watcher.begin(plan, 50)
+    prepared, _ = planned("max_steps=100", "eval_rows=0")
+    callback = TerminalCallback(None)
+    callback.begin(prepared, 50)
     for step in range(51, 58):
-        watcher.step(step, 1.0)
-    watcher.end()
+        callback.step(step, 1.0)
+    callback.end()
     printed = capsys.readouterr().err.splitlines()
     assert printed[0] == "resuming after step 50"
     assert [line.split()[1] for line in printed[1:]] == ["51/100", "57/100"]
 
 
 def test_a_terminal_has_one_line_that_is_kept_up_to_date(planned: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, origins = planned("max_steps=40")
+    prepared, origins = planned("max_steps=40")
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=COLUMNS, color_system=None)
     monkeypatch.setattr(tables, "err", console)
-    watcher = TerminalWatcher(origins)
-    watcher.begin(plan, 0)
-    watcher.evaluation(0, VALUES)
+    callback = TerminalCallback(origins)
+    callback.begin(prepared, 0)
+    callback.evaluation(0, VALUES)
     for step in range(1, 41):
-        watcher.step(step, 1.0)
-    watcher.smaller(40, 512)
-    watcher.evaluation(40, VALUES)
-    watcher.end()
+        callback.step(step, 1.0)
+    callback.smaller(40, 512)
+    callback.evaluation(40, VALUES)
+    callback.end()
     # What is written after a line is wiped ("erase in line") replaces it.
     printed = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part) for part in re.split(r"\n|\x1b\[2K", screen.getvalue())]
     lasting = [line for line in printed if line.strip() and not line.endswith(" left")]
@@ -269,12 +269,12 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(planned: Made, monkey
     monkeypatch.setenv("TERM", "dumb")
     screen = io.StringIO()
     monkeypatch.setattr(tables, "err", Console(file=screen, force_terminal=True, width=COLUMNS))
-    plan, _ = planned("max_steps=3", "eval_rows=0")
-    watcher = TerminalWatcher(None)
-    watcher.begin(plan, 0)
+    prepared, _ = planned("max_steps=3", "eval_rows=0")
+    callback = TerminalCallback(None)
+    callback.begin(prepared, 0)
     for step in (1, 2, 3):
-        watcher.step(step, 1.0)
-    watcher.end()
+        callback.step(step, 1.0)
+    callback.end()
     assert [line.split()[1] for line in screen.getvalue().splitlines()] == ["1/3", "2/3", "3/3"]
 
 

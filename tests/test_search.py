@@ -10,25 +10,25 @@ import pytest
 import torch
 
 from softprompt.config import TuneConfig
-from softprompt.data.batching import draw
+from softprompt.data.batching import batch_indices
 from softprompt.data.rows import Task, load_data
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import Plan, make_plan
-from softprompt.training.prompt_trainer import PromptLoop
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.search import candidates, search
-from softprompt.training.throughput import Forecast, make_forecast
-from softprompt.training.trainer import Pace, measure_pace
+from softprompt.training.throughput import RunEstimate, estimate_run
+from softprompt.training.trainer import Throughput, measure_throughput
 from softprompt.training.tune import tune
 from test_training import prompt_bytes, short
 
 OPEN = {"max_steps": 40, "eval_every": None, "num_virtual_tokens": None}
 
 
-class Notes(Watcher):
+class Notes(Callback):
     def __init__(self) -> None:
         self.tried: list[tuple[dict[str, Any], int, float]] = []
 
@@ -45,7 +45,7 @@ def test_only_what_was_left_open_is_searched() -> None:
 
     assert tried() == ({"auto", "text"}, {1 / 3, 1, 3})
     assert tried(learning_rate=0.5) == ({"auto", "text"}, {1})
-    assert tried(learning_rate=0.5, method="deep-prefix") == ({"auto", "examples"}, {1})
+    assert tried(learning_rate=0.5, method="prefix-tuning") == ({"auto", "examples"}, {1})
     assert tried(init_text="a text") == ({"auto"}, {1 / 3, 1, 3})
     assert tried(learning_rate=0.5, init="random") == ({"random"}, {1})
     # Completions start from examples without being told to.
@@ -72,7 +72,7 @@ def test_starts_that_are_the_same_are_tried_once(llama: FrozenModel, reviews: Pa
 
 def test_a_thorough_run_is_the_run_with_the_chosen_settings(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     rows, notes = load_data(reviews), Notes()
-    thorough = tune(llama, rows, short(**OPEN, budget="thorough"), out=tmp_path / "searched", watcher=notes)
+    thorough = tune(llama, rows, short(**OPEN, budget="thorough"), out=tmp_path / "searched", callback=notes)
     assert len(notes.tried) == 9
     chosen = min(notes.tried[6:], key=lambda found: found[2])[0]
     tune(
@@ -99,8 +99,8 @@ def test_a_thorough_run_that_goes_on_does_not_search_again(
 def test_where_there_is_nothing_to_choose_nothing_is_run(
     settings: dict[str, Any], llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searching, "PromptLoop", lambda *_: pytest.fail("a candidate was run"))
-    assert search(llama, load_data(reviews), short(**settings), None, Watcher()) == {}
+    monkeypatch.setattr(searching, "PromptTrainer", lambda *_: pytest.fail("a candidate was run"))
+    assert search(llama, load_data(reviews), short(**settings), None, Callback()) == {}
 
 
 def test_a_start_that_does_not_fit_is_none(llama: FrozenModel) -> None:
@@ -119,7 +119,7 @@ def test_without_validation_rows_to_choose_by_it_is_said(llama: FrozenModel, rev
 def test_where_scoring_takes_all_the_time_nothing_is_searched(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=0.75, evaluation=0.3))
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=0.75, evaluation=0.3))
     monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("searched"))
     settings = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1, budget="thorough")
     with pytest.warns(UserWarning, match="no search: scoring the validation rows takes"):
@@ -128,14 +128,14 @@ def test_where_scoring_takes_all_the_time_nothing_is_searched(
 
 def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -> None:
     """The second rung's loss is that of three steps in one go."""
-    plan = make_plan(llama, load_data(reviews), short(**OPEN))
+    prepared = prepare_run(llama, load_data(reviews), short(**OPEN))
     losses = []
     for rungs in ((1, 3), (3,)):
-        loop = PromptLoop(llama, plan)
+        loop = PromptTrainer(llama, prepared)
         losses.append([loop.tried(steps) for steps in rungs][-1])
         assert loop.progress.step == 3
     assert losses[0] == losses[1]
-    alone = PromptLoop(llama, plan)
+    alone = PromptTrainer(llama, prepared)
     before = alone.evaluate().values()["loss"]
     for _ in range(3):
         alone.step()
@@ -145,45 +145,53 @@ def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -
 def test_a_rate_whose_loss_is_not_finite_is_never_the_best(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = make_plan(llama, load_data(reviews), short(**OPEN))
-    loop = PromptLoop(llama, plan)
+    prepared = prepare_run(llama, load_data(reviews), short(**OPEN))
+    loop = PromptTrainer(llama, prepared)
     monkeypatch.setattr(loop, "gradient", lambda _batch: float("nan"))
     assert loop.tried(3) == float("inf")
 
 
 def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
-    assert Pace(step=0.5, evaluation=0).fitting(60) == {"max_steps": 120, "eval_every": 15}
-    assert Pace(step=0.5, evaluation=1).fitting(60) == {"max_steps": 102, "eval_every": 13}
+    assert Throughput(step=0.5, evaluation=0).fit_to_budget(60) == {"max_steps": 120, "eval_every": 15}
+    assert Throughput(step=0.5, evaluation=1).fit_to_budget(60) == {"max_steps": 102, "eval_every": 13}
     # Nine evaluations would take 90 of 60 seconds: there are as few as are needed to choose by.
-    assert Pace(step=0.5, evaluation=10).fitting(60) == {"max_steps": 60, "eval_every": 30}
-    assert Pace(step=100, evaluation=10).fitting(60) == {"max_steps": 1, "eval_every": 1}
-    assert Pace(step=0.5, evaluation=0).fitting(60, 16) == {"max_steps": 16, "eval_every": 2}
+    assert Throughput(step=0.5, evaluation=10).fit_to_budget(60) == {"max_steps": 60, "eval_every": 30}
+    assert Throughput(step=100, evaluation=10).fit_to_budget(60) == {"max_steps": 1, "eval_every": 1}
+    assert Throughput(step=0.5, evaluation=0).fit_to_budget(60, 16) == {"max_steps": 16, "eval_every": 2}
     # Where it is given how often to evaluate, that is included: 60 steps of 0.5 s, 30 evaluations and one before.
-    assert Pace(step=0.5, evaluation=1).fitting(61, eval_every=2) == {"max_steps": 60, "eval_every": 2}
-    assert Pace(step=0.5, evaluation=70).fitting(60, eval_every=2) == {"max_steps": 1, "eval_every": 2}
+    assert Throughput(step=0.5, evaluation=1).fit_to_budget(61, eval_every=2) == {"max_steps": 60, "eval_every": 2}
+    assert Throughput(step=0.5, evaluation=70).fit_to_budget(60, eval_every=2) == {"max_steps": 1, "eval_every": 2}
     # All of many labels are scored at the end; a quarter of the time is left for that at most.
-    assert Pace(step=0.5, evaluation=0, last=10).fitting(60) == {"max_steps": 100, "eval_every": 13}
-    assert Pace(step=0.5, evaluation=0, last=100).fitting(60) == {"max_steps": 90, "eval_every": 12}
+    assert Throughput(step=0.5, evaluation=0, last=10).fit_to_budget(60) == {"max_steps": 100, "eval_every": 13}
+    assert Throughput(step=0.5, evaluation=0, last=100).fit_to_budget(60) == {"max_steps": 90, "eval_every": 12}
 
 
 def test_where_rows_to_choose_by_are_slow_to_score_fewer_are() -> None:
     """Three evaluations, of a quarter of the time: 15 of 60 seconds, where all rows would take 30."""
-    assert Pace(step=0.5, evaluation=10, rows=200).fitting(60) == {"max_steps": 90, "eval_every": 45, "eval_rows": 100}
-    assert Pace(step=0.5, evaluation=5, rows=200).fitting(60) == {"max_steps": 90, "eval_every": 45}
+    assert Throughput(step=0.5, evaluation=10, rows=200).fit_to_budget(60) == {
+        "max_steps": 90,
+        "eval_every": 45,
+        "eval_rows": 100,
+    }
+    assert Throughput(step=0.5, evaluation=5, rows=200).fit_to_budget(60) == {"max_steps": 90, "eval_every": 45}
     # No fewer than 32, which take 16 seconds each here.
-    assert Pace(step=0.5, evaluation=100, rows=200).fitting(60) == {"max_steps": 24, "eval_every": 12, "eval_rows": 32}
-    assert Pace(step=0.5, evaluation=10, rows=32).fitting(60) == {"max_steps": 60, "eval_every": 30}
+    assert Throughput(step=0.5, evaluation=100, rows=200).fit_to_budget(60) == {
+        "max_steps": 24,
+        "eval_every": 12,
+        "eval_rows": 32,
+    }
+    assert Throughput(step=0.5, evaluation=10, rows=32).fit_to_budget(60) == {"max_steps": 60, "eval_every": 30}
     # Labels of as many rows are scored at the end, and half of them take half the time.
     half = {"max_steps": 82, "eval_every": 41, "eval_rows": 100}
-    assert Pace(step=0.5, evaluation=10, last=8, rows=200).fitting(60) == half
+    assert Throughput(step=0.5, evaluation=10, last=8, rows=200).fit_to_budget(60) == half
     # Who says how often to evaluate has all rows scored.
-    assert "eval_rows" not in Pace(step=0.5, evaluation=10, rows=200).fitting(60, eval_every=2)
+    assert "eval_rows" not in Throughput(step=0.5, evaluation=10, rows=200).fit_to_budget(60, eval_every=2)
 
 
 def test_a_short_run_scores_fewer_rows_and_goes_on_with_those(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=10, evaluation=100, rows=50))
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=10, evaluation=100, rows=50))
     rows = load_data(reviews)
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(50)])
     given = short(max_steps=None, eval_every=None, eval_rows=50, max_minutes=2)
@@ -201,7 +209,7 @@ def test_passes_are_counted_before_fewer_rows_are_held_back(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 300 rows 60 are held back; a pass over the other 240 is 60 steps, and 32 held back do not make it 67."""
-    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=1, evaluation=1000, rows=60))
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=1, evaluation=1000, rows=60))
     rows = load_data([{"text": f"a film {n}", "label": ("bad", "good")[n % 2]} for n in range(300)])
     given = short(max_steps=None, epochs=1, eval_every=None, batch_size=4, eval_rows=60, max_minutes=100)
     settings = tune(llama, rows, given).settings
@@ -212,17 +220,17 @@ def test_a_forecast_of_a_short_run_scores_fewer_rows(llama: FrozenModel, reviews
     rows = load_data(reviews)
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(500)])
 
-    def forecast(minutes: float) -> tuple[Plan, Forecast]:
+    def run_estimate(minutes: float) -> tuple[PreparedRun, RunEstimate]:
         given = short(max_steps=None, eval_every=None, eval_rows=500, max_minutes=minutes)
-        plan = make_plan(llama, rows, given, asked)
-        return plan, make_forecast(llama, plan, given)
+        prepared = prepare_run(llama, rows, given, asked)
+        return prepared, estimate_run(llama, prepared, given)
 
-    assert forecast(100)[1].eval_rows == 500
-    plan, found = forecast(1e-6)  # one step, and an evaluation before and after it
+    assert run_estimate(100)[1].eval_rows == 500
+    prepared, found = run_estimate(1e-6)  # one step, and an evaluation before and after it
     assert found.eval_rows == 32
-    assert plan.config.batch_size
-    batch = draw(len(plan.examples), plan.config.batch_size, 0, plan.config.seed)
-    a_step = sum(len(plan.examples[i].ids) for i in batch)
+    assert prepared.config.batch_size
+    batch = batch_indices(len(prepared.examples), prepared.config.batch_size, 0, prepared.config.seed)
+    a_step = sum(len(prepared.examples[i].ids) for i in batch)
     assert 60 * found.minutes / found.step_seconds == pytest.approx(1 + 2 * 32 * found.mean_tokens / (3 * a_step))
 
 
@@ -231,9 +239,9 @@ def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None
 
     def steps(given: TuneConfig) -> float:
         """Of the whole time, evaluations left out; all of it is counted in steps, and the clock plays no part."""
-        plan = replace(make_plan(llama, rows, given), validation=None, scorer=None)
-        forecast = make_forecast(llama, plan, given)
-        return 60 * forecast.minutes / forecast.step_seconds
+        prepared = replace(prepare_run(llama, rows, given), validation=None, scorer=None)
+        run_estimate = estimate_run(llama, prepared, given)
+        return 60 * run_estimate.minutes / run_estimate.step_seconds
 
     # Two starts and three rates each run a fortieth of the steps, the better three three fortieths.
     assert steps(given) == pytest.approx(400 * (1 + 6 * 0.025 + 3 * 0.05))
@@ -244,50 +252,50 @@ def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None
 def test_a_forecast_counts_the_labels_that_are_scored_at_the_end(llama: FrozenModel) -> None:
     rows = load_data([{"text": f"a film {n}", "label": f"of the year {n % 12}"} for n in range(120)])
     given = short()
-    plan = make_plan(llama, rows, given)
-    scorer = plan.label_scorer()
+    prepared = prepare_run(llama, rows, given)
+    scorer = prepared.label_scorer()
     assert scorer is not None
 
-    def steps(plan: Plan) -> float:
-        forecast = make_forecast(llama, plan, given)
-        return 60 * forecast.minutes / forecast.step_seconds
+    def steps(prepared: PreparedRun) -> float:
+        run_estimate = estimate_run(llama, prepared, given)
+        return 60 * run_estimate.minutes / run_estimate.step_seconds
 
-    assert plan.config.batch_size
-    batch = draw(len(plan.examples), plan.config.batch_size, 0, plan.config.seed)
-    tokens, a_step = sum(len(tree.ids) for tree in scorer.trees), sum(len(plan.examples[i].ids) for i in batch)
-    assert steps(plan) - steps(replace(plan, scorer=None)) == pytest.approx(tokens / (3 * a_step))
+    assert prepared.config.batch_size
+    batch = batch_indices(len(prepared.examples), prepared.config.batch_size, 0, prepared.config.seed)
+    tokens, a_step = sum(len(tree.ids) for tree in scorer.trees), sum(len(prepared.examples[i].ids) for i in batch)
+    assert steps(prepared) - steps(replace(prepared, scorer=None)) == pytest.approx(tokens / (3 * a_step))
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1e6, 5), (0.0, 2)])
 def test_a_short_run_times_fewer_steps(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
 ) -> None:
-    loop = PromptLoop(llama, make_plan(llama, load_data(reviews), short()))
+    loop = PromptTrainer(llama, prepare_run(llama, load_data(reviews), short()))
     before, taken, gradient = loop.weights(), [], loop.gradient
     monkeypatch.setattr(loop, "gradient", lambda batch: taken.append(len(batch)) or gradient(batch))
-    pace = measure_pace(loop, seconds)
+    throughput = measure_throughput(loop, seconds)
     assert len(taken) == steps
-    assert pace.step > 0
-    assert pace.evaluation > 0
+    assert throughput.step > 0
+    assert throughput.evaluation > 0
     assert torch.equal(loop.weights()["prompt"], before["prompt"])  # nothing is learned
 
 
 def test_a_run_of_some_minutes_says_how_many_steps_it_took(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=0.75, evaluation=0))
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=0.75, evaluation=0))
     rows, settings = load_data(reviews), short(max_steps=None, eval_every=None, max_minutes=0.1)
     result = tune(llama, rows, settings, out=tmp_path / "run")
     assert 1 <= result.steps <= 8
     assert result.settings.max_steps == result.steps
-    monkeypatch.setattr(tuning, "measure_pace", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: pytest.fail("measured again"))
     assert tune(llama, rows, settings, out=tmp_path / "run", resume=True).steps == result.steps
 
 
 def test_of_steps_and_minutes_the_fewer_are_taken(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_pace", lambda *_: Pace(step=10, evaluation=0))
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=10, evaluation=0))
     rows = load_data(reviews)
     assert tune(llama, rows, short(max_steps=2, eval_every=None, max_minutes=1)).steps == 2
     whole = short(max_steps=50, eval_every=None, max_minutes=1)

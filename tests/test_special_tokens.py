@@ -117,9 +117,9 @@ def test_rows_cannot_end_a_text(make: object, typed: str) -> None:
     encoder = Encoder(tokenizer, form, LONG)
     forbidden = special_of(tokenizer)
     for ids in (
-        encoder.examples(rows)[0].ids[len(encoder.leading) :],
-        encoder.inputs([row])[0][len(encoder.leading) :],
-        encoder.choices(rows)[0].stem[len(encoder.leading) :],
+        encoder.examples(rows)[0].ids[len(encoder.bos_ids) :],
+        encoder.inputs([row])[0][len(encoder.bos_ids) :],
+        encoder.choices(rows)[0].input_ids[len(encoder.bos_ids) :],
         *encoder.choices(rows)[0].tails,
     ):
         assert not forbidden.intersection(ids)
@@ -128,7 +128,7 @@ def test_rows_cannot_end_a_text(make: object, typed: str) -> None:
     completion = Encoder(tokenizer, make_format("completion", []), LONG)
     (made,) = completion.examples(load_data([{"input": f"a {typed}", "target": f"b {typed} c"}]))
     assert made.ids[-1] == tokenizer.eos_token_id
-    assert not forbidden.intersection(made.ids[len(encoder.leading) : -1])
+    assert not forbidden.intersection(made.ids[len(encoder.bos_ids) : -1])
     assert tokenizer.decode(made.ids[made.start : -1]) == f"b {typed} c"
 
 

@@ -17,7 +17,7 @@ from softprompt import load_prompt
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt import registry
-from softprompt.prompt.ensemble import joined
+from softprompt.prompt.ensemble import make_ensemble
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 
 
@@ -32,7 +32,7 @@ def prompt_of(model: FrozenModel, number: int) -> SoftPrompt:
 
 
 def test_versions_count_up_and_the_name_alone_is_the_newest(llama: FrozenModel, home: Path) -> None:
-    kept = [registry.keep(prompt_of(llama, n), "film") for n in (5, 6, 7)]
+    kept = [registry.register(prompt_of(llama, n), "film") for n in (5, 6, 7)]
     assert kept == ["film@1", "film@2", "film@3"]
     assert registry.names() == ["film"]
     assert torch.equal(load_prompt("film").weights, prompt_of(llama, 7).weights)
@@ -42,10 +42,10 @@ def test_versions_count_up_and_the_name_alone_is_the_newest(llama: FrozenModel, 
 
 def test_a_removed_version_is_gone_and_its_number_is_not_taken_again(llama: FrozenModel) -> None:
     for n in (5, 6, 7):
-        registry.keep(prompt_of(llama, n), "film")
+        registry.register(prompt_of(llama, n), "film")
     registry.remove(["film@2"])
     assert registry.versions("film") == [1, 3]
-    assert registry.keep(prompt_of(llama, 8), "film") == "film@4"
+    assert registry.register(prompt_of(llama, 8), "film") == "film@4"
     registry.remove(registry.matching("film"))
     assert registry.names() == []
 
@@ -54,7 +54,7 @@ def test_removing_a_kept_prompt_leaves_a_folder_of_its_name(
     llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    registry.keep(prompt_of(llama, 5), "film")
+    registry.register(prompt_of(llama, 5), "film")
     mine = prompt_of(llama, 6).save("film@1")
     registry.remove(registry.matching("film"))
     assert mine.is_dir()
@@ -63,7 +63,7 @@ def test_removing_a_kept_prompt_leaves_a_folder_of_its_name(
 
 def test_the_tenth_version_comes_after_the_ninth(llama: FrozenModel) -> None:
     for n in range(10):
-        registry.keep(prompt_of(llama, 5 + n), "film")
+        registry.register(prompt_of(llama, 5 + n), "film")
     assert registry.versions("film")[-2:] == [9, 10]
     assert registry.find("film").name == "10"
 
@@ -71,14 +71,14 @@ def test_the_tenth_version_comes_after_the_ninth(llama: FrozenModel) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "../film", "a/b", "/film", "film@2", "-film", "fi lm", "a" * 101, "é"])
 def test_a_name_that_could_leave_the_store_is_refused(name: str, llama: FrozenModel, home: Path) -> None:
     with pytest.raises(PromptError, match="is no name for a prompt"):
-        registry.keep(prompt_of(llama, 5), name)
+        registry.register(prompt_of(llama, 5), name)
     assert registry.versions(name) == []
     assert not home.exists()
 
 
 @pytest.mark.parametrize("name", ["../outside", "film/../../outside", "/etc"])
 def test_a_path_is_no_kept_prompt(name: str, llama: FrozenModel, home: Path) -> None:
-    registry.keep(prompt_of(llama, 5), "film")
+    registry.register(prompt_of(llama, 5), "film")
     shutil.copytree(home / "prompts" / "film" / "1", home / "outside" / "1")
     with pytest.raises(PromptError, match="no such kept prompt"):
         registry.matching(name)
@@ -88,7 +88,7 @@ def test_a_folder_wins_over_a_name_unless_it_holds_no_prompt(
     llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    registry.keep(prompt_of(llama, 5), "film")
+    registry.register(prompt_of(llama, 5), "film")
     Path("film").mkdir()  # the run's folder, say
     assert torch.equal(load_prompt("film").weights, prompt_of(llama, 5).weights)
     Path("film").rmdir()
@@ -97,7 +97,7 @@ def test_a_folder_wins_over_a_name_unless_it_holds_no_prompt(
 
 
 def test_what_is_not_kept_is_named_with_the_nearest(llama: FrozenModel) -> None:
-    registry.keep(prompt_of(llama, 5), "sentiment")
+    registry.register(prompt_of(llama, 5), "sentiment")
     with pytest.raises(PromptError, match=r"no such prompt: sentimet \(did you mean 'sentiment'"):
         load_prompt("sentimet")
     with pytest.raises(PromptError, match="sentiment has no version '7'; there is 1"):
@@ -116,7 +116,7 @@ def test_the_verbs_of_a_kept_prompt(
     record = command(
         "tune", reviews, "--model", llama_folder, "--out", "again", "--name", "film", *SHORT, "--json"
     ).record
-    assert record["kept"] == "film@2"
+    assert record["registered"] == "film@2"
 
     listed = command("prompts", "list", "--json").record["prompts"]
     assert [p["name"] for p in listed] == ["film@1", "film@2"]
@@ -155,7 +155,7 @@ def test_a_name_that_cannot_be_kept_is_said_before_the_run(
 
 
 def test_removing_asks_first(command: Command, llama: FrozenModel) -> None:
-    registry.keep(prompt_of(llama, 5), "film")
+    registry.register(prompt_of(llama, 5), "film")
     assert command("prompts", "remove", "film", stdin="n\n").code == 130
     assert registry.names() == ["film"]
     assert command("prompts", "remove", "film", stdin="y\n").code == 0
@@ -171,7 +171,7 @@ def test_an_empty_store_says_how_to_fill_it(command: Command) -> None:
 
 def test_a_damaged_prompt_hides_no_other(command: Command, llama: FrozenModel, home: Path) -> None:
     for name in ("one", "two"):
-        registry.keep(prompt_of(llama, 5), name)
+        registry.register(prompt_of(llama, 5), name)
     (home / "prompts" / "one" / "1" / "adapter_model.safetensors").write_bytes(b"")
     done = command("prompts", "list", "--json")
     assert [p["name"] for p in done.record["prompts"]] == ["two@1"]
@@ -237,24 +237,24 @@ def test_doctor_sees_little_memory_and_a_folder_that_cannot_be_written(
 
 def test_numbers_are_given_once(llama: FrozenModel) -> None:
     for n in (5, 6):
-        registry.keep(prompt_of(llama, n), "film")
+        registry.register(prompt_of(llama, n), "film")
     registry.remove(["film@2"])
     registry.remove(["film@1"])
     assert (registry.names(), registry.versions("film")) == ([], [])
-    assert registry.keep(prompt_of(llama, 7), "film") == "film@3"
+    assert registry.register(prompt_of(llama, 7), "film") == "film@3"
 
 
 def test_no_prompt_is_called_as_the_untouched_model_is(llama: FrozenModel) -> None:
     with pytest.raises(PromptError, match="'none' stands for the untouched model"):
-        registry.keep(prompt_of(llama, 5), "none")
+        registry.register(prompt_of(llama, 5), "none")
 
 
 def test_a_folder_that_is_given_is_the_one_that_is_kept(
     command: Command, fails: Command, llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    registry.keep(prompt_of(llama, 5), "film")
-    joined([prompt_of(llama, 6), prompt_of(llama, 7)], {}).save("film")
+    registry.register(prompt_of(llama, 5), "film")
+    make_ensemble([prompt_of(llama, 6), prompt_of(llama, 7)], {}).save("film")
     assert registry.find("film") == Path("film")
     assert command("prompts", "add", "film", "film").out == "film@2\n"
     assert [len(load_prompt(f"film@{version}").members) for version in (1, 2)] == [1, 2]
@@ -284,7 +284,7 @@ def test_saving_replaces_a_prompt_and_nothing_else(llama: FrozenModel, tmp_path:
 
 def test_two_that_keep_at_a_time_get_two_versions(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     save, kept = SoftPrompt.save, []
-    other = Thread(target=lambda: kept.append(registry.keep(prompt_of(llama, 6), "film")))
+    other = Thread(target=lambda: kept.append(registry.register(prompt_of(llama, 6), "film")))
 
     def meanwhile(prompt: SoftPrompt, folder: Path) -> Path:
         """While the first one is written, the other begins; it would be done soon if it did not wait."""
@@ -294,7 +294,7 @@ def test_two_that_keep_at_a_time_get_two_versions(llama: FrozenModel, monkeypatc
         return save(prompt, folder)
 
     monkeypatch.setattr(SoftPrompt, "save", meanwhile)
-    kept.append(registry.keep(prompt_of(llama, 5), "film"))
+    kept.append(registry.register(prompt_of(llama, 5), "film"))
     other.join()
     assert sorted(kept) == ["film@1", "film@2"]
     assert torch.equal(load_prompt("film@1").weights, prompt_of(llama, 5).weights)

@@ -26,15 +26,15 @@ from conftest import SHORT, Command
 from softprompt import TuneConfig, load_data, tune
 from softprompt.cli.tables import rows_line
 from softprompt.data import disk_rows
-from softprompt.data.batching import draw, taken
-from softprompt.data.disk_rows import SpooledRows
+from softprompt.data.batching import batch_indices, indices_seen
+from softprompt.data.disk_rows import DiskRows
 from softprompt.data.encoder import Encoder, Example
 from softprompt.data.rows import Row, Rows
-from softprompt.data.split import sample, seen_before, split_rows
+from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.errors import DataError, StorageError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.prepare import make_plan
-from softprompt.training.throughput import make_forecast
+from softprompt.training.prepare import prepare_run
+from softprompt.training.throughput import estimate_run
 
 FEW, MANY = 5_000, 25_000
 ODD = ["a fine film", " Ä 日本 😀 ", "two\nlines\u2028\x85", 'a "quote", \\', "{{ x }}"]
@@ -93,8 +93,8 @@ def test_reading_a_file_keeps_an_offset_of_each_row(tmp_path: Path, suffix: str)
 def test_rows_stay_in_memory_up_to_some_megabytes() -> None:
     short = [{"text": f"a film {i}"} for i in range(1000)]
     assert isinstance(load_data(short).rows, tuple)
-    assert isinstance(load_data([{"text": "a film" * 200_000}] * 20).rows, SpooledRows)
-    assert isinstance(load_data(short * 60).rows, SpooledRows)
+    assert isinstance(load_data([{"text": "a film" * 200_000}] * 20).rows, DiskRows)
+    assert isinstance(load_data(short * 60).rows, DiskRows)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def spooled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Rows]:
         with monkeypatch.context() as patch:
             patch.setattr(disk_rows, "_MOST_HELD", 0)
             rows = load_data(source)
-        assert isinstance(rows.rows, SpooledRows)
+        assert isinstance(rows.rows, DiskRows)
         return rows
 
     return load
@@ -137,17 +137,17 @@ def test_rows_in_a_temporary_file_are_the_rows_in_memory(task: str, spooled: Cal
         for mine, others in zip(split_rows(rows, None, 15, seed), split_rows(held, None, 15, seed), strict=True):
             assert list(mine or ()) == list(others or ())
         assert list(sample(rows, 30, seed)) == list(sample(held, 30, seed))
-    assert seen_before(rows[:60], rows[60:]) == seen_before(held[:60], held[60:]) > 0
+    assert count_duplicates(rows[:60], rows[60:]) == count_duplicates(held[:60], held[60:]) > 0
 
 
 def test_a_plan_is_the_same_for_rows_in_a_temporary_file(
     llama: FrozenModel, reviews: Path, spooled: Callable[[Any], Rows]
 ) -> None:
     config = TuneConfig(max_steps=3, batch_size=4, max_length=20, init="vocabulary")
-    one, other = make_plan(llama, load_data(reviews), config), make_plan(llama, spooled(reviews), config)
+    one, other = prepare_run(llama, load_data(reviews), config), prepare_run(llama, spooled(reviews), config)
     assert list(one.examples) == list(other.examples)
     assert one.config == other.config
-    assert one.extent == other.extent
+    assert one.length_stats == other.length_stats
     assert one.encoder.truncated == other.encoder.truncated
     assert torch.equal(one.start, other.start)
 
@@ -241,7 +241,7 @@ def plain_split(data: Rows, wanted: int, seed: int) -> list[int]:
     """The rows that are held back, as first written: lists, dictionaries and whole texts."""
     same: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(data):
-        same[data.question(row)].append(i)
+        same[data.normalized_input(row)].append(i)
     units = list(same.values())
     by_label: dict[str, list[list[int]]] = defaultdict(list)
     for n in np.random.default_rng(seed).permutation(len(units)).tolist():
@@ -257,10 +257,10 @@ def plain_split(data: Rows, wanted: int, seed: int) -> list[int]:
 def test_rows_are_held_back_as_a_plain_program_does_it() -> None:
     generate = random.Random(0)
     for seed in range(300):
-        questions = generate.choice([5, 40, 1000])
+        normalized_inputs = generate.choice([5, 40, 1000])
         labels = "abcde"[: generate.randint(1, 5)]
         rows = [
-            {"text": f"Question  {generate.randrange(questions)}", "label": generate.choice(labels), "n": i}
+            {"text": f"Question  {generate.randrange(normalized_inputs)}", "label": generate.choice(labels), "n": i}
             for i in range(generate.randint(25, 200))
         ]
         data, wanted = load_data(rows), generate.randint(5, 60)
@@ -275,8 +275,8 @@ def test_rows_are_held_back_as_a_plain_program_does_it() -> None:
 @pytest.mark.parametrize(("rows", "batch_size", "steps"), [(100, 8, 5), (100, 8, 12), (100, 8, 13), (3, 8, 2)])
 def test_the_rows_that_steps_take_are_those_that_are_drawn(rows: int, batch_size: int, steps: int) -> None:
     for seed in range(5):
-        drawn = [row for step in range(steps) for row in draw(rows, batch_size, step, seed)]
-        assert taken(rows, batch_size, steps, seed).tolist() == sorted(set(drawn))
+        drawn = [row for step in range(steps) for row in batch_indices(rows, batch_size, step, seed)]
+        assert indices_seen(rows, batch_size, steps, seed).tolist() == sorted(set(drawn))
         passes = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(len(drawn) // rows + 1)]
         assert drawn == np.concatenate(passes)[: len(drawn)].tolist()
 
@@ -305,38 +305,38 @@ def long_and_short(count: int, task: str = "classification") -> Rows:
 def test_a_plan_encodes_each_row_that_is_taken_once(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Encoded(monkeypatch)
     config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
-    plan = make_plan(llama, long_and_short(200), config)
-    drawn = sorted(i for step in range(3) for i in draw(180, 5, step, 0))
-    assert plan.taken.tolist() == drawn
-    assert encoded.rows == [int(plan.train[i]["n"]) for i in drawn]
-    examples = [plan.examples[i] for i in drawn]
-    assert plan.extent.rows == 15
-    assert plan.extent.tokens == sum(len(e.ids) for e in examples)
-    assert plan.extent.targets == sum(e.targets for e in examples)
-    assert plan.extent.longest == max(len(e.ids) for e in examples) == 30
-    assert "180 training rows (15 of them taken), 20 validation rows" in rows_line(plan)
+    prepared = prepare_run(llama, long_and_short(200), config)
+    drawn = sorted(i for step in range(3) for i in batch_indices(180, 5, step, 0))
+    assert prepared.indices_seen.tolist() == drawn
+    assert encoded.rows == [int(prepared.train[i]["n"]) for i in drawn]
+    examples = [prepared.examples[i] for i in drawn]
+    assert prepared.length_stats.rows == 15
+    assert prepared.length_stats.tokens == sum(len(e.ids) for e in examples)
+    assert prepared.length_stats.targets == sum(e.targets for e in examples)
+    assert prepared.length_stats.longest == max(len(e.ids) for e in examples) == 30
+    assert "180 training rows (15 of them taken), 20 validation rows" in rows_line(prepared)
 
 
 def test_rows_that_are_cut_are_counted_once_however_often_steps_take_them(llama: FrozenModel) -> None:
     config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
-    plan = make_plan(llama, long_and_short(200), config)
-    assert plan.validation is not None
-    cut = sum(int(row["n"]) % 3 == 0 for row in [*plan.train.pick(plan.taken), *plan.validation])
-    assert plan.encoder.truncated == cut > 0
+    prepared = prepare_run(llama, long_and_short(200), config)
+    assert prepared.validation is not None
+    cut = sum(int(row["n"]) % 3 == 0 for row in [*prepared.train.pick(prepared.indices_seen), *prepared.validation])
+    assert prepared.encoder.truncated == cut > 0
     for step in range(9):
-        _ = [plan.examples[i] for i in draw(180, 5, step, 0)]
-    assert make_forecast(llama, plan, plan.config).truncated == plan.encoder.truncated == cut
+        _ = [prepared.examples[i] for i in batch_indices(180, 5, step, 0)]
+    assert estimate_run(llama, prepared, prepared.config).truncated == prepared.encoder.truncated == cut
 
 
 def test_a_target_that_is_too_long_is_said_before_the_first_step_if_a_step_takes_it(llama: FrozenModel) -> None:
     data = long_and_short(60, "completion")
     config = TuneConfig(max_steps=2, batch_size=4, num_virtual_tokens=3, max_length=30, eval_rows=0)
-    drawn = set(taken(60, 4, 2, 0).tolist())
+    drawn = set(indices_seen(60, 4, 2, 0).tolist())
 
     def with_long_target(place: int) -> Rows:
         return load_data([{**row, "target": "the parcel " * 30} if i == place else row for i, row in enumerate(data)])
 
     inside, outside = min(drawn), min(set(range(60)) - drawn)
     with pytest.raises(DataError, match=rf"rows, row {inside + 1}: the target alone has"):
-        make_plan(llama, with_long_target(inside), config)
-    make_plan(llama, with_long_target(outside), config)
+        prepare_run(llama, with_long_target(inside), config)
+    prepare_run(llama, with_long_target(outside), config)

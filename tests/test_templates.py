@@ -8,7 +8,7 @@ import pytest
 
 from conftest import Command
 from softprompt import load_data, load_prompt
-from softprompt.comparison.methods.base import Answers
+from softprompt.comparison.methods.base import Predictor
 from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format, require_unseen_answer
 from softprompt.errors import PromptError, SettingsError
@@ -228,9 +228,9 @@ def test_a_prompt_whose_template_shows_the_answer_is_not_loaded(llama: FrozenMod
 @pytest.mark.parametrize("template", ["{{ text.strip() }}", "{{ text }} {{ label }}"])
 def test_what_a_comparison_kept_is_checked_too(llama: FrozenModel, tmp_path: Path, template: str) -> None:
     form = Format("classification", template, {"a": "a", "b": "b"})
-    Answers(llama, form, 100, biases=({},)).save(tmp_path / "task")
+    Predictor(llama, form, 100, biases=({},)).save(tmp_path / "task")
     with pytest.raises(SettingsError, match=r"write {{ text\|trim }}|shows the answer"):
-        Answers.read(tmp_path / "task", llama, "classification")
+        Predictor.read(tmp_path / "task", llama, "classification")
 
 
 def test_half_a_character_in_a_verbalizer_is_refused() -> None:

@@ -61,10 +61,10 @@ def test_a_prompt_learns_what_the_rows_say(llama: FrozenModel, reviews: Path) ->
     assert after.without_prompt == before.metrics
 
 
-@pytest.mark.parametrize("method", ["packed", "cached"])
+@pytest.mark.parametrize("method", ["packed", "padded"])
 def test_the_base_model_is_unchanged_after_a_run(method: str, reviews: Path) -> None:
     model = freeze(tiny_model("llama" if method == "packed" else "gptj"), tiny_tokenizer())
-    assert model.way.name == method
+    assert model.backend.name == method
     before = weights_hash(model)
     prompt = tune(model, load_data(reviews), short()).prompt
     evaluate(model, load_data(reviews), prompt)
@@ -121,9 +121,9 @@ def test_resuming_after_any_step_gives_the_same_prompt(
     class StopError(Exception):
         pass
 
-    from softprompt.training.callbacks import Watcher
+    from softprompt.training.callbacks import Callback
 
-    class Stopping(Watcher):
+    class Stopping(Callback):
         def step(self, step: int, loss: float) -> None:
             if step == until:
                 raise StopError
@@ -131,7 +131,7 @@ def test_resuming_after_any_step_gives_the_same_prompt(
     rows = load_data(reviews)
     tune(llama, rows, short(), out=tmp_path / "whole")
     with pytest.raises(StopError):
-        tune(llama, rows, short(), out=tmp_path / "cut", watcher=Stopping())
+        tune(llama, rows, short(), out=tmp_path / "cut", callback=Stopping())
     result = tune(llama, rows, short(), out=tmp_path / "cut", resume=True)
     assert result.steps == SHORT["max_steps"]
     assert prompt_bytes(tmp_path / "cut") == prompt_bytes(tmp_path / "whole")

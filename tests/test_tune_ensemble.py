@@ -19,12 +19,12 @@ from softprompt.decoding import continue_ids
 from softprompt.errors import InputError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import Ensemble, joined, load_prompt
+from softprompt.prompt.ensemble import Ensemble, load_prompt, make_ensemble
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training import tune as tuning
 from softprompt.training.ensemble import tune_ensemble
-from softprompt.training.prompt_trainer import PromptLoop
-from softprompt.training.trainer import Pace
+from softprompt.training.prompt_trainer import PromptTrainer
+from softprompt.training.trainer import Throughput
 from softprompt.training.tune import TuneResult, tune
 from test_training import prompt_bytes, short
 
@@ -101,11 +101,11 @@ def test_members_that_share_a_time_share_one_measurement(
 ) -> None:
     measured: list[float] = []
 
-    def paced(_loop: PromptLoop, seconds: float) -> Pace:
+    def paced(_loop: PromptTrainer, seconds: float) -> Throughput:
         measured.append(seconds)
-        return Pace(step=100, evaluation=0)
+        return Throughput(step=100, evaluation=0)
 
-    monkeypatch.setattr(tuning, "measure_pace", paced)
+    monkeypatch.setattr(tuning, "measure_throughput", paced)
     given = short(max_steps=None, eval_every=None, max_minutes=50)
     runs = tune_ensemble(llama, load_data(reviews), given, members=3).runs
     assert measured == [3000]
@@ -116,14 +116,14 @@ def test_members_that_share_a_time_share_one_measurement(
 def test_a_text_has_to_fit_behind_the_longest_member(llama: FrozenModel) -> None:
     record = Record(base_model=base_model_record(llama), task="text", max_length=40)
     prompts = [SoftPrompt(near(llama, 4, n), record.model_copy(update={"max_length": 40 - n})) for n in range(3)]
-    assert joined(prompts, {}).record.max_length == 38
+    assert make_ensemble(prompts, {}).record.max_length == 38
 
 
 def test_an_ensemble_comes_back_as_it_was_and_evaluates_as_the_mean(
     llama: FrozenModel, reviews: Path, tmp_path: Path
 ) -> None:
     rows = load_data(reviews)
-    result = tune_ensemble(llama, rows, short(method="deep-prefix"), members=2, out=tmp_path / "run")
+    result = tune_ensemble(llama, rows, short(method="prefix-tuning"), members=2, out=tmp_path / "run")
     again = load_prompt(tmp_path / "run" / "prompt")
     assert isinstance(again, Ensemble)
     assert all(torch.equal(a, b) for a, b in zip(again.members, result.prompt.members, strict=True))
@@ -142,7 +142,7 @@ def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path,
 
     class StoppedError(Exception): ...
 
-    class Stopper(sp.Watcher):
+    class Stopper(sp.Callback):
         steps = 0
 
         def step(self, step: int, loss: float) -> None:
@@ -151,7 +151,7 @@ def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path,
                 raise StoppedError
 
     with pytest.raises(StoppedError):
-        tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "parts", watcher=Stopper())
+        tune_ensemble(llama, rows, short(), members=2, out=tmp_path / "parts", callback=Stopper())
     begun = tmp_path / "parts"
     with pytest.raises(SettingsError, match="begun with seed = 0, not 1"):
         tune_ensemble(llama, rows, short(seed=1), members=2, out=begun, resume=True)
@@ -165,7 +165,7 @@ def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path,
         tune_ensemble(llama, rows, short(), members=2, out=begun)
     counted = Stopper()
     counted.steps = 100
-    tune_ensemble(llama, rows, None, members=2, out=begun, resume=True, watcher=counted)
+    tune_ensemble(llama, rows, None, members=2, out=begun, resume=True, callback=counted)
     assert counted.steps == 104  # the second member's last four
     assert not (begun / "metrics.jsonl").exists()
     for n in (1, 2):
@@ -177,7 +177,7 @@ def test_an_ensemble_of_some_minutes_goes_on_with_the_rows_that_it_began_with(
 ) -> None:
     class StoppedError(Exception): ...
 
-    class Stopper(sp.Watcher):
+    class Stopper(sp.Callback):
         steps = 0
 
         def step(self, step: int, loss: float) -> None:
@@ -185,24 +185,24 @@ def test_an_ensemble_of_some_minutes_goes_on_with_the_rows_that_it_began_with(
             if self.steps == 12:  # in the second member
                 raise StoppedError
 
-    def paced(loop: PromptLoop, _seconds: float) -> Pace:
-        assert loop.plan.scorer
-        rows = len(loop.plan.scorer.rows)
-        return Pace(step=100, evaluation=6 * rows, rows=rows)
+    def paced(loop: PromptTrainer, _seconds: float) -> Throughput:
+        assert loop.prepared.scorer
+        rows = len(loop.prepared.scorer.rows)
+        return Throughput(step=100, evaluation=6 * rows, rows=rows)
 
-    monkeypatch.setattr(tuning, "measure_pace", paced)
+    monkeypatch.setattr(tuning, "measure_throughput", paced)
     rows, place = load_data(reviews), tmp_path / "run"
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(50)])
     given = short(max_steps=None, eval_every=None, eval_rows=50, max_minutes=70, patience=None)
     with pytest.raises(StoppedError):
-        tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, watcher=Stopper())
+        tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, callback=Stopper())
     assert not (place / "member-3").exists()
     result = tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, resume=True)
     assert [run.steps for run in result.runs] == [8] * 3  # of 14, less three evaluations of 32 rows
     assert [run.settings.eval_rows for run in result.runs] == [32] * 3
     assert len(records(place)) == 32
     (place / "member-3" / "state").rename(tmp_path / "gone")
-    monkeypatch.setattr(tuning, "measure_pace", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: pytest.fail("measured again"))
     again = tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, resume=True)
     assert again.metrics == result.metrics
     with pytest.raises(SettingsError, match="begun with max_steps = None, not 50"):
@@ -214,13 +214,13 @@ def test_a_member_that_was_not_begun_takes_the_settings_that_the_first_one_took(
 ) -> None:
     class StoppedError(Exception): ...
 
-    class Stopper(sp.Watcher):
+    class Stopper(sp.Callback):
         def step(self, step: int, loss: float) -> None:
             raise StoppedError
 
     rows, given = load_data(reviews), short(eval_rows=10, train_rows=20, learning_rate=0.02)
     with pytest.raises(StoppedError):
-        tune_ensemble(llama, rows, given, members=2, out=tmp_path / "run", watcher=Stopper())
+        tune_ensemble(llama, rows, given, members=2, out=tmp_path / "run", callback=Stopper())
     assert not (tmp_path / "run" / "member-2").exists()
     result = tune_ensemble(llama, rows, None, members=2, out=tmp_path / "run", resume=True)
     for number, run in enumerate(result.runs):
@@ -261,7 +261,7 @@ def test_the_command_learns_keeps_and_uses_an_ensemble(
     monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
     tuning = ["tune", reviews, "--model", llama_folder, "--out", "run", "--ensemble", "2", *SHORT]
     done = command(*tuning, "--name", "two", "--json")
-    assert done.record["kept"] == "two@1"
+    assert done.record["registered"] == "two@1"
     assert done.record["steps"] == 6
     assert [member["settings"]["seed"] for member in done.record["members"]] == [0, 1]
     assert command("evaluate", "two", reviews, "--json").record["metrics"]["accuracy"]["value"] >= 0

@@ -18,7 +18,7 @@ from softprompt.errors import PromptError
 from softprompt.prompt.ensemble import Ensemble, load_prompt
 
 KEPT = Path(__file__).parent / "fixtures" / "version-1"
-PROMPTS = ("prompt", "deep-prefix", "ensemble")
+PROMPTS = ("prompt", "prefix-tuning", "ensemble")
 UNCHECKED = re.compile(r"warning: .* of format version 1: whether .* same model in its layers, .* could not be checked")
 
 
@@ -103,7 +103,7 @@ def comparison(*methods: str) -> list[str]:
 def test_the_comparison_goes_on_with_a_third_method(kept: Path, command: Command) -> None:
     results = kept / "comparison" / "results"
     before = {file.name: file.read_bytes() for file in results.iterdir()}
-    done = command(*comparison("zero-shot", "soft-prompt", "few-shot"))
+    done = command(*comparison("zero-shot", "prompt-tuning", "few-shot"))
     assert done.code == 0, done.err
     assert UNCHECKED.search(done.err)
     assert {name: (results / name).read_bytes() for name in before} == before

@@ -12,15 +12,15 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from conftest import frozen, tiny_model
-from softprompt.comparison.methods.weights_trainer import RANK, WeightsLoop, lora, unfrozen
-from softprompt.data.batching import draw
+from softprompt.comparison.methods.weights_trainer import RANK, WeightsTrainer, lora, unfrozen
+from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Example
 from softprompt.data.rows import load_data
 from softprompt.errors import RunError
 from softprompt.model import lm_head
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-from softprompt.training.prepare import make_plan
+from softprompt.training.prepare import prepare_run
 from test_gradient import told_apart
 from test_training import short, weights_hash
 from test_work import Made
@@ -36,9 +36,9 @@ def learning(model: FrozenModel, method: str, seed: int = 0) -> Iterator[FrozenM
         yield model
 
 
-def loop_of(model: FrozenModel, reviews: Path, **settings: object) -> WeightsLoop:
-    plan = make_plan(model, load_data(reviews), short(batch_size=6, micro_batch_tokens=40, **settings))
-    return WeightsLoop(model, plan)
+def loop_of(model: FrozenModel, reviews: Path, **settings: object) -> WeightsTrainer:
+    prepared = prepare_run(model, load_data(reviews), short(batch_size=6, micro_batch_tokens=40, **settings))
+    return WeightsTrainer(model, prepared)
 
 
 @pytest.mark.parametrize("loss_of", ["target", "labels"])
@@ -62,7 +62,7 @@ def test_gradients_are_those_of_peft_and_transformers(
         for name, parameter in trainer.learned.items():  # away from zero, where LoRA's second factors start
             parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
             plain[name].data.copy_(parameter.data)
-        batch = [trainer.plan.examples[i] for i in draw(len(trainer.plan.examples), 6, 0, 0)]
+        batch = [trainer.prepared.examples[i] for i in batch_indices(len(trainer.prepared.examples), 6, 0, 0)]
         loss = trainer.gradient(batch)
         total = torch.zeros(())
         for example in batch:
@@ -110,15 +110,17 @@ def test_where_memory_runs_out_less_is_run_at_once(
     ran: list[int] = []
     right = FrozenModel.loss
 
-    def little_memory(model: FrozenModel, prefix: Prefix, examples: list[Example], recompute: bool) -> torch.Tensor:
+    def little_memory(
+        model: FrozenModel, prefix: Prefix, examples: list[Example], activation_checkpointing: bool
+    ) -> torch.Tensor:
         ran.append(len(examples))
         if len(ran) == 2:  # the first part had run
             raise MemoryError
-        return right(model, prefix, examples, recompute)
+        return right(model, prefix, examples, activation_checkpointing)
 
     with learning(llama, method) as model:
         trainer = loop_of(model, reviews, max_steps=1)
-        batch = [trainer.plan.examples[i] for i in range(6)]
+        batch = [trainer.prepared.examples[i] for i in range(6)]
         loss = trainer.gradient(batch)
         expected = {name: p.grad.clone() for name, p in trainer.learned.items() if p.grad is not None}
         monkeypatch.setattr(FrozenModel, "loss", little_memory)
@@ -139,23 +141,23 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from softprompt.training import trainer as training
-    from softprompt.training.prompt_trainer import PromptLoop
+    from softprompt.training.prompt_trainer import PromptTrainer
 
     seen: dict[str, list[list[int]]] = {}
     rows = load_data(reviews)
-    for method in ("soft-prompt", "deep-prefix", "lora", "full"):
+    for method in ("prompt-tuning", "prefix-tuning", "lora", "full"):
         drawn = seen.setdefault(method, [])
 
         def noted(*args: int, into: list[list[int]] = drawn) -> list[int]:
-            into.append(draw(*args))
+            into.append(batch_indices(*args))
             return into[-1]
 
         monkeypatch.setattr(training, "draw", noted)
         if method in ("lora", "full"):
             with learning(llama, method) as model:
-                WeightsLoop(model, make_plan(model, rows, short())).run()
+                WeightsTrainer(model, prepare_run(model, rows, short())).run()
         else:
-            PromptLoop(llama, make_plan(llama, rows, short(method=method))).run()
+            PromptTrainer(llama, prepare_run(llama, rows, short(method=method))).run()
     assert len(seen["lora"]) == 6
     assert all(drawn == seen["lora"] for drawn in seen.values())
 
@@ -166,17 +168,17 @@ def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
     copy = unfrozen(llama)
     generator = torch.Generator().manual_seed(0)
     hidden, targets = torch.randn(100, 32, generator=generator), torch.randint(400, (100,), generator=generator)
-    among = torch.stack([targets, (targets + 1) % 400, torch.full_like(targets, -1)], dim=1)
+    candidate_ids = torch.stack([targets, (targets + 1) % 400, torch.full_like(targets, -1)], dim=1)
 
     copy.loss(Prefix(), [Example((5, 6, 7), 1)])  # a model's logits are made as it makes them, which is seen then
 
     def found(others: torch.Tensor | None) -> list[torch.Tensor]:
         given = hidden.clone().requires_grad_()
-        losses = copy.way.head.losses(given, targets, others)
+        losses = copy.backend.lm_head.losses(given, targets, others)
         weight = copy.hf_model.get_output_embeddings().weight
         return [losses, *torch.autograd.grad(losses.sum(), [given, weight])]
 
-    for others in (None, among):
+    for others in (None, candidate_ids):
         whole = found(others)
         with monkeypatch.context() as patch, Made(copy) as made:
             patch.setattr(lm_head, "LOGITS_AT_ONCE", 2 * copy.vocabulary_size)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conftest import ARCHITECTURES, tiny_tokenizer
-from softprompt import Rows, TuneConfig, Watcher, load_data
-from softprompt.data.batching import draw
+from softprompt import Callback, Rows, TuneConfig, load_data
+from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Encoder, Example
 from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import LabelScorer, Scorer
@@ -25,11 +25,11 @@ from softprompt.model import lm_head
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
-from softprompt.training.prepare import Plan, make_plan
-from softprompt.training.prompt_trainer import PromptLoop
+from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import RunFolder
 
-WAYS = {"llama": "packed", "bloom": "packed", "falcon-alibi": "cached"}
+BACKENDS = {"llama": "packed", "bloom": "packed", "falcon-alibi": "padded"}
 VOCABULARY = 12_000
 VIRTUAL = 5
 WHAT = ["the parcel never came", "a fine film", "what a waste of time, I want my money back", "hello world", "a text"]
@@ -37,14 +37,14 @@ WHAT = ["the parcel never came", "a fine film", "what a waste of time, I want my
 LABELS = ["delivery and billing", "delivery and returns", "delivery and money back"]
 
 
-@pytest.fixture(scope="module", params=list(WAYS))
+@pytest.fixture(scope="module", params=list(BACKENDS))
 def model(request: pytest.FixtureRequest) -> FrozenModel:
     """A tiny model whose vocabulary is far wider than the rest of it."""
     config = ARCHITECTURES[request.param][1]()
     config.vocab_size = VOCABULARY
     torch.manual_seed(0)
     made = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
-    assert made.way.name == WAYS[request.param]
+    assert made.backend.name == BACKENDS[request.param]
     return made
 
 
@@ -59,7 +59,7 @@ def common(texts: Sequence[tuple[int, ...]]) -> int:
     return next(i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
 
 
-def plan_of(model: FrozenModel, task: str, micro_batch_tokens: int) -> Plan:
+def plan_of(model: FrozenModel, task: str, micro_batch_tokens: int) -> PreparedRun:
     settings = TuneConfig(
         num_virtual_tokens=VIRTUAL,
         template="please classify this text as good or bad or fine: {{ text }}\nlabel"
@@ -70,17 +70,17 @@ def plan_of(model: FrozenModel, task: str, micro_batch_tokens: int) -> Plan:
         max_steps=4,
         eval_rows=8,
     )
-    plan = make_plan(model, rows_of(task), settings)
-    assert plan.config.loss == ("all" if task == "text" else "target")
-    return plan
+    prepared = prepare_run(model, rows_of(task), settings)
+    assert prepared.config.loss == ("all" if task == "text" else "target")
+    return prepared
 
 
-def step(model: FrozenModel, plan: Plan, folder: Path) -> list[Example]:
+def step(model: FrozenModel, prepared: PreparedRun, folder: Path) -> list[Example]:
     """Take a run's first step, and return its examples."""
     run = RunFolder(folder / "run")
-    run.begin(plan.config, {})
-    PromptLoop(model, plan, run, Watcher()).step()
-    return [plan.examples[i] for i in draw(len(plan.examples), 6, 0, plan.config.seed)]
+    run.begin(prepared.config, {})
+    PromptTrainer(model, prepared, run, Callback()).step()
+    return [prepared.examples[i] for i in batch_indices(len(prepared.examples), 6, 0, prepared.config.seed)]
 
 
 class Work:
@@ -120,13 +120,13 @@ def counted(model: FrozenModel) -> Iterator[Work]:
 def test_a_step_runs_the_prompt_once_and_of_the_texts_what_is_needed(
     model: FrozenModel, task: str, at_once: int, tmp_path: Path
 ) -> None:
-    plan = plan_of(model, task, at_once)
+    prepared = plan_of(model, task, at_once)
     with counted(model) as work:
-        batch = step(model, plan, tmp_path)
+        batch = step(model, prepared, tmp_path)
     # Of plain text, what all begin with is a target, and needs logits of its own.
-    shared = 0 if task == "text" else common([plan.examples[i].ids for i in range(len(plan.examples))])
+    shared = 0 if task == "text" else common([prepared.examples[i].ids for i in range(len(prepared.examples))])
     assert (shared > 4) == (task == "classification")
-    if model.way.joins and at_once == 10_000:  # all in one pass
+    if model.backend.can_fuse and at_once == 10_000:  # all in one pass
         (whole,) = work.passes
         prompt, texts = VIRTUAL + shared, [whole - VIRTUAL - shared]
     else:
@@ -136,7 +136,7 @@ def test_a_step_runs_the_prompt_once_and_of_the_texts_what_is_needed(
     # What follows a text's last token is nobody's question.
     true = sum(len(example.ids) - shared - 1 for example in batch)
     longest = max(len(example.ids) for example in batch) - shared - 1
-    if not model.way.pads:
+    if not model.backend.pads:
         assert sum(texts) == true
     elif len(texts) == 1:
         assert texts == [len(batch) * longest]
@@ -160,16 +160,16 @@ def test_of_the_labels_each_common_token_is_run_once_a_row(model: FrozenModel) -
     # A token is run for the first time after what stands before it in the row; a label's last one is never run.
     needed = separate = predicted = 0
     for choice in scorer.choices:
-        paths = [choice.stem + tail for tail in choice.tails]
+        paths = [choice.input_ids + tail for tail in choice.tails]
         needed += len({path[:end] for path in paths for end in range(1, len(path))})
         separate += sum(len(path) - 1 for path in paths)
-        predicted += len({path[:end] for path in paths for end in range(len(choice.stem), len(path))})
+        predicted += len({path[:end] for path in paths for end in range(len(choice.input_ids), len(path))})
     assert needed < separate / 2
     prompt_pass, shared_pass, *texts = work.passes
-    shared = common([choice.stem for choice in scorer.choices])
+    shared = common([choice.input_ids for choice in scorer.choices])
     assert (prompt_pass, shared_pass) == (VIRTUAL, shared)
     needed -= shared * len(scorer.choices)
-    if model.way.pads:  # the ends of a row's labels are padded to the longest of them
+    if model.backend.pads:  # the ends of a row's labels are padded to the longest of them
         assert needed <= sum(texts) < 1.2 * needed
     else:
         assert sum(texts) == needed
@@ -199,7 +199,7 @@ def test_a_second_request_for_a_label_runs_its_text_and_the_labels_tree_and_noth
     monkeypatch.undo()
     row = load_data([{"text": WHAT[2], "label": "team_0"}, {"text": WHAT[2], "label": "team_1"}]).pick([0])
     (tree,) = LabelScorer(Encoder(model.tokenizer, prompt.format, 128), row).trees
-    if model.way.pads:  # the text, then every label's own tokens behind it
+    if model.backend.pads:  # the text, then every label's own tokens behind it
         assert len(work.passes) <= 2
         assert len(tree.ids) <= sum(work.passes) < 4 * len(tree.ids)
     else:
@@ -216,7 +216,7 @@ def test_of_plain_texts_what_all_begin_with_is_run_once_an_evaluation(model: Fro
     assert prompt == VIRTUAL + 1  # a text's first token is not scored, and here it is the same for all
     assert len(texts) > 1
     true = sum(scored.tokens - 1)
-    assert true <= sum(texts) < 1.5 * true if model.way.pads else sum(texts) == true
+    assert true <= sum(texts) < 1.5 * true if model.backend.pads else sum(texts) == true
     assert work.logits == sum(scored.tokens)
 
 
@@ -236,7 +236,7 @@ def test_several_prompts_at_once_run_the_sum_of_what_each_runs(model: FrozenMode
     # What all texts begin with is run behind each prompt: of labels in a pass of its own.
     first = 2 if task == "classification" else 1
     texts, each = together.passes[3 + first - 1 :], [work.passes[first:] for work in alone]
-    if model.way.pads:  # micro-batches of another cut have other padding
+    if model.backend.pads:  # micro-batches of another cut have other padding
         assert sum(texts) == pytest.approx(sum(map(sum, each)), rel=0.1)
     else:
         assert sum(texts) == sum(map(sum, each))
@@ -269,12 +269,12 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(
     """Logits are made a piece at a time, and nothing else is as wide: not even a loss over all tokens."""
     at_once = 2 * VOCABULARY
     monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", at_once)
-    plan = plan_of(model, task, 10_000)
-    assert plan.scorer is not None
+    prepared = plan_of(model, task, 10_000)
+    assert prepared.scorer is not None
     with Made(model) as made, counted(model) as work:
         if what == "training":
-            step(model, plan, tmp_path)
+            step(model, prepared, tmp_path)
         else:
-            plan.scorer.score(model, plan.start)
+            prepared.scorer.score(model, prepared.start)
     assert work.logits > 8  # rows of logits that one tensor could have held
     assert made.most == at_once

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.comparison.run import Comparison as Comparison
-    from softprompt.comparison.run import ComparisonWatcher as ComparisonWatcher
+    from softprompt.comparison.run import ComparisonCallback as ComparisonCallback
     from softprompt.comparison.run import compare as compare
     from softprompt.config import GenerateConfig as GenerateConfig
     from softprompt.config import TuneConfig as TuneConfig
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from softprompt.prompt.ensemble import Ensemble as Ensemble
     from softprompt.prompt.ensemble import load_prompt as load_prompt
     from softprompt.prompt.soft_prompt import SoftPrompt as SoftPrompt
-    from softprompt.training.callbacks import Watcher as Watcher
+    from softprompt.training.callbacks import Callback as Callback
     from softprompt.training.ensemble import EnsembleResult as EnsembleResult
     from softprompt.training.ensemble import tune_ensemble as tune_ensemble
     from softprompt.training.hf_module import TrainablePrompt as TrainablePrompt
@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives: imported on first use, so that `softprompt --help` does not wait for torch.
 _HOMES = {
-    "softprompt.comparison.run": ("Comparison", "ComparisonWatcher", "compare"),
+    "softprompt.comparison.run": ("Comparison", "ComparisonCallback", "compare"),
     "softprompt.config": ("GenerateConfig", "TuneConfig"),
     "softprompt.data.rows": ("Rows", "load_data"),
     "softprompt.errors": (
@@ -69,7 +69,7 @@ _HOMES = {
     "softprompt.training.ensemble": ("EnsembleResult", "tune_ensemble"),
     "softprompt.training.tune": ("TuneResult", "tune"),
     "softprompt.training.hf_module": ("TrainablePrompt",),
-    "softprompt.training.callbacks": ("Watcher",),
+    "softprompt.training.callbacks": ("Callback",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # noqa: PLE0605

@@ -13,10 +13,10 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from softprompt.errors import SettingsError, nearest
+from softprompt.old_names import current_settings
 
 Init = Literal["auto", "random", "vocabulary", "text", "labels", "examples"]
-Method = Literal["soft-prompt", "deep-prefix"]
-Parameterization = Literal["direct", "residual"]
+Method = Literal["prompt-tuning", "prefix-tuning"]
 MOST_TOKENS = 1000  # of a prompt
 PROMPT = "prompt:"  # what an `init` that names another prompt begins with
 Budget = Literal["quick", "normal", "thorough"]
@@ -83,11 +83,8 @@ class TuneConfig(FormatConfig):
     """Settings of a run. Those that are None are chosen from the data and the model; `tune` prints what it chose."""
 
     method: Method = Field(
-        "soft-prompt",
-        description="soft-prompt: virtual tokens; deep-prefix: their keys and values at every layer",
-    )
-    parameterization: Parameterization = Field(
-        "direct", description="residual: learn a soft prompt through a small network that is folded into it at the end"
+        "prompt-tuning",
+        description="prompt-tuning: virtual tokens; prefix-tuning: their keys and values at every layer",
     )
     num_virtual_tokens: int | None = Field(
         None, ge=1, le=MOST_TOKENS, description="P; the length of the initial text or examples, 20 at least"
@@ -108,7 +105,7 @@ class TuneConfig(FormatConfig):
         None,
         gt=0,
         le=1e6,  # float32 would overflow at some point, with an error that says nothing
-        description="peak of the schedule; 0.03, of a soft prompt of P > 20 tokens 0.03·√(20/P), residual a tenth",
+        description="peak of the schedule; 0.03, of a soft prompt of P > 20 tokens 0.03·√(20/P)",
     )
     warmup_ratio: float = Field(0.06, ge=0, le=1, description="share of the steps over which the rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls afterwards")
@@ -141,6 +138,11 @@ class TuneConfig(FormatConfig):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of the rows, the split and random initializations")
     tensorboard: bool = Field(False, description="also log to RUN/tensorboard; needs softprompt[tensorboard]")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_todays_names(cls, values: Any) -> Any:
+        return current_settings(values) if isinstance(values, Mapping) else values
 
 
 class GenerateConfig(BaseModel):
@@ -214,6 +216,7 @@ def read_settings(
 
 def make_config(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Check values and return them as settings."""
+    values = current_settings(values)
     for name in values:
         if name not in kind.model_fields:
             known = kind.model_fields

@@ -219,12 +219,12 @@ def _read(model: FrozenModel, prefixes: Sequence[Prefix], lines: list[_Line]) ->
 
 def _read_behind(model: FrozenModel, prefix: Prefix, lines: list[_Line]) -> tuple[Tensor, list[Prefix]]:
     """Run the given texts behind one prefix."""
-    held = len(prefix.text)
-    if all(len(line.ids) > held for line in lines):
-        return model.read(prefix, [line.ids[held:] for line in lines])
+    shared_text_len = len(prefix.text)
+    if all(len(line.ids) > shared_text_len for line in lines):
+        return model.read(prefix, [line.ids[shared_text_len:] for line in lines])
     # Only empty texts end here: the prompt itself predicts their first token.
     assert prefix.last is not None
-    ahead = model.way.head.logits(prefix.last)
+    ahead = model.backend.lm_head.logits(prefix.last)
     logits, prefixes = [], []
     for line in lines:
         after, extended = model.read(prefix, [line.ids]) if line.ids else (ahead, [prefix])

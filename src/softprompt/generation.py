@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softprompt.config import GenerateConfig, Mode
 from softprompt.data.columns import INSTRUCTED
-from softprompt.data.encoder import Encoder, leading_tokens, plain_ids, require_embeddings
+from softprompt.data.encoder import Encoder, bos_token_ids, plain_ids, require_embeddings
 from softprompt.data.labels import is_blank
 from softprompt.data.rows import Row
 from softprompt.data.templates import DEFAULT_TEMPLATE
@@ -143,7 +143,7 @@ def _written(
 def _plain(model: FrozenModel, text: str | Mapping[str, object], where: str) -> list[int]:
     if not isinstance(text, str):
         raise SettingsError("without a template, texts must be strings, not dictionaries of columns")
-    ids = [*leading_tokens(model.tokenizer), *plain_ids(model.tokenizer, text)]
+    ids = [*bos_token_ids(model.tokenizer), *plain_ids(model.tokenizer, text)]
     require_embeddings(model.tokenizer, ids, model.vocabulary_size, where)
     return ids
 

@@ -10,6 +10,7 @@ import click
 from softprompt.cli.options import parse_map, tune_options
 from softprompt.cli.tune import prepare
 from softprompt.comparison import USUAL
+from softprompt.old_names import current_method
 
 
 @click.command()
@@ -41,7 +42,7 @@ def compare(
     """Compare prompts with prompt engineering, LoRA and fine-tuning on DATA.
 
     Every method gets the same rows and the same time: 5 minutes, with --budget 1 (quick) or 15 (thorough), or
-    --set max_minutes=M. Methods are those of the default, soft-prompt-ensemble and deep-prefix-ensemble. What is
+    --set max_minutes=M. Methods are those of the default, prompt-tuning-ensemble and prefix-tuning-ensemble. What is
     finished in DIR is not run again, so the same command goes on after an interruption. DIR/report.html is the report.
     """
     from softprompt.cli.compare_tables import TerminalComparison, comparison_table
@@ -52,7 +53,7 @@ def compare(
     from softprompt.data.rows import load_data
     from softprompt.locks import require_free
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = [current_method(name.strip()) for name in methods.split(",") if name.strip()]
     require_methods(names)  # what is cheap to check before the model is loaded
     require_free(out)
     require_ours(out)
@@ -70,7 +71,7 @@ def compare(
             config=config,
             equal=equal,  # type: ignore[arg-type]
             search=not no_search,
-            watcher=TerminalComparison(),
+            callback=TerminalComparison(),
         )
     except KeyboardInterrupt as stop:
         stop.args = ("stopped; the same command goes on with the method that was interrupted",)

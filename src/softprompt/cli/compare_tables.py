@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 from rich.table import Table
 
-from softprompt.cli.tables import TerminalWatcher, err, figure, plain_table
+from softprompt.cli.tables import TerminalCallback, err, figure, plain_table
 from softprompt.comparison.methods.base import Protocol
 from softprompt.comparison.results import Result
-from softprompt.comparison.run import ComparisonWatcher
+from softprompt.comparison.run import ComparisonCallback
 from softprompt.formatting import size
-from softprompt.training.callbacks import Watcher
+from softprompt.training.callbacks import Callback
 
 _QUICK = 30.0  # seconds: about what a method without training takes
 
 
-class TerminalComparison(ComparisonWatcher):
+class TerminalComparison(ComparisonCallback):
     """Says which method is at work and how much time is left."""
 
     def begin(self, protocol: Protocol, done: Sequence[Result], todo: Sequence[tuple[str, int]]) -> None:
@@ -31,14 +31,14 @@ class TerminalComparison(ComparisonWatcher):
             err.print(f"{len(done)} results are there already: {', '.join(f'{r.method} {r.seed}' for r in done)}")
         self.count = len(todo)
 
-    def method(self, name: str, seed: int) -> Watcher:
+    def method(self, name: str, seed: int) -> Callback:
         self.began = time.monotonic()
         left = sum(_QUICK if n == "zero-shot" else self.protocol.seconds + _QUICK for n, _ in self.todo)
         # So many examples take as long as they take.
         about = f", about {max(1, round(left / 60))} min left" if self.protocol.equal == "time" else ""
         number = self.count - len(self.todo) + 1
         err.print(f"{name}, seed {seed}: running, {number} of {self.count}{about}")
-        return TerminalWatcher(None, transient=True)
+        return TerminalCallback(None, transient=True)
 
     def failed(self, name: str, seed: int, reason: str) -> None:
         self.todo.remove((name, seed))

@@ -41,7 +41,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     config, origins = read_settings(TuneConfig, assignments=assignments, max_steps=_STEPS)
     model = load(DEFAULT_MODEL, config)
 
-    from softprompt.cli.tables import TerminalWatcher, print_json
+    from softprompt.cli.tables import TerminalCallback, print_json
     from softprompt.data.split import split_rows
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.training.tune import tune
@@ -49,7 +49,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     train, test = demo_rows("train"), demo_rows("test")
     run = out or _free_folder(Path("runs/demo"))
     say(f"\nTuning a prompt on {len(train)} messages to an online shop, labelled\n{', '.join(train.labels)}.\n")
-    result = tune(model, train, config, out=run, watcher=TerminalWatcher(origins, verbose=verbose))
+    result = tune(model, train, config, out=run, callback=TerminalCallback(origins, verbose=verbose))
     say(f"\nScoring {len(test)} messages that were held back, without the prompt and with it.\n")
     learned, validation = split_rows(train, None, config.eval_rows, config.seed)  # as `tune` has split them
     done = evaluate(model, test, result.prompt, bias_rows=(learned, validation) if validation is not None else None)
@@ -61,7 +61,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictor:
     """What the base model and the tuned one answer to some messages.
 
     Attributes:
@@ -78,7 +78,7 @@ class Answers:
     tuned_text: str
 
 
-def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> Answers:
+def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> Predictor:
     """Let both models choose a label for each row, by the same rule, and write freely behind the first."""
     from softprompt.config import GenerateConfig
     from softprompt.evaluation.calibration import shifted
@@ -93,10 +93,10 @@ def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_b
     (base_text,), (tuned_text,) = (
         generate(model, messages[:1], prompt, some, mode="write", virtual_tokens=with_) for with_ in (False, True)
     )
-    return Answers(messages, [row["label"] for row in rows], base, tuned, base_text, tuned_text)
+    return Predictor(messages, [row["label"] for row in rows], base, tuned, base_text, tuned_text)
 
 
-def _show(run: Path, result: TuneResult, done: Evaluation, answers: Answers) -> None:
+def _show(run: Path, result: TuneResult, done: Evaluation, answers: Predictor) -> None:
     """Print the scores, some answers, where the prompt is and, last, what it gained."""
     from softprompt.cli.tables import metrics_table, out, plain_table, side_by_side
 
@@ -168,7 +168,7 @@ def _free_folder(wanted: Path) -> Path:
     return folder
 
 
-def _json(run: Path, seconds: float, done: Evaluation, answers: Answers) -> dict[str, Any]:
+def _json(run: Path, seconds: float, done: Evaluation, answers: Predictor) -> dict[str, Any]:
     each = zip(answers.messages, answers.tuned, answers.base, strict=True)
     assert done.without_prompt is not None
     return {

@@ -39,7 +39,7 @@ def _findings() -> dict[str, Any]:
     from softprompt.model.bundled import SMOLLM2, fetched_with, kept_folder
     from softprompt.model.load import resolve_device, resolve_threads
     from softprompt.model.memory import available_memory
-    from softprompt.prompt.registry import names, store_folder
+    from softprompt.prompt.registry import names, registry_folder
     from softprompt.storage import home
     from softprompt.training.run_folder import environment
 
@@ -69,7 +69,7 @@ def _findings() -> dict[str, Any]:
             "softprompt_home": str(home()),
             "bundled_model": str(bundled) if bundled.exists() else "not fetched",
             "bundled_models_through": fetched_with(),
-            "prompts": f"{len(names())} in {store_folder()}",
+            "prompts": f"{len(names())} in {registry_folder()}",
             "hub_cache": str(hub) if hub.exists() else f"{hub} (nothing there)",
         },
         "optional": [

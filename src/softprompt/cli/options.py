@@ -153,9 +153,9 @@ def require_named_code(trust_remote_code: bool) -> None:
 def prompt_named(name: str) -> Prompt | None:
     """Return the prompt that a verb was given, None for the base model."""
     from softprompt.prompt.ensemble import load_prompt
-    from softprompt.prompt.registry import UNTOUCHED
+    from softprompt.prompt.registry import NO_PROMPT
 
-    return None if name == UNTOUCHED else load_prompt(name)
+    return None if name == NO_PROMPT else load_prompt(name)
 
 
 def load_for(

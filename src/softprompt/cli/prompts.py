@@ -31,7 +31,7 @@ def list_prompts(as_json: bool) -> None:
     """List the prompts that are kept."""
     from softprompt.cli.tables import figures, out, plain_table, print_json
     from softprompt.prompt.ensemble import load_prompt
-    from softprompt.prompt.registry import names, store_folder, versions
+    from softprompt.prompt.registry import names, registry_folder, versions
 
     found = [f"{name}@{version}" for name in names() for version in versions(name)]
     loaded = {}
@@ -44,7 +44,7 @@ def list_prompts(as_json: bool) -> None:
         print_json({"prompts": [{"name": name, **_summary(prompt)} for name, prompt in loaded.items()]})
         return
     if not found:
-        say(f"no prompts are kept in {store_folder()}; tune --name N keeps one, and so does prompts add")
+        say(f"no prompts are kept in {registry_folder()}; tune --name N keeps one, and so does prompts add")
         return
     rows = [
         (name, p.record.task, p.record.base_model.name, str(p.num_virtual_tokens), figures(p.record.metrics))
@@ -68,7 +68,9 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
 
     place, _ = read_settings(ModelConfig, assignments=assignments)
     soft = load_prompt(prompt)
-    plain = soft if isinstance(soft, SoftPrompt) and soft.method == "soft-prompt" else None  # others are near no words
+    plain = (
+        soft if isinstance(soft, SoftPrompt) and soft.method == "prompt-tuning" else None
+    )  # others are near no words
     near = nearest_tokens(load_for(soft, model, place), plain, _NEAREST) if plain else []
     if as_json:
         tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
@@ -94,10 +96,10 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
 def add_prompt(name: str, folder: Path) -> None:
     """Keep the prompt in FOLDER under NAME, as its next version."""
     from softprompt.prompt.ensemble import load_prompt
-    from softprompt.prompt.registry import keep, new_version
+    from softprompt.prompt.registry import new_version, register
 
     new_version(name)
-    click.echo(keep(load_prompt(_here(folder)), name))
+    click.echo(register(load_prompt(_here(folder)), name))
 
 
 @prompts.command("import")
@@ -116,8 +118,8 @@ def import_prompt(
     taken here, so that the prompt is never run on another model.
     """
     from softprompt.config import FormatConfig, read_settings
-    from softprompt.prompt.registry import keep, new_version
-    from softprompt.prompt.soft_prompt import described, load_soft_prompt
+    from softprompt.prompt.registry import new_version, register
+    from softprompt.prompt.soft_prompt import describe_prompt, load_soft_prompt
 
     new_version(name)
     config, _ = read_settings(FormatConfig, assignments=assignments)
@@ -131,8 +133,8 @@ def import_prompt(
             f"softprompt: warning: {folder} names {trained_on.id} as its base model; it is bound to {frozen.source} "
             "now, and of no use if that is another model"
         )
-    made = described(soft, frozen, task, config)  # type: ignore[arg-type]
-    click.echo(keep(made, name))
+    made = describe_prompt(soft, frozen, task, config)  # type: ignore[arg-type]
+    click.echo(register(made, name))
 
 
 @prompts.command("export")

@@ -12,7 +12,7 @@ from rich.text import Text
 from softprompt.config import TuneConfig
 
 if TYPE_CHECKING:
-    from softprompt.training.prepare import Plan
+    from softprompt.training.prepare import PreparedRun
     from softprompt.training.throughput import RenderedRow
 
 RESUMED = "as the run was begun"  # where a resumed run's settings come from: which of them were given is not known
@@ -37,29 +37,29 @@ _ARROW = " → "
 _ROW_LINES, _BROKEN = 2, 6
 
 
-def settings_screen(plan: Plan, origins: Mapping[str, str], width: int) -> Text:
+def settings_screen(prepared: PreparedRun, origins: Mapping[str, str], width: int) -> Text:
     """Return a line for each setting that was given, or that was chosen and shapes the result.
 
     Args:
-        plan: every setting, decided.
+        prepared: every setting, decided.
         origins: where those that were given came from.
         width: of a line, in cells.
     """
-    entries = [(name, _value(plan, name), _origin(plan, origins, name)) for name in _shown(plan, origins)]
-    given = [f"{name}: {origins[name]}" for name in _PLACE if _stands_out(plan, origins, name)]
-    entries.append(("runs on", _place(plan), "; ".join(given)))
+    entries = [(name, _value(prepared, name), _origin(prepared, origins, name)) for name in _shown(prepared, origins)]
+    given = [f"{name}: {origins[name]}" for name in _PLACE if _stands_out(prepared, origins, name)]
+    entries.append(("runs on", _place(prepared), "; ".join(given)))
     return titled_lines("Settings", entries, width, hint="--verbose shows all of them")
 
 
-def settings_table(plan: Plan, origins: Mapping[str, str]) -> Table:
+def settings_table(prepared: PreparedRun, origins: Mapping[str, str]) -> Table:
     """Return a table of every setting in force and where it came from."""
     table = Table(title="Settings", title_justify="left")
     for column in ("setting", "value", "from"):
         table.add_column(column, overflow="fold")
-    for name, value in plan.config.model_dump().items():
+    for name, value in prepared.config.model_dump().items():
         text = repr(value) if isinstance(value, str) else str(value)
         short = text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
-        table.add_row(name, Text(short), Text(_origin(plan, origins, name)))
+        table.add_row(name, Text(short), Text(_origin(prepared, origins, name)))
     return table
 
 
@@ -78,15 +78,15 @@ def titled_lines(title: str, entries: Sequence[tuple[str, str, str]], width: int
     return lines
 
 
-def row_text(head: str, row: RenderedRow, width: int | None = None) -> Text:
+def row_text(lm_head: str, row: RenderedRow, width: int | None = None) -> Text:
     """Show a row as the model reads it, with what is learned behind an arrow: in two lines of this width, or whole."""
     given, learned = repr(row.input), repr(row.target)
     if width is not None:
         # Lines break between words, so some cells of each stay empty.
-        room = max(_ROW_LINES * (width - _BROKEN) - cell_len(head), _SHORTEST_VALUE) - len(_ARROW)
+        room = max(_ROW_LINES * (width - _BROKEN) - cell_len(lm_head), _SHORTEST_VALUE) - len(_ARROW)
         learned = shortened(learned, max(room // 2, room - cell_len(given)))
         given = shortened(given, room - cell_len(learned))
-    return Text(f"{head}{given}{_ARROW}{learned}")
+    return Text(f"{lm_head}{given}{_ARROW}{learned}")
 
 
 def shortened(text: str, room: int) -> str:
@@ -98,35 +98,35 @@ def shortened(text: str, room: int) -> str:
     return set_cell_size(text, left - left // 2) + "…" + tail
 
 
-def _shown(plan: Plan, origins: Mapping[str, str]) -> list[str]:
+def _shown(prepared: PreparedRun, origins: Mapping[str, str]) -> list[str]:
     """Return the names of the settings that have a line of their own."""
-    shaping = [name for name in _SHAPING if name != "eval_every" or plan.validation is not None]
+    shaping = [name for name in _SHAPING if name != "eval_every" or prepared.validation is not None]
     others = [
         name
-        for name, value in plan.config.model_dump().items()
-        if name not in (*_SHAPING, *_PLACE) and (_stands_out(plan, origins, name) or (name in _IF_TRUE and value))
+        for name, value in prepared.config.model_dump().items()
+        if name not in (*_SHAPING, *_PLACE) and (_stands_out(prepared, origins, name) or (name in _IF_TRUE and value))
     ]
     return shaping + others
 
 
-def _stands_out(plan: Plan, origins: Mapping[str, str], name: str) -> bool:
+def _stands_out(prepared: PreparedRun, origins: Mapping[str, str], name: str) -> bool:
     """Tell whether a setting was given; of a resumed run, whether it is another than the default."""
     if origins.get(name) != RESUMED:
         return name in origins
     default = TuneConfig.model_fields[name].default
-    return default not in (None, "auto") and getattr(plan.config, name) != default
+    return default not in (None, "auto") and getattr(prepared.config, name) != default
 
 
-def _origin(plan: Plan, origins: Mapping[str, str], name: str) -> str:
-    return plan.reasons.get(name) or origins.get(name, "default")
+def _origin(prepared: PreparedRun, origins: Mapping[str, str], name: str) -> str:
+    return prepared.reasons.get(name) or origins.get(name, "default")
 
 
-def _value(plan: Plan, name: str) -> str:
-    value: Any = getattr(plan.config, name)
+def _value(prepared: PreparedRun, name: str) -> str:
+    value: Any = getattr(prepared.config, name)
     return repr(value) if name in _TEXTS and value is not None else str(value)
 
 
-def _place(plan: Plan) -> str:
-    config = plan.config
+def _place(prepared: PreparedRun) -> str:
+    config = prepared.config
     threads = [f"{config.threads} thread" + ("s" if config.threads != 1 else "")] if config.device == "cpu" else []
     return ", ".join([str(config.device), str(config.dtype), *threads])

@@ -19,7 +19,7 @@ _UNWRITABLE = {errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUOT}
 def usable_streams() -> Iterator[None]:
     """Let nothing fail for a stream's encoding: a character that it lacks is written as its escape.
 
-    A reader that has gone, `head` say, has seen enough: that is no error.
+    A reader that has gone, `lm_head` say, has seen enough: that is no error.
 
     Raises:
         StorageError: stdout cannot be written to, for a full disk say.

@@ -17,13 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from softprompt.cli.settings_tables import row_text, settings_screen, settings_table
-from softprompt.training.callbacks import Watcher
+from softprompt.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from softprompt.evaluation.evaluate import Evaluation
     from softprompt.evaluation.intervals import Metric
     from softprompt.evaluation.scores import Confusion
-    from softprompt.training.prepare import Plan
+    from softprompt.training.prepare import PreparedRun
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -226,7 +226,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class TerminalWatcher(Watcher):
+class TerminalCallback(Callback):
     """Shows settings, then a run's progress: one line that is kept up to date on a terminal, about ten lines elsewhere.
 
     Args:
@@ -250,15 +250,15 @@ class TerminalWatcher(Watcher):
         shown = "1 example" if demonstrations == 1 else f"{demonstrations} examples"
         err.print(f"best: {shown}, {validation_text(values)}; {min(spent, 1):.0%} of budget used")
 
-    def begin(self, plan: Plan, step: int) -> None:
+    def begin(self, prepared: PreparedRun, step: int) -> None:
         if self.origins is not None:
-            self._show_settings(plan, self.origins)
+            self._show_settings(prepared, self.origins)
         self.began = True
         if step:
             err.print(f"resuming after step {step}")
-        assert plan.config.max_steps
-        evaluates = plan.config.eval_every if plan.validation is not None else None
-        self.line = ProgressLine(plan.config.max_steps, step, evaluates)
+        assert prepared.config.max_steps
+        evaluates = prepared.config.eval_every if prepared.validation is not None else None
+        self.line = ProgressLine(prepared.config.max_steps, step, evaluates)
         self.due, self.printed = step, -1  # of the lines in a log
         if err.is_terminal and not err.is_dumb_terminal:
             self.live = Live(self.line, console=err, refresh_per_second=_REFRESHED, transient=self.transient)
@@ -284,19 +284,19 @@ class TerminalWatcher(Watcher):
         elif self.printed < self.line.step:  # it was stopped between two lines
             self._print()
 
-    def _show_settings(self, plan: Plan, origins: Mapping[str, str]) -> None:
+    def _show_settings(self, prepared: PreparedRun, origins: Mapping[str, str]) -> None:
         """Print them once: the runs of an ensemble differ in the seed alone."""
         if self.began:
-            err.print(f"\nnext prompt: seed {plan.config.seed}")
+            err.print(f"\nnext prompt: seed {prepared.config.seed}")
             return
         from softprompt.training.throughput import rendered_row
 
         if self.verbose:
-            err.print(settings_table(plan, origins))
+            err.print(settings_table(prepared, origins))
         else:
-            err.print(settings_screen(plan, origins, err.width))
-            err.print(row_text("first row: ", rendered_row(plan, 0), err.width))
-        err.print(rows_line(plan))
+            err.print(settings_screen(prepared, origins, err.width))
+            err.print(row_text("first row: ", rendered_row(prepared, 0), err.width))
+        err.print(rows_line(prepared))
 
     def _log(self) -> None:
         """Print a line where it is time for one and none is kept up to date."""
@@ -352,13 +352,21 @@ def validation_text(values: Mapping[str, float]) -> str:
     return "validation " + figures({name: values[name] for name in ("accuracy", "loss") if name in values})
 
 
-def rows_line(plan: Plan) -> str:
+def rows_line(prepared: PreparedRun) -> str:
     """Say how many rows are used for what."""
-    held = f"{len(plan.validation)} validation rows" if plan.validation is not None else "no validation rows"
-    cut = f", {plan.encoder.truncated} cut to {plan.encoder.max_length} tokens" if plan.encoder.truncated else ""
-    shared = f"; all begin with the same text ({len(plan.text)} tokens), which is run once a step" if plan.text else ""
-    part = f" ({len(plan.taken)} of them taken)" if len(plan.taken) < len(plan.train) else ""
-    return f"{len(plan.train)} training rows{part}, {held}{cut}{shared}"
+    held = f"{len(prepared.validation)} validation rows" if prepared.validation is not None else "no validation rows"
+    cut = (
+        f", {prepared.encoder.truncated} cut to {prepared.encoder.max_length} tokens"
+        if prepared.encoder.truncated
+        else ""
+    )
+    shared = (
+        f"; all begin with the same text ({len(prepared.shared_text_ids)} tokens), which is run once a step"
+        if prepared.shared_text_ids
+        else ""
+    )
+    part = f" ({len(prepared.indices_seen)} of them taken)" if len(prepared.indices_seen) < len(prepared.train) else ""
+    return f"{len(prepared.train)} training rows{part}, {held}{cut}{shared}"
 
 
 def print_json(record: Mapping[str, Any]) -> None:

@@ -43,13 +43,13 @@ def tune(
     DATA is a .csv, .jsonl or .parquet file, or hub:ID[:SPLIT], and may end in a row range as in prompts.csv[:50].
     """
     from softprompt.cli.settings_tables import RESUMED
-    from softprompt.cli.tables import TerminalWatcher, print_json
+    from softprompt.cli.tables import TerminalCallback, print_json
     from softprompt.distributed.launch import rank
     from softprompt.training.run_folder import RunFolder
 
     first = rank() == 0
     if name is not None:
-        from softprompt.prompt.registry import keep, new_version
+        from softprompt.prompt.registry import new_version, register
 
         new_version(name)  # a name that cannot be kept is said now, not after the night
     if first:
@@ -57,8 +57,8 @@ def tune(
     model, rows, held, config, origins = prepare(**options, begun=out / "config.yaml" if resume else None)
     if resume:
         origins = dict.fromkeys(type(config).model_fields, RESUMED)
-    watcher = TerminalWatcher(origins, verbose=verbose)
-    common: dict[str, Any] = {"eval_data": held, "out": out, "resume": resume, "watcher": watcher}
+    callback = TerminalCallback(origins, verbose=verbose)
+    common: dict[str, Any] = {"eval_data": held, "out": out, "resume": resume, "callback": callback}
     say_preparing(rows, config)
     try:
         if ensemble is None:
@@ -76,9 +76,9 @@ def tune(
         begun = (out / "config.yaml").exists()
         stop.args = ("stopped; " + ("the same command with --resume goes on from here" if begun else _NOTHING_DONE),)
         raise
-    kept = keep(made, name) if first and name is not None else None
+    kept = register(made, name) if first and name is not None else None
     if as_json:
-        print_json({"run": str(out), "prompt": str(out / "prompt"), **({"kept": kept} if kept else {}), **record})
+        print_json({"run": str(out), "prompt": str(out / "prompt"), **({"registered": kept} if kept else {}), **record})
     else:
         _say_done(out, kept, record, biased=any(made.biases))
 
@@ -145,25 +145,29 @@ def check(
     """
     from softprompt.cli.check_tables import show_check
     from softprompt.cli.tables import print_json
-    from softprompt.training.prepare import make_plan
-    from softprompt.training.throughput import make_forecast
+    from softprompt.training.prepare import prepare_run
+    from softprompt.training.throughput import estimate_run
 
     model, rows, held, config, origins = prepare(**options)
     say(f"preparing {len(rows):,} rows, and timing a step")
-    plan = make_plan(model, rows, config, held)
+    prepared = prepare_run(model, rows, config, held)
     if config.max_minutes:
         config = config.model_copy(update={"max_minutes": config.max_minutes / (ensemble or 1)})
-    forecast = make_forecast(model, plan, config)
-    length = {"max_steps": forecast.steps, "eval_every": forecast.eval_every, "eval_rows": forecast.eval_rows}
-    fitting = {name: value for name, value in length.items() if getattr(plan.config, name) != value}
-    reasons = plan.reasons | dict.fromkeys(fitting, "what fits in max_minutes")
+    run_estimate = estimate_run(model, prepared, config)
+    length = {
+        "max_steps": run_estimate.steps,
+        "eval_every": run_estimate.eval_every,
+        "eval_rows": run_estimate.eval_rows,
+    }
+    fitting = {name: value for name, value in length.items() if getattr(prepared.config, name) != value}
+    reasons = prepared.reasons | dict.fromkeys(fitting, "what fits in max_minutes")
     if fitting:  # fewer rows may be held back
-        plan = make_plan(model, rows, config.model_copy(update=fitting), held)
-    plan = replace(plan, reasons=reasons)
+        prepared = prepare_run(model, rows, config.model_copy(update=fitting), held)
+    prepared = replace(prepared, reasons=reasons)
     if as_json:
-        print_json({**forecast.model_dump(), "settings": plan.config.model_dump()})
+        print_json({**run_estimate.model_dump(), "settings": prepared.config.model_dump()})
     else:
-        show_check(plan, forecast, origins, members=ensemble, verbose=verbose)
+        show_check(prepared, run_estimate, origins, members=ensemble, verbose=verbose)
 
 
 def say_preparing(rows: Rows, config: TuneConfig) -> None:
@@ -204,10 +208,10 @@ def prepare(
     if begun is not None:
         from softprompt.distributed.collective import launched
         from softprompt.training.run_folder import RunFolder
-        from softprompt.training.sync import share_config
+        from softprompt.training.sync import broadcast_config
 
         processes = launched()  # the first one reads: the others may be on other machines
-        place = share_config(processes, RunFolder(begun.parent).settings() if processes.first else None)
+        place = broadcast_config(processes, RunFolder(begun.parent).settings() if processes.first else None)
     if model is None and place.init.startswith(PROMPT):
         from softprompt.prompt.soft_prompt import load_soft_prompt
 

@@ -19,7 +19,7 @@ from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import TextScorer, perplexity
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import give_back
+from softprompt.model.memory import trim_allocator
 
 _LONGEST = 512  # tokens of a paragraph
 
@@ -42,7 +42,7 @@ class Effort:
 def measured(device: torch.device) -> Iterator[Effort]:
     """Measure a block; the figures are there when it is done."""
     effort = Effort()
-    give_back()
+    trim_allocator()
     before = _memory(device, begin=True)
     began, cpu = time.monotonic(), time.process_time()
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format
@@ -16,6 +16,7 @@ from softprompt.errors import InputError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.evaluation.primary_metric import PRIMARY, lower_is_better, statistic
 from softprompt.evaluation.scores import Confusion
+from softprompt.old_names import current_method
 from softprompt.storage import write_text
 
 
@@ -113,6 +114,17 @@ class Result(_Kept):
     curve: list[Point] = []
     environment: dict[str, str] = {}
     date: str = ""
+
+    @field_validator("method")
+    @classmethod
+    def _by_todays_name(cls, method: str) -> str:
+        return current_method(method, quiet=True)
+
+    @field_validator("settings")
+    @classmethod
+    def _by_todays_names(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        method = settings.get("method")
+        return {**settings, "method": current_method(method, quiet=True)} if isinstance(method, str) else settings
 
     @property
     def ranking(self) -> str:

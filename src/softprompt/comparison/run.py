@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from softprompt.comparison import USUAL
 from softprompt.comparison.costs import folder_bytes, general_perplexity, weights_hash
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.methods.base import Equal, Learned, Method, Protocol
-from softprompt.comparison.methods.prompts import DeepEnsembles, DeepPrefixes, Ensembles
+from softprompt.comparison.methods.base import Equal, FitResult, Method, Protocol
+from softprompt.comparison.methods.prompts import Ensembles, PrefixTuning, PrefixTuningEnsembles
 from softprompt.comparison.methods.trained import Trained
 from softprompt.comparison.methods.weights_trainer import require_whole
 from softprompt.comparison.report.page import MARKDOWN, PAGE, PICTURE, write_report
@@ -28,20 +28,21 @@ from softprompt.comparison.results import Costs, Result, judged_anew, read_resul
 from softprompt.config import PROMPT, TuneConfig
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows, Source, as_rows
-from softprompt.data.split import sample, seen_before, split_rows
+from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.data.templates import make_format
 from softprompt.distributed.launch import count
 from softprompt.distributed.signals import interrupts_deferred, saves_before_it_ends
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, nearest
-from softprompt.evaluation.evaluate import Side
+from softprompt.evaluation.evaluate import ScoredRows
 from softprompt.evaluation.primary_metric import PRIMARY
 from softprompt.extras import require_package
 from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.fingerprint import AnyFingerprint, difference, fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory
+from softprompt.old_names import current_method, current_settings
 from softprompt.storage import MARK, read_json_object, storage_errors, sweep, write_records, write_text
-from softprompt.training.callbacks import Watcher
+from softprompt.training.callbacks import Callback
 from softprompt.training.run_folder import environment
 
 MINUTES = {"quick": 1.0, "normal": 5.0, "thorough": 15.0}
@@ -51,15 +52,15 @@ _DAMAGED = "give another folder, or remove this one: what was done so far cannot
 RESULTS, TASKS, ROWS, PROTOCOL = "results", "tasks", "test-rows.jsonl", "protocol.json"
 
 
-class ComparisonWatcher:
+class ComparisonCallback:
     """Told of a comparison's course; this one shows nothing."""
 
     def begin(self, protocol: Protocol, done: Sequence[Result], todo: Sequence[tuple[str, int]]) -> None:
         """The rows are split; some results were there before."""
 
-    def method(self, name: str, seed: int) -> Watcher:
+    def method(self, name: str, seed: int) -> Callback:
         """A method begins; the watcher that is returned is told of its steps."""
-        return Watcher()
+        return Callback()
 
     def result(self, result: Result) -> None:
         """A method is done."""
@@ -95,7 +96,7 @@ def compare(
     config: TuneConfig | None = None,
     equal: Equal = "time",
     search: bool = True,
-    watcher: ComparisonWatcher | None = None,
+    callback: ComparisonCallback | None = None,
 ) -> Comparison:
     """Measure what prompt engineering, prompt tuning, LoRA and fine-tuning give on the same rows, and what they take.
 
@@ -113,18 +114,19 @@ def compare(
         equal: whether all methods get the same wall time, or see the same number of examples.
         search: whether trained methods spend a part of their budget on finding the learning rate; not where the
             settings name one.
-        watcher: told of every method.
+        callback: told of every method.
 
     Raises:
         InputError: what was given does not fit together, or `out` holds another comparison.
         RunError: a loss is not finite, or one row does not fit in memory.
         StorageError: a file cannot be written.
     """
+    methods = [current_method(name) for name in methods]
     _require(model, methods, config, plots=out is not None)
     data = as_rows(data)
     held, test = (None if rows is None else as_rows(rows, data.task) for rows in (eval_data, test_data))
     protocol = _protocol(model, data, held, test, config or TuneConfig(), equal, search)
-    watcher = watcher or ComparisonWatcher()
+    callback = callback or ComparisonCallback()
     with ExitStack() as stack:
         stack.enter_context(saves_before_it_ends())
         folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
@@ -139,24 +141,24 @@ def compare(
         results = {(result.method, result.seed): result for result in kept}
         every = list(dict.fromkeys([*asked, *results]))
         todo = [key for key in asked if key not in results]
-        watcher.begin(protocol, list(results.values()), todo)
+        callback.begin(protocol, list(results.values()), todo)
         base, failed = Base(model) if todo else None, list[str]()
         found, rows, report = list[Result](), list(protocol.test), None
         try:
             for name, seed in todo:
                 assert base is not None
                 try:
-                    result = run_method(name, seed, protocol, base, folder, watcher.method(name, seed))
+                    result = run_method(name, seed, protocol, base, folder, callback.method(name, seed))
                 except Exception as error:  # one method's failure is not the others'
                     if not (isinstance(error, RunError) or is_out_of_memory(error)):
                         raise
                     reason = str(error) or "out of memory"
                     failed.append(f"{name}, seed {seed}: {reason}")
-                    watcher.failed(name, seed, reason)
+                    callback.failed(name, seed, reason)
                     continue
                 result.save(folder / RESULTS)
                 results[name, seed] = result
-                watcher.result(result)
+                callback.result(result)
         finally:  # an interrupted comparison has a report too
             found = [results[key] for key in every if key in results]
             if out is not None and found:
@@ -206,7 +208,7 @@ def _require(model: FrozenModel, methods: Sequence[str], config: TuneConfig | No
         require_package("peft", "lora")
     if "full" in methods:
         require_whole(model)
-    if any(METHODS[name] in (DeepPrefixes, DeepEnsembles) for name in methods):
+    if any(METHODS[name] in (PrefixTuning, PrefixTuningEnsembles) for name in methods):
         try:
             _ = model.prefix_shape
         except ModelError as error:
@@ -242,7 +244,7 @@ def _protocol(
     unknown = set(test_data.labels) - set(train.labels) if train.task == "classification" else None
     if unknown:
         raise InputError(f"{test_data.name} has the label {min(unknown)!r}, which no training row has")
-    seen = max(seen_before(rows, test_data) for rows in (data, eval_data) if rows is not None)
+    seen = max(count_duplicates(rows, test_data) for rows in (data, eval_data) if rows is not None)
     if seen:
         warnings.warn(
             f"{seen} of {len(test_data)} test rows ask what another row asks too; on those every method looks better "
@@ -305,7 +307,7 @@ def _begin(folder: Path, protocol: Protocol) -> None:
     if not (file.exists() and any((folder / RESULTS).glob("*.json"))):
         require_ours(folder)  # there are no results yet, or no more
         # What does not fit together is said before anything is written, and so is a test row that cannot be read.
-        encoder = protocol.plan().encoder
+        encoder = protocol.prepared().encoder
         protocol.test.require_inputs(encoder.format.columns)
         encoder.examples(protocol.test)
         write_records(folder / ROWS, protocol.test)
@@ -317,7 +319,11 @@ def _begin(folder: Path, protocol: Protocol) -> None:
     usual = TuneConfig().model_dump(exclude=budget)
     for name, value in record.items():
         # What an older version did not write down was then as it usually is.
-        then = {**usual, **before["settings"]} if name == "settings" else before.get(name, value)
+        then = (
+            {**usual, **current_settings(before["settings"], quiet=True)}
+            if name == "settings"
+            else before.get(name, value)
+        )
         if name == "base_model":
             _require_model(folder, then, protocol)
         elif then != json.loads(json.dumps(value)):
@@ -363,12 +369,12 @@ def run_method(
     protocol: Protocol,
     base: Base,
     folder: Path,
-    watcher: Watcher,
+    callback: Callback,
     methods: Mapping[str, type[Method]] = METHODS,
 ) -> Result:
     """Let a method learn, and measure what it gives and takes."""
     gc.collect()  # what the one before held, a copy of the model perhaps, holds itself in cycles
-    method = methods[name](protocol, seed, watcher)
+    method = methods[name](protocol, seed, callback)
     try:
         learned = method.learn()
         answering, at_once = learned.answers.model, learned.answers.at_once(protocol.test)
@@ -415,7 +421,7 @@ def _short(name: str) -> str:
     return name if name.startswith("hub:") else Path(name).name
 
 
-def _result(name: str, seed: int, protocol: Protocol, learned: Learned, side: Side, costs: Costs) -> Result:
+def _result(name: str, seed: int, protocol: Protocol, learned: FitResult, side: ScoredRows, costs: Costs) -> Result:
     parts = {"train": protocol.train, "validation": protocol.validation, "test": protocol.test}
     source = protocol.model.source
     return Result(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from softprompt.data.encoder import Example
 
 
-def draw(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Return the rows of a step (counted from 0): every row once before any row again, in a new order each time.
 
     It depends on nothing but its arguments, so that a resumed run needs no saved random state.
@@ -20,7 +20,7 @@ def draw(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
     return [int(_order(rows, seed, place // rows)[place % rows]) for place in range(first, last)]
 
 
-def taken(rows: int, batch_size: int, steps: int, seed: int) -> NDArray[np.int64]:
+def indices_seen(rows: int, batch_size: int, steps: int, seed: int) -> NDArray[np.int64]:
     """Return the rows that so many steps take, in ascending order."""
     total = batch_size * steps
     return np.arange(rows) if total >= rows else np.sort(_order(rows, seed, 0)[:total])
@@ -31,27 +31,29 @@ def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def deal(examples: Sequence[Example], hands: int) -> list[list[int]]:
+def shard_by_length(examples: Sequence[Example], ranks: int) -> list[list[int]]:
     """Deal a batch, the longest first and to and fro, so that all hands get about as many tokens.
 
     Returns:
         For each hand, rising indices into `examples`.
     """
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
-    dealt: list[list[int]] = [[] for _ in range(hands)]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
     for place, index in enumerate(order):
-        turn, seat = divmod(place, hands)
-        dealt[seat if turn % 2 == 0 else hands - 1 - seat].append(index)
-    return [sorted(hand) for hand in dealt]
+        turn, seat = divmod(place, ranks)
+        dealt[seat if turn % 2 == 0 else ranks - 1 - seat].append(index)
+    return [sorted(rank) for rank in dealt]
 
 
-def micro_batches(examples: Sequence[Example], budget: int, held: int = 0, padded: bool = False) -> list[list[int]]:
+def micro_batches(
+    examples: Sequence[Example], budget: int, shared_text_len: int = 0, padded: bool = False
+) -> list[list[int]]:
     """Cut a batch, ordered by length, into runs of at most `budget` tokens each.
 
     Args:
         examples: the batch.
         budget: text tokens that are run at once; a single longer example is run alone.
-        held: tokens of each example that the prefix already holds.
+        shared_text_len: tokens of each example that the prefix already holds.
         padded: every text counts as long as the run's longest.
 
     Returns:
@@ -61,7 +63,7 @@ def micro_batches(examples: Sequence[Example], budget: int, held: int = 0, padde
     cut: list[list[int]] = []
     total = 0
     for index in order:
-        length = len(examples[index].ids) - held  # lengths only rise
+        length = len(examples[index].ids) - shared_text_len  # lengths only rise
         total = (len(cut[-1]) + 1) * length if cut and padded else total + length
         if not cut or total > budget:
             cut.append([])

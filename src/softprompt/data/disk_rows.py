@@ -35,49 +35,49 @@ def kept(rows: Iterable[dict[str, str]]) -> Sequence[dict[str, str]]:
         held.append(row)
         size += _EACH + sum(map(len, row.values()))
         if size > _MOST_HELD:
-            return SpooledRows.of(chain(held, rest))
+            return DiskRows.of(chain(held, rest))
     return tuple(held)
 
 
-class SpooledRows(Sequence[dict[str, str]]):
+class DiskRows(Sequence[dict[str, str]]):
     """Rows in a temporary file, or some of them in some order; they are read when they are asked for.
 
     Rows that came out of a slice or a pick share the file. It may be read from several threads at once.
     """
 
-    def __init__(self, spool: _Spool, index: Index) -> None:
-        self._spool, self._index = spool, index
+    def __init__(self, row_file: _RowFile, index: Index) -> None:
+        self._row_file, self._index = row_file, index
 
     @classmethod
-    def of(cls, rows: Iterable[dict[str, str]]) -> SpooledRows:
+    def of(cls, rows: Iterable[dict[str, str]]) -> DiskRows:
         """Write rows to a temporary file."""
-        spool = _Spool()
+        row_file = _RowFile()
         for row in rows:
-            spool.append(row)
-        spool.flush()
-        return cls(spool, range(len(spool.offsets) - 1))
+            row_file.append(row)
+        row_file.flush()
+        return cls(row_file, range(len(row_file.offsets) - 1))
 
     @overload
     def __getitem__(self, index: int) -> dict[str, str]: ...
     @overload
-    def __getitem__(self, index: slice) -> SpooledRows: ...
-    def __getitem__(self, index: int | slice) -> dict[str, str] | SpooledRows:
+    def __getitem__(self, index: slice) -> DiskRows: ...
+    def __getitem__(self, index: int | slice) -> dict[str, str] | DiskRows:
         if isinstance(index, slice):
-            return SpooledRows(self._spool, self._index[index])
-        return self._spool.read(int(self._index[index]))
+            return DiskRows(self._row_file, self._index[index])
+        return self._row_file.read(int(self._index[index]))
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        return map(self._spool.read, self._index)
+        return map(self._row_file.read, self._index)
 
-    def pick(self, indices: Iterable[int]) -> SpooledRows:
+    def pick(self, indices: Iterable[int]) -> DiskRows:
         """Return the rows at some indices, in that order."""
-        return SpooledRows(self._spool, np.asarray(self._index)[np.fromiter(indices, np.int64)])
+        return DiskRows(self._row_file, np.asarray(self._index)[np.fromiter(indices, np.int64)])
 
 
-class _Spool:
+class _RowFile:
     """A temporary file without a name, gone with its last reader: a line of JSON a row.
 
     Attributes:

@@ -20,12 +20,13 @@ from softprompt.errors import DataError, ModelError, SettingsError, nearest
 class Example(NamedTuple):
     """Token ids, of which those from `start` on are the target.
 
-    Where `among` is not empty, it holds for each target token those that some label goes on with there, itself too.
+    `candidate_ids` holds, for each target token, the tokens that can continue some label there, itself too; empty
+    where the loss is over all tokens alone.
     """
 
     ids: tuple[int, ...]
     start: int
-    among: tuple[tuple[int, ...], ...] = ()
+    candidate_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def targets(self) -> int:
@@ -35,7 +36,7 @@ class Example(NamedTuple):
     @property
     def predicted(self) -> Example:
         """Itself without a target that nothing predicts: a text's very first token, where no prompt stands before."""
-        return self if self.start else self._replace(start=1, among=self.among[1:])
+        return self if self.start else self._replace(start=1, candidate_ids=self.candidate_ids[1:])
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Choices:
     """The ways that a row of a classification task can go on.
 
     Attributes:
-        stem: ids that all labels share, the input among them.
+        input_ids: ids that all labels share, the input among them.
         tails: per label (in the order of the verbalizers), the ids that follow the stem.
     """
 
-    stem: tuple[int, ...]
+    input_ids: tuple[int, ...]
     tails: tuple[tuple[int, ...], ...]
 
 
@@ -84,8 +85,8 @@ class Encoder:
         if self.format.chat_template:
             self._require_chat()
         self._demonstrated = self._special.written(self.format.demonstrated_pieces)
-        self.leading = () if self.format.chat_template else leading_tokens(self.tokenizer)
-        self._among: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
+        self.bos_ids = () if self.format.chat_template else bos_token_ids(self.tokenizer)
+        self._candidate_ids: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.ends = self.format.task == "completion" or self._one_begins_another()
         if self.ends and not self.format.end and self.tokenizer.eos_token_id is None:
             raise ModelError(
@@ -140,13 +141,13 @@ class Encoder:
         target = self.format.target(row)
         return self._fitted(row, lambda text: self._joined(text, [target]), where)[0]
 
-    def among_labels(self, row: Row, example: Example) -> Example:
+    def with_candidates(self, row: Row, example: Example) -> Example:
         """Return a row's example along with what labels go on with, which is the same behind all inputs.
 
         But for a token that straddles the border: of a target that is not known, no token is told from others.
         """
         target = example.ids[example.start :]
-        if target not in self._among:
+        if target not in self._candidate_ids:
             variants = self._joined(self._input(row, "a row"), self.format.verbalizers.values())
             _, tails = _parted(variants)
             begun = defaultdict(set)
@@ -156,9 +157,9 @@ class Encoder:
             goes_on = {beginning: tuple(sorted(tokens)) for beginning, tokens in begun.items()}
             for variant, tail in zip(variants, tails, strict=True):
                 places = range(len(tail) - variant.targets, len(tail))
-                self._among[variant.ids[variant.start :]] = tuple(goes_on[tail[:place]] for place in places)
-            self._among.setdefault(target, tuple((token,) for token in target))
-        return example._replace(among=self._among[target])
+                self._candidate_ids[variant.ids[variant.start :]] = tuple(goes_on[tail[:place]] for place in places)
+            self._candidate_ids.setdefault(target, tuple((token,) for token in target))
+        return example._replace(candidate_ids=self._candidate_ids[target])
 
     def choices(self, rows: Rows) -> list[Choices]:
         """Return, for each row, its input and the tokens of every label behind it."""
@@ -166,18 +167,18 @@ class Encoder:
         self._check_labels(rows)
         made = []
         for i, row in enumerate(rows):
-            stem, tails = _parted(self._variants(row, rows.where(i)))
-            if not stem:
+            input_ids, tails = _parted(self._variants(row, rows.where(i)))
+            if not input_ids:
                 raise DataError(f"{rows.where(i)}: the template leaves no text before the label")
             self._require_different(tails)
-            made.append(Choices(stem, tails))
+            made.append(Choices(input_ids, tails))
         return made
 
     def inputs(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
         """Return the ids of each row's input alone, as they stand before a target."""
 
         def alone(text: Written) -> list[Example]:
-            ids = (*self.leading, *self._encode([text])[0].ids)
+            ids = (*self.bos_ids, *self._encode([text])[0].ids)
             return [Example(ids, len(ids))]
 
         return [self._fitted(row, alone, f"text {n}")[0].ids for n, row in enumerate(rows, start=1)]
@@ -206,11 +207,11 @@ class Encoder:
 
     def _text(self, row: Row, where: str) -> Example:
         (encoded,) = self._encode([self._input(row, where)])
-        ids, start = (*self.leading, *encoded.ids), len(self.leading)
+        ids, start = (*self.bos_ids, *encoded.ids), len(self.bos_ids)
         behind = start + encoded.inside(self._demonstrated)
         if self.format.demonstrations:
             # Without them, nothing predicts a text's first token if no other leads; with them, the same tokens count.
-            start = behind if self.leading else behind + 1
+            start = behind if self.bos_ids else behind + 1
             if start >= self.max_length:
                 raise DataError(
                     f"{where}: the demonstrations alone have {start} tokens, but max_length is {self.max_length}; "
@@ -254,8 +255,8 @@ class Encoder:
         end = self.format.end if self.ends else ""
         ending = [self.tokenizer.eos_token_id] if self.ends and not end else []
         encoded = self._encode([text + (self.format.joined(text.text, target) + end) for target in targets])
-        first = len(self.leading)
-        return [Example((*self.leading, *each.ids, *ending), first + each.inside(text)) for each in encoded]
+        first = len(self.bos_ids)
+        return [Example((*self.bos_ids, *each.ids, *ending), first + each.inside(text)) for each in encoded]
 
     def _embedded(self, example: Example, where: str) -> Example:
         """Return an example, after making sure that the model has an embedding of each of its tokens."""
@@ -265,8 +266,8 @@ class Encoder:
 
 def _parted(variants: Sequence[Example]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Return what comes before all targets of one input, and what follows that in each variant."""
-    stem = common_start([variant.ids[: variant.start] for variant in variants])
-    return stem, tuple(variant.ids[len(stem) :] for variant in variants)
+    input_ids = common_start([variant.ids[: variant.start] for variant in variants])
+    return input_ids, tuple(variant.ids[len(input_ids) :] for variant in variants)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -298,7 +299,7 @@ def require_embeddings(
     )
 
 
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def bos_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return what the tokenizer puts before every text: a BOS token mostly, or nothing."""
     plain = token_ids(tokenizer, "a")
     special: list[int] = tokenizer("a")["input_ids"]

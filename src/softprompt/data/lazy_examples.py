@@ -20,14 +20,14 @@ class LazyExamples(Sequence[Example]):
         rows: the rows.
         learn_all: whether all tokens are targets, up to those that come before every text.
         first: the first token that can be one: 1 where nothing predicts a text's very first token.
-        among: whether targets are also to be told from other labels.
+        candidate_ids: whether targets are also to be told from other labels.
     """
 
     encoder: Encoder
     rows: Rows
     learn_all: bool
     first: int = 0
-    among: bool = False
+    candidate_ids: bool = False
 
     def __post_init__(self) -> None:
         self.rows.require_inputs(self.encoder.format.columns)
@@ -41,25 +41,25 @@ class LazyExamples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.rows[index]
         example = self.encoder.example(row, self.rows.where(index))
-        start = len(self.encoder.leading) if self.learn_all else example.start
+        start = len(self.encoder.bos_ids) if self.learn_all else example.start
         start = max(start, self.first)
         if start == len(example.ids):
             raise DataError(f"{self.rows.where(index)}: one token alone, and nothing before it to learn it from")
         example = example._replace(start=start)
-        return self.encoder.among_labels(row, example) if self.among else example
+        return self.encoder.with_candidates(row, example) if self.candidate_ids else example
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 @dataclass(frozen=True)
-class Extent:
+class LengthStats:
     """How much there is to run, over some examples.
 
     Attributes:
         rows, tokens, targets: how many there are.
         shortest, longest: tokens of the shortest and of the longest example.
-        text: the ids that all begin with, up to their first targets: they can belong to the prefix.
+        shared_text_ids: the ids that all begin with, up to their first targets: they can belong to the prefix.
     """
 
     rows: int
@@ -67,17 +67,17 @@ class Extent:
     targets: int
     shortest: int
     longest: int
-    text: tuple[int, ...]
+    shared_text_ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> Extent:
+    def of(cls, examples: Iterable[Example]) -> LengthStats:
         """Go through examples, one or more, and keep none of them."""
         rows = tokens = targets = shortest = longest = 0
-        text: tuple[int, ...] | None = None
+        shared: tuple[int, ...] | None = None
         for example in examples:
             before = example.ids[: example.start]
-            text = before if text is None else common_start((text, before))
+            shared = before if shared is None else common_start((shared, before))
             rows, tokens, targets = rows + 1, tokens + len(example.ids), targets + example.targets
             shortest = min(shortest or len(example.ids), len(example.ids))
             longest = max(longest, len(example.ids))
-        return cls(rows, tokens, targets, shortest, longest, text or ())
+        return cls(rows, tokens, targets, shortest, longest, shared or ())

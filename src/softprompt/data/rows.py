@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.data.columns import INPUT_COLUMN, TARGET_COLUMN, Layout, Task, find_layout
-from softprompt.data.disk_rows import SpooledRows, kept
+from softprompt.data.disk_rows import DiskRows, kept
 from softprompt.data.labels import clean_label, is_blank, warn_of_labels
 from softprompt.data.readers import Record, read_records
 from softprompt.data.values import NoScalarError, loose_text, require_characters, scalar_text, spelled
@@ -75,7 +75,7 @@ class Rows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
-    def question(self, row: Row) -> str:
+    def normalized_input(self, row: Row) -> str:
         """What a row asks, in lower case and with single spaces: rows that share one are the same question."""
         columns = self.inputs or (INPUT_COLUMN[self.task],)
         return " ".join(" ".join(row[column] for column in columns).lower().split())
@@ -83,7 +83,7 @@ class Rows(Sequence[Row]):
     def pick(self, indices: Iterable[int]) -> Rows:
         """Return the rows at some indices, in that order."""
         places = np.fromiter(indices, np.int64)
-        picked = self.rows.pick(places) if isinstance(self.rows, SpooledRows) else tuple(self.rows[i] for i in places)
+        picked = self.rows.pick(places) if isinstance(self.rows, DiskRows) else tuple(self.rows[i] for i in places)
         return replace(self, rows=picked, numbers=places + 1 if self.numbers is None else self.numbers[places])
 
     def where(self, index: int) -> str:

@@ -73,11 +73,11 @@ def labels_in_turn(rows: Sequence[Row], order: Sequence[int]) -> list[int]:
     return sorted(order, key=turn.__getitem__)
 
 
-def seen_before(train: Rows, validation: Rows) -> int:
+def count_duplicates(train: Rows, validation: Rows) -> int:
     """Return how many validation rows ask what a training row asks too: on those a prompt looks better than it is."""
-    asked = {validation.question(row) for row in validation}
-    known = {question for row in train if (question := train.question(row)) in asked}
-    return sum(validation.question(row) in known for row in validation)
+    asked = {validation.normalized_input(row) for row in validation}
+    known = {normalized_input for row in train if (normalized_input := train.normalized_input(row)) in asked}
+    return sum(validation.normalized_input(row) in known for row in validation)
 
 
 def _keys(data: Rows) -> NDArray[np.void]:
@@ -86,10 +86,10 @@ def _keys(data: Rows) -> NDArray[np.void]:
 
     def each() -> Iterator[tuple[int, int]]:
         for row in data:
-            question = data.question(row).encode()
+            normalized_input = data.normalized_input(row).encode()
             label = row["label"] if data.task == "classification" else ""
             # 64 bits: among a million questions, two are taken for one with a probability of 3e-8.
-            digest = hashlib.blake2b(question, digest_size=8).digest()
+            digest = hashlib.blake2b(normalized_input, digest_size=8).digest()
             yield int.from_bytes(digest, "little"), numbers.setdefault(label, len(numbers))
 
     return np.fromiter(each(), [("question", np.uint64), ("label", np.int64)], len(data))

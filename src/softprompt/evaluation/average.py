@@ -31,17 +31,17 @@ def scored(
         prompts: `[P, H]` or `[L, 2, K, P, D]` each, or None for the untouched model.
         biases: for each prompt, the nats that are added to labels' log-likelihoods; none where it is empty.
     """
-    return combined(scorer.score_all(model, prompts), biases)
+    return combine_scores(scorer.score_all(model, prompts), biases)
 
 
-def combined(members: Sequence[_Scored], biases: Sequence[Mapping[str, float]] = ()) -> _Scored:
+def combine_scores(members: Sequence[_Scored], biases: Sequence[Mapping[str, float]] = ()) -> _Scored:
     """Return the scores of one prompt, or of an ensemble of several, with the nats that `biases` add to labels."""
     if biases:
         members = [shifted(scores, bias) for scores, bias in zip(members, biases, strict=True)]
-    return averaged(members) if len(members) > 1 else members[0]
+    return average_scores(members) if len(members) > 1 else members[0]
 
 
-def averaged(members: Sequence[_Scored]) -> _Scored:
+def average_scores(members: Sequence[_Scored]) -> _Scored:
     """Return the scores of an ensemble whose members' probabilities are averaged.
 
     A label's probability, its share among the labels, is the mean of the members'; `log_likelihoods` are its logarithm.

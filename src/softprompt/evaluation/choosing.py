@@ -13,7 +13,7 @@ from softprompt.data.rows import Row, Rows
 from softprompt.evaluation.average import scored
 from softprompt.evaluation.scores import LabelScorer, LabelScores
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import Footprint, measure, micro_batch_tokens
+from softprompt.model.memory import MemoryEstimate, measure, micro_batch_tokens
 from softprompt.prompt.ensemble import Prompt, require_all_fit
 
 
@@ -23,11 +23,11 @@ class ReadyPrompt:
 
     Attributes:
         encoder: rows to token ids.
-        footprint: what scoring takes in memory.
+        memory_estimate: what scoring takes in memory.
     """
 
     encoder: Encoder
-    footprint: Footprint
+    memory_estimate: MemoryEstimate
 
 
 _READY: WeakKeyDictionary[FrozenModel, WeakKeyDictionary[Prompt, ReadyPrompt]] = WeakKeyDictionary()
@@ -39,16 +39,16 @@ def ready(model: FrozenModel, prompt: Prompt) -> ReadyPrompt:
     Raises:
         PromptError: the prompt was trained on another model.
     """
-    with model.way.lock:
+    with model.backend.lock:
         of_model = _READY.setdefault(model, WeakKeyDictionary())
         if prompt not in of_model:
             require_all_fit(prompt, model)
             virtual, longest = prompt.num_virtual_tokens, prompt.record.max_length
             # As `evaluate` has it: a row and its label fit behind the virtual tokens.
             most = min(longest, (model.context_length or longest + virtual) - virtual)
-            footprint = replace(measure(model, virtual), prefixes=len(prompt.members))
+            memory_estimate = replace(measure(model, virtual), prefixes=len(prompt.members))
             of_model[prompt] = ReadyPrompt(
-                Encoder(model.tokenizer, prompt.format, most, model.vocabulary_size), footprint
+                Encoder(model.tokenizer, prompt.format, most, model.vocabulary_size), memory_estimate
             )
         return of_model[prompt]
 
@@ -70,7 +70,7 @@ def choose(model: FrozenModel, prompt: Prompt, rows: Sequence[Row], *, virtual_t
     encoder = copy(made.encoder)  # each request counts for itself what it cuts
     some = next(iter(encoder.format.verbalizers))  # every row has one; it is not read
     asked = Rows([{**row, "label": some} for row in rows], "classification", "texts")
-    at_once = micro_batch_tokens(model.device, made.footprint, 1, encoder.max_length, 0.0, scoring=True)
+    at_once = micro_batch_tokens(model.device, made.memory_estimate, 1, encoder.max_length, 0.0, scoring=True)
     scorer = LabelScorer(encoder, asked, at_once)
     if encoder.truncated:
         warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {encoder.max_length} tokens", stacklevel=3)

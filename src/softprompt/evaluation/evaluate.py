@@ -19,7 +19,7 @@ from softprompt.data.labels import clean_label
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.templates import default_template, make_format, require_unseen_answer
 from softprompt.errors import DataError, nearest
-from softprompt.evaluation.average import combined
+from softprompt.evaluation.average import combine_scores
 from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.intervals import Metric
@@ -121,8 +121,10 @@ def evaluate(
         plain = LabelScorer(copy(encoder), bias_rows[1], at_once).score(model, None)
         assert isinstance(plain, LabelScores)
         _, base_bias = fit_label_bias(plain, bias_rows[0])
-    base = Side(model, encoder, scorer, biases=(base_bias,))
-    side = base if prompt is None else Side(model, encoder, scorer, prompt.members, prompt.biases if biased else ())
+    base = ScoredRows(model, encoder, scorer, biases=(base_bias,))
+    side = (
+        base if prompt is None else ScoredRows(model, encoder, scorer, prompt.members, prompt.biases if biased else ())
+    )
     return Evaluation(
         task=data.task,
         rows=len(data),
@@ -162,7 +164,7 @@ def _warn_of_known_rows(prompt: Prompt, data: Rows) -> None:
             return
 
 
-class Side:
+class ScoredRows:
     """Rows answered: scored, and for completions also written.
 
     Args:
@@ -186,8 +188,8 @@ class Side:
         biases: Sequence[Mapping[str, float]] = (),
     ) -> None:
         each = scorer.score_all(model, prompts)
-        self.plain = combined(each)
-        self.scores = combined(each, biases) if any(biases) else self.plain
+        self.plain = combine_scores(each)
+        self.scores = combine_scores(each, biases) if any(biases) else self.plain
         completion = encoder.format.task == "completion"
         self.completions = complete(model, prompts, encoder, scorer.rows) if completion else None
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from softprompt.data.added_columns import with_columns
-from softprompt.data.batching import deal, micro_batches
+from softprompt.data.batching import micro_batches, shard_by_length
 from softprompt.data.encoder import Choices, Encoder, Example, shared_text
 from softprompt.data.rows import Rows
 from softprompt.distributed.collective import ALONE, Processes
@@ -239,16 +239,16 @@ class Scorer(ABC):
         """Return the scores that follow from what was found for all rows with one prompt."""
 
     def _parts(
-        self, examples: Sequence[Example], prompts: int, held: int, padded: bool
+        self, examples: Sequence[Example], prompts: int, shared_text_len: int, padded: bool
     ) -> list[tuple[list[int], list[int]]]:
         """Cut this process's share of the rows, each behind every prompt, into micro-batches.
 
         Returns:
             For each micro-batch, which prompts and which examples behind them.
         """
-        dealt = deal(examples, self.processes.count)[self.processes.rank]
+        dealt = shard_by_length(examples, self.processes.count)[self.processes.rank]
         mine = [(k, i) for i in dealt for k in range(prompts)]
-        cut = micro_batches([examples[i] for _, i in mine], self.at_once, held, padded)
+        cut = micro_batches([examples[i] for _, i in mine], self.at_once, shared_text_len, padded)
         return [([mine[place][0] for place in part], [mine[place][1] for place in part]) for part in cut]
 
 
@@ -272,7 +272,7 @@ class TextScorer(Scorer):
         text = shared_text(scored)
         prefixes = [model.prefix(prompt, text) for prompt in prompts]
         losses = np.zeros((len(prompts), *self.shape))
-        for which, part in self._parts(scored, len(prompts), len(text), model.way.pads):
+        for which, part in self._parts(scored, len(prompts), len(text), model.backend.pads):
             examples = [scored[i] for i in part]
             each = model.loss([prefixes[k] for k in which], examples).cpu().double()
             for k, i, values in zip(which, part, each.split([e.targets for e in examples]), strict=True):
@@ -295,10 +295,10 @@ class LabelScorer(Scorer):
         self.shape = (len(self.choices), len(self.labels))
 
     def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
-        prefixes = model.shared_prefixes(prompts, [choice.stem for choice in self.choices])
+        prefixes = model.shared_prefixes(prompts, [choice.input_ids for choice in self.choices])
         likelihoods = np.zeros((len(prompts), *self.shape))
         examples = [Example(tree.ids, 0) for tree in self.trees]
-        for which, part in self._parts(examples, len(prompts), len(prefixes[0].text), model.way.pads):
+        for which, part in self._parts(examples, len(prompts), len(prefixes[0].text), model.backend.pads):
             found = _likelihoods(model, [prefixes[k] for k in which], [self.trees[i] for i in part])
             likelihoods[which, part] = found
         return likelihoods
@@ -323,10 +323,10 @@ class _Tree:
     """
 
     def __init__(self, choices: Choices) -> None:
-        self.labels, stem = _label_tree(choices.tails), len(choices.stem)
-        self.ids = (*choices.stem, *self.labels.ids)
-        self.parents = [*range(-1, stem - 1), *(stem + parent for parent in self.labels.parents)]
-        self.ends = [stem - 1, *range(stem, len(self.ids))]
+        self.labels, input_ids = _label_tree(choices.tails), len(choices.input_ids)
+        self.ids = (*choices.input_ids, *self.labels.ids)
+        self.parents = [*range(-1, input_ids - 1), *(input_ids + parent for parent in self.labels.parents)]
+        self.ends = [input_ids - 1, *range(input_ids, len(self.ids))]
 
 
 @dataclass(frozen=True)
@@ -377,15 +377,19 @@ def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence
         prefixes: one for each row; all hold the same text.
         trees: the rows.
     """
-    held = len(prefixes[0].text)
-    texts = [torch.tensor(tree.ids[held:]) for tree in trees]
-    wanted = [torch.tensor(tree.ends) - held for tree in trees]
-    parents = [torch.tensor(tree.parents[held:]) - held for tree in trees] if any(len(w) > 1 for w in wanted) else None
-    hidden = model.way.text_pass(prefixes, texts, wanted, parents).hidden
+    shared_text_len = len(prefixes[0].text)
+    texts = [torch.tensor(tree.ids[shared_text_len:]) for tree in trees]
+    wanted = [torch.tensor(tree.ends) - shared_text_len for tree in trees]
+    parents = (
+        [torch.tensor(tree.parents[shared_text_len:]) - shared_text_len for tree in trees]
+        if any(len(w) > 1 for w in wanted)
+        else None
+    )
+    hidden = model.backend.text_pass(prefixes, texts, wanted, parents).hidden
     before = np.cumsum([0, *(len(tree.ends) for tree in trees)])
     at = torch.cat([torch.tensor(tree.labels.at) + int(b) for tree, b in zip(trees, before, strict=False)])
     tokens = torch.tensor([token for tree in trees for token in tree.labels.tokens])
-    each = model.way.head.log_probabilities(hidden, at, tokens).double()
+    each = model.backend.lm_head.log_probabilities(hidden, at, tokens).double()
     found = []
     for tree, own in zip(trees, each.split([len(tree.labels.tokens) for tree in trees]), strict=True):
         likely = own.tolist()
@@ -396,8 +400,8 @@ def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence
 def tokens_at_once(model: FrozenModel, rows: Rows, virtual: int, longest: int, prompts: int = 1) -> int:
     """Predict how many text tokens of rows can be scored at once, behind so many virtual tokens of each prompt."""
     share = 0.0 if rows.task == "classification" else 1.0
-    footprint = replace(measure(model, virtual), prefixes=prompts)
-    return micro_batch_tokens(model.device, footprint, 1, longest, share, scoring=True)
+    memory_estimate = replace(measure(model, virtual), prefixes=prompts)
+    return micro_batch_tokens(model.device, memory_estimate, 1, longest, share, scoring=True)
 
 
 def make_scorer(encoder: Encoder, rows: Rows, at_once: int = _AT_ONCE) -> Scorer:

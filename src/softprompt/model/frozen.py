@@ -14,17 +14,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.data.encoder import Example, common_start
-from softprompt.model.backends.base import Way, input_device
+from softprompt.model.backends.base import Backend, input_device
 from softprompt.model.backends.decode import ContinuedRows, OwnPrefixes, SharedCache
-from softprompt.model.backends.prefix_batch import one_each
-from softprompt.model.prefix import Prefix, is_deep
+from softprompt.model.backends.prefix_batch import broadcast_prefix
+from softprompt.model.prefix import Prefix, is_prefix
 
-_KEPT = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
+_MAX_CACHED = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
 _WORTH_A_PASS = 64  # tokens: running a few alone takes as long as running so many more along with others
 
 
 @dataclass(frozen=True)
-class _KeptPrefix:
+class _CachedPrefix:
     """A prompt's prefix, and the very tensor, in the very state, that it was made from."""
 
     prompt: ReferenceType[Tensor]
@@ -43,7 +43,7 @@ class FrozenModel:
         tokenizer: its tokenizer.
         source: what it was loaded from: a hub id, a path or a bundled name.
         revision: the hub revision, None for local models.
-        way: how text is run against a prefix.
+        backend: how text is run against a prefix.
         shares_cache: whether rows of unlike lengths can be continued in one cache of the model's own.
     """
 
@@ -51,17 +51,17 @@ class FrozenModel:
         self,
         hf_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        way: Way,
+        backend: Backend,
         source: str,
         revision: str | None = None,
         shares_cache: bool = True,
     ) -> None:
         self.hf_model = hf_model
         self.tokenizer = tokenizer
-        self.way = way
+        self.backend = backend
         self.source = source
         self.revision = revision
-        self._kept: OrderedDict[int, _KeptPrefix] = OrderedDict()
+        self._cached: OrderedDict[int, _CachedPrefix] = OrderedDict()
         self.shares_cache = shares_cache
 
     @property
@@ -123,16 +123,16 @@ class FrozenModel:
         Returns:
             The prefix; differentiable with respect to `prompt`. Empty where both are.
         """
-        if prompt is not None and is_deep(prompt):
+        if prompt is not None and is_prefix(prompt):
             prefix = Prefix.of(prompt.to(self.device))
             if not len(text):
                 return prefix
             ids, nothing = torch.tensor(list(text)), torch.tensor([], dtype=torch.long)
-            return self.way.text_pass(prefix, [ids], [nothing], extend=True).extended[0]
+            return self.backend.text_pass(prefix, [ids], [nothing], extend=True).extended[0]
         embeddings = self._embedded(prompt, text)
         if not embeddings.shape[1]:
             return Prefix()
-        prefix = self.way.prompt_pass(embeddings)
+        prefix = self.backend.prompt_pass(embeddings)
         return Prefix(prefix.keys, prefix.values, prefix.last, prefix.length, tuple(text))
 
     def _embedded(self, prompt: Tensor | None, text: Sequence[int]) -> Tensor:
@@ -143,7 +143,7 @@ class FrozenModel:
         return torch.cat(parts).unsqueeze(0)
 
     @torch.no_grad()
-    def kept_prefix(self, prompt: Tensor | None) -> Prefix:
+    def cached_prefix(self, prompt: Tensor | None) -> Prefix:
         """Return the prefix of a prompt without gradients; those of the last few prompts are kept.
 
         A prompt is known again as the same tensor that was not changed in place: hashing a deep prefix takes longer
@@ -151,13 +151,13 @@ class FrozenModel:
         """
         if prompt is None:
             return Prefix()
-        with self.way.lock:
-            found = self._kept.get(id(prompt))
+        with self.backend.lock:
+            found = self._cached.get(id(prompt))
             if found is None or not found.is_of(prompt):
-                found = self._kept[id(prompt)] = _KeptPrefix(ref(prompt), _version(prompt), self.prefix(prompt))
-            self._kept.move_to_end(id(prompt))
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+                found = self._cached[id(prompt)] = _CachedPrefix(ref(prompt), _version(prompt), self.prefix(prompt))
+            self._cached.move_to_end(id(prompt))
+            if len(self._cached) > _MAX_CACHED:
+                self._cached.popitem(last=False)
             return found.prefix
 
     @torch.no_grad()
@@ -166,39 +166,44 @@ class FrozenModel:
 
         It is extended only where that is worth a pass, and leaves at least the last token of every text.
         """
-        prefixes = [self.kept_prefix(prompt) for prompt in prompts]
+        prefixes = [self.cached_prefix(prompt) for prompt in prompts]
         shortest = min((len(ids) for ids in texts), default=0)
-        common = common_start(texts)[: max(shortest - 1, 0)]
-        if (len(texts) - 1) * len(common) < _WORTH_A_PASS:
+        shared_text_ids = common_start(texts)[: max(shortest - 1, 0)]
+        if (len(texts) - 1) * len(shared_text_ids) < _WORTH_A_PASS:
             return prefixes
-        shared, nothing = [torch.tensor(common)] * len(prefixes), [torch.tensor([], dtype=torch.long)] * len(prefixes)
-        return self.way.text_pass(prefixes, shared, nothing, extend=True).extended
+        shared, nothing = (
+            [torch.tensor(shared_text_ids)] * len(prefixes),
+            [torch.tensor([], dtype=torch.long)] * len(prefixes),
+        )
+        return self.backend.text_pass(prefixes, shared, nothing, extend=True).extended
 
-    def loss(self, prefix: Prefix | Sequence[Prefix], examples: Sequence[Example], recompute: bool = False) -> Tensor:
+    def loss(
+        self, prefix: Prefix | Sequence[Prefix], examples: Sequence[Example], activation_checkpointing: bool = False
+    ) -> Tensor:
         """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
 
         Args:
             prefix: of all examples, or one for each; its `text` must be how an example begins, up to its first target
                 at most.
             examples: they are run at once: a micro-batch.
-            recompute: run each layer again in the backward pass, in less memory.
+            activation_checkpointing: run each layer again in the backward pass, in less memory.
         """
-        texts, wanted, targets = _asked(examples, [len(each.text) for each in one_each(prefix, len(examples))])
-        hidden = self.way.text_pass(prefix, texts, wanted, recompute=recompute).hidden
-        return self.way.head.losses(hidden, targets, _among(examples))
+        texts, wanted, targets = _asked(examples, [len(each.text) for each in broadcast_prefix(prefix, len(examples))])
+        hidden = self.backend.text_pass(prefix, texts, wanted, activation_checkpointing=activation_checkpointing).hidden
+        return self.backend.lm_head.losses(hidden, targets, _candidate_ids(examples))
 
-    def joint_loss(
-        self, prompt: Tensor, text: Sequence[int], examples: Sequence[Example], recompute: bool = False
+    def fused_loss(
+        self, prompt: Tensor, text: Sequence[int], examples: Sequence[Example], activation_checkpointing: bool = False
     ) -> Tensor:
-        """Return what `loss` gives behind `prefix(prompt, text)`, both in one pass; only where the way `joins`.
+        """Return what `loss` gives behind `prefix(prompt, text)`, both in one pass; only where the way `can_fuse`.
 
         Args:
             prompt: a soft prompt `[P, H]`; the loss is differentiable with respect to it.
-            text, examples, recompute: as there.
+            text, examples, activation_checkpointing: as there.
         """
         texts, wanted, targets = _asked(examples, [len(text)] * len(examples))
-        hidden = self.way.joint_pass(self._embedded(prompt, text), texts, wanted, recompute)
-        return self.way.head.losses(hidden, targets, _among(examples))
+        hidden = self.backend.fused_pass(self._embedded(prompt, text), texts, wanted, activation_checkpointing)
+        return self.backend.lm_head.losses(hidden, targets, _candidate_ids(examples))
 
     @torch.no_grad()
     def read(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
@@ -208,14 +213,14 @@ class FrozenModel:
             The logits after each text's last token, `[texts, V]`, and per text the prefix that ends with it.
         """
         ids = [torch.tensor(list(text)) for text in texts]
-        done = self.way.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
-        return self.way.head.logits(done.hidden), done.extended
+        done = self.backend.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
+        return self.backend.lm_head.logits(done.hidden), done.extended
 
     def continued(self, prefixes: Sequence[Prefix]) -> ContinuedRows:
         """Return rows that are continued a token at a time, each from the end of a prefix."""
         if self.shares_cache:
-            return SharedCache(self.hf_model, self.way, prefixes)
-        return OwnPrefixes(self.way, prefixes)
+            return SharedCache(self.hf_model, self.backend, prefixes)
+        return OwnPrefixes(self.backend, prefixes)
 
 
 def _version(prompt: Tensor) -> int:
@@ -223,21 +228,23 @@ def _version(prompt: Tensor) -> int:
     return 0 if prompt.is_inference() else prompt._version
 
 
-def _asked(examples: Sequence[Example], held: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _asked(examples: Sequence[Example], shared_text_len: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Return the texts of examples, the positions that predict their targets, and all targets.
 
     Args:
         examples: whole.
-        held: how many of an example's first tokens stand before its text.
+        shared_text_len: how many of an example's first tokens stand before its text.
     """
     # What a text's last token is followed by is nobody's question, so it is not run; but one token always is.
-    texts = [torch.tensor(e.ids[h : max(len(e.ids) - 1, h + 1)]) for e, h in zip(examples, held, strict=True)]
-    wanted = [torch.arange(e.start - h - 1, len(e.ids) - h - 1) for e, h in zip(examples, held, strict=True)]
+    texts = [
+        torch.tensor(e.ids[h : max(len(e.ids) - 1, h + 1)]) for e, h in zip(examples, shared_text_len, strict=True)
+    ]
+    wanted = [torch.arange(e.start - h - 1, len(e.ids) - h - 1) for e, h in zip(examples, shared_text_len, strict=True)]
     return texts, wanted, torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
 
 
-def _among(examples: Sequence[Example]) -> Tensor | None:
+def _candidate_ids(examples: Sequence[Example]) -> Tensor | None:
     """Return the tokens that each target is told from, filled up with -1; None where examples name none."""
-    if not all(example.among for example in examples):
+    if not all(example.candidate_ids for example in examples):
         return None
-    return pad_sequence([torch.tensor(tokens) for e in examples for tokens in e.among], True, -1)
+    return pad_sequence([torch.tensor(tokens) for e in examples for tokens in e.candidate_ids], True, -1)

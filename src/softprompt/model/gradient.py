@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softprompt.data.encoder import Example
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.prefix import is_deep
+from softprompt.model.prefix import is_prefix
 
 
 def prompt_gradient(
@@ -17,20 +17,20 @@ def prompt_gradient(
     prompt: Tensor,
     text: Sequence[int],
     micro_batches: Sequence[Sequence[Example]],
-    recompute: bool = False,
+    activation_checkpointing: bool = False,
 ) -> tuple[float, Tensor]:
     """Return the mean loss over all target tokens of a step, and its gradient on the prompt.
 
     The prompt's own pass gives the prefix; cut off from it, every micro-batch of text adds to the prefix's
     gradients; one backward pass from there through the prompt ends the step. A soft prompt and a single micro-batch
-    run in one pass, where the model's way `joins` them: half as many operations, each on more tokens.
+    run in one pass, where the model's way `can_fuse` them: half as many operations, each on more tokens.
 
     Args:
         model: the frozen model.
         prompt: `[P, H]`, or of a deep prefix `[L, 2, K, P, D]`; float32.
         text: ids that every example begins with; they are run once, with the prompt.
         micro_batches: how the step's examples are cut changes the result by rounding only.
-        recompute: run each layer of the texts' passes again in the backward pass, in less memory.
+        activation_checkpointing: run each layer of the texts' passes again in the backward pass, in less memory.
 
     Returns:
         The loss in nats per target token, and its gradient, of the prompt's shape.
@@ -38,8 +38,8 @@ def prompt_gradient(
     prompt = prompt.detach().requires_grad_()
     targets = sum(example.targets for part in micro_batches for example in part)
     with torch.enable_grad():
-        if len(micro_batches) == 1 and model.way.joins and not is_deep(prompt):
-            loss = model.joint_loss(prompt, text, micro_batches[0], recompute).sum()
+        if len(micro_batches) == 1 and model.backend.can_fuse and not is_prefix(prompt):
+            loss = model.fused_loss(prompt, text, micro_batches[0], activation_checkpointing).sum()
             loss.backward()
             total = float(loss.detach())
         else:
@@ -48,7 +48,7 @@ def prompt_gradient(
             total = 0.0
             for part in micro_batches:
                 # The sum: divided by the number of targets, half precision would lose the gradients of most logits.
-                loss = model.loss(leaves, part, recompute).sum()
+                loss = model.loss(leaves, part, activation_checkpointing).sum()
                 loss.backward()
                 total += float(loss.detach())
             prefix.backward(leaves)

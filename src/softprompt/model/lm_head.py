@@ -17,7 +17,7 @@ from softprompt.errors import ModelError
 LOGITS_AT_ONCE = 2**25
 
 
-class Head:
+class LMHead:
     """A model's output head, with whatever the model does to its logits afterwards (scaling, soft-capping).
 
     Both of its runs are runs of the full model: one in which the head sees nothing and its input is taken away, and
@@ -29,10 +29,10 @@ class Head:
     """
 
     def __init__(self, hf_model: PreTrainedModel, running: Callable[[], AbstractContextManager[None]]) -> None:
-        head = hf_model.get_output_embeddings()
-        if head is None:
+        lm_head = hf_model.get_output_embeddings()
+        if lm_head is None:
             raise ModelError(f"{type(hf_model).__name__} has no output head; give a causal language model")
-        self._model, self._module, self._running = hf_model, head, running
+        self._model, self._module, self._running = hf_model, lm_head, running
         self._decoder = hf_model.get_decoder()
         self._empty: Any = None  # a decoder's output without positions, of the kind that the model itself gives
 
@@ -65,14 +65,14 @@ class Head:
                 handle.remove()
         return made
 
-    def losses(self, hidden: Tensor, targets: Tensor, among: Tensor | None = None) -> Tensor:
+    def losses(self, hidden: Tensor, targets: Tensor, candidate_ids: Tensor | None = None) -> Tensor:
         """Return the loss of each target token `[R]` in nats, from the head's inputs `[R, H]` at its position.
 
         Args:
             hidden: `[R, H]`.
             targets: `[R]`.
-            among: `[R, A]`, tokens that each target is to be told from, itself one of them, filled up with -1. The
-                loss is then half that among all tokens and half that among these.
+            candidate_ids: `[R, A]`, the tokens that can continue some label there, the target among them, filled up
+                with -1. Half of the loss is then restricted to these.
 
         No more than `LOGITS_AT_ONCE` logits are held. A row's gradient is found along with its loss, while its
         logits are there, as in Liger Kernel's fused cross-entropy (Hsu et al. 2024).
@@ -80,19 +80,23 @@ class Head:
         if any(weight.requires_grad for weight in self._module.parameters()):  # its own gradients are wanted as well
             pieces, parts = list(_pieces(hidden, self._model)), []
             if len(pieces) == 1:
-                return self._plain_losses(hidden, targets, among)
+                return self._plain_losses(hidden, targets, candidate_ids)
             for begin, piece in pieces:  # whose logits are made once more for the gradients
                 own = slice(begin, begin + len(piece))
-                others = None if among is None else among[own]
+                others = None if candidate_ids is None else candidate_ids[own]
                 parts.append(checkpoint(self._plain_losses, piece, targets[own], others, use_reentrant=False))
             return torch.cat(parts)
-        made: Tensor = _Losses.apply(hidden, targets, among, self)  # type: ignore[no-untyped-call]
+        made: Tensor = _Losses.apply(hidden, targets, candidate_ids, self)  # type: ignore[no-untyped-call]
         return made
 
-    def _plain_losses(self, hidden: Tensor, targets: Tensor, among: Tensor | None) -> Tensor:
+    def _plain_losses(self, hidden: Tensor, targets: Tensor, candidate_ids: Tensor | None) -> Tensor:
         logs = self.logits(hidden).float().log_softmax(dim=-1)
         losses = -logs.gather(1, targets[:, None].to(logs.device)).squeeze(1)
-        return losses if among is None else losses + _near(logs, among.to(logs.device)).logsumexp(dim=1) / 2
+        return (
+            losses
+            if candidate_ids is None
+            else losses + _near(logs, candidate_ids.to(logs.device)).logsumexp(dim=1) / 2
+        )
 
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
@@ -120,26 +124,26 @@ class _Losses(torch.autograd.Function):
     """Cross-entropy in pieces, whose gradients are computed in the forward pass: logits are made once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, among: Tensor | None, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, candidate_ids: Tensor | None, lm_head: LMHead) -> Tensor:
         needed = ctx.needs_input_grad[0]
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        for begin, piece in _pieces(hidden, head._model):
+        for begin, piece in _pieces(hidden, lm_head._model):
             with torch.set_grad_enabled(needed):
                 inputs = piece.detach().requires_grad_(needed)
-                logits = head.logits(inputs)
+                logits = lm_head.logits(inputs)
             logs = logits.detach().float().log_softmax(dim=-1)
             wanted = targets[begin : begin + len(piece), None].to(logs.device)
             loss = -logs.gather(1, wanted).squeeze(1)
-            if among is not None:
-                others = among[begin : begin + len(piece)].to(logs.device)
+            if candidate_ids is not None:
+                others = candidate_ids[begin : begin + len(piece)].to(logs.device)
                 near = _near(logs, others)
                 # Half of -log p(target), and half of -log p(target) / p(others): in both, the first is the same.
                 loss += near.logsumexp(dim=1) / 2
             losses.append(loss)
             if needed:  # a loss's gradient on the logits: the probabilities, less one where the target is
                 share = logs.exp_()
-                if among is not None:
+                if candidate_ids is not None:
                     share.div_(2).scatter_add_(1, others.clamp(min=0), near.softmax(dim=1) / 2)
                 share.scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=logs.dtype))
                 gradients.extend(torch.autograd.grad(logits, inputs, share.to(logits.dtype)))
@@ -153,9 +157,9 @@ class _Losses(torch.autograd.Function):
         return gradients * grad[:, None].to(gradients), None, None, None
 
 
-def _near(logs: Tensor, among: Tensor) -> Tensor:
-    """Return the log-probabilities `[R, A]` of the tokens `among`; of -1, none."""
-    return logs.gather(1, among.clamp(min=0)).masked_fill(among < 0, -torch.inf)
+def _near(logs: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Return the log-probabilities `[R, A]` of the tokens `candidate_ids`; of -1, none."""
+    return logs.gather(1, candidate_ids.clamp(min=0)).masked_fill(candidate_ids < 0, -torch.inf)
 
 
 def _pieces(hidden: Tensor, hf_model: PreTrainedModel) -> Iterator[tuple[int, Tensor]]:

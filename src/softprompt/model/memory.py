@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from softprompt.distributed.launch import local_count
-from softprompt.model.backends.attention import LIKE, like_lengths
+from softprompt.model.backends.attention import MAX_LENGTH_RATIO, length_buckets
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.lm_head import LOGITS_AT_ONCE
 
@@ -36,7 +36,7 @@ _M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """What a micro-batch takes in memory, behind one prefix or several.
 
     While a layer is run, or its gradients are found, it takes about twice what it keeps.
@@ -45,7 +45,7 @@ class Footprint:
     in t·(P + t), t and 1, and n times as much of others; their factors are measured.
 
     Attributes:
-        ahead: P, the length of the prefix, the longest where there are several.
+        prefix_length: P, the length of the prefix, the longest where there are several.
         factors: bytes, in the order of the terms.
         prompt: bytes of the prompt's own pass, its prefix and the prefix's gradients: they stay until the step's end.
         layers: how many layers the model has.
@@ -53,13 +53,13 @@ class Footprint:
         logit: bytes that one logit takes while its gradient is found.
         vocabulary: V.
         pads: whether the way pads a micro-batch's texts to its longest.
-        like: how unlike in length texts may be whose attention is computed together, where it does not.
+        max_length_ratio: how unlike in length texts may be whose attention is computed together, where it does not.
         cached: bytes that a position takes in the cache of all layers, 0 where the way has none.
-        recompute: whether the layers run again in the backward pass.
+        activation_checkpointing: whether the layers run again in the backward pass.
         prefixes: how many different ones stand before a micro-batch's texts; measured is one.
     """
 
-    ahead: int
+    prefix_length: int
     factors: tuple[float, ...]
     prompt: float
     layers: int
@@ -67,9 +67,9 @@ class Footprint:
     logit: float
     vocabulary: int
     pads: bool
-    like: float = LIKE
+    max_length_ratio: float = MAX_LENGTH_RATIO
     cached: float = 0.0
-    recompute: bool = False
+    activation_checkpointing: bool = False
     prefixes: int = 1
 
     def step(self, lengths: Sequence[int], targets: float) -> float:
@@ -80,24 +80,26 @@ class Footprint:
             targets: target tokens of all of them.
         """
         stays, layer = self.prefixes * self.prompt + targets * self.width, self.kept(lengths) / self.layers
-        if self.recompute:  # a layer is there as a whole when its gradients are found; nothing is lost (`give_back`)
+        if (
+            self.activation_checkpointing
+        ):  # a layer is there as a whole when its gradients are found; nothing is lost (`trim_allocator`)
             return stays + self._inputs(lengths) + max(3 * layer, self._logits(targets))
         return _ALLOCATOR * stays + self._held(lengths) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
 
     def scoring(self, lengths: Sequence[int], targets: float) -> float:
         """Predict the bytes that some texts take where nothing is kept for a backward pass."""
         layer = 2 * self.kept(lengths) / self.layers
-        stays = self.prefixes * self.prompt + self.cached * len(lengths) * (self.ahead + max(lengths))
+        stays = self.prefixes * self.prompt + self.cached * len(lengths) * (self.prefix_length + max(lengths))
         return _ALLOCATOR * stays + max(_ALLOCATOR * layer, self._logits(targets))
 
     def kept(self, lengths: Sequence[int]) -> float:
         """Return the bytes that are kept for the backward pass."""
         sizes = self._groups(lengths)
-        return float(sum(np.dot(self.factors, _terms(count, longest, self.ahead)) for count, longest in sizes))
+        return float(sum(np.dot(self.factors, _terms(count, longest, self.prefix_length)) for count, longest in sizes))
 
     def _held(self, lengths: Sequence[int]) -> float:
         """Return what the process comes to hold for what is kept; masks are large enough for pages of their own."""
-        masks = self.factors[0] * sum(longest * (self.ahead + longest) for _, longest in self._groups(lengths))
+        masks = self.factors[0] * sum(longest * (self.prefix_length + longest) for _, longest in self._groups(lengths))
         return masks + _ALLOCATOR * (self.kept(lengths) - masks)
 
     def _groups(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -107,13 +109,19 @@ class Footprint:
         """
         if self.prefixes > 1:
             longest = max(lengths)
-            return [(1, longest if self.pads else min(longest, int(self.like * length))) for length in lengths]
-        groups = [(0, len(lengths))] if self.pads else like_lengths(lengths, [self.ahead] * len(lengths), self.like)
+            return [
+                (1, longest if self.pads else min(longest, int(self.max_length_ratio * length))) for length in lengths
+            ]
+        groups = (
+            [(0, len(lengths))]
+            if self.pads
+            else length_buckets(lengths, [self.prefix_length] * len(lengths), self.max_length_ratio)
+        )
         return [(end - begin, max(lengths[begin:end])) for begin, end in groups]
 
     def _inputs(self, lengths: Sequence[int]) -> float:
         """Return the bytes of all layers' inputs, and of the masks that the layers share."""
-        masks = 4.0 * sum(longest * (self.ahead + longest) for _, longest in self._groups(lengths))
+        masks = 4.0 * sum(longest * (self.prefix_length + longest) for _, longest in self._groups(lengths))
         return self.layers * sum(lengths) * self.width + masks
 
     def _logits(self, rows: float) -> float:
@@ -121,13 +129,13 @@ class Footprint:
         return self.logit * min(rows * self.vocabulary, max(LOGITS_AT_ONCE, self.vocabulary))
 
 
-def _terms(count: int, length: int, ahead: int) -> list[int]:
+def _terms(count: int, length: int, prefix_length: int) -> list[int]:
     """Return what memory grows with: scores, tokens and nothing, of all texts together and of each."""
-    shared = [length * (ahead + length), length, 1]
+    shared = [length * (prefix_length + length), length, 1]
     return [*shared, *(count * term for term in shared)]
 
 
-def measure(model: FrozenModel, ahead: int) -> Footprint:
+def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
     """Run a few tokens on the loaded model and count the bytes that autograd keeps for the backward pass.
 
     What is counted are the tensors' storages, the model's own and the prefix's left out, so it is the same on every
@@ -135,15 +143,15 @@ def measure(model: FrozenModel, ahead: int) -> Footprint:
 
     Args:
         model: the frozen model.
-        ahead: P, the positions that stand before the texts.
+        prefix_length: P, the positions that stand before the texts.
     """
     longest, most = _TRIED, model.context_length
     if most is not None:  # where the prompt takes nearly all positions, it is measured a little shorter
         longest = min(longest, most // 2)
-        ahead = min(ahead, most - longest)
+        prefix_length = min(prefix_length, most - longest)
     tried = [(count, length) for count in (2, 3) for length in (2, max(3, longest // 4), longest)]
     own = [*model.hf_model.parameters(), *model.hf_model.buffers()]
-    prompt = model.embed([0] * max(1, ahead)).float().requires_grad_()
+    prompt = model.embed([0] * max(1, prefix_length)).float().requires_grad_()
     with torch.enable_grad():
         with _counted(own) as kept:
             leaves = model.prefix(prompt).leaves()
@@ -154,15 +162,15 @@ def measure(model: FrozenModel, ahead: int) -> Footprint:
         for count, length in tried:
             with _counted([*own, *prefix]) as kept:
                 text = torch.zeros(length, dtype=torch.long)
-                hidden = model.way.text_pass(leaves, [text] * count, [torch.tensor([length - 1])] * count).hidden
+                hidden = model.backend.text_pass(leaves, [text] * count, [torch.tensor([length - 1])] * count).hidden
             seen.append(kept.total)
         with _counted(own) as kept:
-            logits = model.way.head.logits(hidden[:1].detach().requires_grad_())
+            logits = model.backend.lm_head.logits(hidden[:1].detach().requires_grad_())
     terms = [_terms(count, length, leaves.length) for count, length in tried]
     factors = np.linalg.solve(np.array(terms), np.array(seen, dtype=float)).clip(min=0)
     config = model.hf_model.config.get_text_config()
-    return Footprint(
-        ahead=leaves.length,
+    return MemoryEstimate(
+        prefix_length=leaves.length,
         factors=tuple(factors.tolist()),
         prompt=of_prompt,
         layers=int(config.num_hidden_layers),
@@ -170,9 +178,9 @@ def measure(model: FrozenModel, ahead: int) -> Footprint:
         # Three copies in float32, and what soft-capping keeps, with its gradient.
         logit=3 * 4 + 2 * kept.total / logits.numel(),
         vocabulary=logits.shape[-1],
-        pads=model.way.pads,
-        like=model.way.like,
-        cached=sum(t.numel() for t in prefix) / leaves.length * hidden.element_size() if model.way.pads else 0.0,
+        pads=model.backend.pads,
+        max_length_ratio=model.backend.max_length_ratio,
+        cached=sum(t.numel() for t in prefix) / leaves.length * hidden.element_size() if model.backend.pads else 0.0,
     )
 
 
@@ -208,19 +216,24 @@ def _counted(own: Sequence[Tensor]) -> Iterator[_Kept]:
 
 
 def micro_batch_tokens(
-    device: torch.device, footprint: Footprint, shortest: int, longest: int, target_share: float, scoring: bool = False
+    device: torch.device,
+    memory_estimate: MemoryEstimate,
+    shortest: int,
+    longest: int,
+    target_share: float,
+    scoring: bool = False,
 ) -> int:
     """Predict how many text tokens can be run at once in half of the free memory.
 
     Args:
         device: where the model is.
-        footprint: what they take.
+        memory_estimate: what they take.
         shortest, longest: tokens of a text: many short ones have a prefix each, long ones many scores.
         target_share: target tokens per token; each takes a row of logits for a while.
         scoring: nothing is kept for a backward pass.
     """
     free = available_memory(device) * _SHARE / (local_count() if device.type == "cpu" else 1)
-    needed = footprint.scoring if scoring else footprint.step
+    needed = memory_estimate.scoring if scoring else memory_estimate.step
 
     def fits(tokens: int) -> bool:
         lengths = [[min(each, tokens)] * max(1, tokens // each) for each in (shortest, longest)]
@@ -260,7 +273,7 @@ def available_memory(device: torch.device) -> int:
     return max(free, 0)
 
 
-def give_back() -> None:
+def trim_allocator() -> None:
     """Have glibc return freed memory to the system, now and from now on, where it keeps holes between tensors.
 
     With pages of their own, freed large tensors leave none; that their pages are made anew each time costs some time.

@@ -10,7 +10,7 @@ from torch import Tensor
 from softprompt.errors import ModelError
 
 
-def is_deep(prompt: Tensor) -> bool:
+def is_prefix(prompt: Tensor) -> bool:
     """Tell a deep prefix `[L, 2, K, P, D]` from a soft prompt `[P, H]`; P is the last axis but one of both."""
     return prompt.dim() == 5
 
@@ -53,7 +53,7 @@ class Prefix:
         if len({tensor.shape for tensor in tensors}) != 1:
             raise ModelError(
                 "a deep prefix needs layers whose keys and values are all alike; this model's are not: use "
-                "method=soft-prompt"
+                "method=prompt-tuning"
             )
         stacked: Tensor = torch.stack(tensors).unflatten(0, (-1, 2))
         return stacked

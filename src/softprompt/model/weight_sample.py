@@ -42,11 +42,11 @@ def sample_weights(model: PreTrainedModel) -> tuple[dict[str, str], int]:
     every = list(model.named_parameters())
     named: list[tuple[str, Tensor]] = [(name, weight) for name, weight in every if _readable(weight)]
     skipped = len(every) - len(named)
-    head = getattr(model.get_output_embeddings(), "weight", None)
-    if isinstance(head, Tensor) and _readable(head):
-        tied = head is getattr(model.get_input_embeddings(), "weight", None)
-        named = [(name, weight) for name, weight in named if tied or weight is not head]
-        named.append((_HEAD, head))
+    lm_head = getattr(model.get_output_embeddings(), "weight", None)
+    if isinstance(lm_head, Tensor) and _readable(lm_head):
+        tied = lm_head is getattr(model.get_input_embeddings(), "weight", None)
+        named = [(name, weight) for name, weight in named if tied or weight is not lm_head]
+        named.append((_HEAD, lm_head))
     values = [_some(weight) for _, weight in named]
     taken = _gathered(values)
     sampled, first = {}, 0

@@ -93,7 +93,7 @@ def _ours(name: str) -> bool:
 Prompt: TypeAlias = SoftPrompt | Ensemble
 
 
-def joined(
+def make_ensemble(
     prompts: Sequence[SoftPrompt], metrics: Mapping[str, float], data: Mapping[str, str] | None = None
 ) -> Ensemble:
     """Return an ensemble of prompts, what it reached, and the hashes of its rows (None: those of the first member).
@@ -136,7 +136,7 @@ def load_prompt(prompt: str | Path) -> Prompt:
         raise PromptError(f"{file} is damaged: it must name two or more folders beside it, member-1 and so on")
     prompts = [read_soft_prompt(path / name) for name in names]
     try:
-        return joined(prompts, metrics, data)
+        return make_ensemble(prompts, metrics, data)
     except PromptError as error:
         raise PromptError(f"{path}: {error}") from error
 

@@ -28,7 +28,7 @@ def nearest_tokens(model: FrozenModel, prompt: SoftPrompt, count: int = 5) -> li
         PromptError: the prompt was trained on another model, or is a deep prefix, which has no embeddings.
     """
     require_fit(prompt, model)
-    if prompt.method == "deep-prefix":
+    if prompt.method == "prefix-tuning":
         raise PromptError("a deep prefix has keys and values at every layer, but no embeddings that lie next to words")
     virtual = normalize(prompt.weights, dim=1)
     size = min(model.vocabulary_size, len(model.tokenizer))  # a padded table has rows that stand for nothing

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 # What every prompt's folder holds, PEFT's included, and what an ensemble's does.
 ADAPTER, ENSEMBLE = "adapter_config.json", "ensemble.json"
-UNTOUCHED = "none"  # in place of a prompt: the model without one
+NO_PROMPT = "none"  # in place of a prompt: the model without one
 _HIGHEST = "highest"  # the version that was the newest when one was removed: no number is given twice
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def store_folder() -> Path:
+def registry_folder() -> Path:
     """Return where prompts are kept: `prompts` in the folder that SOFTPROMPT_HOME moves."""
     return home() / "prompts"
 
@@ -37,13 +37,13 @@ def member_name(number: int) -> str:
 
 def names() -> list[str]:
     """Return the names that are kept, sorted."""
-    folder = store_folder()
+    folder = registry_folder()
     return sorted(p.name for p in folder.iterdir() if versions(p.name)) if folder.is_dir() else []
 
 
 def versions(name: str) -> list[int]:
     """Return the versions of a name, the oldest first."""
-    folder = store_folder() / name
+    folder = registry_folder() / name
     found = [p.name for p in folder.iterdir() if p.is_dir()] if _NAME.fullmatch(name) and folder.is_dir() else []
     return sorted(int(version) for version in found if _VERSION.fullmatch(version))
 
@@ -56,14 +56,14 @@ def new_version(name: str) -> Path:
     """
     if not _NAME.fullmatch(name):
         raise PromptError(f"{name!r} is no name for a prompt; allowed are letters, digits and . _ - (not at the start)")
-    if name == UNTOUCHED:
+    if name == NO_PROMPT:
         raise PromptError(f"{name!r} stands for the untouched model; give the prompt another name")
-    return store_folder() / name / str(_highest(name) + 1)
+    return registry_folder() / name / str(_highest(name) + 1)
 
 
 def _highest(name: str) -> int:
     """Return the highest version that a name ever had."""
-    file = store_folder() / name / _HIGHEST
+    file = registry_folder() / name / _HIGHEST
     removed = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     return max([*versions(name), int(removed) if _VERSION.fullmatch(removed) else 0])
 
@@ -80,24 +80,24 @@ def find(prompt: str | Path) -> Path:
     """
     path = Path(prompt)
     name, at, version = str(prompt).partition("@")
-    kept = versions(name)
+    registered = versions(name)
     recover(path)
     try:
-        if path.is_dir() and (not kept or any((path / file).exists() for file in (ADAPTER, ENSEMBLE))):
+        if path.is_dir() and (not registered or any((path / file).exists() for file in (ADAPTER, ENSEMBLE))):
             return path
     except OSError:  # a name that no folder can have
         pass
-    if not kept:
+    if not registered:
         raise PromptError(
             f"no such prompt: {prompt}{nearest(name, names())}; give the folder of one, such as RUN/prompt, or a name "
             "that softprompt prompts list shows"
         )
-    if at and version not in map(str, kept):
-        raise PromptError(f"{name} has no version {version!r}; there is {', '.join(map(str, kept))}")
-    return store_folder() / name / (version if at else str(kept[-1]))
+    if at and version not in map(str, registered):
+        raise PromptError(f"{name} has no version {version!r}; there is {', '.join(map(str, registered))}")
+    return registry_folder() / name / (version if at else str(registered[-1]))
 
 
-def keep(prompt: Prompt, name: str) -> str:
+def register(prompt: Prompt, name: str) -> str:
     """Keep a prompt under a name, as its next version; return `NAME@VERSION`.
 
     Raises:
@@ -116,23 +116,23 @@ def matching(prompt: str) -> list[str]:
         PromptError: there is none.
     """
     name, at, version = prompt.partition("@")
-    kept = [str(number) for number in versions(name)]
-    found = [number for number in kept if not at or number == version]
+    registered = [str(number) for number in versions(name)]
+    found = [number for number in registered if not at or number == version]
     if not found:
         raise PromptError(f"no such kept prompt: {prompt}{nearest(name, names())}; softprompt prompts list shows all")
     return [f"{name}@{number}" for number in found]
 
 
-def remove(kept: Iterable[str]) -> None:
+def remove(registered: Iterable[str]) -> None:
     """Remove versions, each given as `NAME@VERSION`; their numbers are not given again.
 
     Raises:
         StorageError: one cannot be removed.
     """
-    with _alone(store_folder()):
-        for prompt in kept:
+    with _alone(registry_folder()):
+        for prompt in registered:
             name, _, version = prompt.partition("@")
-            folder = store_folder() / name / version  # not a folder of the same name that is here
+            folder = registry_folder() / name / version  # not a folder of the same name that is here
             write_text(folder.parent / _HIGHEST, f"{_highest(name)}\n")
             with storage_errors(folder):
                 shutil.rmtree(folder)

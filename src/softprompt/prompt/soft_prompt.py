@@ -23,7 +23,7 @@ from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format
 from softprompt.errors import PromptError, SettingsError
 from softprompt.model.fingerprint import difference
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.prefix import is_deep
+from softprompt.model.prefix import is_prefix
 from softprompt.prompt.base_model import BaseModelRecord, base_model_record
 from softprompt.prompt.registry import ADAPTER, ENSEMBLE, find
 from softprompt.storage import strict_json, write_folder
@@ -139,7 +139,7 @@ class SoftPrompt:
     @property
     def method(self) -> Method:
         """Which kind it is."""
-        return "deep-prefix" if is_deep(self.weights) else "soft-prompt"
+        return "prefix-tuning" if is_prefix(self.weights) else "prompt-tuning"
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder: PEFT's two files, `softprompt.json` and a model card.
@@ -169,7 +169,7 @@ class SoftPrompt:
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_transformer_submodules": 1,
         }
-        if self.method == "deep-prefix":
+        if self.method == "prefix-tuning":
             layers, _, heads, _, size = self.weights.shape
             return {
                 "peft_type": "PREFIX_TUNING",
@@ -191,7 +191,7 @@ class SoftPrompt:
 
     def _peft_tensor(self) -> Tensor:
         """Return the weights as PEFT keeps them: `[P, H]`, or `[P, L·2·K·D]`."""
-        flat = self.weights.permute(3, 0, 1, 2, 4).flatten(1) if self.method == "deep-prefix" else self.weights
+        flat = self.weights.permute(3, 0, 1, 2, 4).flatten(1) if self.method == "prefix-tuning" else self.weights
         return flat.float().contiguous()
 
     def _card(self) -> str:
@@ -219,7 +219,7 @@ def _json(value: Any) -> str:
     return json.dumps(strict_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def described(prompt: SoftPrompt, model: FrozenModel, task: Task, config: FormatConfig) -> SoftPrompt:
+def describe_prompt(prompt: SoftPrompt, model: FrozenModel, task: Task, config: FormatConfig) -> SoftPrompt:
     """Say what a prompt is for and which model it belongs to, where its folder came from PEFT and does not.
 
     Raises:
@@ -356,7 +356,7 @@ def require_fit(prompt: SoftPrompt, model: FrozenModel) -> None:
         PromptError: it was trained on another.
     """
     base = prompt.record.base_model
-    if prompt.method == "deep-prefix":
+    if prompt.method == "prefix-tuning":
         layers, _, heads, _, size = prompt.weights.shape
         if (layers, heads, size) != model.prefix_shape:
             raise PromptError(

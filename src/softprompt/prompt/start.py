@@ -16,7 +16,7 @@ from softprompt.data.split import sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.prefix import is_deep
+from softprompt.model.prefix import is_prefix
 from softprompt.prompt.initialization import (
     EXAMPLE_TOKENS,
     MANY_LABELS,
@@ -68,8 +68,6 @@ def first_prompt(
         raise SettingsError(
             f"init_text is read with init=text only, not with init={config.init}; leave one of them out"
         )
-    if config.parameterization != "direct" and config.method != "soft-prompt":
-        raise SettingsError(f"parameterization={config.parameterization} is for method=soft-prompt")
     if source is not None:
         return _resized(_as(config.method, model, source.weights), length or source.num_virtual_tokens)
     return _as(config.method, model, _soft_start(model, config, form, train, decide))
@@ -81,10 +79,10 @@ def _as(method: Method, model: FrozenModel, weights: Tensor) -> Tensor:
     Raises:
         SettingsError: it is a deep prefix, and a soft prompt is to be learned.
     """
-    if is_deep(weights) == (method == "deep-prefix"):
+    if is_prefix(weights) == (method == "prefix-tuning"):
         return weights
-    if is_deep(weights):
-        raise SettingsError("init: a soft prompt cannot start from a deep prefix; give method=deep-prefix")
+    if is_prefix(weights):
+        raise SettingsError("init: a soft prompt cannot start from a deep prefix; give method=prefix-tuning")
     with torch.no_grad():
         return model.prefix(weights).stacked()
 
@@ -105,7 +103,7 @@ def _fits(model: FrozenModel, text: str, most: int) -> bool:
 
 def _shown_best(method: Method, form: Format) -> bool:
     """Tell whether a prompt learns more from examples than from a text; deep prefixes of labels do not."""
-    return form.task == "completion" or (form.task == "classification" and method == "soft-prompt")
+    return form.task == "completion" or (form.task == "classification" and method == "prompt-tuning")
 
 
 def _needed(form: Format) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt.training.prepare import Plan
+    from softprompt.training.prepare import PreparedRun
 
 
-class Watcher:
+class Callback:
     """Told of a run's course; this one shows nothing."""
 
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
@@ -17,7 +17,7 @@ class Watcher:
     def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
         """A prompt with so many demonstrations does better than those before; a share of the budget is spent."""
 
-    def begin(self, plan: Plan, step: int) -> None:
+    def begin(self, prepared: PreparedRun, step: int) -> None:
         """The plan is made, and `step` steps were done before."""
 
     def step(self, step: int, loss: float) -> None:
@@ -33,4 +33,4 @@ class Watcher:
         """No more steps follow: the run is done, was interrupted or failed."""
 
 
-UNWATCHED = Watcher()
+NO_CALLBACK = Callback()

@@ -13,14 +13,14 @@ from softprompt.data.split import sample, split_rows
 from softprompt.distributed.collective import launched
 from softprompt.distributed.signals import saves_before_it_ends
 from softprompt.errors import SettingsError
-from softprompt.evaluation.average import averaged
+from softprompt.evaluation.average import average_scores
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import Ensemble, joined
+from softprompt.prompt.ensemble import Ensemble, make_ensemble
 from softprompt.prompt.registry import member_name
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import make_plan
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import prepare_run
 from softprompt.training.run_folder import RunFolder
-from softprompt.training.tune import TuneResult, data_hashes, identity_of, pace_of, tune
+from softprompt.training.tune import TuneResult, data_hashes, identity_of, throughput_of, tune
 
 _LEAST = 0.01  # minutes, where finding out how long a step takes takes all there are
 
@@ -51,7 +51,7 @@ def tune_ensemble(
     eval_data: Source | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    watcher: Watcher | None = None,
+    callback: Callback | None = None,
 ) -> EnsembleResult:
     """Learn several prompts for a task, each from a seed of its own (Lester et al. 2021, section 6).
 
@@ -64,7 +64,7 @@ def tune_ensemble(
         members: how many, two at least.
         out: the folder: the settings as given, a run a member in `member-1`, `member-2`, …, the ensemble in `prompt`.
         resume: go on with what is in `out`.
-        watcher: told of every step of every member.
+        callback: told of every step of every member.
 
     Raises:
         As `tune`.
@@ -80,7 +80,7 @@ def tune_ensemble(
         stack.enter_context(saves_before_it_ends())
         if folder is not None:
             stack.enter_context(folder.held(resume))
-        return _tune_members(model, data, config or TuneConfig(), members, eval_data, folder, resume, watcher)
+        return _tune_members(model, data, config or TuneConfig(), members, eval_data, folder, resume, callback)
 
 
 def _tune_members(
@@ -91,7 +91,7 @@ def _tune_members(
     eval_data: Rows | None,
     folder: RunFolder | None,
     resume: bool,
-    watcher: Watcher | None,
+    callback: Callback | None,
 ) -> EnsembleResult:
     """Tune one after the other, in the ensemble's folder, which is held."""
     began = time.monotonic()
@@ -99,16 +99,16 @@ def _tune_members(
     if folder is not None and resume:
         given, _ = folder.resume(given, identity_of(model, data, eval_data), model, members)
     elif folder is not None:
-        make_plan(model, data, given, eval_data)  # what does not fit together is said before anything is written
+        prepare_run(model, data, given, eval_data)  # what does not fit together is said before anything is written
     begun = [resume and place is not None and (place / "config.yaml").exists() for place in places]
-    minutes, pace = None, None
+    minutes, throughput = None, None
     if given.max_minutes is not None and not all(begun):
-        pace = pace_of(model, data, given, eval_data)
+        throughput = throughput_of(model, data, given, eval_data)
         minutes = max(given.max_minutes - (time.monotonic() - began) / 60, _LEAST) / members
-        rows = pace.fitting(60 * minutes, eval_every=given.eval_every).get("eval_rows")
+        rows = throughput.fit_to_budget(60 * minutes, eval_every=given.eval_every).get("eval_rows")
         if rows and not resume:
-            given, pace = given.model_copy(update={"eval_rows": rows}), pace.of(rows)
-        pace = replace(pace, rows=0)  # members choose by the same rows
+            given, throughput = given.model_copy(update={"eval_rows": rows}), throughput.of(rows)
+        throughput = replace(throughput, rows=0)  # members choose by the same rows
     if folder is not None and not resume:
         folder.begin(given, identity_of(model, data, eval_data), members)
     train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
@@ -116,13 +116,22 @@ def _tune_members(
     runs: list[TuneResult] = []
     for number, (place, there) in enumerate(zip(places, begun, strict=True)):
         settings = given.model_copy(update={"seed": given.seed + number, "max_minutes": None if there else minutes})
-        run = tune(model, train, settings, eval_data=validation, out=place, resume=there, watcher=watcher, pace=pace)
+        run = tune(
+            model,
+            train,
+            settings,
+            eval_data=validation,
+            out=place,
+            resume=there,
+            callback=callback,
+            throughput=throughput,
+        )
         runs.append(run)
     each = [run.scores for run in runs if run.scores is not None]
-    scores = averaged(each) if each else None
+    scores = average_scores(each) if each else None
     values = scores.values() if scores is not None else {}
     hashes = data_hashes(data, eval_data)  # members know a part of the rows each
-    prompt = joined([run.prompt for run in runs], values, hashes)
+    prompt = make_ensemble([run.prompt for run in runs], values, hashes)
     if folder is not None:
         if scores is not None:
             folder.write_predictions(scores.predictions())

@@ -65,7 +65,7 @@ class TrainablePrompt(torch.nn.Module):
         Raises:
             SettingsError: the model's layers cannot, or only some are to.
         """
-        if not self.frozen.way.recomputes:
+        if not self.frozen.backend.can_checkpoint:
             raise SettingsError(
                 f"gradient_checkpointing is not supported for {self.frozen.source}: its attention is one of its own; "
                 "leave it out, and take smaller batches"
@@ -127,18 +127,20 @@ class TrainablePrompt(torch.nn.Module):
             parts = every.split([len(text) + 1 for text in texts])
             hidden = torch.cat([part[:-1][there] for part, there in zip(parts, learned, strict=True)])
             logits = self._filled(torch.cat([part[1:] for part in parts]), real)
-        total = self.frozen.way.head.losses(hidden, wanted).sum()
+        total = self.frozen.backend.lm_head.losses(hidden, wanted).sum()
         loss = total / (len(wanted) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def _hidden(self, texts: list[Tensor], wanted: list[Tensor]) -> Tensor:
         """Return the output head's inputs at some positions of each text behind the prompt, one after the other."""
-        recompute = self._recomputes and torch.is_grad_enabled()
-        return self.frozen.way.text_pass(self.frozen.prefix(self.prompt), texts, wanted, recompute=recompute).hidden
+        activation_checkpointing = self._recomputes and torch.is_grad_enabled()
+        return self.frozen.backend.text_pass(
+            self.frozen.prefix(self.prompt), texts, wanted, activation_checkpointing=activation_checkpointing
+        ).hidden
 
     def _filled(self, hidden: Tensor, real: Tensor) -> Tensor:
         """Return the logits `[B, T, V]` of all positions that are real; the others are zero."""
-        logits = self.frozen.way.head.logits(hidden)
+        logits = self.frozen.backend.lm_head.logits(hidden)
         filled = logits.new_zeros(*real.shape, logits.shape[-1])
         filled[real.to(logits.device)] = logits
         return filled

@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softprompt.config import TuneConfig, make_config
-from softprompt.data.batching import taken
+from softprompt.data.batching import indices_seen
 from softprompt.data.chat import dated
 from softprompt.data.encoder import Encoder, Example
-from softprompt.data.lazy_examples import Extent, LazyExamples
+from softprompt.data.lazy_examples import LazyExamples, LengthStats
 from softprompt.data.rows import Rows
-from softprompt.data.split import sample, seen_before, split_rows
+from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.data.templates import Format, default_template, make_format, require_unseen_answer
 from softprompt.distributed.launch import count
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation.scores import LabelScorer, Scorer, TextScorer, make_scorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.load import resolve_threads
-from softprompt.model.memory import Footprint, available_memory, give_back, measure, micro_batch_tokens
-from softprompt.model.prefix import is_deep
+from softprompt.model.memory import MemoryEstimate, available_memory, measure, micro_batch_tokens, trim_allocator
+from softprompt.model.prefix import is_prefix
 from softprompt.prompt.initialization import MANY_LABELS, USUAL_TOKENS
 from softprompt.prompt.start import Decide, first_prompt, source_prompt
 
@@ -38,7 +38,7 @@ EVALUATIONS = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedRun:
     """All that a run needs.
 
     Attributes:
@@ -47,11 +47,11 @@ class Plan:
         encoder: rows to token ids; `truncated` counts the rows that are taken and the validation rows, once each.
         train, validation: the rows; validation is None where the last prompt is to be kept.
         examples: of the training rows.
-        taken: the training rows that the run's steps take, in ascending order.
-        extent: of the examples that are taken.
+        indices_seen: the training rows that the run's steps take, in ascending order.
+        length_stats: of the examples that are taken.
         start: the prompt before the first step: `[P, H]`, or of a deep prefix `[L, 2, K, P, D]`.
         scorer: of the validation rows, as the best prompt is chosen by them.
-        footprint: what a step takes in memory.
+        memory_estimate: what a step takes in memory.
     """
 
     config: TuneConfig
@@ -60,11 +60,11 @@ class Plan:
     train: Rows
     validation: Rows | None
     examples: Sequence[Example]
-    taken: NDArray[np.int64]
-    extent: Extent
+    indices_seen: NDArray[np.int64]
+    length_stats: LengthStats
     start: Tensor
     scorer: Scorer | None
-    footprint: Footprint
+    memory_estimate: MemoryEstimate
 
     def label_scorer(self, most: int | None = None) -> LabelScorer | None:
         """Return a scorer of all labels where the best prompt is chosen without it, or None; of `most` rows."""
@@ -77,16 +77,18 @@ class Plan:
 
     def step_bytes(self, part: Sequence[Example]) -> float:
         """Predict the memory that a step takes whose largest micro-batch this is."""
-        held = len(self.text)
-        return self.footprint.step([max(len(e.ids) - held - 1, 1) for e in part], sum(e.targets for e in part))
+        shared_text_len = len(self.shared_text_ids)
+        return self.memory_estimate.step(
+            [max(len(e.ids) - shared_text_len - 1, 1) for e in part], sum(e.targets for e in part)
+        )
 
     @property
-    def text(self) -> tuple[int, ...]:
+    def shared_text_ids(self) -> tuple[int, ...]:
         """The ids that all examples begin with, as far as they are run."""
-        return self.extent.text
+        return self.length_stats.shared_text_ids
 
 
-def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None = None) -> Plan:
+def prepare_run(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None = None) -> PreparedRun:
     """Choose what the settings leave open, and turn rows into examples.
 
     Args:
@@ -133,26 +135,28 @@ def make_plan(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Row
     steps = STEPS if form.task == "classification" else TEXT_STEPS
     decide("max_steps", steps[config.budget], f"budget {config.budget}")
     decide("eval_every", math.ceil(chosen["max_steps"] / EVALUATIONS), f"{EVALUATIONS} evaluations a run")
-    rows = taken(len(train), chosen["batch_size"], chosen["max_steps"], config.seed)
+    rows = indices_seen(len(train), chosen["batch_size"], chosen["max_steps"], config.seed)
     start = first_prompt(model, config, source, form, train.pick(rows), decide)
     decide("num_virtual_tokens", virtual := start.shape[-2], "length of the initial text, 20 at least")
     decide("learning_rate", *_learning_rate(config, virtual))
     encoder = Encoder(model.tokenizer, form, _max_length(model, config.max_length, virtual), model.vocabulary_size)
     # The steps encode with a copy: what they cut has been counted here.
-    counted = LazyExamples(encoder, train, chosen["loss"] == "all", int(is_deep(start)))
-    examples = replace(counted, encoder=copy(encoder), among=chosen["loss"] == "labels")
-    extent = Extent.of(counted[i] for i in rows)
-    footprint = _footprint(model, config, extent, virtual, decide)
-    at_once = _at_once(model, footprint, extent)
+    counted = LazyExamples(encoder, train, chosen["loss"] == "all", int(is_prefix(start)))
+    examples = replace(counted, encoder=copy(encoder), candidate_ids=chosen["loss"] == "labels")
+    length_stats = LengthStats.of(counted[i] for i in rows)
+    memory_estimate = _memory_estimate(model, config, length_stats, virtual, decide)
+    at_once = _at_once(model, memory_estimate, length_stats)
     decide("micro_batch_tokens", at_once, "free memory, at most what makes full use of the processor")
-    _warn(model, train, validation if eval_data is not None else None, footprint, extent)
+    _warn(model, train, validation if eval_data is not None else None, memory_estimate, length_stats)
     decide("threads", resolve_threads(None), "cores")
     device = str(model.device) if count() == 1 else model.device.type  # each process has its own
     decide("device", device, "fastest there is")
     decide("dtype", str(model.hf_model.dtype).removeprefix("torch."), f"default on {model.device.type}")
     scorer = _scorer(encoder, validation, chosen["micro_batch_tokens"]) if validation is not None else None
     final = make_config(TuneConfig, chosen)
-    return Plan(final, reasons, encoder, train, validation, examples, rows, extent, start, scorer, footprint)
+    return PreparedRun(
+        final, reasons, encoder, train, validation, examples, rows, length_stats, start, scorer, memory_estimate
+    )
 
 
 def _describe(form: Format, decide: Decide) -> None:
@@ -164,9 +168,9 @@ def _describe(form: Format, decide: Decide) -> None:
         decide("verbalizers", dict(form.verbalizers), "labels stand for themselves")
 
 
-def most_steps(plan: Plan, given: TuneConfig) -> int | None:
+def most_steps(prepared: PreparedRun, given: TuneConfig) -> int | None:
     """Return how many steps a run takes at most, whatever its time; None where steps were not asked for."""
-    return plan.config.max_steps if given.max_steps or given.epochs else None
+    return prepared.config.max_steps if given.max_steps or given.epochs else None
 
 
 def _scorer(encoder: Encoder, validation: Rows, at_once: int) -> Scorer:
@@ -188,22 +192,19 @@ def _loss(config: TuneConfig, form: Format) -> tuple[str, str]:
         if config.loss == "labels":
             raise SettingsError(f"loss=labels is for classification, and {form.task} has none; leave it out")
         return "all" if form.task == "text" else "target", f"default of {form.task}"
-    many = len(form.verbalizers) > MANY_LABELS and config.method == "soft-prompt"
-    return ("labels", "soft-prompt of more than ten labels") if many else ("target", "default of classification")
+    many = len(form.verbalizers) > MANY_LABELS and config.method == "prompt-tuning"
+    return ("labels", "prompt-tuning of more than ten labels") if many else ("target", "default of classification")
 
 
 def _learning_rate(config: TuneConfig, virtual: int) -> tuple[float, str]:
     """Return the usual rate, and why.
 
     Every number of a prompt changes by about the rate (Adam), so a long soft prompt as a whole by more than a short
-    one: its rate is lower by the root of its length. Deep prefixes did not gain from that. A residual network's numbers
-    change all virtual tokens at once: a tenth.
+    one: its rate is lower by the root of its length. Deep prefixes did not gain from that.
     """
     rate, why = _LEARNING_RATE, f"default of {config.method}"
-    if config.method == "soft-prompt" and virtual > USUAL_TOKENS:
-        rate, why = rate * math.sqrt(USUAL_TOKENS / virtual), f"soft-prompt of {virtual} virtual tokens"
-    if config.parameterization == "residual":
-        rate, why = rate / 10, f"{why}, residual"
+    if config.method == "prompt-tuning" and virtual > USUAL_TOKENS:
+        rate, why = rate * math.sqrt(USUAL_TOKENS / virtual), f"prompt-tuning of {virtual} virtual tokens"
     return float(f"{rate:.1g}"), why
 
 
@@ -228,50 +229,71 @@ def _max_length(model: FrozenModel, wanted: int, virtual: int) -> int:
     return min(wanted, positions - virtual)
 
 
-def _at_once(model: FrozenModel, footprint: Footprint, extent: Extent) -> int:
+def _at_once(model: FrozenModel, memory_estimate: MemoryEstimate, length_stats: LengthStats) -> int:
     """Return how many text tokens of a step are run at once."""
-    held = len(extent.text)
-    targets = extent.targets / (extent.tokens - extent.rows * held)
-    return micro_batch_tokens(model.device, footprint, extent.shortest - held, extent.longest - held, targets)
+    shared_text_len = len(length_stats.shared_text_ids)
+    targets = length_stats.targets / (length_stats.tokens - length_stats.rows * shared_text_len)
+    return micro_batch_tokens(
+        model.device,
+        memory_estimate,
+        length_stats.shortest - shared_text_len,
+        length_stats.longest - shared_text_len,
+        targets,
+    )
 
 
-def _footprint(model: FrozenModel, config: TuneConfig, extent: Extent, virtual: int, decide: Decide) -> Footprint:
+def _memory_estimate(
+    model: FrozenModel, config: TuneConfig, length_stats: LengthStats, virtual: int, decide: Decide
+) -> MemoryEstimate:
     """Return what a step takes in memory, and decide whether the layers run again in the backward pass."""
-    recompute, measured = config.gradient_checkpointing, measure(model, virtual + len(extent.text))
-    if recompute and not model.way.recomputes:
+    activation_checkpointing, measured = (
+        config.gradient_checkpointing,
+        measure(model, virtual + len(length_stats.shared_text_ids)),
+    )
+    if activation_checkpointing and not model.backend.can_checkpoint:
         raise SettingsError(
             f"gradient_checkpointing: the layers of {type(model.hf_model).__name__} cannot run again on its way "
-            f"({model.way.name}); leave it out, and lower max_length if memory runs out"
+            f"({model.backend.name}); leave it out, and lower max_length if memory runs out"
         )
-    if recompute is None:
-        fits = _alone(measured, extent) <= available_memory(model.device)
-        recompute = model.way.recomputes and not fits
-        why = "the longest row does not fit in memory otherwise" if recompute else "the longest row fits in memory"
-        decide("gradient_checkpointing", recompute, why if fits or recompute else f"not on the {model.way.name} way")
-    if recompute:
-        give_back()  # glibc would keep several times what is needed, in holes between what the layers keep
-    return replace(measured, recompute=recompute)
+    if activation_checkpointing is None:
+        fits = _alone(measured, length_stats) <= available_memory(model.device)
+        activation_checkpointing = model.backend.can_checkpoint and not fits
+        why = (
+            "the longest row does not fit in memory otherwise"
+            if activation_checkpointing
+            else "the longest row fits in memory"
+        )
+        decide(
+            "gradient_checkpointing",
+            activation_checkpointing,
+            why if fits or activation_checkpointing else f"not on the {model.backend.name} way",
+        )
+    if activation_checkpointing:
+        trim_allocator()  # glibc would keep several times what is needed, in holes between what the layers keep
+    return replace(measured, activation_checkpointing=activation_checkpointing)
 
 
-def _alone(footprint: Footprint, extent: Extent) -> float:
+def _alone(memory_estimate: MemoryEstimate, length_stats: LengthStats) -> float:
     """Return the bytes that the longest row takes."""
-    longest = extent.longest - len(extent.text)
-    return footprint.step([longest], longest * extent.targets / extent.tokens)
+    longest = length_stats.longest - len(length_stats.shared_text_ids)
+    return memory_estimate.step([longest], longest * length_stats.targets / length_stats.tokens)
 
 
-def _warn(model: FrozenModel, train: Rows, given: Rows | None, footprint: Footprint, extent: Extent) -> None:
+def _warn(
+    model: FrozenModel, train: Rows, given: Rows | None, memory_estimate: MemoryEstimate, length_stats: LengthStats
+) -> None:
     """Say before the first step what will spoil the run's figures, or the run.
 
     Only `given` validation rows can ask what a training row asks: those that are held back do not.
     """
-    seen = seen_before(train, given) if given is not None else 0
+    seen = count_duplicates(train, given) if given is not None else 0
     if seen:
         warnings.warn(
             f"{seen} of {len(given or ())} validation rows ask what a training row asks too; on those a prompt "
             "looks better than it is. Give other rows as validation data",
             stacklevel=3,
         )
-    row_bytes, free = _alone(footprint, extent), available_memory(model.device)
+    row_bytes, free = _alone(memory_estimate, length_stats), available_memory(model.device)
     if row_bytes > free:
         warnings.warn(
             f"the longest row alone needs about {row_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: lower "

@@ -4,60 +4,57 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from softprompt.data.encoder import Example
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, give_back
-from softprompt.prompt.parameterization import parameterize
-from softprompt.training.callbacks import UNWATCHED, Watcher
-from softprompt.training.prepare import Plan
-from softprompt.training.run_folder import NOWHERE, RunFolder, State
-from softprompt.training.trainer import Cuts, Loop, Weights
+from softprompt.model.memory import available_memory, trim_allocator
+from softprompt.training.callbacks import NO_CALLBACK, Callback
+from softprompt.training.prepare import PreparedRun
+from softprompt.training.run_folder import NOWHERE, Checkpoint, RunFolder
+from softprompt.training.trainer import MicroBatchesByRank, Trainer, Weights
 
 _PROMPT = "prompt"
 
 
-class PromptLoop(Loop):
+class PromptTrainer(Trainer):
     """Learns a soft prompt or a deep prefix."""
 
     def __init__(
         self,
         model: FrozenModel,
-        plan: Plan,
+        prepared: PreparedRun,
         run: RunFolder = NOWHERE,
-        watcher: Watcher = UNWATCHED,
-        state: State | None = None,
+        callback: Callback = NO_CALLBACK,
+        state: Checkpoint | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.held = len(plan.text)
-        self.prompt = parameterize(plan.start, plan.config.parameterization, plan.config.seed)
-        super().__init__(model, plan, run, watcher, dict(self.prompt.named_parameters()), state, processes)
+        self.shared_text_len = len(prepared.shared_text_ids)
+        self.prompt = Parameter(prepared.start.clone())
+        super().__init__(model, prepared, run, callback, {_PROMPT: self.prompt}, state, processes)
 
     def weights(self) -> Weights:
-        """Return the prompt, folded into its plain form."""
-        with torch.no_grad():
-            return {_PROMPT: self.prompt().clone()}
+        """Return a copy of the prompt."""
+        return {_PROMPT: self.prompt.detach().clone()}
 
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
-        scorer = scorer or self.plan.scorer
+        scorer = scorer or self.prepared.scorer
         assert scorer is not None
         return scorer.score(self.model, (weights or self.weights())[_PROMPT])
 
-    def backward(self, cuts: Cuts) -> float:
-        prompt = self.prompt()
-        loss, gradient = self._summed(prompt.detach(), cuts)
-        prompt.backward(gradient)
+    def backward(self, micro_batches_by_rank: MicroBatchesByRank) -> float:
+        loss, self.prompt.grad = self._summed(self.prompt.detach(), micro_batches_by_rank)
         return loss
 
-    def _summed(self, prompt: Tensor, cuts: Cuts) -> tuple[float, Tensor]:
+    def _summed(self, prompt: Tensor, micro_batches_by_rank: MicroBatchesByRank) -> tuple[float, Tensor]:
         """Return a step's loss and gradient, of which each process computes its own micro-batches'."""
-        mine = cuts[self.processes.rank]
+        mine = micro_batches_by_rank[self.processes.rank]
         if self.processes.count == 1:
             return self._own(prompt, mine)
-        targets = [sum(example.targets for part in cut for example in part) for cut in cuts]
+        targets = [sum(example.targets for part in cut for example in part) for cut in micro_batches_by_rank]
         shape = (1 + prompt.numel(),)
 
         def share() -> Tensor:
@@ -70,7 +67,7 @@ class PromptLoop(Loop):
         whole = self.processes.total(share, shape) / sum(targets)
         return float(whole[0]), whole[1:].view_as(prompt).float()
 
-    def _own(self, prompt: Tensor, parts: list[list[Example]]) -> tuple[float, Tensor]:
+    def _own(self, prompt: Tensor, micro_batches: list[list[Example]]) -> tuple[float, Tensor]:
         """Return the loss and gradient of this process's micro-batches.
 
         What would not fit in what is free now is not tried, for Linux kills a process that takes more. A row that does
@@ -79,16 +76,18 @@ class PromptLoop(Loop):
         Raises:
             MemoryError: a micro-batch of several rows would not fit.
         """
-        needed = max(self.plan.step_bytes(part) for part in parts)
-        if max(map(len, parts)) > 1 and needed > self._free(needed):
+        needed = max(self.prepared.step_bytes(part) for part in micro_batches)
+        if max(map(len, micro_batches)) > 1 and needed > self._free(needed):
             raise MemoryError
-        recompute = bool(self.plan.config.gradient_checkpointing)
-        return prompt_gradient(self.model, prompt, self.plan.text, parts, recompute)
+        activation_checkpointing = bool(self.prepared.config.gradient_checkpointing)
+        return prompt_gradient(
+            self.model, prompt, self.prepared.shared_text_ids, micro_batches, activation_checkpointing
+        )
 
     def _free(self, needed: float) -> float:
         """Return the memory that is free; what earlier steps left to the allocator too, where less is than needed."""
         free = available_memory(self.model.device)
         if free < needed:
-            give_back()
+            trim_allocator()
             free = available_memory(self.model.device)
         return free

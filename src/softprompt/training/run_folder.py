@@ -49,7 +49,7 @@ _STATE = re.compile(r"step-([1-9][0-9]{0,17})")
 BASE_MODEL = "base_model"  # of what has to be the same for a run to go on
 
 
-class Progress(BaseModel):
+class TrainerState(BaseModel):
     """Where a run stands, as `state.json` holds it.
 
     Attributes:
@@ -72,7 +72,7 @@ class Progress(BaseModel):
 
 
 @dataclass(frozen=True)
-class State:
+class Checkpoint:
     """What is needed to go on as if nothing had happened.
 
     There are no random states in it: a step's rows follow from the seed and the step's number, and nothing else in
@@ -83,7 +83,7 @@ class State:
         tensors: `learned.NAME` and `best.NAME`, and the optimizer's moments of what is learned.
     """
 
-    progress: Progress
+    progress: TrainerState
     tensors: dict[str, Tensor]
 
     def named(self, group: str) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ class RunFolder:
 
     def resume(
         self, given: TuneConfig, identity: dict[str, str], model: FrozenModel, members: int = 1
-    ) -> tuple[TuneConfig, State | None]:
+    ) -> tuple[TuneConfig, Checkpoint | None]:
         """Return the settings of a run that was begun, and its newest state; None if it saved none.
 
         Raises:
@@ -209,7 +209,7 @@ class RunFolder:
                 f"the base model of {self.path} is another: {differs}; resume with the model that it was begun with"
             )
 
-    def save_state(self, state: State) -> None:
+    def save_state(self, state: Checkpoint) -> None:
         """Write a state aside, rename it into place, and drop old ones."""
         step = state.progress.step
         with write_folder(self._states / f"step-{step}") as aside:
@@ -224,12 +224,12 @@ class RunFolder:
         names = (_STATE.fullmatch(folder.name) for folder in self._states.glob("step-*"))
         return sorted(int(name[1]) for name in names if name)
 
-    def _load(self, step: int) -> State | None:
+    def _load(self, step: int) -> Checkpoint | None:
         """Read a state, or return None where it is damaged: an older one will do."""
         folder = self._states / f"step-{step}"
         try:
-            progress = Progress.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
-            return State(progress, load_file(folder / "state.safetensors"))
+            progress = TrainerState.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(progress, load_file(folder / "state.safetensors"))
         except (OSError, ValueError, SafetensorError):
             return None
 
@@ -308,7 +308,7 @@ class SilentRunFolder(RunFolder):
 
     def begin(self, config: TuneConfig, identity: dict[str, str], members: int = 1) -> None: ...
 
-    def save_state(self, state: State) -> None: ...
+    def save_state(self, state: Checkpoint) -> None: ...
 
     def open_board(self, step: int) -> None: ...
 

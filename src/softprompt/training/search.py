@@ -11,9 +11,9 @@ from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Task
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import Plan, make_plan
-from softprompt.training.prompt_trainer import PromptLoop
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prompt_trainer import PromptTrainer
 
 FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
 _SCORING = 0.25  # of max_minutes, at most, goes into scoring what is tried
@@ -24,11 +24,11 @@ def candidates(config: TuneConfig, task: Task) -> list[tuple[str, float]]:
     """Return what is tried, of what was left open: starts, and factors of the learning rate that is usual for them."""
     factors = FACTORS if config.learning_rate is None else (1.0,)
     open_start = config.init == "auto" and config.init_text is None
-    other = "examples" if task == "classification" and config.method == "deep-prefix" else "text"  # than the usual
+    other = "examples" if task == "classification" and config.method == "prefix-tuning" else "text"  # than the usual
     return list(product(("auto", other) if open_start else (config.init,), factors))
 
 
-def effort(config: TuneConfig, task: Task) -> tuple[float, int]:
+def search_cost(config: TuneConfig, task: Task) -> tuple[float, int]:
     """Return what a search takes at most: the share of a run's steps, and how many times it scores the validation rows.
 
     Both are 0 where there is nothing to choose.
@@ -38,12 +38,12 @@ def effort(config: TuneConfig, task: Task) -> tuple[float, int]:
     return (tried * _RUNGS[0] + half * (_RUNGS[1] - _RUNGS[0]), tried + half) if tried > 1 else (0.0, 0)
 
 
-def hindrance(config: TuneConfig, task: Task, evaluation: float) -> str | None:
+def why_not_search(config: TuneConfig, task: Task, evaluation: float) -> str | None:
     """Return why a search would choose by nothing, or take too much of the time; an `evaluation` takes so many seconds.
 
     None where there is nothing to choose, too.
     """
-    _, times = effort(config, task)
+    _, times = search_cost(config, task)
     if times and config.eval_rows == 0:
         return "eval_rows=0 leaves no validation rows to choose by"
     if config.max_minutes and times * evaluation > _SCORING * 60 * config.max_minutes:
@@ -55,7 +55,7 @@ def hindrance(config: TuneConfig, task: Task, evaluation: float) -> str | None:
 
 
 def search(
-    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, watcher: Watcher
+    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, callback: Callback
 ) -> dict[str, Any]:
     """Return the candidate with the lowest validation loss (successive halving, Jamieson and Talwalkar 2016).
 
@@ -66,7 +66,7 @@ def search(
         model: the frozen model.
         data, eval_data: as for `tune`.
         config: settings; those that are given are not searched.
-        watcher: told of every candidate.
+        callback: told of every candidate.
 
     Returns:
         Settings; none where there is nothing to choose, or no validation rows to choose by.
@@ -74,39 +74,39 @@ def search(
     tried = candidates(config, data.task)
     if len(tried) == 1 or config.eval_rows == 0:
         return {}
-    plans = _plans(model, data, config, eval_data, dict.fromkeys(init for init, _ in tried))
-    running: list[tuple[dict[str, Any], PromptLoop]] = []
+    prepared_by_start = _prepared_by_start(model, data, config, eval_data, dict.fromkeys(init for init, _ in tried))
+    running: list[tuple[dict[str, Any], PromptTrainer]] = []
     for init, factor in tried:
-        if init in plans:
-            plan = plans[init]
-            assert plan.config.learning_rate
-            rate = plan.config.learning_rate * factor
-            plan = replace(plan, config=plan.config.model_copy(update={"learning_rate": rate}))
-            loop = PromptLoop(model, plan)
-            running.append(({"learning_rate": rate, "init": init}, loop))
+        if init in prepared_by_start:
+            prepared = prepared_by_start[init]
+            assert prepared.config.learning_rate
+            rate = prepared.config.learning_rate * factor
+            prepared = replace(prepared, config=prepared.config.model_copy(update={"learning_rate": rate}))
+            trainer = PromptTrainer(model, prepared)
+            running.append(({"learning_rate": rate, "init": init}, trainer))
     for rung in _RUNGS if running[1:] else ():
         found = []
-        for number, (settings, loop) in enumerate(running):
-            until = max(1, round(rung * loop.max_steps))
-            loss = loop.tried(until)
-            watcher.candidate(settings, until, loss)
+        for number, (settings, trainer) in enumerate(running):
+            until = max(1, round(rung * trainer.max_steps))
+            loss = trainer.tried(until)
+            callback.candidate(settings, until, loss)
             found.append((loss, number))
         running = [running[number] for _, number in sorted(found)[: (len(found) + 1) // 2]]
     return running[0][0]
 
 
-def _plans(
+def _prepared_by_start(
     model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, starts: Iterable[str]
-) -> dict[str, Plan]:
+) -> dict[str, PreparedRun]:
     """Return a plan for each start that fits and is another than those before it."""
-    plans: dict[str, Plan] = {}
+    prepared_by_start: dict[str, PreparedRun] = {}
     for init in starts:
         try:
-            plan = make_plan(model, data, config.model_copy(update={"init": init}), eval_data)
+            prepared = prepare_run(model, data, config.model_copy(update={"init": init}), eval_data)
         except SettingsError:
-            if not plans:
+            if not prepared_by_start:
                 raise
             continue  # a text that names hundreds of labels is longer than a prompt can be
-        if all(plan.config.init != other.config.init for other in plans.values()):
-            plans[init] = plan  # where examples do not fit, "auto" is "text"
-    return plans
+        if all(prepared.config.init != other.config.init for other in prepared_by_start.values()):
+            prepared_by_start[init] = prepared  # where examples do not fit, "auto" is "text"
+    return prepared_by_start

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from softprompt.config import TuneConfig
-from softprompt.data.batching import deal, draw, micro_batches
+from softprompt.data.batching import batch_indices, micro_batches, shard_by_length
 from softprompt.data.encoder import Example
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.distributed.signals import interrupts_deferred
@@ -23,9 +23,9 @@ from softprompt.evaluation.calibration import fit_label_bias
 from softprompt.evaluation.scores import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory, is_out_of_memory
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import EVALUATIONS, Plan
-from softprompt.training.run_folder import Progress, RunFolder, SilentRunFolder, State
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import EVALUATIONS, PreparedRun
+from softprompt.training.run_folder import Checkpoint, RunFolder, SilentRunFolder, TrainerState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 TIMED = 4  # steps at most
@@ -36,11 +36,11 @@ _FEWEST = 32  # validation rows to choose by where they are slow to score
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
 # Of each process, the micro-batches of its share of a batch.
-Cuts = list[list[list[Example]]]
+MicroBatchesByRank = list[list[list[Example]]]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What a loop's run gave.
 
     Attributes:
@@ -51,42 +51,42 @@ class Outcome:
     """
 
     weights: Weights
-    progress: Progress
+    progress: TrainerState
     scores: Scores | None
     label_bias: dict[str, float]
 
 
-class Loop(ABC):
+class Trainer(ABC):
     """Takes a plan's steps, from the beginning or from a saved state.
 
     Args:
         model: the model, which may have what learns in it.
-        plan: what is learned from, and how.
+        prepared: what is learned from, and how.
         run: where it is written down.
-        watcher: told of every step.
+        callback: told of every step.
         learned: what the optimizer changes, by name.
         state: where to go on; None to begin.
         processes: those that share a step.
     """
 
-    held = 0  # tokens of every example that its prefix holds
+    shared_text_len = 0  # tokens of every example that its prefix holds
 
     def __init__(
         self,
         model: FrozenModel,
-        plan: Plan,
+        prepared: PreparedRun,
         run: RunFolder,
-        watcher: Watcher,
+        callback: Callback,
         learned: Mapping[str, Parameter],
-        state: State | None = None,
+        state: Checkpoint | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.model, self.plan, self.folder, self.watcher = model, plan, run, watcher
+        self.model, self.prepared, self.folder, self.callback = model, prepared, run, callback
         self.learned, self.processes = dict(learned), processes
         self.whole = True  # not in the middle of a step
-        config = plan.config
+        config = prepared.config
         assert config.micro_batch_tokens and config.max_steps and config.eval_every
-        self.progress = Progress(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
+        self.progress = TrainerState(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
         self.optimizer = torch.optim.AdamW(self.learned.values(), weight_decay=config.weight_decay)
         self.max_steps, self.eval_every = config.max_steps, config.eval_every
         if state is not None:
@@ -94,7 +94,7 @@ class Loop(ABC):
         self.best = state.named(_BEST) if state is not None else self.weights()
 
     @abstractmethod
-    def backward(self, cuts: Cuts) -> float:
+    def backward(self, micro_batches_by_rank: MicroBatchesByRank) -> float:
         """Add to the gradients of what is learned, and return the loss, both means over the batch's target tokens."""
 
     @abstractmethod
@@ -105,14 +105,14 @@ class Loop(ABC):
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
         """Score rows with weights, or with what is learned as it stands; the plan's validation rows, or a scorer's."""
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainResult:
         """Take all steps that are left, and find the bias that labels are chosen with.
 
         Raises:
             RunError: the loss is not finite, or one row does not fit in memory.
         """
-        progress, save_every = self.progress, self.plan.config.save_every
-        scores = self.evaluate(self.best) if self.plan.scorer and progress.evaluated >= 0 else None
+        progress, save_every = self.progress, self.prepared.config.save_every
+        scores = self.evaluate(self.best) if self.prepared.scorer and progress.evaluated >= 0 else None
         try:
             while True:
                 scores = self._evaluated(scores)
@@ -126,13 +126,13 @@ class Loop(ABC):
             if progress.step and self.whole:
                 self._save()
             raise
-        if not self.plan.scorer:
+        if not self.prepared.scorer:
             self._keep(None)
         found, label_bias = self._matched(scores)
         if found is not None and found is not scores:
             # A bias changes no loss; what is scored once more, by other processes, may be rounded differently.
             progress.best = {**found.values(), "loss": progress.best["loss"]}
-        return Outcome(self.best, progress, found, label_bias)
+        return TrainResult(self.best, progress, found, label_bias)
 
     def _save(self) -> None:
         """Save the state; who asks once more to stop waits until it is there."""
@@ -156,9 +156,9 @@ class Loop(ABC):
         Returns:
             The scores, with the bias if it is taken, of many labels for the first time; and the bias, empty if not.
         """
-        many = self.plan.label_scorer()
+        many = self.prepared.label_scorer()
         plain = self.evaluate(self.best, many) if many else scores
-        return fit_label_bias(plain, self.plan.train) if isinstance(plain, LabelScores) else (plain, {})
+        return fit_label_bias(plain, self.prepared.train) if isinstance(plain, LabelScores) else (plain, {})
 
     def tried(self, steps: int) -> float:
         """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.
@@ -176,15 +176,15 @@ class Loop(ABC):
 
     def _done(self) -> bool:
         """Tell whether all steps are done, or the loss has not fallen for `patience` evaluations."""
-        progress, patience = self.progress, self.plan.config.patience
-        stale = self.plan.scorer and patience and progress.step - progress.best_step >= patience * self.eval_every
+        progress, patience = self.progress, self.prepared.config.patience
+        stale = self.prepared.scorer and patience and progress.step - progress.best_step >= patience * self.eval_every
         return progress.step >= self.max_steps or bool(stale)
 
     def _evaluated(self, scores: Scores | None) -> Scores | None:
         """Evaluate what was learned where it is time to, and return the best scores."""
         step = self.progress.step
         due = step % self.eval_every == 0 or step == self.max_steps
-        if not (self.plan.scorer and due) or self.progress.evaluated >= step:
+        if not (self.prepared.scorer and due) or self.progress.evaluated >= step:
             return scores
         now = self.evaluate()
         values = now.values()
@@ -194,7 +194,7 @@ class Loop(ABC):
                 self._keep(now)
             self.progress.evaluated = step
             self.folder.log({"step": step, "validation": values})
-        self.watcher.evaluation(step, values)
+        self.callback.evaluation(step, values)
         return scores
 
     def gradient(self, batch: list[Example]) -> float:
@@ -208,13 +208,15 @@ class Loop(ABC):
         """
         while True:
             self.optimizer.zero_grad()
-            cuts = [self._cut([batch[i] for i in hand]) for hand in deal(batch, self.processes.count)]
+            micro_batches_by_rank = [
+                self._cut([batch[i] for i in hand]) for hand in shard_by_length(batch, self.processes.count)
+            ]
             try:
-                return self.backward(cuts)
+                return self.backward(micro_batches_by_rank)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if all(len(part) == 1 for cut in cuts for part in cut):
+                if all(len(part) == 1 for cut in micro_batches_by_rank for part in cut):
                     longest, free = max(len(e.ids) for e in batch), available_memory(self.model.device) / 1e9
                     raise RunError(
                         f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
@@ -222,19 +224,19 @@ class Loop(ABC):
                     ) from error
             # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
             self.progress.micro_batch_tokens //= 2
-            self.watcher.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
+            self.callback.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
 
     def _cut(self, share: list[Example]) -> list[list[Example]]:
-        cut = micro_batches(share, self.progress.micro_batch_tokens, self.held, self.model.way.pads)
+        cut = micro_batches(share, self.progress.micro_batch_tokens, self.shared_text_len, self.model.backend.pads)
         return [[share[i] for i in part] for part in cut]
 
     def step(self) -> None:
         """Take one step: the gradient of its rows, an update, and a line in `metrics.jsonl`."""
-        config, progress = self.plan.config, self.progress
+        config, progress = self.prepared.config, self.progress
         assert config.batch_size
         began = time.monotonic()
-        rows = draw(len(self.plan.examples), config.batch_size, progress.step, config.seed)
-        batch = [self.plan.examples[i] for i in rows]
+        rows = batch_indices(len(self.prepared.examples), config.batch_size, progress.step, config.seed)
+        batch = [self.prepared.examples[i] for i in rows]
         loss = self.gradient(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), config.max_grad_norm)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
@@ -256,22 +258,22 @@ class Loop(ABC):
                 "step_seconds": round(time.monotonic() - began, 4),
             }
             self.folder.log(record)
-        self.watcher.step(progress.step, loss)
+        self.callback.step(progress.step, loss)
 
     def _keep(self, scores: Scores | None) -> None:
         self.best = self.weights()
         self.progress.best_step = self.progress.step
         self.progress.best = scores.values() if scores else {}
 
-    def _state(self) -> State:
+    def _state(self) -> Checkpoint:
         tensors = {f"{_BEST}.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.learned.items():
             tensors[f"{_LEARNED}.{name}"] = parameter.detach()
             if parameter in self.optimizer.state:  # not a weight that text does not come by, as those for images
                 tensors |= {f"{moment}.{name}": self.optimizer.state[parameter][moment] for moment in _MOMENTS}
-        return State(self.progress, tensors)
+        return Checkpoint(self.progress, tensors)
 
-    def _restore(self, state: State) -> None:
+    def _restore(self, state: Checkpoint) -> None:
         self.progress = state.progress
         try:
             for name, parameter in self.learned.items():
@@ -288,7 +290,7 @@ class Loop(ABC):
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How long a loop takes, in seconds of wall time.
 
     Attributes:
@@ -303,17 +305,17 @@ class Pace:
     last: float = 0.0
     rows: int = 0
 
-    def fitting(self, seconds: float, most: int | None = None, eval_every: int | None = None) -> dict[str, int]:
+    def fit_to_budget(self, seconds: float, most: int | None = None, eval_every: int | None = None) -> dict[str, int]:
         """Return `max_steps` and `eval_every` of a run that takes about so much time: one step at least, or at `most`.
 
         Unless it is given how often to evaluate, evaluations take a quarter of the time at most: where they are slow
         there are fewer, though not less than two and the one before the first step, and these score fewer rows,
         `eval_rows`. So does what follows the last step; what it takes beyond that comes on top.
         """
-        fitting = int(self.rows * _EVALUATED * seconds / (3 * self.evaluation)) if self.evaluation else self.rows
-        if eval_every is None and fitting < self.rows > _FEWEST:
-            rows = max(fitting, _FEWEST)
-            return {**self.of(rows).fitting(seconds, most), "eval_rows": rows}
+        fit_to_budget = int(self.rows * _EVALUATED * seconds / (3 * self.evaluation)) if self.evaluation else self.rows
+        if eval_every is None and fit_to_budget < self.rows > _FEWEST:
+            rows = max(fit_to_budget, _FEWEST)
+            return {**self.of(rows).fit_to_budget(seconds, most), "eval_rows": rows}
         seconds -= min(self.last, _EVALUATED * seconds)
         affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
         evaluations = round(min(max(affordable, 2), EVALUATIONS))
@@ -325,43 +327,43 @@ class Pace:
         steps = min(steps, most or steps)
         return {"max_steps": steps, "eval_every": eval_every or math.ceil(steps / evaluations)}
 
-    def of(self, rows: int) -> Pace:
+    def of(self, rows: int) -> Throughput:
         """Return what it takes with so many validation rows, and not fewer."""
         share = rows / self.rows
-        return Pace(self.step, share * self.evaluation, share * self.last)
+        return Throughput(self.step, share * self.evaluation, share * self.last)
 
 
-def measure_pace(loop: Loop, seconds: float) -> Pace:
+def measure_throughput(trainer: Trainer, seconds: float) -> Throughput:
     """Run a few steps of a loop and an evaluation; nothing is learned, for the steps have no length.
 
     Args:
-        loop: what is to run for so many `seconds`.
+        trainer: what is to run for so many `seconds`.
     """
-    config, plan, evaluation, last = loop.plan.config, loop.plan, 0.0, 0.0
+    config, prepared, evaluation, last = trainer.prepared.config, trainer.prepared, 0.0, 0.0
     assert config.batch_size and config.max_steps
-    loop.optimizer.param_groups[0]["lr"] = 0.0
+    trainer.optimizer.param_groups[0]["lr"] = 0.0
     # Rows that no step takes may not begin as the others do.
     steps = [number % config.max_steps for number in range(TIMED + 1)]
-    batches = [draw(len(plan.examples), config.batch_size, step, config.seed) for step in steps]
+    batches = [batch_indices(len(prepared.examples), config.batch_size, step, config.seed) for step in steps]
     for number, rows in enumerate(batches):
         if number <= 1:  # the first one sets things up
             began = time.monotonic()
-        loop.gradient([plan.examples[i] for i in rows])
-        loop.optimizer.step()
+        trainer.gradient([prepared.examples[i] for i in rows])
+        trainer.optimizer.step()
         spent = time.monotonic() - began
-        if number and spent > TIMING * seconds and loop.processes.count == 1:
+        if number and spent > TIMING * seconds and trainer.processes.count == 1:
             break  # of several processes all have to take the same steps
     step = spent / number
-    if plan.scorer:
+    if prepared.scorer:
         began = time.monotonic()
-        loop.evaluate()
+        trainer.evaluate()
         evaluation = time.monotonic() - began
-        scorer = plan.label_scorer(_FEW)
+        scorer = prepared.label_scorer(_FEW)
         if scorer is not None:
             began = time.monotonic()
-            loop.evaluate(scorer=scorer)
-            last = (time.monotonic() - began) * len(plan.scorer.rows) / len(scorer.rows)
-    return Pace(step, evaluation, last, len(plan.scorer.rows) if plan.scorer else 0)
+            trainer.evaluate(scorer=scorer)
+            last = (time.monotonic() - began) * len(prepared.scorer.rows) / len(scorer.rows)
+    return Throughput(step, evaluation, last, len(prepared.scorer.rows) if prepared.scorer else 0)
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:

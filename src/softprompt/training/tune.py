@@ -24,12 +24,12 @@ from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training import sync
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import Plan, make_plan, most_steps
-from softprompt.training.prompt_trainer import PromptLoop
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import PreparedRun, most_steps, prepare_run
+from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import BASE_MODEL, RunFolder, SilentRunFolder
-from softprompt.training.search import hindrance, search
-from softprompt.training.trainer import Outcome, Pace, measure_pace
+from softprompt.training.search import search, why_not_search
+from softprompt.training.trainer import Throughput, TrainResult, measure_throughput
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def tune(
     eval_data: Source | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    watcher: Watcher | None = None,
-    pace: Pace | None = None,
+    callback: Callback | None = None,
+    throughput: Throughput | None = None,
 ) -> TuneResult:
     """Learn a soft prompt (Lester et al. 2021) or a deep prefix (Li and Liang 2021); the model itself is not changed.
 
@@ -81,8 +81,8 @@ def tune(
         eval_data: validation rows.
         out: the run's folder; None to keep nothing but the result.
         resume: go on with the run in `out`.
-        watcher: told of every step.
-        pace: how long steps and evaluations take, where `max_minutes` is set and it is known; None to measure it.
+        callback: told of every step.
+        throughput: how long steps and evaluations take, where `max_minutes` is set and it is known; None to measure it.
 
     Raises:
         InputError: what was given does not fit together, or another command is at work in `out`.
@@ -95,7 +95,7 @@ def tune(
     data = as_rows(data)
     eval_data = None if eval_data is None else as_rows(eval_data, data.task)
     processes = launched()
-    watcher = watcher if watcher and processes.first else Watcher()
+    callback = callback if callback and processes.first else Callback()
     if fewer_than_asked_for():
         warnings.warn("accelerate launch has started one process, as it does with --cpu; try --multi_gpu", stacklevel=2)
     with ExitStack() as stack:
@@ -110,23 +110,23 @@ def tune(
         given = config or TuneConfig()
         if resume:
             given, state = sync.resume(processes, run, given, identity, model)
-            plan = make_plan(model, data, given, eval_data)
+            prepared = prepare_run(model, data, given, eval_data)
         else:
-            plan = _plan(model, data, given, eval_data, processes, identity, watcher, pace)
-        plan = sync.agree(processes, plan, identity)
+            prepared = _prepared(model, data, given, eval_data, processes, identity, callback, throughput)
+        prepared = sync.broadcast_plan(processes, prepared, identity)
         if not resume:
-            run.begin(plan.config, identity)
+            run.begin(prepared.config, identity)
         step = state.progress.step if state else 0
-        if plan.config.tensorboard:
+        if prepared.config.tensorboard:
             run.open_board(step)
-        watcher.begin(plan, step)
+        callback.begin(prepared, step)
         try:
-            with reproducible(plan.config.threads), stops_together():
-                found = PromptLoop(model, plan, run, watcher, state, processes).run()
+            with reproducible(prepared.config.threads), stops_together():
+                found = PromptTrainer(model, prepared, run, callback, state, processes).run()
         finally:
-            watcher.end()
+            callback.end()
             run.close_board()
-        made = SoftPrompt(found.weights["prompt"], _record(model, plan, found, identity))
+        made = SoftPrompt(found.weights["prompt"], _record(model, prepared, found, identity))
         run.write_prompt(made)
         if found.scores is not None:
             run.write_predictions(found.scores.predictions())
@@ -134,58 +134,62 @@ def tune(
     seconds = time.monotonic() - began
     place, progress = run.path if out is not None else None, found.progress
     best = progress.best_step, progress.best, found.scores
-    return TuneResult(made, place, progress.step, seconds, *best, plan.config)
+    return TuneResult(made, place, progress.step, seconds, *best, prepared.config)
 
 
-def _plan(
+def _prepared(
     model: FrozenModel,
     data: Rows,
     config: TuneConfig,
     eval_data: Rows | None,
     processes: Processes,
     identity: dict[str, str],
-    watcher: Watcher,
-    pace: Pace | None,
-) -> Plan:
+    callback: Callback,
+    throughput: Throughput | None,
+) -> PreparedRun:
     """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
     began, reasons = time.monotonic(), {}
     with reproducible(config.threads):
         seconds, most = 60 * (config.max_minutes or 0), None
         if not seconds:
-            pace = None
+            throughput = None
         else:
-            pilot = sync.agree(processes, make_plan(model, data, config, eval_data), identity)
+            pilot = sync.broadcast_plan(processes, prepare_run(model, data, config, eval_data), identity)
             most = most_steps(pilot, config)
-            pace = pace or measure_pace(PromptLoop(model, pilot, processes=processes), seconds)
+            throughput = throughput or measure_throughput(PromptTrainer(model, pilot, processes=processes), seconds)
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
-            steps = pace.fitting(seconds, most, config.eval_every)["max_steps"] if pace else config.max_steps
-            chosen, why = {}, hindrance(config, data.task, pace.evaluation if pace else 0.0)
+            steps = (
+                throughput.fit_to_budget(seconds, most, config.eval_every)["max_steps"]
+                if throughput
+                else config.max_steps
+            )
+            chosen, why = {}, why_not_search(config, data.task, throughput.evaluation if throughput else 0.0)
             if why is None:
-                chosen = search(model, data, config.model_copy(update={"max_steps": steps}), eval_data, watcher)
+                chosen = search(model, data, config.model_copy(update={"max_steps": steps}), eval_data, callback)
             else:
                 warnings.warn(f"no search: {why}", stacklevel=3)
             chosen = json.loads(processes.share(json.dumps(chosen).encode()))
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
-        if pace:
-            fitting = pace.fitting(seconds - (time.monotonic() - began), most, config.eval_every)
+        if throughput:
+            fit_to_budget = throughput.fit_to_budget(seconds - (time.monotonic() - began), most, config.eval_every)
             if config.eval_every is not None:
-                del fitting["eval_every"]
-            if fitting["max_steps"] == most and "eval_rows" not in fitting:
-                del fitting["max_steps"]
-            config = config.model_copy(update=json.loads(processes.share(json.dumps(fitting).encode())))
-            reasons |= dict.fromkeys(fitting, f"{config.max_minutes:.3g} minutes")
-    plan = make_plan(model, data, config, eval_data)
-    return replace(plan, reasons={**plan.reasons, **reasons})
+                del fit_to_budget["eval_every"]
+            if fit_to_budget["max_steps"] == most and "eval_rows" not in fit_to_budget:
+                del fit_to_budget["max_steps"]
+            config = config.model_copy(update=json.loads(processes.share(json.dumps(fit_to_budget).encode())))
+            reasons |= dict.fromkeys(fit_to_budget, f"{config.max_minutes:.3g} minutes")
+    prepared = prepare_run(model, data, config, eval_data)
+    return replace(prepared, reasons={**prepared.reasons, **reasons})
 
 
-def pace_of(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None) -> Pace:
+def throughput_of(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None) -> Throughput:
     """Return how long steps and evaluations of a run of `max_minutes` take, for several like it."""
     assert config.max_minutes
     with reproducible(config.threads):
-        loop = PromptLoop(model, make_plan(model, data, config, eval_data))
-        return measure_pace(loop, 60 * config.max_minutes)
+        trainer = PromptTrainer(model, prepare_run(model, data, config, eval_data))
+        return measure_throughput(trainer, 60 * config.max_minutes)
 
 
 @contextmanager
@@ -220,18 +224,18 @@ def identity_of(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[
     }
 
 
-def _record(model: FrozenModel, plan: Plan, found: Outcome, identity: dict[str, str]) -> Record:
+def _record(model: FrozenModel, prepared: PreparedRun, found: TrainResult, identity: dict[str, str]) -> Record:
     return Record.of(
         model,
-        plan.encoder.format,
-        plan.encoder.max_length,
+        prepared.encoder.format,
+        prepared.encoder.max_length,
         label_bias=found.label_bias,
         training={
-            "settings": plan.config.model_dump(),
+            "settings": prepared.config.model_dump(),
             "steps": found.progress.step,
             "best_step": found.progress.best_step,
-            "train_rows": len(plan.train),
-            "validation_rows": len(plan.validation) if plan.validation is not None else 0,
+            "train_rows": len(prepared.train),
+            "validation_rows": len(prepared.validation) if prepared.validation is not None else 0,
         },
         metrics=found.progress.best,
         data={name: identity[name] for name in ("training_data", "validation_data")},

@@ -20,12 +20,12 @@ from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format, require_template
 from softprompt.errors import InputError
 from softprompt.evaluation.calibration import calibrated_or_plain
-from softprompt.evaluation.evaluate import Side
+from softprompt.evaluation.evaluate import ScoredRows
 from softprompt.evaluation.scores import tokens_at_once
 from softprompt.model.frozen import FrozenModel
 from softprompt.storage import read_json_object
-from softprompt.training.callbacks import Watcher
-from softprompt.training.prepare import Plan, make_plan
+from softprompt.training.callbacks import Callback
+from softprompt.training.prepare import PreparedRun, prepare_run
 
 Equal = Literal["time", "examples"]
 _FORMAT = "format.json"
@@ -57,14 +57,14 @@ class Protocol:
         assert self.config.max_minutes
         return 60 * self.config.max_minutes
 
-    def plan(self, **settings: object) -> Plan:
+    def prepared(self, **settings: object) -> PreparedRun:
         """Make the plan of a method: the same rows, template and batches for all."""
         config = self.config.model_copy(update={"max_minutes": None, **settings})
-        return make_plan(self.model, self.train, config, self.validation)
+        return prepare_run(self.model, self.train, config, self.validation)
 
 
 @dataclass
-class Answers:
+class Predictor:
     """How test rows are answered.
 
     Attributes:
@@ -87,11 +87,11 @@ class Answers:
         virtual = max((prompt.shape[-2] for prompt in self.prompts), default=0)
         return tokens_at_once(self.model, rows, virtual, self.max_length, max(1, len(self.prompts)))
 
-    def side(self, rows: Rows, at_once: int) -> Side:
+    def side(self, rows: Rows, at_once: int) -> ScoredRows:
         """Answer rows, so many text tokens together."""
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length, self.model.vocabulary_size)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
-        return Side(self.model, encoder, scorer, self.prompts or (None,), self.biases)
+        return ScoredRows(self.model, encoder, scorer, self.prompts or (None,), self.biases)
 
     def save(self, folder: Path) -> None:
         """Write all but model and prompts as `format.json`: how rows become tokens, and labels are chosen."""
@@ -110,7 +110,7 @@ class Answers:
         (folder / _FORMAT).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path, model: FrozenModel, task: Task) -> Answers:
+    def read(cls, folder: Path, model: FrozenModel, task: Task) -> Predictor:
         """Read what `save` wrote.
 
         Raises:
@@ -136,7 +136,7 @@ class Answers:
 
 
 @dataclass
-class Learned:
+class FitResult:
     """What learning gave.
 
     Attributes:
@@ -148,7 +148,7 @@ class Learned:
         curve: the validation figures on the way.
     """
 
-    answers: Answers
+    answers: Predictor
     parameters: int
     effort: Effort
     tokens: int = 0
@@ -167,12 +167,12 @@ class Method(ABC):
     keeps = True
     changes_weights = False
 
-    def __init__(self, protocol: Protocol, seed: int, watcher: Watcher) -> None:
-        self.protocol, self.seed, self.watcher = protocol, seed, watcher
+    def __init__(self, protocol: Protocol, seed: int, callback: Callback) -> None:
+        self.protocol, self.seed, self.callback = protocol, seed, callback
         self._stack = ExitStack()
 
     @abstractmethod
-    def learn(self) -> Learned:
+    def learn(self) -> FitResult:
         """Learn, or search, within the budget."""
 
     @abstractmethod
@@ -180,7 +180,7 @@ class Method(ABC):
         """Write what the task needs besides the base model."""
 
     @abstractmethod
-    def load(self, folder: Path) -> Answers:
+    def load(self, folder: Path) -> Predictor:
         """Read what was stored, as if another task had been served before."""
 
     def close(self) -> None:

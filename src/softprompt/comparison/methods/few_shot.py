@@ -37,7 +37,7 @@ class Trial:
         max_length: what the encoder needs, so that demonstrations take nothing from a row's own room.
         rows: how many validation rows it was judged on.
         metrics: on them.
-        merit: what candidates are compared by, the higher the better: accuracy, then the log of the right label's
+        score: what candidates are compared by, the higher the better: accuracy, then the log of the right label's
             share; of other tasks the negative loss.
     """
 
@@ -46,7 +46,7 @@ class Trial:
     max_length: int
     rows: int
     metrics: dict[str, float]
-    merit: tuple[float, float]
+    score: tuple[float, float]
     label_bias: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -137,7 +137,7 @@ def search(
     draws = _draws(judge, form, sample(train, _POOL, seed), generator)
     while (width := judge.affordable()) and (forms := list(islice(draws, width))):
         order = generator.permutation(len(validation)).tolist()
-        best = max(best, _round(judge, forms, order), key=lambda trial: trial.merit)
+        best = max(best, _round(judge, forms, order), key=lambda trial: trial.score)
     return judge.result(best)
 
 
@@ -152,7 +152,7 @@ def _round(judge: _Judge, forms: list[Format], order: list[int]) -> Trial:
                 break  # time is shorter than it looked; what is left is for the best so far
             trials.append(judge.trial(form, rows))
         left = len(forms) // 4 if len(trials) == len(forms) else 1
-        forms = [trial.format for trial in sorted(trials, key=lambda trial: trial.merit, reverse=True)[:left]]
+        forms = [trial.format for trial in sorted(trials, key=lambda trial: trial.score, reverse=True)[:left]]
     return judge.trial(forms[0], judge.validation)
 
 
@@ -243,13 +243,13 @@ class _Judge:
         label_bias: dict[str, float] = {}
         if isinstance(scores, CalibratedScores):
             plain = scores.plain
-            if _merit(plain) >= _merit(scores):
+            if _score(plain) >= _score(scores):
                 calibration, scores = "none", plain
             found = prior_matching(plain, self.train)
             matched = shifted(plain, found)
-            if _merit(matched) > _merit(scores):
+            if _score(matched) > _score(scores):
                 calibration, scores, label_bias = "none", matched, found
-        trial = Trial(form, calibration, length, len(rows), scores.values(), _merit(scores), label_bias)
+        trial = Trial(form, calibration, length, len(rows), scores.values(), _score(scores), label_bias)
         self.trials.append(trial)
         self.budget.spent += len(rows)
         if self.progress:
@@ -260,7 +260,7 @@ class _Judge:
         return FewShot(best, tuple(self.trials), self.budget.spent, self.budget.elapsed)
 
 
-def _merit(scores: Scores) -> tuple[float, float]:
+def _score(scores: Scores) -> tuple[float, float]:
     if not isinstance(scores, LabelScores):
         return -scores.loss(), 0.0
     shares = scores.log_shares()[np.arange(len(scores.gold)), scores.gold]

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from softprompt.comparison.costs import Effort
-from softprompt.comparison.methods.base import Answers, Learned, Method
+from softprompt.comparison.methods.base import FitResult, Method, Predictor
 from softprompt.comparison.methods.trained import Trained
-from softprompt.prompt.ensemble import Prompt, joined, load_prompt
+from softprompt.prompt.ensemble import Prompt, load_prompt, make_ensemble
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
-from softprompt.training.callbacks import UNWATCHED, Watcher
-from softprompt.training.prepare import Plan
-from softprompt.training.prompt_trainer import PromptLoop
-from softprompt.training.trainer import Loop, Weights
+from softprompt.training.callbacks import NO_CALLBACK, Callback
+from softprompt.training.prepare import PreparedRun
+from softprompt.training.prompt_trainer import PromptTrainer
+from softprompt.training.trainer import Trainer, Weights
 
 MEMBERS = 3  # of an ensemble
 
@@ -31,12 +31,12 @@ class _Kept(Method):
     def store(self, folder: Path) -> None:
         self.prompt.save(folder)
 
-    def load(self, folder: Path) -> Answers:
+    def load(self, folder: Path) -> Predictor:
         return self._with(load_prompt(folder))
 
-    def _with(self, prompt: Prompt) -> Answers:
+    def _with(self, prompt: Prompt) -> Predictor:
         record = prompt.record
-        return Answers(self.protocol.model, prompt.format, record.max_length, prompt.members, biases=prompt.biases)
+        return Predictor(self.protocol.model, prompt.format, record.max_length, prompt.members, biases=prompt.biases)
 
 
 class Prompts(_Kept, Trained):
@@ -44,27 +44,27 @@ class Prompts(_Kept, Trained):
 
     prompt: SoftPrompt
 
-    def loop(self, plan: Plan, watcher: Watcher = UNWATCHED) -> Loop:
-        return PromptLoop(self.protocol.model, plan, watcher=watcher)
+    def trainer(self, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> Trainer:
+        return PromptTrainer(self.protocol.model, prepared, callback=callback)
 
-    def answers(self, weights: Weights, label_bias: dict[str, float]) -> Answers:
-        encoder, training = self._plan.encoder, {"settings": self._plan.config.model_dump()}
+    def answers(self, weights: Weights, label_bias: dict[str, float]) -> Predictor:
+        encoder, training = self._prepared.encoder, {"settings": self._prepared.config.model_dump()}
         own = {"label_bias": label_bias, "training": training}
         record = Record.of(self.protocol.model, encoder.format, encoder.max_length, **own)
         self.prompt = SoftPrompt(weights["prompt"], record)
         return self._with(self.prompt)
 
 
-class SoftPrompts(Prompts):
+class PromptTuning(Prompts):
     """Virtual tokens before the text."""
 
-    settings: Mapping[str, object] = {"method": "soft-prompt"}
+    settings: Mapping[str, object] = {"method": "prompt-tuning"}
 
 
-class DeepPrefixes(Prompts):
+class PrefixTuning(Prompts):
     """Keys and values at every layer."""
 
-    settings: Mapping[str, object] = {"method": "deep-prefix", "parameterization": "direct"}  # it has no other
+    settings: Mapping[str, object] = {"method": "prefix-tuning"}
 
 
 class Ensembles(_Kept):
@@ -72,22 +72,22 @@ class Ensembles(_Kept):
 
     kind: type[Prompts]
 
-    def learn(self) -> Learned:
-        protocol, pace, spent = self.protocol, None, []
+    def learn(self) -> FitResult:
+        protocol, throughput, spent = self.protocol, None, []
         if protocol.equal == "time":
-            pace, effort = self.kind(protocol, self.seed * MEMBERS, self.watcher).measured_pace()
+            throughput, effort = self.kind(protocol, self.seed * MEMBERS, self.callback).measured_throughput()
             spent = [effort]
             minutes = max(protocol.seconds - effort.seconds, 1) / 60 / MEMBERS
             share: dict[str, object] = {"max_minutes": minutes}
         else:
-            steps = protocol.plan().config.max_steps or MEMBERS
+            steps = protocol.prepared().config.max_steps or MEMBERS
             share = {"max_steps": max(1, steps // MEMBERS), "epochs": None}
         shared = replace(protocol, config=protocol.config.model_copy(update=share))
-        members = [self.kind(shared, self.seed * MEMBERS + i, self.watcher) for i in range(MEMBERS)]
+        members = [self.kind(shared, self.seed * MEMBERS + i, self.callback) for i in range(MEMBERS)]
         for member in members:
-            member.pace = pace
+            member.throughput = throughput
         parts = [member.learn() for member in members]
-        self.prompt = joined([member.prompt for member in members], {})
+        self.prompt = make_ensemble([member.prompt for member in members], {})
         spent += [part.effort for part in parts]
         effort = Effort(
             sum(each.seconds for each in spent),
@@ -100,16 +100,16 @@ class Ensembles(_Kept):
         settings = {**parts[0].settings, **each, "members": MEMBERS}
         parameters = sum(part.parameters for part in parts)
         # The curves are its members', not its own.
-        return Learned(self._with(self.prompt), parameters, effort, tokens, settings)
+        return FitResult(self._with(self.prompt), parameters, effort, tokens, settings)
 
 
-class SoftEnsembles(Ensembles):
+class PromptTuningEnsembles(Ensembles):
     """Soft prompts whose probabilities are averaged."""
 
-    kind = SoftPrompts
+    kind = PromptTuning
 
 
-class DeepEnsembles(Ensembles):
+class PrefixTuningEnsembles(Ensembles):
     """Deep prefixes whose probabilities are averaged."""
 
-    kind = DeepPrefixes
+    kind = PrefixTuning

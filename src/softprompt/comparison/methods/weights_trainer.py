@@ -18,10 +18,10 @@ from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.extras import require_package
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-from softprompt.training.callbacks import UNWATCHED, Watcher
-from softprompt.training.prepare import Plan
+from softprompt.training.callbacks import NO_CALLBACK, Callback
+from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import NOWHERE
-from softprompt.training.trainer import Cuts, Loop, Weights
+from softprompt.training.trainer import MicroBatchesByRank, Trainer, Weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,16 +87,16 @@ def unfrozen(model: FrozenModel) -> FrozenModel:
 
 def around(hf_model: PreTrainedModel, like: FrozenModel) -> FrozenModel:
     """Run another model of the same kind in the same way."""
-    way = type(like.way)(hf_model)
-    return FrozenModel(hf_model, like.tokenizer, way, like.source, like.revision, like.shares_cache)
+    backend = type(like.backend)(hf_model)
+    return FrozenModel(hf_model, like.tokenizer, backend, like.source, like.revision, like.shares_cache)
 
 
-class WeightsLoop(Loop):
+class WeightsTrainer(Trainer):
     """Learns every weight of a model that takes a gradient, on the rows that prompts learn on, in the same order."""
 
-    def __init__(self, model: FrozenModel, plan: Plan, watcher: Watcher = UNWATCHED) -> None:
+    def __init__(self, model: FrozenModel, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> None:
         learned = {name: p for name, p in model.hf_model.named_parameters() if p.requires_grad}
-        super().__init__(model, plan, NOWHERE, watcher, learned)
+        super().__init__(model, prepared, NOWHERE, callback, learned)
 
     def weights(self) -> Weights:
         """Return a copy of the learned weights."""
@@ -110,21 +110,25 @@ class WeightsLoop(Loop):
 
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
         """Score rows with weights, which the model has afterwards, or with those that it has."""
-        scorer = scorer or self.plan.scorer
+        scorer = scorer or self.prepared.scorer
         assert scorer is not None
         if weights is not None:
             self.load(weights)
         return scorer.score(self.model, None)
 
-    def backward(self, cuts: Cuts) -> float:
+    def backward(self, micro_batches_by_rank: MicroBatchesByRank) -> float:
         """Run the micro-batches; a text's first token is not learned, for nothing predicts it."""
-        (parts,), recompute, total = cuts, bool(self.plan.config.gradient_checkpointing), 0.0
+        (parts,), activation_checkpointing, total = (
+            micro_batches_by_rank,
+            bool(self.prepared.config.gradient_checkpointing),
+            0.0,
+        )
         learnable = [[example.predicted for example in part] for part in parts]
         targets = sum(example.targets for part in learnable for example in part)
         with torch.enable_grad():
             for part in learnable:
                 # The sum, as of a prompt: in float16 most of a mean's gradients would be lost.
-                loss = self.model.loss(Prefix(), part, recompute).sum()
+                loss = self.model.loss(Prefix(), part, activation_checkpointing).sum()
                 loss.backward()
                 total += float(loss.detach())
         for parameter in self.learned.values():

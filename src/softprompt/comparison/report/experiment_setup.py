@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from softprompt.comparison.report.ranking import Standing
+from softprompt.comparison.report.ranking import MethodSummary
 from softprompt.comparison.results import Result
 from softprompt.data.rows import Row
 from softprompt.formatting import count
@@ -16,7 +16,7 @@ _LONGEST_VALUE = 200
 
 
 @dataclass(frozen=True)
-class Provenance:
+class ExperimentSetup:
     """How a comparison was measured.
 
     Attributes:
@@ -34,14 +34,14 @@ class Provenance:
     environments: list[dict[str, str]]
 
 
-def provenance(standings: Sequence[Standing], rows: Sequence[Row]) -> Provenance:
+def experiment_setup(summaries: Sequence[MethodSummary], rows: Sequence[Row]) -> ExperimentSetup:
     """Gather how a comparison was measured."""
-    results = [r for s in standings for r in s.results]
-    shared, own = _settings(standings)
+    results = [r for s in summaries for r in s.results]
+    shared, own = _settings(summaries)
     environments = [r.environment for r in results]
-    return Provenance(
-        summary=", ".join([_rows(results, rows), _seeds(standings), *_days(results)]),
-        notes=[*_NOTES, *_ranked(standings), *_fewer(standings)],
+    return ExperimentSetup(
+        summary=", ".join([_rows(results, rows), _seeds(summaries), *_days(results)]),
+        notes=[*_NOTES, *_ranked(summaries), *_fewer(summaries)],
         shared=shared,
         own=own,
         environments=[e for n, e in enumerate(environments) if e and e not in environments[:n]],
@@ -68,13 +68,13 @@ _RANKED = {
 }
 
 
-def _ranked(standings: Sequence[Standing]) -> list[str]:
+def _ranked(summaries: Sequence[MethodSummary]) -> list[str]:
     """Say what the best is the best of, and by which metric where the right answers decide that."""
     found = []
-    by = standings[0].results[0].ranked_by
+    by = summaries[0].results[0].ranked_by
     if by in _RANKED:
         found.append(f"Methods are ranked by {_RANKED[by]}. What the methods wrote plays no part in that choice.")
-    if len(standings) > 1:
+    if len(summaries) > 1:
         found.append(
             "The best method is picked by its figure on the test rows themselves. The best of several that are picked "
             "like this looks better than it is: a part of its lead is chance, and its interval does not allow for "
@@ -83,14 +83,14 @@ def _ranked(standings: Sequence[Standing]) -> list[str]:
     return found
 
 
-def _fewer(standings: Sequence[Standing]) -> list[str]:
+def _fewer(summaries: Sequence[MethodSummary]) -> list[str]:
     """Say which methods chose by fewer validation rows, to keep to the time."""
     found = []
-    for standing in standings:
-        each = [(r.settings.get("eval_rows"), r.rows.get("validation", 0)) for r in standing.results]
+    for summary in summaries:
+        each = [(r.settings.get("eval_rows"), r.rows.get("validation", 0)) for r in summary.results]
         fewest = min((rows for rows, all_rows in each if isinstance(rows, int) and rows < all_rows), default=None)
         if fewest is not None:
-            found.append(f"{standing.kind.title} {fewest}")
+            found.append(f"{summary.kind.title} {fewest}")
     if not found:
         return []
     return [f"To keep to the time, some methods chose by a part of the validation rows: {', '.join(found)}."]
@@ -107,10 +107,10 @@ def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:
     return ", ".join([*said, f"{count(len(rows))} test rows{inputs}"])
 
 
-def _seeds(standings: Sequence[Standing]) -> str:
-    numbers = {len(s.results) for s in standings}
+def _seeds(summaries: Sequence[MethodSummary]) -> str:
+    numbers = {len(s.results) for s in summaries}
     if len(numbers) > 1:
-        return "seeds: " + ", ".join(f"{s.kind.title} {len(s.results)}" for s in standings)
+        return "seeds: " + ", ".join(f"{s.kind.title} {len(s.results)}" for s in summaries)
     (number,) = numbers
     return "one seed" if number == 1 else f"{number} seeds"
 
@@ -120,13 +120,13 @@ def _days(results: Sequence[Result]) -> list[str]:
     return [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else []
 
 
-def _settings(standings: Sequence[Standing]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+def _settings(summaries: Sequence[MethodSummary]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Return the settings that are the same for all, and each method's own."""
     every: dict[str, dict[str, str]] = {}
-    for standing in standings:
-        of_seeds = [{name: _value(value) for name, value in r.settings.items()} for r in standing.results]
+    for summary in summaries:
+        of_seeds = [{name: _value(value) for name, value in r.settings.items()} for r in summary.results]
         names = dict.fromkeys(name for settings in of_seeds for name in settings)
-        every[standing.kind.title] = {
+        every[summary.kind.title] = {
             name: " / ".join(dict.fromkeys(settings[name] for settings in of_seeds if name in settings))
             for name in names
         }

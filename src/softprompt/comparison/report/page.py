@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from softprompt.comparison.report import plots
 from softprompt.comparison.report.confusion import mistakes
-from softprompt.comparison.report.experiment_setup import provenance
-from softprompt.comparison.report.ranking import Standing, make_standings
+from softprompt.comparison.report.experiment_setup import experiment_setup
+from softprompt.comparison.report.ranking import MethodSummary, summarize
 from softprompt.comparison.report.recommendation import recommend
 from softprompt.comparison.report.samples import choose_samples
 from softprompt.comparison.report.tables import (
@@ -54,24 +54,24 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
         StorageError: a file cannot be written.
     """
     require_package("matplotlib", "the report")
-    standings = make_standings(results, rows)
-    measured = provenance(standings, rows)
-    groups = full_table(standings)
+    summaries = summarize(results, rows)
+    measured = experiment_setup(summaries, rows)
+    groups = full_table(summaries)
     data, base_model = results[0].data, results[0].base_model
-    quality = metric_title(standings[0].primary)
+    quality = metric_title(summaries[0].primary)
     beside = (quality, TRAINING, KEPT, PREDICTION)  # the recommendation
     view = {
         "data": data,
         "base_model": base_model,
-        "standings": standings,
-        "recommendation": recommend(standings),
+        "summaries": summaries,
+        "recommendation": recommend(summaries),
         "metric": quality,
-        "short": short_table(standings),
+        "short": short_table(summaries),
         "groups": groups,
         "key": beside,
-        "confusions": [found for s in standings if (found := mistakes(s)) is not None],
-        "samples": choose_samples(standings, rows),
-        "provenance": measured,
+        "confusions": [found for s in summaries if (found := mistakes(s)) is not None],
+        "samples": choose_samples(summaries, rows),
+        "experiment_setup": measured,
         "picture": PICTURE,
     }
     environment = Environment(
@@ -82,11 +82,11 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
         undefined=StrictUndefined,
     )
     environment.filters.update(cut=_cut, code=_code, words=_words, cell=_cell)
-    drawn = _plots(standings, {line.title: line.cells for group in groups for line in group.lines})
+    drawn = _plots(summaries, {line.title: line.cells for group in groups for line in group.lines})
     write_text(folder / PAGE, environment.get_template(PAGE).render(view, plots=drawn))
     write_text(folder / MARKDOWN, environment.get_template(MARKDOWN).render(view))
     title = f"{_cut(data, _LONGEST_NAME)} on {_cut(base_model, _LONGEST_NAME)}"
-    plots.write_png(folder / PICTURE, standings, title, _cut(measured.summary, 3 * _LONGEST_NAME))
+    plots.write_png(folder / PICTURE, summaries, title, _cut(measured.summary, 3 * _LONGEST_NAME))
     return folder / PAGE
 
 
@@ -99,30 +99,32 @@ class _Plot:
     drawn: Markup
 
 
-def _plots(standings: Sequence[Standing], cells: Mapping[str, Sequence[Cell]]) -> list[_Plot]:
+def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell]]) -> list[_Plot]:
     """Draw the plots; `cells` are the lines of the table by title, to say what is seen in words."""
-    learned = [s for s in standings if any(r.curve for r in s.results)]
-    tall, low = max(200, 64 + 42 * len(standings)), 24 + 32 * len(standings)
+    learned = [s for s in summaries if any(r.curve for r in s.results)]
+    tall, low = max(200, 64 + 42 * len(summaries)), 24 + 32 * len(summaries)
 
     def said(title: str) -> str:
-        return "; ".join(f"{s.kind.title}: {_cell(c)}" for s, c in zip(standings, cells[title], strict=True))
+        return "; ".join(f"{s.kind.title}: {_cell(c)}" for s, c in zip(summaries, cells[title], strict=True))
 
-    def plot(title: str, note: str, draw: plots.Draw, words: str, height: int, of: Sequence[Standing] = ()) -> _Plot:
+    def plot(
+        title: str, note: str, draw: plots.Draw, words: str, height: int, of: Sequence[MethodSummary] = ()
+    ) -> _Plot:
         legend = 20 * ((len(of) + 1) // 2)
-        drawn = plots.svg(draw, of or standings, f"{title}. {words}", height + legend, legend=bool(of))
+        drawn = plots.svg(draw, of or summaries, f"{title}. {words}", height + legend, legend=bool(of))
         return _Plot(title, note, Markup(drawn))  # noqa: S704
 
     def bars(title: str, note: str, draw: plots.Draw) -> _Plot:
         return plot(title, note, draw, said(title), low)
 
-    figures = said(metric_title(standings[0].primary))
+    figures = said(metric_title(summaries[0].primary))
     against = f"{figures}. {PARAMETERS}: {said(PARAMETERS)}"
     up = "Up and to the left is much quality from little that is learned."
     drawn = [
         plot("Quality", "Test rows, 95 % intervals.", plots.draw_quality, figures, tall),
-        plot("Quality and trainable parameters", up, plots.draw_parameters, against, _HEIGHT, standings),
+        plot("Quality and trainable parameters", up, plots.draw_parameters, against, _HEIGHT, summaries),
     ]
-    name = plots.curve_metric(standings)
+    name = plots.curve_metric(summaries)
     if name is not None:
         words = f"Validation {metric_name(name)} against time, for {', '.join(s.kind.title for s in learned)}"
         note = "Validation rows, a line a seed."

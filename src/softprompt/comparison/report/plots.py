@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.comparison.report.ranking import Standing
+from softprompt.comparison.report.ranking import MethodSummary
 from softprompt.comparison.results import Costs
 from softprompt.formatting import duration, is_share, metric, metric_name, short_count, size
 from softprompt.storage import storage_errors
@@ -38,69 +38,69 @@ _WIDTH = 360  # of a plot, in the page's pixels on a telephone
 _LONGEST_TITLE, _LONGEST_LINE = 26, 18
 _ZERO_GAP = 1.1  # decades between nought, which no logarithm has, and the smallest number
 
-Draw = Callable[["Axes", Sequence[Standing]], None]
+Draw = Callable[["Axes", Sequence[MethodSummary]], None]
 
 
-def draw_quality(axes: Axes, standings: Sequence[Standing]) -> None:
+def draw_quality(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
     """Draw each method's figure with its interval."""
-    scale = _scale(standings)
-    for row, standing in enumerate(standings):
-        of = standing.figure
+    scale = _scale(summaries)
+    for row, summary in enumerate(summaries):
+        of = summary.figure
         if math.isfinite(of.value):
-            _interval(axes, standing, row, vertical=False)
-            words = metric(standing.primary, of.value)
+            _interval(axes, summary, row, vertical=False)
+            words = metric(summary.primary, of.value)
             axes.annotate(words, (scale * of.value, row), (0, 7), textcoords="offset points", ha="center", color=_INK)
-    _names(axes, standings)
-    axes.set_xlabel(_axis_title(standings[0].primary), color=_QUIET)
+    _names(axes, summaries)
+    axes.set_xlabel(_axis_title(summaries[0].primary), color=_QUIET)
     axes.grid(axis="x")
     axes.margins(x=0.12)
 
 
-def draw_parameters(axes: Axes, standings: Sequence[Standing]) -> None:
+def draw_parameters(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
     """Draw quality against the number of trainable parameters, on a logarithmic axis with a place for nought."""
-    numbers = [s.costs.trainable_parameters for s in standings]
+    numbers = [s.costs.trainable_parameters for s in summaries]
     logs = [math.log10(n) for n in numbers if n]
     low, high = (math.floor(min(logs)), math.ceil(max(logs))) if logs else (0, 0)
     zero = low - _ZERO_GAP
     untrained = numbers.count(0)
     beside = iter(zero + 0.3 * (n - (untrained - 1) / 2) for n in range(untrained))  # or they would hide each other
-    for standing, number in zip(standings, numbers, strict=True):
+    for summary, number in zip(summaries, numbers, strict=True):
         place = math.log10(number) if number else next(beside)
-        if math.isfinite(standing.figure.value):
-            _interval(axes, standing, place, vertical=True)
+        if math.isfinite(summary.figure.value):
+            _interval(axes, summary, place, vertical=True)
     decades = list(range(low, high + 1, 1 + (high - low) // 4)) if logs else []
     nought = [zero] if untrained else []
     axes.set_xticks([*nought, *decades], [*("none" for _ in nought), *(short_count(10.0**d) for d in decades)])
     if nought and decades:
         axes.axvline((zero + low) / 2, color=_QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
     axes.set_xlabel("trainable parameters", color=_QUIET)
-    axes.set_ylabel(_axis_title(standings[0].primary), color=_QUIET)
+    axes.set_ylabel(_axis_title(summaries[0].primary), color=_QUIET)
     axes.grid(axis="y")
     axes.margins(x=0.08, y=0.12)
 
 
-def curve_metric(standings: Sequence[Standing]) -> str | None:
+def curve_metric(summaries: Sequence[MethodSummary]) -> str | None:
     """Return what learning curves show: the primary metric, or the loss where that was not found while learning."""
-    points = [point.validation for s in standings for r in s.results for point in r.curve]
-    names = [standings[0].primary, "loss"]
+    points = [point.validation for s in summaries for r in s.results for point in r.curve]
+    names = [summaries[0].primary, "loss"]
     return next((name for name in names if points and all(name in point for point in points)), None)
 
 
-def draw_curves(axes: Axes, standings: Sequence[Standing]) -> None:
+def draw_curves(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
     """Draw the validation metric against time, a line a seed."""
-    name = curve_metric(standings)
+    name = curve_metric(summaries)
     assert name is not None
-    longest = max((p.seconds for s in standings for r in s.results for p in r.curve), default=0.0)
+    longest = max((p.seconds for s in summaries for r in s.results for p in r.curve), default=0.0)
     unit, divisor = ("minutes", 60) if longest >= 180 else ("seconds", 1)
     scale = 100 if is_share(name) else 1
-    for standing in standings:
-        for seed, result in enumerate(standing.results):
+    for summary in summaries:
+        for seed, result in enumerate(summary.results):
             points = [p for p in result.curve if math.isfinite(p.validation[name])]
             axes.plot(
                 [p.seconds / divisor for p in points],
                 [scale * p.validation[name] for p in points],
-                label=_short(standing) if points and not seed else None,
-                **_look(standing),
+                label=_short(summary) if points and not seed else None,
+                **_look(summary),
                 markevery=max(1, len(points) // 6),
                 linewidth=1.5,
                 alpha=1 if not seed else 0.55,
@@ -114,13 +114,13 @@ def draw_curves(axes: Axes, standings: Sequence[Standing]) -> None:
 def draw_bars(value: Callable[[Costs], float], words: Callable[[float], str]) -> Draw:
     """Return what draws a cost as bars from nought, each with its value."""
 
-    def draw(axes: Axes, standings: Sequence[Standing]) -> None:
-        values = [value(s.costs) for s in standings]
+    def draw(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
+        values = [value(s.costs) for s in summaries]
         shown = [v if math.isfinite(v) else 0.0 for v in values]
-        axes.barh(range(len(standings)), shown, color=[_color(s) for s in standings], height=0.62)
+        axes.barh(range(len(summaries)), shown, color=[_color(s) for s in summaries], height=0.62)
         for row, (length, real) in enumerate(zip(shown, values, strict=True)):
             axes.annotate(words(real), (length, row), (4, 0), textcoords="offset points", va="center", color=_INK)
-        _names(axes, standings)
+        _names(axes, summaries)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         axes.set_xlim(0, 1.38 * max(shown) or 1)
@@ -133,12 +133,12 @@ draw_memory = draw_bars(lambda costs: costs.peak_bytes, size)
 draw_prediction = draw_bars(lambda costs: costs.prediction_seconds, duration)
 
 
-def svg(draw: Draw, standings: Sequence[Standing], description: str, height: int, legend: bool = False) -> str:
+def svg(draw: Draw, summaries: Sequence[MethodSummary], description: str, height: int, legend: bool = False) -> str:
     """Draw a plot as an SVG element for a page: no size, no font and no colors of its own.
 
     Args:
         draw: one of the functions above.
-        standings: of all methods.
+        summaries: of all methods.
         description: what is seen, for those who do not see it.
         height: for a width of 360, in the page's pixels.
         legend: whether methods are named below.
@@ -149,7 +149,7 @@ def svg(draw: Draw, standings: Sequence[Standing], description: str, height: int
     with rc_context(_style(11.5) | {"svg.fonttype": "none", "svg.hashsalt": description}):
         figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
-        draw(axes, standings)
+        draw(axes, summaries)
         if legend:
             _legend(figure, axes, 2)
         drawn = io.StringIO()
@@ -157,12 +157,12 @@ def svg(draw: Draw, standings: Sequence[Standing], description: str, height: int
     return _for_page(drawn.getvalue(), description)
 
 
-def write_png(path: Path, standings: Sequence[Standing], title: str, note: str) -> None:
+def write_png(path: Path, summaries: Sequence[MethodSummary], title: str, note: str) -> None:
     """Draw what matters most as one picture.
 
     Args:
         path: where to.
-        standings: of all methods.
+        summaries: of all methods.
         title, note: what stands above and below.
 
     Raises:
@@ -173,14 +173,14 @@ def write_png(path: Path, standings: Sequence[Standing], title: str, note: str) 
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     above: list[tuple[str, Draw]] = [("Quality", draw_quality), ("Quality and size", draw_parameters)]
-    above += [("Learning", draw_curves)] if curve_metric(standings) is not None else []
+    above += [("Learning", draw_curves)] if curve_metric(summaries) is not None else []
     below: list[tuple[str, Draw]] = [
         ("Time to train or choose", draw_time),
         ("Peak memory", draw_memory),
         ("A prediction", draw_prediction),
     ]
     with rc_context(_style(11)), storage_errors(path):
-        height = 7.4 + 0.3 * max(0, len(standings) - 6)
+        height = 7.4 + 0.3 * max(0, len(summaries) - 6)
         layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08)
         figure = Figure(figsize=(11, height), layout=layout, facecolor=_PAPER)
         figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold", color=_INK)
@@ -189,10 +189,10 @@ def write_png(path: Path, standings: Sequence[Standing], title: str, note: str) 
         for part, draws in zip(parts, (above, below), strict=True):
             every = part.subplots(1, len(draws))
             for axes, (name, draw) in zip(every, draws, strict=True):
-                draw(axes, standings)
+                draw(axes, summaries)
                 axes.set_title(name, loc="left", color=_INK, fontweight="bold", fontsize=12)
             if draws is above:
-                _legend(part, every[1], min(len(standings), 4))
+                _legend(part, every[1], min(len(summaries), 4))
             else:  # the names stand once
                 for axes in every[1:]:
                     axes.set_yticklabels([])
@@ -245,46 +245,46 @@ def _for_page(drawn: str, description: str) -> str:
     return f'<svg {view[0]} role="img" aria-label="{escape(description)}">{body}</svg>'
 
 
-def _color(standing: Standing) -> str:
-    return COLORS[standing.place % len(COLORS)]
+def _color(summary: MethodSummary) -> str:
+    return COLORS[summary.place % len(COLORS)]
 
 
-def _look(standing: Standing) -> dict[str, Any]:
-    marker = _MARKERS[standing.place % len(_MARKERS)]
-    return {"color": _color(standing), "marker": marker, "markersize": 7, "markeredgecolor": _PAPER}
+def _look(summary: MethodSummary) -> dict[str, Any]:
+    marker = _MARKERS[summary.place % len(_MARKERS)]
+    return {"color": _color(summary), "marker": marker, "markersize": 7, "markeredgecolor": _PAPER}
 
 
-def _interval(axes: Axes, standing: Standing, place: float, vertical: bool) -> None:
+def _interval(axes: Axes, summary: MethodSummary, place: float, vertical: bool) -> None:
     """Draw a method's figure and interval at a place on the other axis."""
-    of, scale = standing.figure, _scale([standing])
+    of, scale = summary.figure, _scale([summary])
     across, along = [place, place], [scale * of.low, scale * of.high]
     ends = (across, along) if vertical else (along, across)
-    axes.plot(*ends, color=_color(standing), linewidth=2.2, alpha=0.45, solid_capstyle="round")
+    axes.plot(*ends, color=_color(summary), linewidth=2.2, alpha=0.45, solid_capstyle="round")
     point = (place, scale * of.value) if vertical else (scale * of.value, place)
-    axes.plot(*point, **_look(standing) | {"markersize": 9}, linestyle="none", label=_short(standing))
+    axes.plot(*point, **_look(summary) | {"markersize": 9}, linestyle="none", label=_short(summary))
 
 
-def _scale(standings: Sequence[Standing]) -> int:
-    return 100 if is_share(standings[0].primary) else 1
+def _scale(summaries: Sequence[MethodSummary]) -> int:
+    return 100 if is_share(summaries[0].primary) else 1
 
 
 def _axis_title(name: str) -> str:
     return f"{metric_name(name)}{', %' if is_share(name) else ', lower is better' if name == 'loss' else ''}"
 
 
-def _short(standing: Standing) -> str:
-    title = standing.kind.title
+def _short(summary: MethodSummary) -> str:
+    title = summary.kind.title
     return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1].rstrip()}…"
 
 
-def _wrapped(standing: Standing) -> str:
-    return "\n".join(textwrap.wrap(_short(standing), _LONGEST_LINE))
+def _wrapped(summary: MethodSummary) -> str:
+    return "\n".join(textwrap.wrap(_short(summary), _LONGEST_LINE))
 
 
-def _names(axes: Axes, standings: Sequence[Standing]) -> None:
-    axes.set_yticks(range(len(standings)), [_wrapped(s) for s in standings])
+def _names(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
+    axes.set_yticks(range(len(summaries)), [_wrapped(s) for s in summaries])
     axes.tick_params(axis="y", labelcolor=_INK)
-    axes.set_ylim(len(standings) - 0.5, -0.6)  # the first on top
+    axes.set_ylim(len(summaries) - 0.5, -0.6)  # the first on top
 
 
 def _legend(figure: Any, axes: Axes, columns: int) -> None:

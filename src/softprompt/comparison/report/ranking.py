@@ -55,7 +55,7 @@ _KINDS = {
         "yes: small matrices beside the weights",
         "tasks that have to learn what the model does not know, at an adapter for each",
     ),
-    "soft-prompt": Kind(
+    "prompt-tuning": Kind(
         "Soft prompt",
         "the soft prompt",
         "Prompt tuning",
@@ -63,7 +63,7 @@ _KINDS = {
         "yes: a few virtual tokens",
         "many tasks on one model that stays as it is, some kilobytes for each",
     ),
-    "deep-prefix": Kind(
+    "prefix-tuning": Kind(
         "Deep prefix",
         "the deep prefix",
         "Deep prefix",
@@ -91,7 +91,7 @@ _KINDS = {
 
 
 def kind_of(method: str) -> Kind:
-    """Return what is known of a method; `soft-prompt-ensemble` is of the kind of `soft-prompt`."""
+    """Return what is known of a method; `prompt-tuning-ensemble` is of the kind of `prompt-tuning`."""
     if method in _KINDS:
         return _KINDS[method]
     for name, kind in _KINDS.items():
@@ -104,7 +104,7 @@ def kind_of(method: str) -> Kind:
 
 
 @dataclass(frozen=True)
-class Standing:
+class MethodSummary:
     """How a method stands.
 
     Attributes:
@@ -166,9 +166,9 @@ class Standing:
 PICKED = "picked on these test rows, so it looks better than it is"
 
 
-def second(standings: Sequence[Standing]) -> Standing | None:
+def second(summaries: Sequence[MethodSummary]) -> MethodSummary | None:
     """Return the method that comes next to the best; None where no other has a finite figure."""
-    others = [s for s in standings if s.to_best is not None and math.isfinite(s.to_best.value)]
+    others = [s for s in summaries if s.to_best is not None and math.isfinite(s.to_best.value)]
     return max(others, key=lambda s: s.to_best.value if s.to_best else 0.0, default=None)
 
 
@@ -182,7 +182,7 @@ def contains_zero(of: Metric) -> bool:
     return of.low <= 0 <= of.high  # not of figures that are no numbers
 
 
-def make_standings(results: Sequence[Result], rows: Sequence[Row]) -> list[Standing]:
+def summarize(results: Sequence[Result], rows: Sequence[Row]) -> list[MethodSummary]:
     """Group results by method and compare each method with the best.
 
     Args:
@@ -210,7 +210,7 @@ def make_standings(results: Sequence[Result], rows: Sequence[Row]) -> list[Stand
     sign = -1.0 if lower_is_better(results[0].ranking) else 1.0
     best = max(figures, key=lambda m: sign * figures[m].value if math.isfinite(figures[m].value) else -math.inf)
     return [
-        Standing(
+        MethodSummary(
             method,
             kind_of(method),
             place,

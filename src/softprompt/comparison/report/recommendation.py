@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from softprompt.comparison.report.ranking import PICKED, Standing, contains_zero, second
+from softprompt.comparison.report.ranking import PICKED, MethodSummary, contains_zero, second
 from softprompt.comparison.results import difference
 from softprompt.evaluation.intervals import Metric
 from softprompt.formatting import (
@@ -32,102 +32,104 @@ class Recommendation:
     """What to do.
 
     Attributes:
-        standing: the method that is recommended; None where none can be.
+        summary: the method that is recommended; None where none can be.
         headline: one sentence.
         reasons: sentences with the numbers that it follows from.
         cautions: what the numbers do not say, or what would be taken wrongly.
     """
 
-    standing: Standing | None
+    summary: MethodSummary | None
     headline: str
     reasons: list[str]
     cautions: list[str]
 
 
-def recommend(standings: Sequence[Standing]) -> Recommendation:
+def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
     """Recommend the cheapest of the methods that cannot be told apart from the best.
 
     Cheaper is what needs no training, then what has less to keep for a task, then what took less processor time.
     """
-    (best,) = (s for s in standings if s.to_best is None)
-    if len(standings) == 1:
+    (best,) = (s for s in summaries if s.to_best is None)
+    if len(summaries) == 1:
         headline = f"Only {best.kind.phrase} was run: there is nothing to compare it with."
         reasons = [f"Its {_name(best)} is {_figure(best)}.", _takes(best)]
-        return Recommendation(best, headline, reasons, _cautions(standings, best))
+        return Recommendation(best, headline, reasons, _cautions(summaries, best))
     if not best.can_be_best:
-        return Recommendation(None, "No method can be recommended.", [_none(best)], _cautions(standings, best))
-    alike = _alike(standings)
+        return Recommendation(None, "No method can be recommended.", [_none(best)], _cautions(summaries, best))
+    alike = _alike(summaries)
     chosen = min(alike, key=_price)
-    cautions = _cautions(standings, chosen)
+    cautions = _cautions(summaries, chosen)
     reasons = [
-        _why(standings, alike, chosen, best),
+        _why(summaries, alike, chosen, best),
         _takes(chosen) if chosen is best else _saves(chosen, best),
         *_faster(alike, chosen),
-        *_against_prompt_engineering(standings, chosen),
-        *_against_learned_prompts(standings, chosen),
+        *_against_prompt_engineering(summaries, chosen),
+        *_against_learned_prompts(summaries, chosen),
     ]
     return Recommendation(chosen, chosen.kind.advice, reasons, cautions)
 
 
-def _alike(standings: Sequence[Standing]) -> list[Standing]:
+def _alike(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
     """Return the best method and those that cannot be told apart from it.
 
     Not one that is behind a method that can: its figure is worse, only its interval is wider. And not one that has
     nothing right: the best has few right then, but it has some.
     """
-    apart = max((_gap_to_best(s) for s in standings if not s.tied), default=-math.inf)
-    return [s for s in standings if s.tied and s.can_be_best and _gap_to_best(s) >= apart]
+    apart = max((_gap_to_best(s) for s in summaries if not s.tied), default=-math.inf)
+    return [s for s in summaries if s.tied and s.can_be_best and _gap_to_best(s) >= apart]
 
 
-def _price(standing: Standing) -> tuple[bool, int, float]:
-    return standing.learns, standing.costs.stored_bytes, standing.costs.train_cpu_seconds
+def _price(summary: MethodSummary) -> tuple[bool, int, float]:
+    return summary.learns, summary.costs.stored_bytes, summary.costs.train_cpu_seconds
 
 
-def _none(best: Standing) -> str:
+def _none(best: MethodSummary) -> str:
     if math.isfinite(best.figure.value):
         figure = metric(best.primary, best.figure.value)
         return f"No method has a better {_name(best)} than {figure}, so none of them is the best."
     return f"No method's {_name(best)} is a finite number, so none of them is the best."
 
 
-def _name(standing: Standing) -> str:
-    return metric_name(standing.primary)
+def _name(summary: MethodSummary) -> str:
+    return metric_name(summary.primary)
 
 
-def _figure(standing: Standing) -> str:
-    of = standing.figure
-    return f"{metric(standing.primary, of.value)} ({_INTERVAL} {interval(standing.primary, of)})"
+def _figure(summary: MethodSummary) -> str:
+    of = summary.figure
+    return f"{metric(summary.primary, of.value)} ({_INTERVAL} {interval(summary.primary, of)})"
 
 
 def _start(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _and(standings: Sequence[Standing]) -> str:
-    phrases = [s.kind.phrase for s in standings]
+def _and(summaries: Sequence[MethodSummary]) -> str:
+    phrases = [s.kind.phrase for s in summaries]
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def _scored(standing: Standing) -> str:
+def _scored(summary: MethodSummary) -> str:
     """Say on how much methods were compared: completions that share an input are judged together."""
-    return f"{count(_units(standing))} {'inputs' if standing.task == 'completion' else 'rows'}"
+    return f"{count(_units(summary))} {'inputs' if summary.task == 'completion' else 'rows'}"
 
 
-def _units(standing: Standing) -> int:
-    return len(standing.results[0].statistics)
+def _units(summary: MethodSummary) -> int:
+    return len(summary.results[0].statistics)
 
 
-def _gap_to_best(standing: Standing) -> float:
-    if standing.to_best is None:
+def _gap_to_best(summary: MethodSummary) -> float:
+    if summary.to_best is None:
         return 0.0
-    return standing.to_best.value if math.isfinite(standing.to_best.value) else -math.inf
+    return summary.to_best.value if math.isfinite(summary.to_best.value) else -math.inf
 
 
-def _why(standings: Sequence[Standing], alike: Sequence[Standing], chosen: Standing, best: Standing) -> str:
-    others = [s for s in standings if s is not best]
+def _why(
+    summaries: Sequence[MethodSummary], alike: Sequence[MethodSummary], chosen: MethodSummary, best: MethodSummary
+) -> str:
+    others = [s for s in summaries if s is not best]
     tied = [s for s in alike if s is not best]
     leads = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
-    following = second(standings)
+    following = second(summaries)
     if following is None or following.to_best is None:
         return f"{leads} No other method's {_name(best)} is a finite number."
     after = (
@@ -149,15 +151,15 @@ def _why(standings: Sequence[Standing], alike: Sequence[Standing], chosen: Stand
     )
 
 
-def _behind(standing: Standing, by: Metric) -> str:
-    return f"{_side(standing, by)} ({_INTERVAL} of the difference {gap_interval(standing.primary, by)})"
+def _behind(summary: MethodSummary, by: Metric) -> str:
+    return f"{_side(summary, by)} ({_INTERVAL} of the difference {gap_interval(summary.primary, by)})"
 
 
-def _side(standing: Standing, by: Metric) -> str:
-    return f"{gap(standing.primary, by.value)} {'behind' if by.value < 0 else 'ahead'}" if by.value else "level with it"
+def _side(summary: MethodSummary, by: Metric) -> str:
+    return f"{gap(summary.primary, by.value)} {'behind' if by.value < 0 else 'ahead'}" if by.value else "level with it"
 
 
-def _takes(chosen: Standing) -> str:
+def _takes(chosen: MethodSummary) -> str:
     costs = chosen.costs
     if not chosen.learns:
         searched = f"; choosing it took {duration(costs.train_seconds)}" if costs.train_seconds >= 1 else ""
@@ -168,7 +170,7 @@ def _takes(chosen: Standing) -> str:
     )
 
 
-def _saves(chosen: Standing, best: Standing) -> str:
+def _saves(chosen: MethodSummary, best: MethodSummary) -> str:
     ours, theirs = chosen.costs, best.costs
     if not chosen.learns and best.learns:
         return (
@@ -186,7 +188,7 @@ def _saves(chosen: Standing, best: Standing) -> str:
     )
 
 
-def _faster(alike: Sequence[Standing], chosen: Standing) -> list[str]:
+def _faster(alike: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
     """Say which other method to take where the time of a prediction matters most."""
     other = min(alike, key=lambda s: s.costs.prediction_seconds)
     ours, theirs = chosen.costs.prediction_seconds, other.costs.prediction_seconds
@@ -198,10 +200,10 @@ def _faster(alike: Sequence[Standing], chosen: Standing) -> list[str]:
     ]
 
 
-def _against_prompt_engineering(standings: Sequence[Standing], chosen: Standing) -> list[str]:
-    written = [s for s in standings if not s.learns and math.isfinite(s.figure.value)]
+def _against_prompt_engineering(summaries: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
+    written = [s for s in summaries if not s.learns and math.isfinite(s.figure.value)]
     if not chosen.learns:
-        trained = any(s.learns for s in standings)
+        trained = any(s.learns for s in summaries)
         return ["Training gained nothing that these rows can show."] if trained else []
     if not written:
         return []
@@ -214,9 +216,9 @@ def _against_prompt_engineering(standings: Sequence[Standing], chosen: Standing)
     ]
 
 
-def _against_learned_prompts(standings: Sequence[Standing], chosen: Standing) -> list[str]:
+def _against_learned_prompts(summaries: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
     """Say what a learned prompt would cost and save where another trained method is ahead of it."""
-    prompts = [s for s in standings if s.kind.family in _LEARNED_PROMPTS and s.to_best and not s.tied]
+    prompts = [s for s in summaries if s.kind.family in _LEARNED_PROMPTS and s.to_best and not s.tied]
     if not chosen.learns or chosen.kind.family in _LEARNED_PROMPTS or not prompts:
         return []
     nearest = max(prompts, key=_gap_to_best)
@@ -228,28 +230,28 @@ def _against_learned_prompts(standings: Sequence[Standing], chosen: Standing) ->
     ]
 
 
-def _cautions(standings: Sequence[Standing], chosen: Standing) -> list[str]:
+def _cautions(summaries: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
     found = _no_better_than_one_label(chosen)
     if _units(chosen) < _FEW_ROWS:
         found.append(f"Only {_scored(chosen)} were scored: even a large difference can hide behind chance.")
-    once = [s for s in standings if s.learns and len(s.results) == 1]
+    once = [s for s in summaries if s.learns and len(s.results) == 1]
     if once:
         found.append(
             f"{_start(_and(once))} ran with one seed: how far another run would come out elsewhere was not measured."
         )
-    for standing in standings:
-        costs = standing.costs
+    for summary in summaries:
+        costs = summary.costs
         if abs(costs.perplexity_after - costs.perplexity_before) > 0.01 * costs.perplexity_before:
             found.append(
-                f"{_start(standing.kind.phrase)} changed what the model does besides the task: its perplexity on "
+                f"{_start(summary.kind.phrase)} changed what the model does besides the task: its perplexity on "
                 f"unrelated text went from {plain(costs.perplexity_before)} to {plain(costs.perplexity_after)}."
             )
-    if len({tuple(sorted(r.environment.items())) for s in standings for r in s.results}) > 1:
+    if len({tuple(sorted(r.environment.items())) for s in summaries for r in s.results}) > 1:
         found.append("Not all results come from the same machine and versions: their times and memory differ for that.")
     return found
 
 
-def _no_better_than_one_label(chosen: Standing) -> list[str]:
+def _no_better_than_one_label(chosen: MethodSummary) -> list[str]:
     confusion = chosen.results[0].confusion
     if confusion is None or not sum(map(sum, confusion.counts)):
         return []

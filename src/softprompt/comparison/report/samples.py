@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from softprompt.comparison.report.ranking import Standing
+from softprompt.comparison.report.ranking import MethodSummary
 from softprompt.data.columns import INPUT_COLUMN, INSTRUCTED, TARGET_COLUMN, Task
 from softprompt.data.rows import Row
 
@@ -16,7 +16,7 @@ _MOST = 8
 class Answer:
     """What a method answered; `right` is None where an answer can be good without being one of the right ones."""
 
-    standing: Standing
+    summary: MethodSummary
     text: str
     right: bool | None
 
@@ -44,27 +44,27 @@ class Samples:
     inputs: int
 
 
-def choose_samples(standings: Sequence[Standing], rows: Sequence[Row]) -> Samples:
+def choose_samples(summaries: Sequence[MethodSummary], rows: Sequence[Row]) -> Samples:
     """Choose inputs on which methods disagree; of a single method, any.
 
     A way to disagree is which of the methods are right: nothing is chosen by hand.
     """
-    standings = [s for s in standings if s.results[0].predictions]
-    if not standings:
+    summaries = [s for s in summaries if s.results[0].predictions]
+    if not summaries:
         return Samples([], 0, 0)
-    samples = _samples(standings, rows)
-    apart = [s for s in samples if len({a.text for a in s.answers}) > 1 or len(standings) == 1]
+    samples = _samples(summaries, rows)
+    apart = [s for s in samples if len({a.text for a in s.answers}) > 1 or len(summaries) == 1]
     by_way: dict[tuple[bool | None, ...], list[Sample]] = {}
     for sample in apart:
         by_way.setdefault(tuple(a.right for a in sample.answers), []).append(sample)
     ways = sorted(by_way, key=lambda way: -len(by_way[way]))
     longest = max(map(len, by_way.values()), default=0)
     dealt = [by_way[way][turn] for turn in range(longest) for way in ways if turn < len(by_way[way])]
-    return Samples(dealt[:_MOST], len(apart) if len(standings) > 1 else 0, len(samples))
+    return Samples(dealt[:_MOST], len(apart) if len(summaries) > 1 else 0, len(samples))
 
 
-def _samples(standings: Sequence[Standing], rows: Sequence[Row]) -> list[Sample]:
-    task = standings[0].task
+def _samples(summaries: Sequence[MethodSummary], rows: Sequence[Row]) -> list[Sample]:
+    task = summaries[0].task
     target = TARGET_COLUMN[task]
     assert target is not None  # plain text has no predictions
     found: dict[tuple[str, str], Sample] = {}
@@ -73,7 +73,7 @@ def _samples(standings: Sequence[Standing], rows: Sequence[Row]) -> list[Sample]
         asked = _asked(row, task)
         key = (asked, row[target] if task == "classification" else "")
         if key not in found:
-            answers = [Answer(s, s.results[0].predictions[number], None) for s in standings]
+            answers = [Answer(s, s.results[0].predictions[number], None) for s in summaries]
             found[key] = Sample(asked, [], answers)
         if row[target] not in found[key].right:
             found[key].right.append(row[target])
@@ -88,5 +88,5 @@ def _asked(row: Row, task: Task) -> str:
 
 def _judged(answer: Answer, right: list[str]) -> Answer:
     exact = answer.text.strip() in [text.strip() for text in right]
-    judged = exact if answer.standing.task == "classification" else (exact or None)
-    return Answer(answer.standing, answer.text, judged)
+    judged = exact if answer.summary.task == "classification" else (exact or None)
+    return Answer(answer.summary, answer.text, judged)

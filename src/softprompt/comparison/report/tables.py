@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softprompt.comparison.report.ranking import PICKED, Standing, negative, second
+from softprompt.comparison.report.ranking import PICKED, MethodSummary, negative, second
 from softprompt.comparison.results import Costs
 from softprompt.evaluation.intervals import Metric
 from softprompt.formatting import (
@@ -55,23 +55,23 @@ class Group:
 class Short:
     """A method's row of the tutorial's table."""
 
-    standing: Standing
+    summary: MethodSummary
     figure: Cell
     to_best: Cell
     resources: Cell
     training: Cell
 
 
-def short_table(standings: Sequence[Standing]) -> list[Short]:
+def short_table(summaries: Sequence[MethodSummary]) -> list[Short]:
     """Return the tutorial's table: resource intensity, training needed, what it is best for, and how well it did."""
-    return [Short(s, _figure(s), _to_best(s, standings), _resources(s), _training(s)) for s in standings]
+    return [Short(s, _figure(s), _to_best(s, summaries), _resources(s), _training(s)) for s in summaries]
 
 
-def full_table(standings: Sequence[Standing]) -> list[Group]:
+def full_table(summaries: Sequence[MethodSummary]) -> list[Group]:
     """Return every figure that was measured, methods side by side."""
 
-    def line(title: str, cell: Callable[[Standing], Cell]) -> Line:
-        return Line(title, [cell(s) for s in standings])
+    def line(title: str, cell: Callable[[MethodSummary], Cell]) -> Line:
+        return Line(title, [cell(s) for s in summaries])
 
     def cost(title: str, words: Callable[[float], str], value: Callable[[Costs], float]) -> Line:
         return line(title, lambda s: Cell(words(value(s.costs))))
@@ -79,14 +79,14 @@ def full_table(standings: Sequence[Standing]) -> list[Group]:
     def of_metric(name: str) -> Line:
         return line(metric_title(name), lambda s: _other(s, name))
 
-    primary = standings[0].primary
-    others = dict.fromkeys(n for s in standings for r in s.results for n in r.metrics if n != primary)
+    primary = summaries[0].primary
+    others = dict.fromkeys(n for s in summaries for r in s.results for n in r.metrics if n != primary)
     return [
         Group(
             "Quality",
             [
                 line(metric_title(primary), _figure),
-                line("Difference to the best", lambda s: _to_best(s, standings)),
+                line("Difference to the best", lambda s: _to_best(s, summaries)),
                 *map(of_metric, others),
             ],
         ),
@@ -118,42 +118,42 @@ def full_table(standings: Sequence[Standing]) -> list[Group]:
     ]
 
 
-def _figure(standing: Standing) -> Cell:
-    name = standing.primary
-    detail = interval(name, standing.figure)
-    if len(standing.results) > 1:
-        values = [r.primary.value for r in standing.results]
+def _figure(summary: MethodSummary) -> Cell:
+    name = summary.primary
+    detail = interval(name, summary.figure)
+    if len(summary.results) > 1:
+        values = [r.primary.value for r in summary.results]
         finite = [value for value in values if math.isfinite(value)]
         if finite:
             detail += f"; seeds {interval(name, Metric(value=finite[0], low=min(finite), high=max(finite)))}"
         if len(finite) < len(values):
             detail += f"; of {len(values) - len(finite)} of {len(values)} seeds no finite number"
-    return Cell(metric(name, standing.figure.value), detail)
+    return Cell(metric(name, summary.figure.value), detail)
 
 
-def _to_best(standing: Standing, standings: Sequence[Standing]) -> Cell:
-    by = standing.to_best
+def _to_best(summary: MethodSummary, summaries: Sequence[MethodSummary]) -> Cell:
+    by = summary.to_best
     if by is None:
-        return _best(standing, standings)
+        return _best(summary, summaries)
     if not math.isfinite(by.value):
         return Cell("–", "cannot be compared")
-    told = "; cannot be told apart" if standing.tied else ""
-    return Cell(signed_gap(standing.primary, by.value), gap_interval(standing.primary, by) + told)
+    told = "; cannot be told apart" if summary.tied else ""
+    return Cell(signed_gap(summary.primary, by.value), gap_interval(summary.primary, by) + told)
 
 
-def _best(standing: Standing, standings: Sequence[Standing]) -> Cell:
-    if not standing.can_be_best:
+def _best(summary: MethodSummary, summaries: Sequence[MethodSummary]) -> Cell:
+    if not summary.can_be_best:
         return Cell("–", "no method is the best")
-    following = second(standings)
+    following = second(summaries)
     if following is None or following.to_best is None:
-        return Cell("best", PICKED if len(standings) > 1 else "")
+        return Cell("best", PICKED if len(summaries) > 1 else "")
     lead = negative(following.to_best)
-    ahead = f"{signed_gap(standing.primary, lead.value)} ({gap_interval(standing.primary, lead)})"
+    ahead = f"{signed_gap(summary.primary, lead.value)} ({gap_interval(summary.primary, lead)})"
     return Cell("best", f"{ahead} to the next, {following.kind.phrase}; {PICKED}")
 
 
-def _other(standing: Standing, name: str) -> Cell:
-    found = [r.metrics[name] for r in standing.results if name in r.metrics]
+def _other(summary: MethodSummary, name: str) -> Cell:
+    found = [r.metrics[name] for r in summary.results if name in r.metrics]
     if not found:
         return Cell("–")
     # Several seeds' intervals cannot be put together: the mean stands alone.
@@ -161,23 +161,23 @@ def _other(standing: Standing, name: str) -> Cell:
     return Cell(metric(name, float(np.mean([m.value for m in found]))), detail)
 
 
-def _resources(standing: Standing) -> Cell:
-    costs = standing.costs
+def _resources(summary: MethodSummary) -> Cell:
+    costs = summary.costs
     return Cell(
         f"{size(costs.peak_bytes)} of memory above the model",
         f"{size(costs.stored_bytes)} to keep for each task; {duration(costs.prediction_seconds)} a prediction",
     )
 
 
-def _training(standing: Standing) -> Cell:
-    costs = standing.costs
-    needed = standing.kind.training or ("yes" if standing.learns else "no")
-    learned = f"{count(costs.trainable_parameters)} numbers, " if standing.learns else ""
+def _training(summary: MethodSummary) -> Cell:
+    costs = summary.costs
+    needed = summary.kind.training or ("yes" if summary.learns else "no")
+    learned = f"{count(costs.trainable_parameters)} numbers, " if summary.learns else ""
     return Cell(needed, f"{learned}{duration(costs.train_seconds)}")
 
 
-def _perplexity(standing: Standing) -> Cell:
-    before, after = standing.costs.perplexity_before, standing.costs.perplexity_after
+def _perplexity(summary: MethodSummary) -> Cell:
+    before, after = summary.costs.perplexity_before, summary.costs.perplexity_after
     if before == after:
         return Cell(plain(after), "exactly as before")
     return Cell(f"{plain(before)} → {plain(after)}", "before → after")

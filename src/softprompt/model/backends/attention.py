@@ -16,15 +16,15 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from softprompt.errors import ModelError
-from softprompt.model.backends.prefix_batch import Ahead
+from softprompt.model.backends.prefix_batch import PrefixBatch
 from softprompt.model.prefix import Prefix
 
 # A text longer than this many times the shortest of its group begins another one: on a CPU what is padded costs most,
 # on a GPU the groups do, each of which starts some twenty kernels a layer.
-LIKE, LIKE_ON_GPU = 1.5, 8.0
+MAX_LENGTH_RATIO, MAX_LENGTH_RATIO_ON_GPU = 1.5, 8.0
 
 
-class Row:
+class PackedBatch:
     """One row of texts behind their prefixes, as the attention function needs it.
 
     Args:
@@ -32,8 +32,9 @@ class Row:
         lengths: tokens of each text.
         parents: per text, for each token the position of the token before it; None where all texts are chains.
         note: keep the keys and values of every layer in `noted`.
-        lead: tokens at the row's beginning that all texts stand behind; the prefixes give their number alone.
-        like: how unlike in length texts may be whose attention is computed together.
+        num_prompt_positions: tokens at the row's beginning that all texts stand behind; the prefixes give their
+            number alone.
+        max_length_ratio: how unlike in length texts may be whose attention is computed together.
     """
 
     def __init__(
@@ -42,46 +43,48 @@ class Row:
         lengths: Sequence[int],
         parents: Sequence[Tensor] | None = None,
         note: bool = False,
-        lead: int = 0,
-        like: float = LIKE,
+        num_prompt_positions: int = 0,
+        max_length_ratio: float = MAX_LENGTH_RATIO,
     ) -> None:
-        self.note, self.lead = note, lead
+        self.note, self.num_prompt_positions = note, num_prompt_positions
         self.noted: dict[int, tuple[Tensor, Tensor]] = {}
-        self.groups = [
-            Group(prefixes[begin:end], lengths[begin:end], None if parents is None else parents[begin:end])
-            for begin, end in like_lengths(lengths, [prefix.length for prefix in prefixes], like)
+        self.buckets = [
+            LengthBucket(prefixes[begin:end], lengths[begin:end], None if parents is None else parents[begin:end])
+            for begin, end in length_buckets(lengths, [prefix.length for prefix in prefixes], max_length_ratio)
         ]
-        if lead:
-            self.groups.insert(0, Group([Prefix()], [lead], None))
-        self.sizes = [sum(group.lengths) for group in self.groups]
+        if num_prompt_positions:
+            self.buckets.insert(0, LengthBucket([Prefix()], [num_prompt_positions], None))
+        self.sizes = [sum(bucket.lengths) for bucket in self.buckets]
 
     def positions(self) -> Tensor:
         """Return each token's position, `[1, N]`; the prefix's come first."""
-        return torch.cat([group.positions() for group in self.groups]).unsqueeze(0)
+        return torch.cat([bucket.positions() for bucket in self.buckets]).unsqueeze(0)
 
 
-def like_lengths(lengths: Sequence[int], aheads: Sequence[int], like: float = LIKE) -> list[tuple[int, int]]:
+def length_buckets(
+    lengths: Sequence[int], prefix_lengths: Sequence[int], max_length_ratio: float = MAX_LENGTH_RATIO
+) -> list[tuple[int, int]]:
     """Cut texts into runs of like length, alone and with their prefixes, so that little of their attention is padding.
 
     Args:
         lengths: tokens of each text.
-        aheads: positions of each text's prefix.
-        like: how many times as long as another one's a length may be.
+        prefix_lengths: positions of each text's prefix.
+        max_length_ratio: how many times as long as another one's a length may be.
     """
     cuts = [0]
     shortest = longest = lengths[0]
-    ahead, whole = aheads[0], aheads[0] + lengths[0]
+    prefix, whole = prefix_lengths[0], prefix_lengths[0] + lengths[0]
     for i in range(1, len(lengths)):
         shortest, longest = min(shortest, lengths[i]), max(longest, lengths[i])
-        ahead, whole = max(ahead, aheads[i]), min(whole, aheads[i] + lengths[i])
-        if longest > like * shortest or ahead + longest > like * whole:
+        prefix, whole = max(prefix, prefix_lengths[i]), min(whole, prefix_lengths[i] + lengths[i])
+        if longest > max_length_ratio * shortest or prefix + longest > max_length_ratio * whole:
             cuts.append(i)
             shortest = longest = lengths[i]
-            ahead, whole = aheads[i], aheads[i] + lengths[i]
+            prefix, whole = prefix_lengths[i], prefix_lengths[i] + lengths[i]
     return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
 
 
-class Group:
+class LengthBucket:
     """Neighbouring texts of a row whose attention is computed together, as if all had the length of the longest.
 
     In the shapes, P is the length of the longest prefix, t that of the longest text.
@@ -90,12 +93,12 @@ class Group:
         prefixes, lengths, parents: as for a row.
 
     Attributes:
-        ahead: the texts' prefixes.
+        prefix_batch: the texts' prefixes.
         key_positions: `[n or 1, P + t]`, the position of everything that can be seen; negative for padding before it.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], lengths: Sequence[int], parents: Sequence[Tensor] | None) -> None:
-        self.ahead, self.lengths = Ahead(prefixes), list(lengths)
+        self.prefix_batch, self.lengths = PrefixBatch(prefixes), list(lengths)
         self.longest = max(lengths)
         self._even = min(lengths) == self.longest
         if not self._even:
@@ -119,15 +122,15 @@ class Group:
 
     def _key_positions(self, depths: Tensor) -> Tensor:
         """Return `key_positions`: a token's is its prefix's length and its depth `[n or 1, t]` in the text."""
-        like = len(set(self.ahead.lengths)) == 1
-        starts = torch.tensor(self.ahead.lengths[:1] if like else self.ahead.lengths)[:, None]
+        same = len(set(self.prefix_batch.lengths)) == 1
+        starts = torch.tensor(self.prefix_batch.lengths[:1] if same else self.prefix_batch.lengths)[:, None]
         own = starts + depths
-        ahead = starts - self.ahead.longest + torch.arange(self.ahead.longest)
-        return torch.cat([ahead.expand(len(own), -1), own], dim=1)
+        prefix_batch = starts - self.prefix_batch.longest + torch.arange(self.prefix_batch.longest)
+        return torch.cat([prefix_batch.expand(len(own), -1), own], dim=1)
 
     def positions(self) -> Tensor:
         """Return the position of each token, text by text."""
-        own = self.key_positions[:, self.ahead.longest :].expand(len(self.lengths), -1)
+        own = self.key_positions[:, self.prefix_batch.longest :].expand(len(self.lengths), -1)
         return torch.cat([row[:length] for row, length in zip(own, self.lengths, strict=True)])
 
     def mask(self, window: int | None, like: Tensor) -> Tensor:
@@ -135,9 +138,9 @@ class Group:
         key = (window, like.dtype, like.device)
         if key not in self._masks:
             keys = self.key_positions
-            seen = pad(self._behind, (self.ahead.longest, 0), value=True) & (keys >= 0)[:, None, :]
+            seen = pad(self._behind, (self.prefix_batch.longest, 0), value=True) & (keys >= 0)[:, None, :]
             if window is not None:
-                queries = keys[:, self.ahead.longest :]
+                queries = keys[:, self.prefix_batch.longest :]
                 seen = seen & (queries[:, :, None] - keys[:, None, :] < window)
             added = torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)
             self._masks[key] = added.unsqueeze(1).to(like.device)
@@ -184,7 +187,7 @@ class _Spread(torch.autograd.Function):
         return grad.index_select(0, ctx.gather), None, None
 
 
-current: ContextVar[Row] = ContextVar("softprompt_row")
+current: ContextVar[PackedBatch] = ContextVar("softprompt_row")
 
 
 def attention(
@@ -225,40 +228,43 @@ def attention(
     if row.note:
         row.noted[layer] = (key, value)
     split = [states.squeeze(0).split(row.sizes, dim=1) for states in (query, key, value)]
-    made, lead = list[Tensor](), list[Tensor]()
-    for group, *parts in zip(row.groups, *split, strict=True):
-        queries, keys, values = (group.to_block(part) for part in parts)
-        if row.lead and not made:
+    made, prompt_states = list[Tensor](), list[Tensor]()
+    for bucket, *parts in zip(row.buckets, *split, strict=True):
+        queries, keys, values = (bucket.to_block(part) for part in parts)
+        if row.num_prompt_positions and not made:
             # As views they would keep the whole row's queries, keys and values for the backward pass.
             queries, keys, values = queries.clone(), keys.clone(), values.clone()
-            lead = [keys.float(), values.float()]  # so that their gradients are summed up in float32
+            prompt_states = [keys.float(), values.float()]  # so that their gradients are summed up in float32
         else:
-            keys, values = _behind(group, lead, layer, keys, values)
-        mask = group.mask(sliding_window, queries)
+            keys, values = _behind(bucket, prompt_states, layer, keys, values)
+        mask = bucket.mask(sliding_window, queries)
         if alibi_slopes is not None:
-            places = group.key_positions.to(mask)[:, None, None, :]
+            places = bucket.key_positions.to(mask)[:, None, None, :]
             mask = mask + alibi_slopes.to(mask)[None, :, None, None] * places
         if softcap is None and s_aux is None:
             out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
         else:
             out = _plain(queries, keys, values, mask, scaling, softcap, s_aux)
-        made.append(group.to_row(out))
+        made.append(bucket.to_row(out))
     return torch.cat(made).unsqueeze(0), None
 
 
-def _behind(group: Group, lead: Sequence[Tensor], layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _behind(
+    bucket: LengthBucket, prompt_states: Sequence[Tensor], layer: int, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
     """Put before a group's keys and values, `[n, K, t, D]`, those of what its texts stand behind.
 
     Args:
-        lead: keys and values `[1, K, P, D]` of the row's beginning; empty where the group has prefixes, or nothing.
+        prompt_states: keys and values `[1, K, P, D]` of the row's beginning; empty where the bucket has prefixes, or
+            nothing.
     """
-    if lead:
-        ahead = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in lead]
-    elif group.ahead.longest:
-        ahead = [group.ahead.keys(layer, keys.dtype), group.ahead.values(layer, values.dtype)]
+    if prompt_states:
+        prefix_batch = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in prompt_states]
+    elif bucket.prefix_batch.longest:
+        prefix_batch = [bucket.prefix_batch.keys(layer, keys.dtype), bucket.prefix_batch.values(layer, values.dtype)]
     else:
         return keys, values
-    return torch.cat([ahead[0], keys], dim=2), torch.cat([ahead[1], values], dim=2)
+    return torch.cat([prefix_batch[0], keys], dim=2), torch.cat([prefix_batch[1], values], dim=2)
 
 
 def _plain(

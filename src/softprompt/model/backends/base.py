@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.model.backends.attention import LIKE
+from softprompt.model.backends.attention import MAX_LENGTH_RATIO
 from softprompt.model.backends.onednn import products
-from softprompt.model.lm_head import Head
+from softprompt.model.lm_head import LMHead
 from softprompt.model.prefix import Prefix
 from softprompt.private_interfaces import device_of_hook
 
@@ -32,7 +32,7 @@ class TextPass:
     extended: list[Prefix] = field(default_factory=list)
 
 
-class Way(ABC):
+class Backend(ABC):
     """Runs prompts and texts through a frozen model.
 
     A position counts from the first token of a text; -1 is the last position of the prefix, whose logits
@@ -41,14 +41,14 @@ class Way(ABC):
 
     name: str
     pads: bool  # whether the shorter texts of a pass cost as much as the longest
-    recomputes = False  # whether the layers can run again in the backward pass
-    joins = False  # whether a prompt and texts can run in one pass
-    like = LIKE  # how unlike in length texts may be whose attention is computed together
+    can_checkpoint = False  # whether the layers can run again in the backward pass
+    can_fuse = False  # whether a prompt and texts can run in one pass
+    max_length_ratio = MAX_LENGTH_RATIO  # how unlike in length texts may be whose attention is computed together
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         self.hf_model = hf_model
         self.lock = RLock()
-        self.head = Head(hf_model, self.running)
+        self.lm_head = LMHead(hf_model, self.running)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class Way(ABC):
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> TextPass:
         """Run texts (ids `[t]` each, t at least 1) behind a prefix.
 
@@ -79,18 +79,22 @@ class Way(ABC):
             parents: per text, for each token the position of the token before it: a text that branches is a tree.
                 None where every token follows the one before.
             extend: also return, per text, the prefix that ends with it; not for trees.
-            recompute: keep the layers' inputs alone for the backward pass, and run each layer again there; only where
-                the way `recomputes`.
+            activation_checkpointing: keep the layers' inputs alone for the backward pass, and run each layer again
+                there; only where the backend `can_checkpoint`.
         """
 
-    def joint_pass(
-        self, embeddings: Tensor, texts: Sequence[Tensor], wanted: Sequence[Tensor], recompute: bool = False
+    def fused_pass(
+        self,
+        embeddings: Tensor,
+        texts: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where the way `joins`.
+        """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where the way `can_fuse`.
 
         Args:
             embeddings: what all texts stand behind.
-            texts, wanted, recompute: as of a text's pass.
+            texts, wanted, activation_checkpointing: as of a text's pass.
 
         Returns:
             `[R, H]`, the output head's input at each wanted position, text by text.

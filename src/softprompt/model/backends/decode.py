@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from softprompt.model.backends.base import Way, input_device
+from softprompt.model.backends.base import Backend, input_device
 from softprompt.model.backends.padded import filled_cache, positions
-from softprompt.model.backends.prefix_batch import Ahead
+from softprompt.model.backends.prefix_batch import PrefixBatch
 from softprompt.model.prefix import Prefix
 
 
@@ -32,17 +32,17 @@ class SharedCache(ContinuedRows):
 
     Args:
         hf_model: the frozen model.
-        way: how it is run.
+        backend: how it is run.
         prefixes: of each row what it goes on from; none is empty.
     """
 
-    def __init__(self, hf_model: PreTrainedModel, way: Way, prefixes: Sequence[Prefix]) -> None:
-        self._hf_model, self._way, self._device = hf_model, way, input_device(hf_model)
-        ahead = Ahead(prefixes)
-        self._cache: DynamicCache = filled_cache(ahead, len(prefixes[0].keys), prefixes[0].keys[0].dtype)
-        self._at = torch.tensor(ahead.lengths, device=self._device)
-        places = torch.arange(ahead.longest, device=self._device)
-        self._mask = (places[None, :] >= ahead.longest - self._at[:, None]).long()
+    def __init__(self, hf_model: PreTrainedModel, backend: Backend, prefixes: Sequence[Prefix]) -> None:
+        self._hf_model, self._way, self._device = hf_model, backend, input_device(hf_model)
+        prefix_batch = PrefixBatch(prefixes)
+        self._cache: DynamicCache = filled_cache(prefix_batch, len(prefixes[0].keys), prefixes[0].keys[0].dtype)
+        self._at = torch.tensor(prefix_batch.lengths, device=self._device)
+        places = torch.arange(prefix_batch.longest, device=self._device)
+        self._mask = (places[None, :] >= prefix_batch.longest - self._at[:, None]).long()
 
     def select(self, rows: Sequence[int]) -> None:
         kept = torch.tensor(list(rows), device=self._device)
@@ -69,12 +69,12 @@ class OwnPrefixes(ContinuedRows):
     For models whose cache counts padding as positions, or holds something else than what their attention sees.
 
     Args:
-        way: how the model is run.
+        backend: how the model is run.
         prefixes: of each row what it goes on from; none is empty.
     """
 
-    def __init__(self, way: Way, prefixes: Sequence[Prefix]) -> None:
-        self._way, self._prefixes = way, list(prefixes)
+    def __init__(self, backend: Backend, prefixes: Sequence[Prefix]) -> None:
+        self._way, self._prefixes = backend, list(prefixes)
 
     def select(self, rows: Sequence[int]) -> None:
         self._prefixes = [self._prefixes[row] for row in rows]
@@ -83,4 +83,4 @@ class OwnPrefixes(ContinuedRows):
         texts = [torch.tensor([token]) for token in tokens]
         done = self._way.text_pass(self._prefixes, texts, [torch.tensor([0])] * len(texts), extend=True)
         self._prefixes = done.extended
-        return self._way.head.logits(done.hidden)
+        return self._way.lm_head.logits(done.hidden)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from softprompt.data.encoder import Example
 from softprompt.model.backends.base import input_device
 from softprompt.model.backends.decode import ContinuedRows, OwnPrefixes, SharedCache
-from softprompt.model.backends.reference import concatenated_loss
+from softprompt.model.backends.reference import reference_loss
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.prefix import Prefix
@@ -63,19 +63,21 @@ class Plain:
         generator = torch.Generator().manual_seed(0)
         vocabulary = int(self._embed.num_embeddings)  # type: ignore[arg-type]
         ids: list[int] = torch.randint(vocabulary, (40,), generator=generator).tolist()
-        self.lead, rest = ids[:2], ids[2 + _VIRTUAL :]
+        self.shared_text_ids, rest = ids[:2], ids[2 + _VIRTUAL :]
         self._texts = [rest[sum(_LENGTHS[:i]) : sum(_LENGTHS[: i + 1])] for i in range(len(_LENGTHS))]
         self._more = rest[-len(_LENGTHS) :], rest[-2 * len(_LENGTHS) : -len(_LENGTHS)]
         *longer, single = self._texts
-        self.examples = [Example((*self.lead, *text), len(self.lead) + i % 2) for i, text in enumerate(longer)]
-        self.examples.append(Example((*self.lead, *single), len(self.lead)))
+        self.examples = [
+            Example((*self.shared_text_ids, *text), len(self.shared_text_ids) + i % 2) for i, text in enumerate(longer)
+        ]
+        self.examples.append(Example((*self.shared_text_ids, *single), len(self.shared_text_ids)))
         # Between tokens, where learning takes it: some models look up which token an embedding is.
         tokens = self._embedded(ids[2 : 2 + _VIRTUAL]).float()
         noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
         self.prompt = tokens + 0.3 * tokens.std() * noise
         with torch.enable_grad():
             learned = self.prompt.clone().requires_grad_()
-            loss = concatenated_loss(hf_model, learned, self.examples) / sum(e.targets for e in self.examples)
+            loss = reference_loss(hf_model, learned, self.examples) / sum(e.targets for e in self.examples)
             (self.gradient,) = torch.autograd.grad(loss, learned)
         self.loss = float(loss.detach())
 
@@ -86,9 +88,9 @@ class Plain:
     def differences(self, model: FrozenModel, cut: bool = True) -> Differences:
         """Return the largest differences of a model's way, the texts at once and, if `cut`, as two micro-batches."""
         found = []
-        cuts = [[self.examples], [self.examples[:2], self.examples[2:]]]
-        for parts in cuts if cut else cuts[:1]:
-            loss, gradient = prompt_gradient(model, self.prompt, self.lead, parts)
+        micro_batch_cuts = [[self.examples], [self.examples[:2], self.examples[2:]]]
+        for parts in micro_batch_cuts if cut else micro_batch_cuts[:1]:
+            loss, gradient = prompt_gradient(model, self.prompt, self.shared_text_ids, parts)
             away = float((gradient - self.gradient).norm() / self.gradient.norm())
             found.append(Differences(abs(loss - self.loss) / abs(self.loss), away))
         losses, gradients = zip(*found, strict=True)
@@ -103,11 +105,11 @@ class Plain:
         behind = {fewer: model.prefix(self.prompt[fewer:]) for fewer in set(_FEWER) - {_VIRTUAL}}
         prefixes = [behind.get(fewer, Prefix()) for fewer in _FEWER]
         texts = [torch.tensor(text) for text in self._texts]
-        done = model.way.text_pass(prefixes, texts, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
-        read = self._away(model.way.head.logits(done.hidden), 0, range(len(texts)))
-        apart = self._continued(OwnPrefixes(model.way, done.extended))
+        done = model.backend.text_pass(prefixes, texts, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
+        read = self._away(model.backend.lm_head.logits(done.hidden), 0, range(len(texts)))
+        apart = self._continued(OwnPrefixes(model.backend, done.extended))
         try:
-            together = self._continued(SharedCache(model.hf_model, model.way, done.extended))
+            together = self._continued(SharedCache(model.hf_model, model.backend, done.extended))
         except Exception:  # what a foreign model's cache holds may have another shape than what its attention sees
             together = math.inf
         return Decoding(_largest([read, apart]), _largest([read, together]))

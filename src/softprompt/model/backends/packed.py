@@ -16,10 +16,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, GradientCheckpointingLayer, PreTrainedModel
 
-from softprompt.model.backends.attention import LIKE, LIKE_ON_GPU, Row, attention, current
-from softprompt.model.backends.base import TextPass, Way, input_device, rows_of
+from softprompt.model.backends.attention import (
+    MAX_LENGTH_RATIO,
+    MAX_LENGTH_RATIO_ON_GPU,
+    PackedBatch,
+    attention,
+    current,
+)
+from softprompt.model.backends.base import Backend, TextPass, input_device, rows_of
 from softprompt.model.backends.bloom import bloom_attention
-from softprompt.model.backends.prefix_batch import one_each
+from softprompt.model.backends.prefix_batch import broadcast_prefix
 from softprompt.model.lm_head import replaced
 from softprompt.model.prefix import Prefix
 
@@ -40,12 +46,12 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
-class Packed(Way):
+class PackedBackend(Backend):
     """For models on transformers' pluggable attention."""
 
     name = "packed"
     pads = False
-    joins = True
+    can_fuse = True
 
     def __init__(self, hf_model: PreTrainedModel) -> None:
         super().__init__(hf_model)
@@ -55,17 +61,17 @@ class Packed(Way):
             if type(module).__name__ in STAND_INS
         ]
         self._layers = [module for module in hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        self.recomputes = bool(self._layers)
-        self.like = LIKE if input_device(hf_model).type == "cpu" else LIKE_ON_GPU
+        self.can_checkpoint = bool(self._layers)
+        self.max_length_ratio = MAX_LENGTH_RATIO if input_device(hf_model).type == "cpu" else MAX_LENGTH_RATIO_ON_GPU
 
     @contextmanager
-    def _running(self, row: Row) -> Iterator[None]:
+    def _running(self, batch: PackedBatch) -> Iterator[None]:
         config = self.hf_model.config
         with self.running(), ExitStack() as stack:
             for module, stand_in in self._stand_ins:
                 stack.enter_context(replaced(module, stand_in))
             before = config._attn_implementation
-            token = current.set(row)
+            token = current.set(batch)
             config._attn_implementation = ATTENTION
             try:
                 yield
@@ -74,7 +80,7 @@ class Packed(Way):
                 current.reset(token)
 
     @contextmanager
-    def _recomputing(self, row: Row) -> Iterator[None]:
+    def _checkpointed(self, batch: PackedBatch) -> Iterator[None]:
         """Let each layer keep nothing but its inputs, and run again when its gradients are found (Chen et al. 2016).
 
         transformers' own way acts in training mode alone. The second run is outside of the text's pass, on a GPU in
@@ -82,7 +88,7 @@ class Packed(Way):
         """
 
         def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._running(row):
+            with self._running(batch):
                 return forward(*args, **kwargs)
 
         with ExitStack() as stack:
@@ -93,22 +99,22 @@ class Packed(Way):
                 stack.enter_context(replaced(layer, twice))
             yield
 
-    def _hidden(self, row: Row, recompute: bool = False, **inputs: Tensor) -> Tensor:
+    def _hidden(self, batch: PackedBatch, activation_checkpointing: bool = False, **inputs: Tensor) -> Tensor:
         """Run a row, and return the output head's input at all of its positions, `[1, N, H]`."""
         taken: list[Tensor] = []
-        positions = row.positions().to(input_device(self.hf_model))
-        recomputing = self._recomputing(row) if recompute else nullcontext()
-        with self._running(row), self.head.skipped(taken.append), recomputing:
+        positions = batch.positions().to(input_device(self.hf_model))
+        recomputing = self._checkpointed(batch) if activation_checkpointing else nullcontext()
+        with self._running(batch), self.lm_head.skipped(taken.append), recomputing:
             self.hf_model(**inputs, position_ids=positions, use_cache=False)
         return taken[0]
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]
-        row = Row([Prefix()], [length], note=True)
-        hidden = self._hidden(row, inputs_embeds=embeddings)
+        batch = PackedBatch([Prefix()], [length], note=True)
+        hidden = self._hidden(batch, inputs_embeds=embeddings)
         return Prefix(
-            keys=[row.noted[i][0] for i in range(len(row.noted))],
-            values=[row.noted[i][1] for i in range(len(row.noted))],
+            keys=[batch.noted[i][0] for i in range(len(batch.noted))],
+            values=[batch.noted[i][1] for i in range(len(batch.noted))],
             last=hidden[0, -1:],
             length=length,
         )
@@ -120,32 +126,46 @@ class Packed(Way):
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> TextPass:
         lengths, starts = _lengths_and_starts(texts)
-        prefixes = one_each(prefix, len(texts))
-        row = Row(prefixes, lengths, parents, note=extend, like=self.like)
+        prefixes = broadcast_prefix(prefix, len(texts))
+        batch = PackedBatch(prefixes, lengths, parents, note=extend, max_length_ratio=self.max_length_ratio)
         ids = torch.cat(list(texts)).unsqueeze(0).to(input_device(self.hf_model))
-        hidden = self._hidden(row, recompute, input_ids=ids)
+        hidden = self._hidden(batch, activation_checkpointing, input_ids=ids)
         wished = rows_of(hidden, starts, wanted, prefixes)
         if not extend:
             return TextPass(wished)
         extended = [
-            _extended(own, row.noted, slice(s, s + t), hidden[0, s + t - 1 : s + t], text)
+            _extended(own, batch.noted, slice(s, s + t), hidden[0, s + t - 1 : s + t], text)
             for own, s, t, text in zip(prefixes, starts, lengths, texts, strict=True)
         ]
         return TextPass(wished, extended)
 
-    def joint_pass(
-        self, embeddings: Tensor, texts: Sequence[Tensor], wanted: Sequence[Tensor], recompute: bool = False
+    def fused_pass(
+        self,
+        embeddings: Tensor,
+        texts: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        activation_checkpointing: bool = False,
     ) -> Tensor:
-        lead = embeddings.shape[1]
-        lengths, starts = _lengths_and_starts(texts, lead)
-        row = Row([Prefix(length=lead)] * len(texts), lengths, lead=lead, like=self.like)
+        num_prompt_positions = embeddings.shape[1]
+        lengths, starts = _lengths_and_starts(texts, num_prompt_positions)
+        batch = PackedBatch(
+            [Prefix(length=num_prompt_positions)] * len(texts),
+            lengths,
+            num_prompt_positions=num_prompt_positions,
+            max_length_ratio=self.max_length_ratio,
+        )
         ids = torch.cat(list(texts)).to(embeddings.device)
         embedded = torch.cat([embeddings, self.hf_model.get_input_embeddings()(ids).unsqueeze(0)], dim=1)
-        hidden = self._hidden(row, recompute, inputs_embeds=embedded)
-        return rows_of(hidden, starts, wanted, [Prefix(last=hidden[0, lead - 1 : lead])] * len(texts))
+        hidden = self._hidden(batch, activation_checkpointing, inputs_embeds=embedded)
+        return rows_of(
+            hidden,
+            starts,
+            wanted,
+            [Prefix(last=hidden[0, num_prompt_positions - 1 : num_prompt_positions])] * len(texts),
+        )
 
 
 def _lengths_and_starts(texts: Sequence[Tensor], first: int = 0) -> tuple[list[int], list[int]]:
@@ -157,9 +177,9 @@ def _lengths_and_starts(texts: Sequence[Tensor], first: int = 0) -> tuple[list[i
 def _extended(
     prefix: Prefix, noted: dict[int, tuple[Tensor, Tensor]], where: slice, last: Tensor, text: Tensor
 ) -> Prefix:
-    def joined(ahead: list[Tensor], which: int) -> list[Tensor]:
+    def joined(before: list[Tensor], which: int) -> list[Tensor]:
         own = [noted[i][which][:, :, where] for i in range(len(noted))]
-        return [torch.cat([a.to(o.dtype), o], dim=2) for a, o in zip(ahead, own, strict=True)] if ahead else own
+        return [torch.cat([a.to(o.dtype), o], dim=2) for a, o in zip(before, own, strict=True)] if before else own
 
     return Prefix(
         keys=joined(prefix.keys, 0),

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from softprompt.model.backends.base import TextPass, Way, input_device, rows_of
-from softprompt.model.backends.prefix_batch import Ahead, one_each
+from softprompt.model.backends.base import Backend, TextPass, input_device, rows_of
+from softprompt.model.backends.prefix_batch import PrefixBatch, broadcast_prefix
 from softprompt.model.prefix import Prefix
 
 
-class Cached(Way):
+class PaddedBackend(Backend):
     """For models whose attention cannot be replaced, but which keep keys and values in a cache."""
 
-    name = "cached"
+    name = "padded"
     pads = True
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
@@ -30,7 +30,7 @@ class Cached(Way):
         # An explicit cache: the model's default one drops what lies outside a sliding window.
         cache = DynamicCache()
         taken: list[Tensor] = []
-        with self.running(), self.head.skipped(taken.append):
+        with self.running(), self.lm_head.skipped(taken.append):
             self.hf_model(
                 inputs_embeds=embeddings,
                 past_key_values=cache,
@@ -48,24 +48,26 @@ class Cached(Way):
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> TextPass:
-        assert not recompute  # a layer that runs again would find its keys and values in the cache already
-        prefixes = one_each(prefix, len(texts))
+        assert (
+            not activation_checkpointing
+        )  # a layer that runs again would find its keys and values in the cache already
+        prefixes = broadcast_prefix(prefix, len(texts))
         if parents is not None:
             trees = zip(prefixes, texts, wanted, parents, strict=True)
             return TextPass(torch.cat([self._tree(*tree) for tree in trees]))
-        device, ahead = input_device(self.hf_model), Ahead(prefixes)
-        starts = torch.tensor(ahead.lengths)[:, None]
+        device, prefix_batch = input_device(self.hf_model), PrefixBatch(prefixes)
+        starts = torch.tensor(prefix_batch.lengths)[:, None]
         lengths = torch.tensor([len(text) for text in texts])
         ids = pad_sequence(list(texts), batch_first=True).to(device)
         count, longest = ids.shape
         real = torch.arange(longest)[None, :] < lengths[:, None]
-        held = torch.arange(ahead.longest)[None, :] >= ahead.longest - starts
+        held = torch.arange(prefix_batch.longest)[None, :] >= prefix_batch.longest - starts
         mask = torch.cat([held, real], dim=1).long().to(device)
         taken: list[Tensor] = []
-        cache = filled_cache(ahead, max(len(each.keys) for each in prefixes), self.hf_model.dtype)
-        with self.running(), self.head.skipped(taken.append):
+        cache = filled_cache(prefix_batch, max(len(each.keys) for each in prefixes), self.hf_model.dtype)
+        with self.running(), self.lm_head.skipped(taken.append):
             self.hf_model(
                 input_ids=ids,
                 past_key_values=cache,
@@ -79,7 +81,7 @@ class Cached(Way):
         keys, values = cached_tensors(cache)
         extended = []
         for i, (own, text) in enumerate(zip(prefixes, texts, strict=True)):
-            begin, end = ahead.longest - own.length, ahead.longest + len(text)
+            begin, end = prefix_batch.longest - own.length, prefix_batch.longest + len(text)
             extended.append(
                 Prefix(
                     keys=[k[i : i + 1, :, begin:end] for k in keys],
@@ -111,7 +113,7 @@ class Cached(Way):
         return torch.cat(hidden)[[place[token] for token in wanted.tolist()]]
 
 
-class CachedApart(Cached):
+class PaddedByLengthBackend(PaddedBackend):
     """For those that count padding before a prefix as positions: a pass for each length of prefix."""
 
     def text_pass(
@@ -121,11 +123,11 @@ class CachedApart(Cached):
         wanted: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> TextPass:
-        prefixes = one_each(prefix, len(texts))
+        prefixes = broadcast_prefix(prefix, len(texts))
         if parents is not None or len({each.length for each in prefixes}) == 1:  # trees are run one by one
-            return super().text_pass(prefixes, texts, wanted, parents, extend, recompute)
+            return super().text_pass(prefixes, texts, wanted, parents, extend, activation_checkpointing)
         hidden: list[Tensor] = [torch.empty(0)] * len(texts)
         extended: list[Prefix] = [Prefix()] * len(texts)
         for length in sorted({each.length for each in prefixes}):
@@ -139,11 +141,11 @@ class CachedApart(Cached):
         return TextPass(torch.cat(hidden), extended if extend else [])
 
 
-def filled_cache(ahead: Ahead, layers: int, dtype: torch.dtype) -> DynamicCache:
+def filled_cache(prefix_batch: PrefixBatch, layers: int, dtype: torch.dtype) -> DynamicCache:
     """Return a cache whose rows hold what stands ahead of them."""
     cache = DynamicCache()
     for layer in range(layers):
-        cache.update(ahead.keys(layer, dtype), ahead.values(layer, dtype), layer)
+        cache.update(prefix_batch.keys(layer, dtype), prefix_batch.values(layer, dtype), layer)
     return cache
 
 

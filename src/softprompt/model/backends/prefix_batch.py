@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from softprompt.model.prefix import Prefix
 
 
-class Ahead:
+class PrefixBatch:
     """The prefixes of some texts, brought to one length by padding before the shorter ones.
 
     Padding stands before a prefix, never between it and its text: some models count cache slots, not positions.
@@ -57,7 +57,7 @@ class Ahead:
         return pad(tensor.to(dtype), (0, 0, short, 0))
 
 
-def one_each(prefix: Prefix | Sequence[Prefix], texts: int) -> Sequence[Prefix]:
+def broadcast_prefix(prefix: Prefix | Sequence[Prefix], texts: int) -> Sequence[Prefix]:
     """Return a prefix for each text: the one that all share, or the ones that were given."""
     prefixes = [prefix] * texts if isinstance(prefix, Prefix) else prefix
     assert len(prefixes) == texts

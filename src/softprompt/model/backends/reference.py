@@ -16,7 +16,7 @@ from softprompt.data.encoder import Example
 from softprompt.model.backends.base import input_device
 
 
-def concatenated_loss(hf_model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example]) -> Tensor:
+def reference_loss(hf_model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example]) -> Tensor:
     """Return the summed loss over the target tokens, in nats.
 
     Args:

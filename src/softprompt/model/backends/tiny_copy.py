@@ -50,7 +50,7 @@ def shows_itself(config: PretrainedConfig) -> bool:
     return (window is None or window <= WINDOW) and not capped
 
 
-def miniature(hf_model: PreTrainedModel) -> PreTrainedModel:
+def tiny_copy(hf_model: PreTrainedModel) -> PreTrainedModel:
     """Return a tiny random model, in float32, with one layer of each kind that a model has and a short window.
 
     Whatever stops a foreign configuration from being shrunk is raised as it comes.

@@ -9,17 +9,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.errors import ModelError
-from softprompt.model.backends.base import Way, input_device
+from softprompt.model.backends.base import Backend, input_device
 from softprompt.model.backends.differences import Differences, Plain
-from softprompt.model.backends.packed import Packed
-from softprompt.model.backends.padded import Cached, CachedApart
-from softprompt.model.backends.tiny_copy import miniature, shows_itself
+from softprompt.model.backends.packed import PackedBackend
+from softprompt.model.backends.padded import PaddedBackend, PaddedByLengthBackend
+from softprompt.model.backends.tiny_copy import shows_itself, tiny_copy
 from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
 
 logger = logging.getLogger(__name__)
 
-WAYS: tuple[type[Way], ...] = (Packed, Cached, CachedApart)
+BACKENDS: tuple[type[Backend], ...] = (PackedBackend, PaddedBackend, PaddedByLengthBackend)
 _FEW = 5_000_000  # parameters: a model that is as quick to check as a miniature of it
 # What rounding may do; docs/decisions.md has the measurements. A miniature's results are those of plain transformers
 # to 2e-6, and what was broken on purpose (masks, positions, scalings, windows, caps) moved them by 2e-3 at least.
@@ -58,7 +58,7 @@ def freeze(
     hf_model = hf_model.eval().requires_grad_(False)
     tried = subjects(hf_model)
     wrong: dict[str, str] = {}
-    for kind in WAYS:
+    for kind in BACKENDS:
         try:
             fault, shares = _fault(kind, tried, tokenizer)
         except Exception as error:  # whatever a foreign model raises, the way is not for it
@@ -76,7 +76,7 @@ def freeze(
     )
 
 
-def _fault(kind: type[Way], tried: list[Subject], tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, bool]:
+def _fault(kind: type[Backend], tried: list[Subject], tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, bool]:
     """Return what is wrong with a way, None for nothing; and whether rows can be continued in one shared cache."""
     shares = True
     for subject in tried:
@@ -128,7 +128,7 @@ def subjects(hf_model: PreTrainedModel) -> list[Subject]:
 def _small_subject(hf_model: PreTrainedModel, needed: bool) -> Subject | None:
     """Return a miniature to try ways on; None where none can be made and run, which is warned of where it is needed."""
     try:
-        small = miniature(hf_model)
+        small = tiny_copy(hf_model)
         plain = Plain(small)
         if plain.finite:
             return Subject(plain, small, Differences(_EXACT, _EXACT), whole=True)
