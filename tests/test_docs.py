@@ -18,6 +18,8 @@ from softprompt.model.bundled import SMOLLM2, fetch, kept_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+WITH_COMMANDS = ["README.md", "docs/tutorial.md", "docs/formats.md", "docs/guide.md", "docs/comparing.md"]
+README_LINES = 130  # a front page; all else is in docs/
 
 
 @pytest.mark.parametrize("name", ["commands.md", "settings.md"])
@@ -30,6 +32,44 @@ def commands_of(page: Path) -> list[list[str]]:
     blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
     return [shlex.split(line, comments=True) for line in lines]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_a_front_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+def test_the_list_of_decisions_has_every_decision_once() -> None:
+    listed = re.findall(
+        r"^\| (.*)\. \| \[.*\]\(decisions/(.*)\.md\) \|$", (ROOT / "docs/decisions.md").read_text(), re.MULTILINE
+    )
+    made = [
+        (heading, page.stem)
+        for page in (ROOT / "docs" / "decisions").glob("*.md")
+        for heading in re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        if not heading.startswith("What was tried")
+    ]
+    assert sorted(listed) == sorted(made)
+
+
+def test_the_layout_names_every_file_of_the_source() -> None:
+    package = ROOT / "src" / "softprompt"
+    named = set(re.findall(r"^\| `([\w/]+(?:\.py|/))` \|", (ROOT / "docs/layout.md").read_text(), re.MULTILINE))
+    assert not {name for name in named if not (package / name).exists()}, "named, but not there"
+    files = [file.relative_to(package) for file in package.rglob("*.py")]
+    whole = {name.rstrip("/") for name in named if name.endswith("/")}  # folders that one line describes
+    missing = {
+        file.as_posix()
+        for file in files
+        if not file.name.startswith("__") and file.parts[0] not in whole and file.as_posix() not in named
+    }
+    assert not missing, "there, but not named"
 
 
 def test_the_readme_names_make_targets_that_exist() -> None:
@@ -52,12 +92,16 @@ def test_the_tutorial_is_the_same_in_both_languages() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", text):
+        if target.startswith("https://"):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors_of(file), f"{target}#{anchor}"
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/formats.md"])
+@pytest.mark.parametrize("name", WITH_COMMANDS)
 def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     """In order, in an empty folder with a third of the demo's rows; training is cut to two steps."""
     kept = kept_folder(SMOLLM2)
@@ -77,7 +121,7 @@ def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
     for words in ours:
         short = ["--set", "max_steps=2", "--set", "eval_rows=10"] if words[0] in ("tune", "check", "demo") else []
         if words[0] == "compare":
-            short = ["--methods", "zero-shot,soft-prompt", "--set", "max_minutes=0.05", "--set", "eval_rows=10"]
+            short = ["--methods", "zero-shot,prompt-tuning", "--set", "max_minutes=0.05", "--set", "eval_rows=10"]
         with pytest.raises(SystemExit) as stopped:
             main([*words, *short])
         printed = capsys.readouterr()
@@ -116,14 +160,17 @@ def test_peft_loads_a_prompt_as_the_documents_say(
     assert names["model"].active_peft_config.num_virtual_tokens == 5
 
 
-def test_the_readmes_python_runs(llama_folder: Path, reviews: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_the_python_of_a_page_runs(
+    name: str, llama_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
     code = block.replace('"smollm2-135m"', repr(str(llama_folder))).replace(
         "sp.TuneConfig(", "sp.TuneConfig(max_steps=2, "
     )
     code = re.sub(r'"[^"]*\.csv"', repr(str(reviews)), code)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, name, "exec"), {})
 
 
 def test_the_tutorial_runs(llama_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
