@@ -25,8 +25,7 @@ from quality import apart, rows_of, timed
 from softprompt.comparison.methods.prompts import MEMBERS
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows
-from softprompt.evaluation.average import average_scores
-from softprompt.evaluation.scores import TextScorer, make_scorer
+from softprompt.evaluation.scores import TextScorer, average_scores, make_scorer
 from softprompt.prompt.ensemble import make_ensemble
 from softprompt.prompt.initialization import MANY_LABELS
 
@@ -65,7 +64,7 @@ def run(model: sp.FrozenModel, name: str, method: str, variant: str, data: Path)
     made = make_ensemble(prompts, {})
     encoder = Encoder(model.tokenizer, made.format, made.record.max_length)
     kind = TextScorer if len(made.format.verbalizers) > MANY_LABELS else make_scorer
-    each = kind(encoder, others).score_all(model, made.members)
+    each = kind(encoder, others).score_members(model, made)
     return {
         "variant": variant,
         "set": name,

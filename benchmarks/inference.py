@@ -19,6 +19,7 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import LabelScorer
 from softprompt.prompt.initialization import task_text, text_prompt
+from softprompt.prompt.soft_prompt import Record, SoftPrompt
 
 LIKELIHOODS_AGREE = 1e-3  # nats
 PARTS = 3  # that a long evaluation is cut into, so that both sides take turns
@@ -57,6 +58,7 @@ def evaluation(rows: sp.Rows, first: int | None) -> dict[str, Any]:
     model = load("smollm2")
     form = make_format("classification", rows.labels)
     prompt = text_prompt(model, 20, task_text(form))
+    learned = SoftPrompt(prompt, Record.of(model, form, 512))
     wrapped = peft_model(model.hf_model, prompt).eval()
     rows = rows.pick(range(first or len(rows)))
     scorer = LabelScorer(Encoder(model.tokenizer, form, 512), rows)
@@ -69,7 +71,7 @@ def evaluation(rows: sp.Rows, first: int | None) -> dict[str, Any]:
     for part in np.array_split(np.arange(len(rows)) if single else timed_labels, PARTS):
         mine = scorer if not single else LabelScorer(Encoder(model.tokenizer, form, 512), rows.pick(part.tolist()))
         with timed(seconds["softprompt"]):
-            found = mine.score(model, prompt).log_likelihoods  # type: ignore[attr-defined]
+            found = mine.score(model, learned).log_likelihoods  # type: ignore[attr-defined]
         with timed(seconds["peft"]):
             if single:
                 expected = peft_single(wrapped, mine)
@@ -168,6 +170,5 @@ def generation(data: Path, repeats: int) -> dict[str, Any]:
 def record_of(model: sp.FrozenModel) -> Any:
     """Return what a prompt for plain text says of itself."""
     from softprompt.prompt.base_model import base_model_record
-    from softprompt.prompt.soft_prompt import Record
 
     return Record(base_model=base_model_record(model))

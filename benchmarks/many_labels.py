@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ import softprompt as sp
 from quality import VALIDATION, apart, rows_of
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.methods.base import Protocol
-from softprompt.evaluation.calibration import prior_matching, shifted
-from softprompt.evaluation.scores import LabelScores
+from softprompt.evaluation.calibration import prior_matching
+from softprompt.evaluation.scores import LabelScores, add_label_bias
 from softprompt.training.callbacks import Callback
 
 FILE = Path(__file__).parent / "results" / "many_labels.jsonl"
@@ -64,13 +63,13 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
     made = METHODS[method](Protocol(model, train, some, test, config, "examples", search=False), 0, Callback())
     try:
         learned = made.learn()
-        answers = replace(learned.answers, biases=())
-        chosen_by, plain = (answers.side(rows, answers.at_once(rows)).scores for rows in (some, others))
+        answers = learned.answers
+        chosen_by, plain = (answers.side(rows, answers.at_once(rows)).plain for rows in (some, others))
     finally:
         made.close()
     assert isinstance(chosen_by, LabelScores)
     assert isinstance(plain, LabelScores)
-    matched = shifted(plain, prior_matching(chosen_by, train))
+    matched = add_label_bias(plain, prior_matching(chosen_by, train))
     return {
         "variant": variant,
         "set": SET,

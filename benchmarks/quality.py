@@ -53,7 +53,7 @@ from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import make_ensemble
-from softprompt.prompt.soft_prompt import load_soft_prompt
+from softprompt.prompt.soft_prompt import Record, SoftPrompt, load_soft_prompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import NOWHERE
@@ -117,7 +117,9 @@ class PeftLoop(Trainer):
         """Score rows with our scorer."""
         scorer = scorer or self.prepared.scorer
         assert scorer is not None
-        return scorer.score(self.model, (weights or self.weights())["prompt"])
+        encoder = self.prepared.encoder
+        record = Record.of(self.model, encoder.format, encoder.max_length)
+        return scorer.score(self.model, SoftPrompt((weights or self.weights())["prompt"], record))
 
     def backward(self, cuts: MicroBatchesByRank) -> float:
         """Run the batch at once, as PEFT's users do."""
@@ -251,7 +253,7 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
     if path.exists() or len(found) < MEMBERS or not all(folder.exists() for folder in folders):
         return
     ensemble = make_ensemble([load_soft_prompt(folder) for folder in folders], {})
-    answers = Predictor(model, ensemble.format, ensemble.record.max_length, ensemble.members, biases=ensemble.biases)
+    answers = Predictor(model, ensemble.format, ensemble.record.max_length, ensemble)
     began = time.monotonic()
     side = answers.side(test, answers.at_once(test))
     summed = ("trainable_parameters", "stored_bytes", "train_seconds", "train_cpu_seconds", "train_tokens")

@@ -25,6 +25,9 @@ from transformers.utils import logging
 from softprompt.cli.main import main
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.base_model import BaseModelRecord
+from softprompt.prompt.ensemble import AnyPrompt, Ensemble
+from softprompt.prompt.soft_prompt import BasePrompt, Record, SoftPrompt
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -163,6 +166,13 @@ def frozen(architecture: str) -> FrozenModel:
 @pytest.fixture(scope="session")
 def llama() -> FrozenModel:
     return frozen("llama")
+
+
+def as_prompt(*weights: torch.Tensor | None) -> AnyPrompt:
+    """Return weights as a prompt: a soft prompt or prefix, the base model for None, an ensemble for several."""
+    record = Record(base_model=BaseModelRecord(id="tiny"))
+    members = tuple(BasePrompt() if each is None else SoftPrompt(each, record) for each in weights)
+    return members[0] if len(members) == 1 else Ensemble(members, record)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import SHORT, Command, frozen
+from conftest import SHORT, Command, as_prompt, frozen
 from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import make_format
 from softprompt.errors import PromptError, SettingsError
-from softprompt.evaluation.average import average_scores
 from softprompt.evaluation.calibration import (
     CalibratedScorer,
     CalibratedScores,
@@ -23,10 +22,16 @@ from softprompt.evaluation.calibration import (
     clearly_better,
     content_free,
     prior_matching,
-    shifted,
 )
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
+from softprompt.evaluation.scores import (
+    LabelScorer,
+    LabelScores,
+    TextScorer,
+    add_label_bias,
+    average_scores,
+    make_scorer,
+)
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import load_prompt, make_ensemble
@@ -41,7 +46,7 @@ def encoder(model: FrozenModel, labels: list[str], template: str | None = None) 
 
 
 def calibrated(model: FrozenModel, rows: Rows, labels: list[str]) -> CalibratedScores:
-    scores = CalibratedScorer(encoder(model, labels), rows, 1024).score(model, None)
+    scores = CalibratedScorer(encoder(model, labels), rows, 1024).score(model, as_prompt(None))
     assert isinstance(scores, CalibratedScores)
     return scores
 
@@ -61,7 +66,7 @@ def test_likelihoods_are_less_their_mean_behind_texts_without_content(
 
     raw = np.array([plain(row["text"]) for row in rows])
     free = np.array([plain("N/A"), plain("[MASK]"), plain("")])
-    scores = CalibratedScorer(encoder(model, labels), rows, 1024).score(model, prompt)
+    scores = CalibratedScorer(encoder(model, labels), rows, 1024).score(model, as_prompt(prompt))
     assert isinstance(scores, CalibratedScores)
     expected = raw - free.mean(axis=0)
     assert scores.log_likelihoods == pytest.approx(expected, abs=3e-4)
@@ -100,7 +105,7 @@ def test_texts_without_content_fill_every_column_of_the_template(template: str |
 
 def test_a_template_of_nothing_but_its_column_can_be_calibrated(llama: FrozenModel) -> None:
     rows = labelled(ONE_TOKEN)
-    scores = CalibratedScorer(encoder(llama, ONE_TOKEN, "{{ text }}"), rows, 1024).score(llama, None)
+    scores = CalibratedScorer(encoder(llama, ONE_TOKEN, "{{ text }}"), rows, 1024).score(llama, as_prompt(None))
     assert isinstance(scores, LabelScores)
     assert scores.log_likelihoods.shape == (len(rows), len(ONE_TOKEN))
 
@@ -109,9 +114,9 @@ def test_the_prompt_and_a_common_beginning_are_run_once_for_rows_and_texts_witho
     template = "please classify this text as good or bad or fine or dull: {{ text }} ="
     made, rows = encoder(llama, ONE_TOKEN, template), labelled(ONE_TOKEN)
     with counted(llama) as work:
-        CalibratedScorer(made, rows, 1024).score(llama, prompt_for(llama))
+        CalibratedScorer(made, rows, 1024).score(llama, as_prompt(prompt_for(llama)))
     with counted(llama) as plain:
-        LabelScorer(made, rows, 1024).score(llama, prompt_for(llama))
+        LabelScorer(made, rows, 1024).score(llama, as_prompt(prompt_for(llama)))
     assert len(work.passes) == len(plain.passes) == 3
     assert work.passes[:2] == plain.passes[:2]
     assert work.passes[0] == len(prompt_for(llama))
@@ -189,7 +194,7 @@ def test_prior_matching_makes_labels_as_likely_as_they_are_frequent() -> None:
     train = load_data([{"text": str(n), "label": "aaaaabbc"[n % 8]} for n in range(800)])
     scores = scores_of(likelihoods(300, 3) + np.array([4.0, 0.0, -3.0]), labels)
     bias = prior_matching(scores, train)
-    shares = shifted(scores, bias).probabilities().mean(axis=0)
+    shares = add_label_bias(scores, bias).probabilities().mean(axis=0)
     assert shares == pytest.approx([501 / 803, 201 / 803, 101 / 803], abs=0.01)
     assert sum(bias.values()) == pytest.approx(0)
 
@@ -198,9 +203,9 @@ def test_prior_matching_takes_off_what_is_added_to_a_label_everywhere() -> None:
     labels = [f"label {n}" for n in range(20)]
     train = load_data([{"text": str(n), "label": labels[n % 20]} for n in range(200)])
     fair = scores_of(likelihoods(400, 20), labels)
-    fair = shifted(fair, prior_matching(fair, train))
+    fair = add_label_bias(fair, prior_matching(fair, train))
     added = dict(zip(labels, np.linspace(-2, 2, 20).tolist(), strict=True))
-    bias = prior_matching(shifted(fair, added), train)
+    bias = prior_matching(add_label_bias(fair, added), train)
     assert [bias[label] + added[label] for label in labels] == pytest.approx([0.0] * 20, abs=0.1)
 
 
@@ -253,11 +258,11 @@ def test_a_prompt_of_labels_keeps_its_bias_and_is_evaluated_with_it(
     config = TuneConfig(method=method, max_length=64, max_steps=1, learning_rate=1e-9)  # type: ignore[arg-type]
     first = tune(llama, rows, config, eval_data=held_back).prompt
     scorer = make_scorer(Encoder(llama.tokenizer, first.format, 64), held_back, 1024)
-    plain = scorer.score(llama, first.weights)
+    plain = scorer.score(llama, as_prompt(first.weights))
     assert isinstance(plain, LabelScores)
     found = prior_matching(plain, rows)
-    right = (shifted(plain, found) if matched else plain).predicted
-    assert shifted(plain, found).predicted.tolist() != plain.predicted.tolist()
+    right = (add_label_bias(plain, found) if matched else plain).predicted
+    assert add_label_bias(plain, found).predicted.tolist() != plain.predicted.tolist()
     held_back = load_data([{**row, "label": MANY[i]} for row, i in zip(held_back, right, strict=True)])
     result = tune(llama, rows, config, eval_data=held_back, out=tmp_path / "run")
     prompt = load_soft_prompt(tmp_path / "run" / "prompt")
@@ -289,9 +294,9 @@ def test_the_base_gets_a_bias_by_the_same_rule_where_validation_rows_are_at_hand
     train, asked = parcels(0, 120, 3), parcels(120, 180, 3)
     prompt = soft_prompt(llama, MANY[:3])
     scorer = make_scorer(Encoder(llama.tokenizer, prompt.format, 512), asked, 1024)
-    plain = scorer.score(llama, None)
+    plain = scorer.score(llama, as_prompt(None))
     assert isinstance(plain, LabelScores)
-    matched = shifted(plain, prior_matching(plain, train))
+    matched = add_label_bias(plain, prior_matching(plain, train))
     assert matched.predicted.tolist() != plain.predicted.tolist()
     for right, has_bias in ((matched, True), (plain, False)):
         rows = load_data([{**row, "label": MANY[i]} for row, i in zip(asked, right.predicted, strict=True)])
@@ -321,7 +326,9 @@ def test_every_member_of_an_ensemble_has_its_own_bias(llama: FrozenModel, tmp_pa
     assert not ensemble.record.label_bias
     rows = parcels(0, 60, 12)
     scorer = make_scorer(Encoder(llama.tokenizer, ensemble.format, 64), rows, 1024)
-    expected = average_scores([shifted(scorer.score(llama, w), bias) for w, bias in zip(weights, biases, strict=True)])
+    expected = average_scores(
+        [add_label_bias(scorer.score(llama, as_prompt(w)), bias) for w, bias in zip(weights, biases, strict=True)]
+    )
     assert isinstance(expected, LabelScores)
     loaded = load_prompt(ensemble.save(tmp_path / "ensemble"))
     done = evaluate(llama, rows, loaded)

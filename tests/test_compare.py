@@ -159,7 +159,7 @@ def test_a_stored_method_answers_as_before_when_it_is_loaded(
     try:
         learned = method.learn()
         matched = learned.settings["prior_matching"]
-        assert matched == any(learned.answers.biases)
+        assert matched == any(member.label_bias for member in learned.answers.prompt.members)
         told_apart = labels > 10 and name.startswith("prompt-tuning")
         assert learned.settings.get("loss") in (None, "labels" if told_apart else "target")
         before = learned.answers.side(protocol.test, 64).scores

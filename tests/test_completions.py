@@ -10,7 +10,7 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from conftest import frozen
+from conftest import as_prompt, frozen
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
 from softprompt.data.encoder import Encoder
@@ -129,11 +129,11 @@ def test_a_long_right_answer_leaves_other_inputs_whole(llama: FrozenModel, monke
     monkeypatch.setattr(completions, "continue_ids", noted)
     rows = load_data([{"input": "the parcel never came " * 4, "target": "the parcel " * 20}])
     encoder = Encoder(llama.tokenizer, prompt.format, 80)
-    complete(llama, [prompt.weights], encoder, rows)
+    complete(llama, prompt, encoder, rows)
     assert [given[0]] == Encoder(llama.tokenizer, prompt.format, 80).inputs(rows)
     assert len(given[0]) + len(llama.tokenizer(rows[0]["target"])["input_ids"]) > 80
     with pytest.raises(DataError, match="positions leave none before it"):  # it has 256
-        complete(llama, [None], encoder, load_data([{"input": "the parcel", "target": "came " * 300}]))
+        complete(llama, as_prompt(None), encoder, load_data([{"input": "the parcel", "target": "came " * 300}]))
 
 
 def test_inputs_that_are_cut_to_the_same_tokens_are_not_one(llama: FrozenModel) -> None:
@@ -141,7 +141,7 @@ def test_inputs_that_are_cut_to_the_same_tokens_are_not_one(llama: FrozenModel) 
     rows = load_data(
         [{"input": f"{word} " * 60 + end, "target": end} for word in ("parcel",) for end in ("one", "two")]
     )
-    found = complete(llama, [None], Encoder(llama.tokenizer, prompt.format, 12), rows)
+    found = complete(llama, as_prompt(None), Encoder(llama.tokenizer, prompt.format, 12), rows)
     assert found.references == [["one"], ["two"]]
     assert found.place == [0, 1]
 
@@ -164,7 +164,7 @@ def test_an_indentation_is_compared_as_it_is_learned(
     monkeypatch.setattr(completions, "continue_ids", lambda model, prompts, inputs, *_: [written] * len(inputs))
     rows = load_data([{"input": "def f(a):", "target": right}])
     encoder = Encoder(llama.tokenizer, make_format("completion", [], template), 80)
-    found = complete(llama, [None], encoder, rows)
+    found = complete(llama, as_prompt(None), encoder, rows)
     assert found.outputs == [kept]
     assert found.metrics()["exact_match"].value == exact
     (example,) = encoder.examples(rows)

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, SHORT, Command, frozen, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, SHORT, Command, as_prompt, frozen, tiny_model, tiny_tokenizer
 from softprompt import Callback, SoftPrompt, TuneConfig, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig
 from softprompt.data.encoder import Example
@@ -45,7 +45,7 @@ def test_generated_text_is_that_of_the_cpu(architecture: str) -> None:
     here, there = frozen(architecture), on_gpu(architecture)
     inputs = [here.tokenizer(text)["input_ids"] for text in TEXTS]
     config, prompt = GenerateConfig(), prompt_for(here)
-    made = [continue_ids(model, [prompt], inputs, [12, 3, 12, 7], config) for model in (here, there)]
+    made = [continue_ids(model, as_prompt(prompt), inputs, [12, 3, 12, 7], config) for model in (here, there)]
     assert made[0] == made[1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, frozen
+from conftest import ARCHITECTURES, as_prompt, frozen
 from softprompt.config import GenerateConfig, read_settings
 from softprompt.decoding import continue_ids
 from softprompt.errors import SettingsError
@@ -44,7 +44,7 @@ def test_beam_search_finds_what_transformers_finds(architecture: str, beams: int
     lm_head.weight.data[2] = lm_head.weight.data[100:104].mean(dim=0) * 3
     prompt, inputs = virtual(model), encoded(model)
     config = GenerateConfig(num_beams=beams, length_penalty=length_penalty)
-    ours = continue_ids(model, [prompt], inputs, [ROOM] * len(inputs), config)
+    ours = continue_ids(model, as_prompt(prompt), inputs, [ROOM] * len(inputs), config)
     rules = {"num_beams": beams, "length_penalty": length_penalty, "early_stopping": False}
     assert ours == [by_transformers(model, prompt, ids, **rules) for ids in inputs]
 
@@ -54,7 +54,7 @@ def test_one_beam_is_the_greedy_path_and_more_find_likelier_texts(llama: FrozenM
 
     def log_probability(config: GenerateConfig) -> float:
         total = 0.0
-        for ids, new in zip(inputs, continue_ids(llama, [prompt], inputs, [6] * 4, config), strict=True):
+        for ids, new in zip(inputs, continue_ids(llama, as_prompt(prompt), inputs, [6] * 4, config), strict=True):
             more = llama.tokenizer(new, add_special_tokens=False)["input_ids"]
             row = torch.cat([prompt, llama.embed([*ids, *more])]).unsqueeze(0)
             logs = llama.hf_model(inputs_embeds=row).logits[0].log_softmax(dim=-1)
@@ -67,7 +67,7 @@ def test_one_beam_is_the_greedy_path_and_more_find_likelier_texts(llama: FrozenM
 def test_the_repetition_penalty_sees_the_real_tokens_in_beam_search(llama: FrozenModel) -> None:
     ids = encoded(llama)[0]
     rules = {"num_beams": 3, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
-    ours = continue_ids(llama, [None], [ids], [ROOM], GenerateConfig(**rules))
+    ours = continue_ids(llama, as_prompt(None), [ids], [ROOM], GenerateConfig(**rules))
     made = llama.hf_model.generate(
         torch.tensor([ids]), max_new_tokens=ROOM, do_sample=False, pad_token_id=0, early_stopping=False, **rules
     )[0]
@@ -76,7 +76,7 @@ def test_the_repetition_penalty_sees_the_real_tokens_in_beam_search(llama: Froze
 
 def test_an_empty_text_is_searched_from_the_prompt_itself(llama: FrozenModel) -> None:
     prompt = virtual(llama)
-    (ours,) = continue_ids(llama, [prompt], [[]], [ROOM], GenerateConfig(num_beams=3))
+    (ours,) = continue_ids(llama, as_prompt(prompt), [[]], [ROOM], GenerateConfig(num_beams=3))
     assert ours == by_transformers(llama, prompt, [], num_beams=3, early_stopping=False)
 
 
@@ -85,26 +85,26 @@ def test_an_empty_text_is_searched_from_the_prompt_itself(llama: FrozenModel) ->
 def test_a_stop_string_ends_a_text_and_is_cut_off(architecture: str, beams: int) -> None:
     model = frozen(architecture)
     inputs, room = encoded(model), [ROOM] * len(TEXTS)
-    whole = continue_ids(model, [virtual(model)], inputs, room, GenerateConfig())
+    whole = continue_ids(model, as_prompt(virtual(model)), inputs, room, GenerateConfig())
     stops = [text[4:7] for text in whole]  # wherever these lie: inside of a token, or over a border
     for stop, text in zip(stops, whole, strict=True):
-        ended = continue_ids(model, [virtual(model)], inputs, room, GenerateConfig(stop=stop))
+        ended = continue_ids(model, as_prompt(virtual(model)), inputs, room, GenerateConfig(stop=stop))
         assert ended == [other.split(stop)[0] for other in whole]
         assert text[4:7] == stop
-    searched = continue_ids(model, [virtual(model)], inputs, room, GenerateConfig(stop=stops, num_beams=beams))
+    searched = continue_ids(model, as_prompt(virtual(model)), inputs, room, GenerateConfig(stop=stops, num_beams=beams))
     assert not any(stop in text for stop in stops for text in searched)
 
 
 def test_a_stop_string_in_the_given_text_does_not_count(llama: FrozenModel) -> None:
     inputs, room = encoded(llama), [ROOM] * len(TEXTS)
-    whole = continue_ids(llama, [virtual(llama)], inputs, room, GenerateConfig())
+    whole = continue_ids(llama, as_prompt(virtual(llama)), inputs, room, GenerateConfig())
     assert not any("fine film" in text for text in whole)
-    assert continue_ids(llama, [virtual(llama)], inputs, room, GenerateConfig(stop="fine film")) == whole
+    assert continue_ids(llama, as_prompt(virtual(llama)), inputs, room, GenerateConfig(stop="fine film")) == whole
 
 
 def test_a_text_stops_as_soon_as_it_can(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = encoded(llama)[:1]
-    (whole,) = continue_ids(llama, [virtual(llama)], ids, [ROOM], GenerateConfig())
+    (whole,) = continue_ids(llama, as_prompt(virtual(llama)), ids, [ROOM], GenerateConfig())
     passes = []
     plain = type(llama.hf_model).forward
 
@@ -113,9 +113,9 @@ def test_a_text_stops_as_soon_as_it_can(llama: FrozenModel, monkeypatch: pytest.
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(type(llama.hf_model), "forward", counted)
-    continue_ids(llama, [virtual(llama)], ids, [ROOM], GenerateConfig())
+    continue_ids(llama, as_prompt(virtual(llama)), ids, [ROOM], GenerateConfig())
     long, passes[:] = len(passes), []
-    continue_ids(llama, [virtual(llama)], ids, [ROOM], GenerateConfig(stop=whole[:1]))
+    continue_ids(llama, as_prompt(virtual(llama)), ids, [ROOM], GenerateConfig(stop=whole[:1]))
     assert len(passes) < long - ROOM // 2
 
 
@@ -123,7 +123,7 @@ def test_a_text_stops_as_soon_as_it_can(llama: FrozenModel, monkeypatch: pytest.
 def test_the_batch_size_changes_nothing(llama: FrozenModel, rules: dict[str, object]) -> None:
     inputs, room = encoded(llama), [ROOM, 3, ROOM, 7]
     made = [
-        continue_ids(llama, [virtual(llama)], inputs, room, GenerateConfig(batch_size=size, **rules))
+        continue_ids(llama, as_prompt(virtual(llama)), inputs, room, GenerateConfig(batch_size=size, **rules))
         for size in (1, 3, 16)
     ]
     assert made[0] == made[1] == made[2]

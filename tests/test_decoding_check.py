@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from conftest import Command, tiny_tokenizer
+from conftest import Command, as_prompt, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.decoding import continue_ids
 from softprompt.errors import ModelError
@@ -91,7 +91,7 @@ def test_a_text_in_a_batch_is_continued_as_it_is_alone(name: str, prompted: bool
     inputs = [model.tokenizer(text)["input_ids"] for text in TEXTS]
     expected = [plainly(model, prompt, ids) for ids in inputs]
     for size in (1, 16):
-        assert continue_ids(model, [prompt], inputs, [ROOM] * 3, GenerateConfig(batch_size=size)) == expected
+        assert continue_ids(model, as_prompt(prompt), inputs, [ROOM] * 3, GenerateConfig(batch_size=size)) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,12 +100,12 @@ def test_beams_and_ensembles_of_prompts_are_those_of_texts_alone(name: str) -> N
     prompts = [model.embed(range(50, 55)).float(), model.embed(range(60, 63)).float()]
     inputs = [model.tokenizer(text)["input_ids"] for text in TEXTS]
     for rules in ({"num_beams": 3}, {"do_sample": True}, {}):
-        together = continue_ids(model, prompts, inputs, [ROOM] * 3, GenerateConfig(**rules))
+        together = continue_ids(model, as_prompt(*prompts), inputs, [ROOM] * 3, GenerateConfig(**rules))
         config = GenerateConfig(batch_size=1, **rules)
         if "do_sample" in rules:  # each text has a random state of its own, by its place
-            assert together == continue_ids(model, prompts, inputs, [ROOM] * 3, config)
+            assert together == continue_ids(model, as_prompt(*prompts), inputs, [ROOM] * 3, config)
         else:
-            assert together == [continue_ids(model, prompts, [ids], [ROOM], config)[0] for ids in inputs]
+            assert together == [continue_ids(model, as_prompt(*prompts), [ids], [ROOM], config)[0] for ids in inputs]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from conftest import ARCHITECTURES, Command, frozen, tiny_model
+from conftest import ARCHITECTURES, Command, as_prompt, frozen, tiny_model
 from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.batching import micro_batches
 from softprompt.data.encoder import Example, shared_text
@@ -77,7 +77,7 @@ def test_a_deep_prefix_starts_as_what_the_model_makes_of_the_text(architecture: 
     soft, deep = (prepare_run(model, rows, short(method=method)) for method in ("prompt-tuning", "prefix-tuning"))
     assert soft.scorer is not None
     assert deep.start.shape[-2] == 5
-    found, expected = (soft.scorer.score(model, prepared.start) for prepared in (deep, soft))
+    found, expected = (soft.scorer.score(model, as_prompt(prepared.start)) for prepared in (deep, soft))
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-5)
 
 

@@ -10,13 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conftest import frozen
+from conftest import as_prompt, frozen
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
 from softprompt.distributed.collective import Processes
-from softprompt.evaluation.average import average_scores
-from softprompt.evaluation.scores import LabelScorer, LabelScores, Scorer, TextScores, make_scorer
+from softprompt.evaluation.scores import LabelScorer, LabelScores, Scorer, TextScores, average_scores, make_scorer
 from softprompt.model.frozen import FrozenModel
 from test_evaluation import TEXTS, prompt_for
 
@@ -47,10 +46,10 @@ def scorer_for(model: FrozenModel, kind: str, at_once: int) -> Scorer:
 @pytest.mark.parametrize("kind", [*LABELS, "text"])
 def test_prompts_scored_at_once_find_what_each_finds_alone(model: FrozenModel, kind: str, at_once: int) -> None:
     scorer, prompts = scorer_for(model, kind, at_once), prompts_for(model)
-    together = scorer.score_all(model, prompts)
+    together = scorer.score_members(model, as_prompt(*prompts))
     assert scorer.at_once == at_once
     for scores, prompt in zip(together, prompts, strict=True):
-        alone = scorer.score(model, prompt)
+        alone = scorer.score(model, as_prompt(prompt))
         assert scores.losses == pytest.approx(alone.losses, abs=2e-4)
         assert list(scores.tokens) == list(alone.tokens)
         if isinstance(alone, LabelScores):
@@ -87,7 +86,7 @@ def members_of(draw: np.random.Generator, members: int, rows: int, labels: int) 
 
 def test_the_average_is_of_each_labels_share() -> None:
     draw = np.random.default_rng(0)
-    for members in (1, 2, 5):
+    for members in (2, 5):
         each = members_of(draw, members, 30, 4)
         made = average_scores(each)
         shares = [np.exp(m.log_likelihoods) / np.exp(m.log_likelihoods).sum(axis=1, keepdims=True) for m in each]
@@ -129,7 +128,11 @@ def test_an_ensemble_of_one_is_its_member() -> None:
 def test_an_ensemble_of_prompts_is_scored_like_a_prompt(model: FrozenModel) -> None:
     scorer = scorer_for(model, "several tokens", 1000)
     assert isinstance(scorer, LabelScorer)
-    each = [scores for scores in scorer.score_all(model, prompts_for(model)) if isinstance(scores, LabelScores)]
+    each = [
+        scores
+        for scores in scorer.score_members(model, as_prompt(*prompts_for(model)))
+        if isinstance(scores, LabelScores)
+    ]
     made = average_scores(each)
     assert set(made.metrics()) == {"accuracy", "macro_f1", "loss"}
     assert len(made.predictions()) == len(TEXTS)

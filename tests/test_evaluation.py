@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from conftest import ARCHITECTURES, frozen
+from conftest import ARCHITECTURES, as_prompt, frozen
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE, make_format
@@ -78,7 +78,7 @@ def test_label_scores_are_those_of_one_plain_pass_a_row_and_label(
     rows = labelled(labels)
     encoder = Encoder(model.tokenizer, make_format("classification", labels), 512)
     prompt = prompt_for(model) if with_prompt else None
-    scores = LabelScorer(encoder, rows).score(model, prompt)
+    scores = LabelScorer(encoder, rows).score(model, as_prompt(prompt))
     end = "<eos>" if labels is ONE_BEGINS_ANOTHER else ""
     losses = [
         [token_losses(model, prompt, f"{row['text']}\nLabel:", f" {label}{end}") for label in labels] for row in rows
@@ -112,7 +112,7 @@ def test_labels_that_begin_alike_are_run_as_a_tree(architecture: str) -> None:
         ]
         for row in rows
     ]
-    assert scorer.score(model, prompt).log_likelihoods == pytest.approx(np.array(expected), abs=3e-4)
+    assert scorer.score(model, as_prompt(prompt)).log_likelihoods == pytest.approx(np.array(expected), abs=3e-4)
     tree, choice = scorer.trees[0], scorer.choices[0]
     assert len(tree.ids) < len(choice.input_ids) + sum(len(tail) - 1 for tail in choice.tails)
 
@@ -123,9 +123,9 @@ def test_more_rows_than_are_run_at_once_keep_their_order(model: FrozenModel) -> 
     rows = labelled(SEVERAL_TOKENS, texts)
     assert sum(len(choice.input_ids) for choice in encoder.choices(rows)) > 2048
     prompt = prompt_for(model)
-    scores = LabelScorer(encoder, rows).score(model, prompt)
+    scores = LabelScorer(encoder, rows).score(model, as_prompt(prompt))
     for i in (0, 1, 77, 179):
-        alone = LabelScorer(encoder, rows.pick([i])).score(model, prompt)
+        alone = LabelScorer(encoder, rows.pick([i])).score(model, as_prompt(prompt))
         assert scores.log_likelihoods[i] == pytest.approx(alone.log_likelihoods[0], abs=2e-4)
 
 
@@ -134,7 +134,7 @@ def test_rows_that_begin_alike_are_scored_like_others(model: FrozenModel, openin
     made = make_format("classification", SEVERAL_TOKENS, opening + "{{ text }} =")
     prompt = prompt_for(model)
     rows = labelled(SEVERAL_TOKENS, ["a film", "a film", "a", "a film and more"])
-    scores = LabelScorer(Encoder(model.tokenizer, made, 512), rows).score(model, prompt)
+    scores = LabelScorer(Encoder(model.tokenizer, made, 512), rows).score(model, as_prompt(prompt))
     expected = [
         [
             -float(token_losses(model, prompt, f"{opening}{row['text']} =", f" {label}").sum())
@@ -148,7 +148,7 @@ def test_rows_that_begin_alike_are_scored_like_others(model: FrozenModel, openin
 def test_a_row_that_was_cut_is_scored_on_its_labels_alone(model: FrozenModel) -> None:
     rows = labelled(SEVERAL_TOKENS, ["the parcel never came " * 20])
     encoder = Encoder(model.tokenizer, make_format("classification", SEVERAL_TOKENS), 24)
-    scores = LabelScorer(encoder, rows).score(model, None)
+    scores = LabelScorer(encoder, rows).score(model, as_prompt(None))
     # Wherever the input was cut, it was cut there for every label.
     text = model.tokenizer.decode(list(encoder.choices(rows)[0].input_ids))
     expected = [-float(token_losses(model, None, text, f" {label}").sum()) for label in SEVERAL_TOKENS]
@@ -166,7 +166,9 @@ def test_the_loss_of_completions_is_transformers_own(model: FrozenModel, with_pr
     ]
     rows = load_data(records)
     prompt = prompt_for(model) if with_prompt else None
-    scores = TextScorer(Encoder(model.tokenizer, make_format("completion", []), 512), rows).score(model, prompt)
+    scores = TextScorer(Encoder(model.tokenizer, make_format("completion", []), 512), rows).score(
+        model, as_prompt(prompt)
+    )
     losses = [token_losses(model, prompt, f"{r['input']}\n", f"{r['target']}<eos>") for r in records]
     assert scores.losses == pytest.approx([float(each.sum()) for each in losses], abs=2e-4)
     assert list(scores.tokens) == [len(each) for each in losses]
@@ -176,7 +178,7 @@ def test_the_loss_of_completions_is_transformers_own(model: FrozenModel, with_pr
 
 def test_the_loss_of_plain_text_is_transformers_own(model: FrozenModel) -> None:
     rows = load_data([{"text": text} for text in TEXTS])
-    scores = TextScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows).score(model, None)
+    scores = TextScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows).score(model, as_prompt(None))
     for i, row in enumerate(rows):
         ids = model.tokenizer(row["text"], return_tensors="pt")["input_ids"]
         if ids.shape[1] > 1:
@@ -189,10 +191,10 @@ def test_the_same_tokens_of_plain_text_count_with_a_prompt_and_without(model: Fr
     rows = load_data([{"text": text} for text in TEXTS])
     scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows)
     prompt = prompt_for(model)
-    assert list(scorer.score(model, prompt).tokens) == list(scorer.score(model, None).tokens)
+    assert list(scorer.score(model, as_prompt(prompt)).tokens) == list(scorer.score(model, as_prompt(None)).tokens)
     first = model.tokenizer.decode(model.tokenizer(TEXTS[0])["input_ids"][:1])
     expected = token_losses(model, prompt, first, TEXTS[0].removeprefix(first))
-    assert scorer.score(model, prompt).losses[0] == pytest.approx(float(expected.sum()), abs=2e-4)
+    assert scorer.score(model, as_prompt(prompt)).losses[0] == pytest.approx(float(expected.sum()), abs=2e-4)
 
 
 @pytest.mark.parametrize("texts", [["a", "the film"], ["a", "a fine film"], ["a"]])

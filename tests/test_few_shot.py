@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import frozen
+from conftest import as_prompt, frozen
 from softprompt.comparison.methods import few_shot
 from softprompt.comparison.methods.few_shot import FewShot, Trial, search, zero_shot
 from softprompt.data.encoder import Encoder
@@ -18,9 +18,9 @@ from softprompt.data.rows import Row, Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation import completions
-from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, prior_matching, shifted
+from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, prior_matching
 from softprompt.evaluation.completions import complete
-from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
+from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, add_label_bias, make_scorer
 from softprompt.model.frozen import FrozenModel
 from test_chat_template import with_chat
 from test_evaluation import TEXTS, prompt_for, token_losses
@@ -66,7 +66,9 @@ def test_completions_end_as_demonstrations_show_it(llama: FrozenModel, monkeypat
     written = llama.tokenizer(" good\n\nanother")["input_ids"]
     monkeypatch.setattr("softprompt.decoding._Decoder._choose", lambda _self, line, _row: written[_new(line)])
     monkeypatch.setattr(completions.GenerateConfig, "max_length", 8, raising=False)
-    assert complete(llama, [None], encoder, load_data([{"input": "a", "target": "x" * 30}])).outputs == ["good"]
+    assert complete(llama, as_prompt(None), encoder, load_data([{"input": "a", "target": "x" * 30}])).outputs == [
+        "good"
+    ]
 
 
 def _new(line: object) -> int:
@@ -115,7 +117,7 @@ def test_a_demonstration_needs_the_templates_columns() -> None:
 def test_labels_behind_demonstrations_are_scored_like_the_written_text(architecture: str, with_prompt: bool) -> None:
     model, rows = frozen(architecture), labelled(5)
     prompt = prompt_for(model) if with_prompt else None
-    scores = LabelScorer(Encoder(model.tokenizer, labels_format(), 512), rows).score(model, prompt)
+    scores = LabelScorer(Encoder(model.tokenizer, labels_format(), 512), rows).score(model, as_prompt(prompt))
     expected = [
         [-float(token_losses(model, prompt, f"{WRITTEN}{row['text']}\nLabel:", f" {label}").sum()) for label in LABELS]
         for row in rows
@@ -130,7 +132,9 @@ def test_of_plain_text_the_same_tokens_count_with_demonstrations_and_without(bos
     form = make_format("text", [])
     rows = load_data([{"text": text} for text in ("a fine film", "the parcel never came", "a")])
     shown = replace(form, demonstrations=({"text": "hello world\n"}, {"text": "good"}))
-    plain, behind = (TextScorer(Encoder(model.tokenizer, f, 512), rows).score(model, None) for f in (form, shown))
+    plain, behind = (
+        TextScorer(Encoder(model.tokenizer, f, 512), rows).score(model, as_prompt(None)) for f in (form, shown)
+    )
     assert plain.tokens.tolist() == behind.tokens.tolist()
     for row, loss, tokens in zip(rows, behind.losses, behind.tokens, strict=True):
         ids = model.tokenizer(f"hello world\n\ngood\n\n{row['text']}", return_tensors="pt")["input_ids"]
@@ -145,7 +149,7 @@ def test_demonstrations_are_run_once_a_scoring(llama: FrozenModel, calibrated: b
     encoder = Encoder(llama.tokenizer, labels_format(SHOWN * 3), 512)
     shown = len(llama.tokenizer(WRITTEN * 3)["input_ids"])
     with counted(llama) as work:
-        (CalibratedScorer if calibrated else LabelScorer)(encoder, rows, 60).score(llama, prompt_for(llama))
+        (CalibratedScorer if calibrated else LabelScorer)(encoder, rows, 60).score(llama, as_prompt(prompt_for(llama)))
     prefix, common, *texts = work.passes
     assert shown > 60
     assert prefix == len(prompt_for(llama))
@@ -163,7 +167,7 @@ def test_completions_are_written_behind_demonstrations(llama: FrozenModel) -> No
     longest = 1 + len(llama.tokenizer("good and bad")["input_ids"])
     plain = llama.hf_model.generate(input_ids=ids, max_new_tokens=longest, do_sample=False)[0, ids.shape[1] :]
     expected = llama.tokenizer.decode(plain, skip_special_tokens=True).split("\n\n")[0].strip()
-    assert complete(llama, [None], Encoder(llama.tokenizer, form, 512), rows).outputs == [expected]
+    assert complete(llama, as_prompt(None), Encoder(llama.tokenizer, form, 512), rows).outputs == [expected]
 
 
 # What does not fit.
@@ -324,7 +328,7 @@ def test_of_completions_the_lowest_loss_wins(llama: FrozenModel) -> None:
     assert len({trial.metrics["loss"] for trial in done.trials}) == len(done.trials) == 10
     assert {trial.calibration for trial in done.trials} == {"none"}
     scores = make_scorer(Encoder(llama.tokenizer, done.best.format, done.best.max_length), validation).score(
-        llama, None
+        llama, as_prompt(None)
     )
     assert scores.loss() == pytest.approx(done.best.metrics["loss"], abs=1e-5)
 
@@ -357,7 +361,7 @@ def test_a_search_by_time_ends_in_time(llama: FrozenModel, monkeypatch: pytest.M
 def test_zero_shot_decides_by_the_validation_rows_whether_to_calibrate(llama: FrozenModel) -> None:
     rows = load_data([{"text": text, "label": LABELS[0]} for text in (*TEXTS, *WORDS)])
     form = labels_format(())
-    scores = CalibratedScorer(Encoder(llama.tokenizer, form, 64), rows, 1024).score(llama, None)
+    scores = CalibratedScorer(Encoder(llama.tokenizer, form, 64), rows, 1024).score(llama, as_prompt(None))
     assert isinstance(scores, CalibratedScores)
     assert scores.predicted.tolist() != scores.plain.predicted.tolist()
     for calibration, right in (("contextual", scores.predicted), ("none", scores.plain.predicted)):
@@ -376,10 +380,10 @@ def test_prior_matching_is_a_third_way_to_calibrate(llama: FrozenModel, count: i
     form = make_format("classification", labels)
     train = load_data([{"text": text, "label": labels[0]} for text in TEXTS])
     rows = load_data([{"text": text, "label": labels[0]} for text in (*TEXTS, *WORDS)])
-    plain = LabelScorer(Encoder(llama.tokenizer, form, 64), rows, 1024).score(llama, None)
+    plain = LabelScorer(Encoder(llama.tokenizer, form, 64), rows, 1024).score(llama, as_prompt(None))
     assert isinstance(plain, LabelScores)
     found = prior_matching(plain, train)
-    right = shifted(plain, found).predicted
+    right = add_label_bias(plain, found).predicted
     validation = load_data([{**row, "label": labels[i]} for row, i in zip(rows, right, strict=True)])
     best = zero_shot(llama, form, train, validation, max_length=64).best
     assert (best.calibration, best.metrics["accuracy"]) == ("none", 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ARCHITECTURES, frozen, tiny_tokenizer
+from conftest import ARCHITECTURES, as_prompt, frozen, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE
@@ -71,7 +71,7 @@ def test_a_mixed_batch_gives_what_each_row_gives_alone_in_plain_transformers(
     prompt = prompt_for(model) if with_prompt else None
     inputs = [model.tokenizer(text)["input_ids"] for text in TEXTS]
     config = GenerateConfig(repetition_penalty=penalty)
-    made = continue_ids(model, [prompt], inputs, [NEW, 3, NEW, 7], config)
+    made = continue_ids(model, as_prompt(prompt), inputs, [NEW, 3, NEW, 7], config)
     compared = 0
     for ids, text, room in zip(inputs, made, [NEW, 3, NEW, 7], strict=True):
         expected, whole = plain_greedy(model, prompt, ids, room, penalty)
@@ -91,7 +91,7 @@ def test_text_typed_by_the_user_is_kept(llama: FrozenModel) -> None:
     config = GenerateConfig(max_new_tokens=1)
     trailing = [llama.tokenizer("I want "), llama.tokenizer("I want")]
     assert trailing[0] != trailing[1]
-    one = continue_ids(llama, [None], [trailing[0]["input_ids"]], [1], config)
+    one = continue_ids(llama, as_prompt(None), [trailing[0]["input_ids"]], [1], config)
     assert generate(llama, ["I want "], config=config) == one
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import Command, tiny_model, tiny_tokenizer
+from conftest import Command, as_prompt, tiny_model, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import load_data
 from softprompt.decoding import continue_ids
@@ -73,9 +73,9 @@ def spoilt() -> FrozenModel:
 @pytest.mark.parametrize("rules", RULES, ids=CHOICES)
 def test_logits_that_are_not_finite_are_not_decoded(spoilt: FrozenModel, rules: dict[str, object]) -> None:
     inputs = [[5, 6, 7], [5, 399]]
-    assert continue_ids(spoilt, [None], inputs[:1], [4], GenerateConfig(**rules))
+    assert continue_ids(spoilt, as_prompt(None), inputs[:1], [4], GenerateConfig(**rules))
     with pytest.raises(RunError, match=r"logits are not finite: its weight model\.embed_tokens\.weight holds NaN"):
-        continue_ids(spoilt, [None], inputs, [4, 4], GenerateConfig(**rules))
+        continue_ids(spoilt, as_prompt(None), inputs, [4, 4], GenerateConfig(**rules))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -95,7 +95,7 @@ def test_nor_are_those_that_become_so_later(
 
     monkeypatch.setattr(decode.SharedCache, "read", later)
     with pytest.raises(RunError, match="logits are not finite: its weights are finite, but"):
-        continue_ids(llama, [None], [[5, 6, 7]], [9], GenerateConfig(**rules))
+        continue_ids(llama, as_prompt(None), [[5, 6, 7]], [9], GenerateConfig(**rules))
 
 
 @pytest.mark.parametrize("rules", RULES, ids=CHOICES)
@@ -107,7 +107,7 @@ def test_single_tokens_may_be_ruled_out_by_the_model(rules: dict[str, object]) -
         return logits.masked_fill(ruled_out, -torch.inf)
 
     model.hf_model.get_output_embeddings().register_forward_hook(lm_head)
-    (text,) = continue_ids(model, [None], [[5, 6, 7]], [6], GenerateConfig(**rules))
+    (text,) = continue_ids(model, as_prompt(None), [[5, 6, 7]], [6], GenerateConfig(**rules))
     assert text
 
 
@@ -115,8 +115,8 @@ def test_single_tokens_may_be_ruled_out_by_the_model(rules: dict[str, object]) -
 def test_the_coldest_draw_is_the_likeliest_token(llama: FrozenModel, temperature: float) -> None:
     inputs = [[5, 6, 7], [8]]
     drawn = GenerateConfig(do_sample=True, temperature=temperature)
-    assert continue_ids(llama, [None], inputs, [6, 6], drawn) == continue_ids(
-        llama, [None], inputs, [6, 6], GenerateConfig()
+    assert continue_ids(llama, as_prompt(None), inputs, [6, 6], drawn) == continue_ids(
+        llama, as_prompt(None), inputs, [6, 6], GenerateConfig()
     )
 
 

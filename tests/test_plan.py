@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from conftest import frozen, tiny_model, tiny_tokenizer
+from conftest import as_prompt, frozen, tiny_model, tiny_tokenizer
 from softprompt import SoftPrompt, TuneConfig, load_data, tune
 from softprompt.data.encoder import Encoder
 from softprompt.data.lazy_examples import LazyExamples
@@ -69,7 +69,7 @@ def test_going_on_continues_where_the_other_stood(
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["validation"]
     held = prepare_run(llama, rows, TuneConfig(init="prompt:film"))
     assert held.scorer is not None
-    assert first["loss"] == pytest.approx(held.scorer.score(llama, source.weights).loss())
+    assert first["loss"] == pytest.approx(held.scorer.score(llama, as_prompt(source.weights)).loss())
 
 
 def test_what_is_given_wins_over_the_other_prompts(source: SoftPrompt, llama: FrozenModel, reviews: Path) -> None:

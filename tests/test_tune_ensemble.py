@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import softprompt as sp
-from conftest import SHORT, Command
+from conftest import SHORT, Command, as_prompt
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import Rows, load_data
 from softprompt.decoding import continue_ids
@@ -43,8 +43,8 @@ def near(model: FrozenModel, length: int, seed: int) -> Tensor:
 def test_several_prompts_write_what_the_mean_of_their_probabilities_says(llama: FrozenModel, beams: int) -> None:
     """One beam is compared with a plain loop; of several, that they are not what one prompt alone would write."""
     prompts, inputs = [near(llama, 4, 1), near(llama, 7, 2), None], [[5, 6, 7, 8], [9, 10]]
-    written = continue_ids(llama, prompts, inputs, [6, 6], GenerateConfig(num_beams=beams))
-    alone = [continue_ids(llama, [p], inputs, [6, 6], GenerateConfig(num_beams=beams)) for p in prompts]
+    written = continue_ids(llama, as_prompt(*prompts), inputs, [6, 6], GenerateConfig(num_beams=beams))
+    alone = [continue_ids(llama, as_prompt(p), inputs, [6, 6], GenerateConfig(num_beams=beams)) for p in prompts]
     assert written not in alone  # they do not agree, so that there is something to average
 
     def mean(ids: list[int]) -> Tensor:
@@ -126,10 +126,10 @@ def test_an_ensemble_comes_back_as_it_was_and_evaluates_as_the_mean(
     result = tune_ensemble(llama, rows, short(method="prefix-tuning"), members=2, out=tmp_path / "run")
     again = load_prompt(tmp_path / "run" / "prompt")
     assert isinstance(again, Ensemble)
-    assert all(torch.equal(a, b) for a, b in zip(again.members, result.prompt.members, strict=True))
+    assert all(torch.equal(a.weights, b.weights) for a, b in zip(again.members, result.prompt.members, strict=True))
     assert again.record.metrics == result.metrics
     done = evaluate(llama, rows, again)
-    alone = [evaluate(llama, rows, one) for one in again.prompts]
+    alone = [evaluate(llama, rows, one) for one in again.members]
     for record, *each in zip(done.predictions, *(a.predictions for a in alone), strict=True):
         mean = np.mean([one["probabilities"]["positive"] for one in each])
         assert record["probabilities"]["positive"] == pytest.approx(mean, rel=1e-4)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from conftest import ARCHITECTURES, tiny_tokenizer
+from conftest import ARCHITECTURES, as_prompt, tiny_tokenizer
 from softprompt import Callback, Rows, TuneConfig, load_data
 from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Encoder, Example
@@ -156,7 +156,7 @@ def test_of_the_labels_each_common_token_is_run_once_a_row(model: FrozenModel) -
     assert isinstance(scorer, LabelScorer)
     prompt = model.embed(range(VIRTUAL))
     with counted(model) as work:
-        scorer.score(model, prompt)
+        scorer.score(model, as_prompt(prompt))
     # A token is run for the first time after what stands before it in the row; a label's last one is never run.
     needed = separate = predicted = 0
     for choice in scorer.choices:
@@ -211,7 +211,7 @@ def test_a_second_request_for_a_label_runs_its_text_and_the_labels_tree_and_noth
 def test_of_plain_texts_what_all_begin_with_is_run_once_an_evaluation(model: FrozenModel) -> None:
     scorer = scorer_of(model, "text")
     with counted(model) as work:
-        scored = scorer.score(model, model.embed(range(VIRTUAL)))
+        scored = scorer.score(model, as_prompt(model.embed(range(VIRTUAL))))
     prompt, *texts = work.passes
     assert prompt == VIRTUAL + 1  # a text's first token is not scored, and here it is the same for all
     assert len(texts) > 1
@@ -227,10 +227,12 @@ def test_several_prompts_at_once_run_the_sum_of_what_each_runs(model: FrozenMode
     alone = []
     for prompt in prompts:
         with counted(model) as work:
-            scorer.score(model, prompt)
+            scorer.score(model, as_prompt(prompt))
         alone.append(work)
     with counted(model) as together:
-        scorer.score_all(model, [prompt.clone() for prompt in prompts])  # prompts that are not known yet
+        scorer.score_members(
+            model, as_prompt(*(prompt.clone() for prompt in prompts))
+        )  # prompts that are not known yet
     assert together.logits == sum(work.logits for work in alone)
     assert together.passes[:3] == [work.passes[0] for work in alone]  # each prompt once
     # What all texts begin with is run behind each prompt: of labels in a pass of its own.
@@ -275,6 +277,6 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(
         if what == "training":
             step(model, prepared, tmp_path)
         else:
-            prepared.scorer.score(model, prepared.start)
+            prepared.scorer.score(model, as_prompt(prepared.start))
     assert work.logits > 8  # rows of logits that one tensor could have held
     assert made.most == at_once

@@ -22,6 +22,7 @@ from softprompt.errors import RunError, SettingsError
 from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
+from softprompt.prompt.ensemble import AnyPrompt
 
 _COLDEST = 1e-30  # a temperature: lower ones are 0 in float32, and draw the same token
 
@@ -40,23 +41,23 @@ class _Line:
 @torch.no_grad()
 def continue_ids(
     model: FrozenModel,
-    prompts: Sequence[Tensor | None],
+    prompt: AnyPrompt,
     inputs: Sequence[Sequence[int]],
     room: Sequence[int],
     config: GenerateConfig,
 ) -> list[str]:
-    """Continue token ids behind a prompt, or behind none.
+    """Continue token ids after a prompt, or with the base model.
 
     Args:
         model: the frozen model.
-        prompts: one, None for no virtual tokens; or several, whose probabilities of the next token are averaged.
-        inputs: ids of each text; empty only where there is a prompt.
+        prompt: of an ensemble, the members' probabilities of the next token are averaged.
+        inputs: token ids of each text; empty only after a soft prompt.
         room: per text, the most new tokens.
         config: decoding rules.
     """
-    prefixes = model.shared_prefixes(prompts, inputs)
+    prefixes = model.shared_prefixes([member.weights for member in prompt.members], inputs)
     if not all(inputs) and any(prefix.last is None for prefix in prefixes):
-        behind = "without a prompt" if None in prompts else "behind a deep prefix"
+        behind = "behind a deep prefix" if prompt.num_virtual_tokens else "without a prompt"
         raise SettingsError(f"the text is empty: {behind} there is nothing to continue; give some text")
     decoder = _Decoder(model, config)
     lines = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from softprompt.config import GenerateConfig, Mode
 from softprompt.data.columns import INSTRUCTED
 from softprompt.data.encoder import Encoder, bos_token_ids, plain_ids, require_embeddings
@@ -19,6 +17,7 @@ from softprompt.errors import DataError, SettingsError, nearest
 from softprompt.evaluation.choosing import choose
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt, require_all_fit
+from softprompt.prompt.soft_prompt import BasePrompt
 
 _NEW_TOKENS = 64  # where nothing says how many
 _WITH_CHOOSING = {"batch_size"}  # the only setting that is no rule of writing
@@ -117,9 +116,8 @@ def _written(
     """Continue texts freely."""
     if prompt is not None:
         require_all_fit(prompt, model)
-    prompts: Sequence[Tensor | None] = prompt.members if prompt is not None and virtual_tokens else (None,)
-    virtual = prompt.num_virtual_tokens if prompt is not None and virtual_tokens else 0
-    room_for = None if model.context_length is None else model.context_length - virtual
+    before = prompt if prompt is not None and virtual_tokens else BasePrompt()
+    room_for = None if model.context_length is None else model.context_length - before.num_virtual_tokens
     most = config.max_new_tokens or (None if config.max_length else _NEW_TOKENS)
     if prompt is None or raw or (prompt.record.task, prompt.record.template) == ("text", DEFAULT_TEMPLATE["text"]):
         inputs = [_plain(model, text, f"text {number}") for number, text in enumerate(texts, start=1)]
@@ -130,14 +128,15 @@ def _written(
             longest = min(longest, room_for - min(most or 1, _NEW_TOKENS))
         if longest < 2:
             raise SettingsError(
-                f"{virtual} virtual tokens leave no room for text: the model has {model.context_length} positions"
+                f"{before.num_virtual_tokens} virtual tokens leave no room for text: the model has "
+                f"{model.context_length} positions"
             )
         encoder = Encoder(model.tokenizer, prompt.format, longest, model.vocabulary_size)
         inputs = [list(ids) for ids in encoder.inputs(rows)]
         if encoder.truncated:
             warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {longest} tokens", stacklevel=3)
     room = [_room(ids, most, config.max_length, room_for) for ids in inputs]
-    return continue_ids(model, prompts, inputs, room, config)
+    return continue_ids(model, before, inputs, room, config)
 
 
 def _plain(model: FrozenModel, text: str | Mapping[str, object], where: str) -> list[int]:

@@ -81,13 +81,13 @@ class Predictor:
 def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> Predictor:
     """Let both models choose a label for each row, by the same rule, and write freely behind the first."""
     from softprompt.config import GenerateConfig
-    from softprompt.evaluation.calibration import shifted
     from softprompt.evaluation.choosing import choose
+    from softprompt.evaluation.scores import add_label_bias
     from softprompt.generation import generate
 
     messages = [row["text"] for row in rows]
     some = GenerateConfig(max_new_tokens=_WRITTEN)
-    chosen = shifted(choose(model, prompt, rows, virtual_tokens=False), base_bias)
+    chosen = add_label_bias(choose(model, prompt, rows, virtual_tokens=False), base_bias)
     base = [chosen.labels[best] for best in chosen.predicted]
     tuned = generate(model, messages, prompt)
     (base_text,), (tuned_text,) = (

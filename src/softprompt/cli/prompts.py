@@ -184,7 +184,7 @@ def _summary(prompt: Prompt) -> dict[str, Any]:
         "base_model": record.base_model.id,
         "revision": record.base_model.revision,
         "virtual_tokens": prompt.num_virtual_tokens,
-        "parameters": sum(member.numel() for member in prompt.members),
+        "parameters": sum(member.weights.numel() for member in prompt.members),
         "template": record.template,
         "chat_template": record.chat_template,
         "verbalizers": record.verbalizers,

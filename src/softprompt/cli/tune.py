@@ -80,7 +80,7 @@ def tune(
     if as_json:
         print_json({"run": str(out), "prompt": str(out / "prompt"), **({"registered": kept} if kept else {}), **record})
     else:
-        _say_done(out, kept, record, biased=any(made.biases))
+        _say_done(out, kept, record, biased=any(member.label_bias for member in made.members))
 
 
 def _run_record(result: TuneResult) -> dict[str, Any]:

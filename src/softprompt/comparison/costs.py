@@ -20,6 +20,7 @@ from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import TextScorer, perplexity
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import trim_allocator
+from softprompt.prompt.soft_prompt import BasePrompt
 
 _LONGEST = 512  # tokens of a paragraph
 
@@ -91,7 +92,7 @@ def general_perplexity(model: FrozenModel) -> float:
     rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
     most = min(_LONGEST, model.context_length or _LONGEST)
     scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), most, model.vocabulary_size), rows)
-    return perplexity(scorer.score(model, None).loss())
+    return perplexity(scorer.score(model, BasePrompt()).loss())
 
 
 def folder_bytes(folder: Path) -> int:

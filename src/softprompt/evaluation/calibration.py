@@ -6,9 +6,9 @@ Contextual calibration finds it behind texts that say nothing, prior matching be
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,19 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
-from softprompt.evaluation.scores import LabelScorer, LabelScores, Scorer, Scores, make_scorer
+from softprompt.evaluation.scores import (
+    LabelScorer,
+    LabelScores,
+    Scorer,
+    Scores,
+    add_label_bias,
+    average_scores,
+    make_scorer,
+)
+from softprompt.prompt.ensemble import AnyPrompt
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # those of Zhao et al. 2021
 _ROUNDS = 10  # of prior matching; more change nothing to speak of
-_Scored = TypeVar("_Scored", bound=Scores)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,10 @@ class CalibratedScorer(LabelScorer):
         numbers = None if rows.numbers is None else np.append(rows.numbers, np.zeros(len(free), np.int64))
         super().__init__(encoder, replace(rows, rows=[*rows, *free], numbers=numbers), at_once)
         self.rows = rows
+
+    def combine(self, scores: Sequence[Scores], prompt: AnyPrompt) -> Scores:
+        """Average an ensemble's members; calibration replaces a prompt's label bias."""
+        return average_scores(scores)
 
     def _scores(self, found: NDArray[np.float64]) -> CalibratedScores:
         both, own = super()._scores(found), slice(len(self.rows))
@@ -108,14 +120,6 @@ def prior_matching(scores: LabelScores, train: Rows) -> dict[str, float]:
     return dict(zip(scores.labels, (bias - bias.mean()).tolist(), strict=True))
 
 
-def shifted(scores: _Scored, label_bias: Mapping[str, float]) -> _Scored:
-    """Return scores with so many nats added to labels' log-likelihoods; none for labels that are not named."""
-    if not label_bias or not isinstance(scores, LabelScores):
-        return scores
-    bias = np.array([label_bias.get(label, 0.0) for label in scores.labels])
-    return replace(scores, log_likelihoods=scores.log_likelihoods + bias)
-
-
 def fit_label_bias(plain: LabelScores, train: Rows) -> tuple[LabelScores, dict[str, float]]:
     """Find the bias that labels are chosen with, where one is of use (`prior_matching`).
 
@@ -131,7 +135,7 @@ def fit_label_bias(plain: LabelScores, train: Rows) -> tuple[LabelScores, dict[s
         The scores, with the bias if it is taken; and the bias, empty if not.
     """
     label_bias = prior_matching(plain, train)
-    found = shifted(plain, label_bias)
+    found = add_label_bias(plain, label_bias)
     return (found, label_bias) if clearly_better(found, plain) else (plain, {})
 
 

@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows
-from softprompt.evaluation.average import scored
 from softprompt.evaluation.scores import LabelScorer, LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import MemoryEstimate, measure, micro_batch_tokens
 from softprompt.prompt.ensemble import Prompt, require_all_fit
+from softprompt.prompt.soft_prompt import BasePrompt
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,6 @@ def choose(model: FrozenModel, prompt: Prompt, rows: Sequence[Row], *, virtual_t
     scorer = LabelScorer(encoder, asked, at_once)
     if encoder.truncated:
         warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {encoder.max_length} tokens", stacklevel=3)
-    scores = scored(scorer, model, prompt.members, prompt.biases) if virtual_tokens else scorer.score(model, None)
+    scores = scorer.score(model, prompt if virtual_tokens else BasePrompt())
     assert isinstance(scores, LabelScores)
     return scores

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Indel
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from torch import Tensor
 
 from softprompt.config import GenerateConfig
 from softprompt.data.encoder import Encoder, plain_ids
@@ -23,6 +22,7 @@ from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.evaluation.primary_metric import bleu, chrf, ranking_metric, statistic
 from softprompt.evaluation.words import Words
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import AnyPrompt
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ def _by_input(form: Format, rows: Rows) -> tuple[list[Row], list[list[str]], lis
     return distinct, references, place
 
 
-def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Encoder, rows: Rows) -> Completions:
+def complete(model: FrozenModel, prompt: AnyPrompt, encoder: Encoder, rows: Rows) -> Completions:
     """Write a completion for every distinct input, greedily, and at most as long as the longest right answer.
 
     Args:
         model: the frozen model.
-        prompts: one, None for the untouched model; or an ensemble's.
+        prompt: what is before the text.
         encoder: how rows become token ids.
         rows: of a completion task.
 
@@ -160,14 +160,13 @@ def complete(model: FrozenModel, prompts: Sequence[Tensor | None], encoder: Enco
     longest = 1 + max(len(plain_ids(encoder.tokenizer, right)) for each in references for right in each)
     room = encoder.max_length
     if model.context_length is not None:
-        virtual = max(0 if prompt is None else prompt.shape[-2] for prompt in prompts)
-        room = min(room, model.context_length - virtual - longest)
+        room = min(room, model.context_length - prompt.num_virtual_tokens - longest)
     if room < 2:
         raise DataError(
             f"{rows.name}: a target has {longest - 1} tokens, and the model's positions leave none before it"
         )
     inputs = Encoder(encoder.tokenizer, encoder.format, room, encoder.vocabulary).inputs(distinct)
-    outputs = continue_ids(model, prompts, inputs, [longest] * len(inputs), GenerateConfig(stop=stop))
+    outputs = continue_ids(model, prompt, inputs, [longest] * len(inputs), GenerateConfig(stop=stop))
     return Completions([_as_given(*each) for each in zip(outputs, references, strict=True)], references, place)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from softprompt.config import Calibration
 from softprompt.data.added_columns import with_columns
@@ -19,14 +17,14 @@ from softprompt.data.labels import clean_label
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.templates import default_template, make_format, require_unseen_answer
 from softprompt.errors import DataError, nearest
-from softprompt.evaluation.average import combine_scores
 from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scores import Confusion, LabelScorer, LabelScores, Scorer, tokens_at_once
+from softprompt.evaluation.scores import Confusion, LabelScorer, LabelScores, Scorer, average_scores, tokens_at_once
 from softprompt.model.frozen import FrozenModel
 from softprompt.notices import warn
-from softprompt.prompt.ensemble import Ensemble, Prompt, require_all_fit
+from softprompt.prompt.ensemble import AnyPrompt, Prompt, require_all_fit
+from softprompt.prompt.soft_prompt import BasePrompt
 
 
 @dataclass(frozen=True)
@@ -113,24 +111,23 @@ def evaluate(
     # So long that the model has positions for it, without the prompt too: both read the same.
     most = min(max_length, (model.context_length or max_length + virtual) - virtual)
     encoder = Encoder(model.tokenizer, form, most, model.vocabulary_size)
-    at_once = tokens_at_once(model, data, virtual, most, 1 if prompt is None else len(prompt.members))
+    at_once = tokens_at_once(model, data, prompt or BasePrompt(), most)
     scorer = calibrated_or_plain(encoder, data, at_once, calibration)
     biased = calibration == "none"  # contextual calibration stands in for what a prompt has learned of its labels
     base_bias: dict[str, float] = {}
     if prompt is not None and bias_rows is not None and biased and data.task == "classification":
-        plain = LabelScorer(copy(encoder), bias_rows[1], at_once).score(model, None)
+        plain = LabelScorer(copy(encoder), bias_rows[1], at_once).score(model, BasePrompt())
         assert isinstance(plain, LabelScores)
         _, base_bias = fit_label_bias(plain, bias_rows[0])
-    base = ScoredRows(model, encoder, scorer, biases=(base_bias,))
-    side = (
-        base if prompt is None else ScoredRows(model, encoder, scorer, prompt.members, prompt.biases if biased else ())
-    )
+    base = ScoredRows(model, encoder, scorer, BasePrompt(base_bias))
+    side = base if prompt is None else ScoredRows(model, encoder, scorer, prompt)
+    has_bias = biased and prompt is not None and any(member.label_bias for member in prompt.members)
     return Evaluation(
         task=data.task,
         rows=len(data),
         metrics=side.metrics(),
         without_prompt=None if prompt is None else base.metrics(),
-        without_bias=side.plain.metrics() if side.plain is not side.scores and bias_rows is None else None,
+        without_bias=side.plain.metrics() if has_bias and bias_rows is None else None,
         base_bias=base_bias,
         confusion=side.scores.confusion(),
         seconds=time.monotonic() - began,
@@ -154,9 +151,8 @@ def _labels(data: Rows, verbalizers: Mapping[str, str]) -> list[str]:
 
 def _warn_of_known_rows(prompt: Prompt, data: Rows) -> None:
     """Say that a prompt was learned from these very rows; that it was from some of them, its record cannot tell."""
-    ours, members = data.sha256, prompt.prompts if isinstance(prompt, Ensemble) else ()
     for name, did in (("training_data", "learned from"), ("validation_data", "chosen by")):
-        if any(one.record.data.get(name) == ours for one in (prompt, *members)):
+        if any(each.record.data.get(name) == data.sha256 for each in (prompt, *prompt.members)):
             warn(
                 f"{data.name}: the prompt was {did} these very rows, on which it looks better than it is; give rows "
                 "that it has not seen",
@@ -171,27 +167,18 @@ class ScoredRows:
         model: the frozen model.
         encoder: how rows become tokens.
         scorer: of the rows.
-        prompts: one, None for the untouched model; or several, an ensemble whose probabilities are averaged.
-        biases: for each prompt, what is added to labels' log-likelihoods.
+        prompt: a prompt, or the base model.
 
     Attributes:
-        scores: what was found, with the biases.
-        plain: the same without them.
+        scores: the prompt's, with its label bias.
+        plain: the same without it.
     """
 
-    def __init__(
-        self,
-        model: FrozenModel,
-        encoder: Encoder,
-        scorer: Scorer,
-        prompts: Sequence[Tensor | None] = (None,),
-        biases: Sequence[Mapping[str, float]] = (),
-    ) -> None:
-        each = scorer.score_all(model, prompts)
-        self.plain = combine_scores(each)
-        self.scores = combine_scores(each, biases) if any(biases) else self.plain
+    def __init__(self, model: FrozenModel, encoder: Encoder, scorer: Scorer, prompt: AnyPrompt) -> None:
+        members = scorer.score_members(model, prompt)
+        self.plain, self.scores = average_scores(members), scorer.combine(members, prompt)
         completion = encoder.format.task == "completion"
-        self.completions = complete(model, prompts, encoder, scorer.rows) if completion else None
+        self.completions = complete(model, prompt, encoder, scorer.rows) if completion else None
 
     def metrics(self) -> dict[str, Metric]:
         """Return all metrics, with intervals."""

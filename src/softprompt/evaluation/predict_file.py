@@ -136,11 +136,11 @@ def _identity(
 ) -> str:
     """Return a hash of what makes predictions what they are."""
     digest = hashlib.sha256()
-    for weights in prompt.members if prompt is not None else ():
-        digest.update(weights.numpy().tobytes())
+    for member in prompt.members if prompt is not None else ():
+        digest.update(member.weights.numpy().tobytes())
     rest = {
         "prompt": prompt.record.model_dump(mode="json") if prompt is not None else None,
-        "biases": prompt.biases if prompt is not None else None,
+        "biases": [member.label_bias for member in prompt.members] if prompt is not None else None,
         "precision": str(model.hf_model.dtype),
         "mode": mode,
         "rules": (config or GenerateConfig()).model_dump(),

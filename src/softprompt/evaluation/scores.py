@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import is_out_of_memory, measure, micro_batch_tokens
 from softprompt.model.prefix import Prefix
+from softprompt.prompt.ensemble import AnyPrompt
 
 _AT_ONCE = 1024  # text tokens
+_Scored = TypeVar("_Scored", bound="Scores")
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,40 @@ class LabelScores(Scores):
         return made
 
 
+def add_label_bias(scores: _Scored, label_bias: Mapping[str, float]) -> _Scored:
+    """Return scores with a bias added to labels' log-likelihoods, in nats; 0 for labels that it does not name."""
+    if not label_bias or not isinstance(scores, LabelScores):
+        return scores
+    bias = np.array([label_bias.get(label, 0.0) for label in scores.labels])
+    return replace(scores, log_likelihoods=scores.log_likelihoods + bias)
+
+
+def average_scores(members: Sequence[_Scored]) -> _Scored:
+    """Return the scores of an ensemble whose members' probabilities are averaged (Lester et al. 2021, section 6).
+
+    A label's probability is the mean of the members' (each normalized over the labels); `log_likelihoods` are its
+    logarithm. The losses are those of a mixture over whole rows: minus the logarithm of the mean probability that the
+    members give to all of the target's tokens. Averaging token by token would be another mixture, with other losses.
+
+    Args:
+        members: the scores of the same rows with each member. One alone is returned as it is.
+    """
+    first = members[0]
+    if len(members) == 1:
+        return first
+    losses = -_log_mean([-member.losses for member in members])
+    if isinstance(first, LabelScores):
+        shares = [member.log_shares() for member in members if isinstance(member, LabelScores)]
+        return replace(first, losses=losses, log_likelihoods=_log_mean(shares))
+    return replace(first, losses=losses)
+
+
+def _log_mean(logs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the logarithm of the mean of numbers that are given as logarithms."""
+    mean: NDArray[np.float64] = np.logaddexp.reduce(np.stack(logs), axis=0) - np.log(len(logs))
+    return mean
+
+
 class Scorer(ABC):
     """Rows made ready to be scored again and again, with one prompt after the other.
 
@@ -191,26 +227,31 @@ class Scorer(ABC):
     shape: tuple[int, ...]
     processes: Processes = ALONE
 
-    def score(self, model: FrozenModel, prompt: Tensor | None) -> Scores:
-        """Score the rows with a prompt `[P, H]`, or with none; fewer at once where memory runs out.
+    def score(self, model: FrozenModel, prompt: AnyPrompt) -> Scores:
+        """Score the rows with a prompt: with its label bias, and averaged over the members of an ensemble.
 
         Raises:
-            RunError: not even one row fits in memory, or what the model gives is not finite.
+            RunError: not even one row fits in memory, or the model's output is not finite.
         """
-        return self.score_all(model, [prompt])[0]
+        return self.combine(self.score_members(model, prompt), prompt)
 
-    def score_all(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> list[Scores]:
-        """Score the rows with several prompts; texts behind different ones are run together.
+    def combine(self, scores: Sequence[Scores], prompt: AnyPrompt) -> Scores:
+        """Return a prompt's scores from those of its members: add each one's label bias, then average."""
+        biases = [member.label_bias for member in prompt.members]
+        return average_scores([add_label_bias(each, bias) for each, bias in zip(scores, biases, strict=True)])
 
-        Returns:
-            For each prompt, what `score` returns.
+    def score_members(self, model: FrozenModel, prompt: AnyPrompt) -> list[Scores]:
+        """Score the rows with every member of a prompt, without label biases; texts of all members are run together.
+
+        Where memory runs out, fewer tokens are run at once.
 
         Raises:
-            RunError: not even one row fits in memory, or what the model gives is not finite.
+            RunError: not even one row fits in memory, or the model's output is not finite.
         """
+        weights = [member.weights for member in prompt.members]
         while True:
             try:
-                return self._score(model, prompts)
+                return self._score(model, weights)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -219,9 +260,9 @@ class Scorer(ABC):
             self.at_once //= 2
 
     @torch.no_grad()
-    def _score(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> list[Scores]:
-        shape = (len(prompts), *self.shape)
-        found = self.processes.total(lambda: torch.from_numpy(self._found(model, prompts)), shape)
+    def _score(self, model: FrozenModel, weights: Sequence[Tensor | None]) -> list[Scores]:
+        shape = (len(weights), *self.shape)
+        found = self.processes.total(lambda: torch.from_numpy(self._found(model, weights)), shape)
         if not self._tells(found.numpy()):
             raise RunError(f"what the model says of a row is not finite: {what_is_not_finite(model.hf_model)}")
         return [self._scores(each) for each in found.numpy()]
@@ -231,7 +272,7 @@ class Scorer(ABC):
         return not bool(np.isnan(found).any())
 
     @abstractmethod
-    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
+    def _found(self, model: FrozenModel, weights: Sequence[Tensor | None]) -> NDArray[np.float64]:
         """Return what this process finds for its share of the rows, of shape `shape` a prompt, and 0 for the others."""
 
     @abstractmethod
@@ -267,12 +308,12 @@ class TextScorer(Scorer):
             raise DataError(f"{rows.name}: no text has a second token, so there is nothing to predict")
         self.shape = (len(self.examples),)
 
-    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
+    def _found(self, model: FrozenModel, weights: Sequence[Tensor | None]) -> NDArray[np.float64]:
         scored = [self.examples[i] for i in self.scored]
         text = shared_text(scored)
-        prefixes = [model.prefix(prompt, text) for prompt in prompts]
-        losses = np.zeros((len(prompts), *self.shape))
-        for which, part in self._parts(scored, len(prompts), len(text), model.backend.pads):
+        prefixes = [model.prefix(each, text) for each in weights]
+        losses = np.zeros((len(weights), *self.shape))
+        for which, part in self._parts(scored, len(weights), len(text), model.backend.pads):
             examples = [scored[i] for i in part]
             each = model.loss([prefixes[k] for k in which], examples).cpu().double()
             for k, i, values in zip(which, part, each.split([e.targets for e in examples]), strict=True):
@@ -294,11 +335,11 @@ class LabelScorer(Scorer):
         self.gold = np.array([self.labels.index(row["label"]) for row in rows])
         self.shape = (len(self.choices), len(self.labels))
 
-    def _found(self, model: FrozenModel, prompts: Sequence[Tensor | None]) -> NDArray[np.float64]:
-        prefixes = model.shared_prefixes(prompts, [choice.input_ids for choice in self.choices])
-        likelihoods = np.zeros((len(prompts), *self.shape))
+    def _found(self, model: FrozenModel, weights: Sequence[Tensor | None]) -> NDArray[np.float64]:
+        prefixes = model.shared_prefixes(weights, [choice.input_ids for choice in self.choices])
+        likelihoods = np.zeros((len(weights), *self.shape))
         examples = [Example(tree.ids, 0) for tree in self.trees]
-        for which, part in self._parts(examples, len(prompts), len(prefixes[0].text), model.backend.pads):
+        for which, part in self._parts(examples, len(weights), len(prefixes[0].text), model.backend.pads):
             found = _likelihoods(model, [prefixes[k] for k in which], [self.trees[i] for i in part])
             likelihoods[which, part] = found
         return likelihoods
@@ -397,10 +438,10 @@ def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence
     return found
 
 
-def tokens_at_once(model: FrozenModel, rows: Rows, virtual: int, longest: int, prompts: int = 1) -> int:
-    """Predict how many text tokens of rows can be scored at once, behind so many virtual tokens of each prompt."""
+def tokens_at_once(model: FrozenModel, rows: Rows, prompt: AnyPrompt, longest: int) -> int:
+    """Predict how many text tokens of rows can be scored at once with a prompt."""
     share = 0.0 if rows.task == "classification" else 1.0
-    memory_estimate = replace(measure(model, virtual), prefixes=prompts)
+    memory_estimate = replace(measure(model, prompt.num_virtual_tokens), prefixes=len(prompt.members))
     return micro_batch_tokens(model.device, memory_estimate, 1, longest, share, scoring=True)
 
 

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from torch import Tensor
-
 from softprompt.data.templates import Format
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.registry import ENSEMBLE, find, member_name
 from softprompt.prompt.soft_prompt import (
     FORMAT_VERSION,
+    BasePrompt,
     Record,
     SoftPrompt,
     read_json,
@@ -35,32 +34,22 @@ class Ensemble:
     A text is run behind each of them, in one batch.
 
     Attributes:
-        prompts: two or more.
+        members: two or more.
         record: what they are for; its metrics are the ensemble's.
     """
 
-    prompts: tuple[SoftPrompt, ...]
+    members: tuple[SoftPrompt, ...]
     record: Record
-
-    @property
-    def members(self) -> tuple[Tensor, ...]:
-        """The prompts themselves, `[P, H]` or `[L, 2, K, P, D]` each."""
-        return tuple(prompt.weights for prompt in self.prompts)
-
-    @property
-    def biases(self) -> tuple[dict[str, float], ...]:
-        """For each member, what is added to labels' log-likelihoods."""
-        return tuple(prompt.record.label_bias for prompt in self.prompts)
 
     @property
     def format(self) -> Format:
         """How rows become text."""
-        return self.prompts[0].format
+        return self.members[0].format
 
     @property
     def num_virtual_tokens(self) -> int:
         """P of the longest member: so many positions are taken before a text."""
-        return max(prompt.num_virtual_tokens for prompt in self.prompts)
+        return max(member.num_virtual_tokens for member in self.members)
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder: `member-1`, `member-2`, …, which PEFT reads one by one, and `ensemble.json`.
@@ -72,9 +61,9 @@ class Ensemble:
         path = Path(folder)
         if path.exists() and not ((path / ENSEMBLE).is_file() and all(_ours(file.name) for file in path.iterdir())):
             raise PromptError(f"{path} exists and is not an ensemble; give a new folder")
-        names = [member_name(number) for number, _ in enumerate(self.prompts, start=1)]
+        names = [member_name(number) for number, _ in enumerate(self.members, start=1)]
         with write_folder(path) as aside:
-            for name, prompt in zip(names, self.prompts, strict=True):
+            for name, prompt in zip(names, self.members, strict=True):
                 prompt.save(aside / name)
             record = {
                 "format_version": FORMAT_VERSION,
@@ -90,7 +79,8 @@ def _ours(name: str) -> bool:
     return name == ENSEMBLE or bool(_MEMBER.fullmatch(name))
 
 
-Prompt: TypeAlias = SoftPrompt | Ensemble
+Prompt: TypeAlias = SoftPrompt | Ensemble  # what users load
+AnyPrompt: TypeAlias = Prompt | BasePrompt
 
 
 def make_ensemble(
@@ -147,5 +137,5 @@ def require_all_fit(prompt: Prompt, model: FrozenModel) -> None:
     Raises:
         PromptError: it was trained on another.
     """
-    for one in prompt.prompts if isinstance(prompt, Ensemble) else (prompt,):
-        require_fit(one, model)
+    for member in prompt.members:
+        require_fit(member, model)

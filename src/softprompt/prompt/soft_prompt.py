@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jinja2 import Environment, PackageLoader
@@ -127,14 +128,14 @@ class SoftPrompt:
         return int(self.weights.shape[-2])
 
     @property
-    def members(self) -> tuple[Tensor, ...]:
-        """What texts are run behind: one prompt. An ensemble has several."""
-        return (self.weights,)
+    def members(self) -> tuple[SoftPrompt]:
+        """The prompt itself; an ensemble has several members."""
+        return (self,)
 
     @property
-    def biases(self) -> tuple[dict[str, float], ...]:
-        """For each member, what is added to labels' log-likelihoods."""
-        return (self.record.label_bias,)
+    def label_bias(self) -> Mapping[str, float]:
+        """Nats that are added to labels' log-likelihoods."""
+        return self.record.label_bias
 
     @property
     def method(self) -> Method:
@@ -197,6 +198,24 @@ class SoftPrompt:
     def _card(self) -> str:
         card = Environment(loader=PackageLoader("softprompt.prompt", "."), trim_blocks=True).get_template("card.md")
         return card.render(prompt=self, record=self.record)
+
+
+@dataclass(frozen=True, eq=False)
+class BasePrompt:
+    """No virtual tokens: the base model, with a label bias or without.
+
+    Attributes:
+        label_bias: nats that are added to labels' log-likelihoods.
+    """
+
+    label_bias: Mapping[str, float] = field(default_factory=dict)
+    weights: ClassVar[None] = None
+    num_virtual_tokens: ClassVar[int] = 0
+
+    @property
+    def members(self) -> tuple[BasePrompt]:
+        """The base model itself."""
+        return (self,)
 
 
 def _replaceable(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from softprompt.data.split import sample, split_rows
 from softprompt.distributed.collective import launched
 from softprompt.distributed.signals import saves_before_it_ends
 from softprompt.errors import SettingsError
-from softprompt.evaluation.average import average_scores
+from softprompt.evaluation.scores import average_scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Ensemble, make_ensemble
 from softprompt.prompt.registry import member_name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -12,6 +14,7 @@ from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory, trim_allocator
+from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import NOWHERE, Checkpoint, RunFolder
@@ -43,7 +46,12 @@ class PromptTrainer(Trainer):
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
         scorer = scorer or self.prepared.scorer
         assert scorer is not None
-        return scorer.score(self.model, (weights or self.weights())[_PROMPT])
+        return scorer.score(self.model, SoftPrompt((weights or self.weights())[_PROMPT], self._record))
+
+    @cached_property
+    def _record(self) -> Record:
+        encoder = self.prepared.encoder
+        return Record.of(self.model, encoder.format, encoder.max_length)
 
     def backward(self, micro_batches_by_rank: MicroBatchesByRank) -> float:
         loss, self.prompt.grad = self._summed(self.prompt.detach(), micro_batches_by_rank)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-from torch import Tensor
 
 from softprompt.comparison.costs import Effort
 from softprompt.comparison.results import Point
@@ -23,6 +20,8 @@ from softprompt.evaluation.calibration import calibrated_or_plain
 from softprompt.evaluation.evaluate import ScoredRows
 from softprompt.evaluation.scores import tokens_at_once
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.ensemble import AnyPrompt
+from softprompt.prompt.soft_prompt import BasePrompt
 from softprompt.storage import read_json_object
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import PreparedRun, prepare_run
@@ -69,33 +68,31 @@ class Predictor:
 
     Attributes:
         model: what they are run through.
-        prompts: what stands before them, `[P, H]` or `[L, 2, K, P, D]` each: nothing, one, or an ensemble's.
         format, max_length: how they become tokens.
+        prompt: what is before them; for the base model, what its labels are biased by.
         calibration: of labels.
-        biases: for each prompt, or for none, what is added to labels' log-likelihoods.
     """
 
     model: FrozenModel
     format: Format
     max_length: int
-    prompts: tuple[Tensor, ...] = ()
+    prompt: AnyPrompt = field(default_factory=BasePrompt)
     calibration: Calibration = "none"
-    biases: tuple[Mapping[str, float], ...] = ()
 
     def at_once(self, rows: Rows) -> int:
         """Predict how many text tokens of rows can be run together."""
-        virtual = max((prompt.shape[-2] for prompt in self.prompts), default=0)
-        return tokens_at_once(self.model, rows, virtual, self.max_length, max(1, len(self.prompts)))
+        return tokens_at_once(self.model, rows, self.prompt, self.max_length)
 
     def side(self, rows: Rows, at_once: int) -> ScoredRows:
         """Answer rows, so many text tokens together."""
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length, self.model.vocabulary_size)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
-        return ScoredRows(self.model, encoder, scorer, self.prompts or (None,), self.biases)
+        return ScoredRows(self.model, encoder, scorer, self.prompt)
 
     def save(self, folder: Path) -> None:
         """Write all but model and prompts as `format.json`: how rows become tokens, and labels are chosen."""
         form = self.format
+        (label_bias,) = (member.label_bias for member in self.prompt.members)
         record = {
             "template": form.template,
             "verbalizers": dict(form.verbalizers),
@@ -103,7 +100,7 @@ class Predictor:
             "chat_date": form.chat_date,
             "demonstrations": [dict(row) for row in form.demonstrations],
             "calibration": self.calibration,
-            "label_bias": self.biases[0],
+            "label_bias": dict(label_bias),
             "max_length": self.max_length,
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +126,7 @@ class Predictor:
                 chat_date=record.get("chat_date"),  # which earlier versions did not keep
             )
             require_template(form)
-            own = {"calibration": record["calibration"], "biases": (record["label_bias"],)}
-            return cls(model, form, record["max_length"], **own)
+            return cls(model, form, record["max_length"], BasePrompt(record["label_bias"]), record["calibration"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / _FORMAT} is damaged: {error}; {cure}") from error
 

@@ -16,9 +16,10 @@ from softprompt.data.rows import Rows
 from softprompt.data.split import labels_in_turn, sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
-from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain, prior_matching, shifted
-from softprompt.evaluation.scores import LabelScores, Scores, tokens_at_once
+from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain, prior_matching
+from softprompt.evaluation.scores import LabelScores, Scores, add_label_bias, tokens_at_once
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import BasePrompt
 
 SIZES = (1, 2, 4, 8, 16)
 _WIDTHS = (16, 4, 1)  # candidates of a round: a quarter of them goes on, each to four times the rows
@@ -209,7 +210,7 @@ class _Judge:
         self.model, self.train, self.validation, self.most = model, train, validation, max_length
         self.budget, self.progress = budget, progress
         self.trials: list[Trial] = []
-        self.at_once = tokens_at_once(model, validation, 0, max_length)
+        self.at_once = tokens_at_once(model, validation, BasePrompt(), max_length)
 
     def tokens(self, text: str) -> int:
         return len(plain_ids(self.model.tokenizer, text))
@@ -239,14 +240,14 @@ class _Judge:
         length = self.max_length(form)
         encoder = Encoder(self.model.tokenizer, form, length, self.model.vocabulary_size)
         calibration: Calibration = "contextual" if form.task == "classification" else "none"
-        scores = calibrated_or_plain(encoder, rows, self.at_once, calibration).score(self.model, None)
+        scores = calibrated_or_plain(encoder, rows, self.at_once, calibration).score(self.model, BasePrompt())
         label_bias: dict[str, float] = {}
         if isinstance(scores, CalibratedScores):
             plain = scores.plain
             if _score(plain) >= _score(scores):
                 calibration, scores = "none", plain
             found = prior_matching(plain, self.train)
-            matched = shifted(plain, found)
+            matched = add_label_bias(plain, found)
             if _score(matched) > _score(scores):
                 calibration, scores, label_bias = "none", matched, found
         trial = Trial(form, calibration, length, len(rows), scores.values(), _score(scores), label_bias)

@@ -9,6 +9,7 @@ from softprompt.comparison.methods.base import FitResult, Method, Predictor
 from softprompt.comparison.methods.few_shot import FewShot, Trial, search, zero_shot
 from softprompt.data.rows import Rows
 from softprompt.data.templates import Format
+from softprompt.prompt.soft_prompt import BasePrompt
 
 
 class Prompting(Method):
@@ -31,7 +32,7 @@ class Prompting(Method):
                 found = self._search(form, rows, most, rows=max(len(rows), config.batch_size * config.max_steps))
         best = found.best
         self._answers = Predictor(
-            protocol.model, best.format, best.max_length, calibration=best.calibration, biases=(best.label_bias,)
+            protocol.model, best.format, best.max_length, BasePrompt(best.label_bias), best.calibration
         )
         settings = {"template": form.template, "demonstrations": best.k, "calibration": best.calibration}
         settings["prior_matching"] = bool(best.label_bias)

@@ -36,7 +36,7 @@ class _Kept(Method):
 
     def _with(self, prompt: Prompt) -> Predictor:
         record = prompt.record
-        return Predictor(self.protocol.model, prompt.format, record.max_length, prompt.members, biases=prompt.biases)
+        return Predictor(self.protocol.model, prompt.format, record.max_length, prompt)
 
 
 class Prompts(_Kept, Trained):

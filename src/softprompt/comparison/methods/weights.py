@@ -11,6 +11,7 @@ from softprompt.comparison.methods.base import Predictor, Protocol
 from softprompt.comparison.methods.trained import Trained
 from softprompt.comparison.methods.weights_trainer import RANK, WeightsTrainer, around, lora, unfrozen
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import BasePrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.trainer import Trainer, Weights
@@ -46,7 +47,7 @@ class OwnWeights(Trained):
     def answers(self, weights: Weights, label_bias: dict[str, float]) -> Predictor:
         self._trainer.load(weights)
         encoder = self._prepared.encoder
-        return Predictor(self.model, encoder.format, encoder.max_length, biases=(label_bias,))
+        return Predictor(self.model, encoder.format, encoder.max_length, BasePrompt(label_bias))
 
 
 class Lora(OwnWeights):

@@ -18,6 +18,7 @@ from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.extras import require_package
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
+from softprompt.prompt.soft_prompt import BasePrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import NOWHERE
@@ -114,7 +115,7 @@ class WeightsTrainer(Trainer):
         assert scorer is not None
         if weights is not None:
             self.load(weights)
-        return scorer.score(self.model, None)
+        return scorer.score(self.model, BasePrompt())
 
     def backward(self, micro_batches_by_rank: MicroBatchesByRank) -> float:
         """Run the micro-batches; a text's first token is not learned, for nothing predicts it."""
