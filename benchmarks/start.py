@@ -37,13 +37,13 @@ def first_step(rows: str, out: str) -> None:
     """Run `softprompt tune` in this process, for one step, and print when each phase was over."""
     moments: dict[str, float] = {}
 
-    from softprompt.cli import tables, tune
+    from softprompt.cli import progress, tune
     from softprompt.training import tune as training
 
     moments["imports"] = time.time()
     del training
 
-    class Told(tables.TerminalCallback):
+    class Told(progress.TerminalCallback):
         def begin(self, prepared: Any, step: int) -> None:
             moments["model, rows, settings"] = time.time()
 
@@ -56,7 +56,7 @@ def first_step(rows: str, out: str) -> None:
         def end(self) -> None:
             pass
 
-    tables.TerminalCallback = Told  # type: ignore[misc]
+    progress.TerminalCallback = Told  # type: ignore[misc]
     tune.tune([rows, "--out", out, "--set", "max_steps=1"], standalone_mode=False)
     print(json.dumps(moments))
 

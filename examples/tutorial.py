@@ -26,9 +26,9 @@ def main() -> None:
     # 1. Model and tokenizer, on the CPU.
     model = sp.load_model(options.model, device="cpu", say=print)
 
-    # 2. The untouched model's output. Text is read as it was typed, the space at its end included.
+    # 2. The base model's output. Text is read as it was typed, the space at its end included.
     rules = sp.GenerateConfig(max_length=100, repetition_penalty=1.5)
-    print("\nuntouched model:\n" + TEXT + sp.generate(model, [TEXT], config=rules)[0])
+    print("\nbase model:\n" + TEXT + sp.generate(model, [TEXT], config=rules)[0])
 
     # 3. The first 50 prompts to learn from; the others tell how well that went.
     train = sp.load_data(f"{options.data}[:50]", map={"text": "prompt"})

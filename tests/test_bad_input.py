@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(fails: Com
 def test_a_row_that_memory_does_not_suffice_for_ends_the_run_with_one_message(tmp_path: Path) -> None:
     """For real: 20,000 tokens attend to each other in 2 GB of address space beside what PyTorch takes for itself."""
     program = (
-        "import psutil, softprompt.cli.tables, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
+        "import psutil, softprompt.cli.progress, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
     )
     taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -272,7 +272,7 @@ def test_check_counts_the_rows_that_a_short_run_holds_back(command: Command, lla
     rows = "".join(json.dumps({"text": f"a film {n}", "label": "bg"[n % 2]}) + "\n" for n in range(300))
     Path("many.jsonl").write_text(rows)
     done = command("check", "many.jsonl", "--model", llama_folder, "-v", "--set", "max_minutes=0.00001")
-    assert "268 training rows (16 of them taken), 32 validation rows" in done.out
+    assert "268 training rows (16 of them used), 32 validation rows" in done.out
     assert re.search(r"eval_rows +│ 32 +│ what fits", done.out)
 
 
@@ -627,7 +627,7 @@ def test_a_full_disk_is_a_failure_of_the_work(fails: Command, llama_folder: Path
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (MemoryError(), 1, "out of memory; run less at once (--set micro_batch_tokens=N"),
+        (MemoryError(), 1, "out of memory; use smaller batches (--set micro_batch_tokens=N"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "stopped; no step was done yet"),
     ],

@@ -298,7 +298,9 @@ def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) ->
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"text": "the parcel never came and I want my money back " * 80}] * 8
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ready = "import psutil, softprompt.cli.tables, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
+    ready = (
+        "import psutil, softprompt.cli.progress, softprompt.training.tune; print(psutil.Process().memory_info().vms)"
+    )
     # Of PyTorch, that is a RuntimeError.
     uncaught = (
         "import softprompt.training.trainer as loop; loop.is_out_of_memory = lambda e: isinstance(e, MemoryError)"

@@ -245,7 +245,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_speaks_of_an_error_that_the_first_one_does_not_have(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_FIRST_SPEAKS", 0.0)
+    monkeypatch.setattr(cli, "_FIRST_REPORTS", 0.0)
     done = command("tune", "nowhere.csv", "--out", "run")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("process 1: softprompt: no such file: nowhere.csv")

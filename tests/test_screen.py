@@ -14,13 +14,14 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from conftest import SHORT, Command
-from softprompt.cli import tables
+from softprompt.cli import progress
 from softprompt.cli.demo import gain
+from softprompt.cli.progress import ProgressLine, TerminalCallback
 from softprompt.cli.settings_tables import RESUMED, row_text, settings_screen, shortened
-from softprompt.cli.tables import ProgressLine, TerminalCallback, clock
 from softprompt.config import TuneConfig, read_settings
 from softprompt.data.rows import load_data
 from softprompt.evaluation.intervals import Metric
+from softprompt.formatting import clock, short_metric
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.prepare import PreparedRun, prepare_run
 from softprompt.training.throughput import RenderedRow
@@ -140,7 +141,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(tables.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def test_a_log_has_about_ten_lines(
             r"step \d+/\d+  loss 1\.000  (validation accuracy 50\.0%, loss \S+  )?\S+ elapsed, \S+ left", line
         )
     if eval_every:  # the last line has the last evaluation
-        assert f"loss {tables.figure('loss', float(steps))} " in lines[-1]
+        assert f"loss {short_metric('loss', float(steps))} " in lines[-1]
 
 
 def test_a_run_that_ends_early_shows_where(planned: Made, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +249,7 @@ def test_a_terminal_has_one_line_that_is_kept_up_to_date(planned: Made, monkeypa
     prepared, origins = planned("max_steps=40")
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=COLUMNS, color_system=None)
-    monkeypatch.setattr(tables, "err", console)
+    monkeypatch.setattr(progress, "err", console)
     callback = TerminalCallback(origins)
     callback.begin(prepared, 0)
     callback.evaluation(0, VALUES)
@@ -268,7 +269,7 @@ def test_a_terminal_has_one_line_that_is_kept_up_to_date(planned: Made, monkeypa
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(planned: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     screen = io.StringIO()
-    monkeypatch.setattr(tables, "err", Console(file=screen, force_terminal=True, width=COLUMNS))
+    monkeypatch.setattr(progress, "err", Console(file=screen, force_terminal=True, width=COLUMNS))
     prepared, _ = planned("max_steps=3", "eval_rows=0")
     callback = TerminalCallback(None)
     callback.begin(prepared, 0)
@@ -301,7 +302,7 @@ def test_tune_fits_on_one_screen(command: Command, llama_folder: Path, reviews: 
     before = done.err[: done.err.index("step 0/3")].splitlines()
     assert before[0] == f"loading {llama_folder}"
     assert "first row: 'a fine film 0\\nLabel:' → ' positive'" in before
-    assert re.search(r"^32 training rows \(\d+ of them taken\), 8 validation rows$", done.err, re.MULTILINE)
+    assert re.search(r"^32 training rows \(\d+ of them used\), 8 validation rows$", done.err, re.MULTILINE)
     assert len(before) + 1 <= LINES
     every = command("tune", reviews, "--model", llama_folder, "--out", "again", *SHORT, "-v").err
     for name in TuneConfig.model_fields:

@@ -112,7 +112,7 @@ def test_the_verbs_of_a_kept_prompt(
 ) -> None:
     tuned = command("tune", reviews, "--model", llama_folder, "--out", "run", "--name", "film", *SHORT)
     assert tuned.code == 0
-    assert "kept as film@1" in tuned.out
+    assert "registered as film@1" in tuned.out
     record = command(
         "tune", reviews, "--model", llama_folder, "--out", "again", "--name", "film", *SHORT, "--json"
     ).record
@@ -133,7 +133,7 @@ def test_the_verbs_of_a_kept_prompt(
     assert command("evaluate", "film", reviews, "--json").record["predictions"] == "test-predictions.jsonl"
     refused = command("tune", reviews, "--init", "prompt:film@1", "--trust-remote-code", "--out", "never")
     assert refused.code == 2
-    assert "must not be the prompt's to say" in refused.err
+    assert "a prompt must not decide which code is run" in refused.err
     assert command("generate", "film", "a fine film", "--json").record["outputs"]
 
     assert command("prompts", "export", "film", "exported").code == 0
@@ -165,7 +165,7 @@ def test_removing_asks_first(command: Command, llama: FrozenModel) -> None:
 def test_an_empty_store_says_how_to_fill_it(command: Command) -> None:
     done = command("prompts", "list")
     assert (done.code, done.out) == (0, "")
-    assert "tune --name N keeps one" in done.err
+    assert "tune --name N and prompts add register one" in done.err
     assert command("prompts", "list", "--json").record == {"prompts": []}
 
 

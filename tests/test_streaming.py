@@ -24,7 +24,7 @@ import torch
 
 from conftest import SHORT, Command
 from softprompt import TuneConfig, load_data, tune
-from softprompt.cli.tables import rows_line
+from softprompt.cli.settings_tables import rows_line
 from softprompt.data import disk_rows
 from softprompt.data.batching import batch_indices, indices_seen
 from softprompt.data.disk_rows import DiskRows
@@ -314,7 +314,7 @@ def test_a_plan_encodes_each_row_that_is_taken_once(llama: FrozenModel, monkeypa
     assert prepared.length_stats.tokens == sum(len(e.ids) for e in examples)
     assert prepared.length_stats.targets == sum(e.targets for e in examples)
     assert prepared.length_stats.longest == max(len(e.ids) for e in examples) == 30
-    assert "180 training rows (15 of them taken), 20 validation rows" in rows_line(prepared)
+    assert "180 training rows (15 of them used), 20 validation rows" in rows_line(prepared)
 
 
 def test_rows_that_are_cut_are_counted_once_however_often_steps_take_them(llama: FrozenModel) -> None:

@@ -9,12 +9,13 @@
     ├── RunError                     training or evaluation could not go on
     └── StorageError                 reading or writing a file failed (full disk, no permission)
 
-A message says what was given, what is allowed, and what to do.
+A message names what was given, what is allowed, and what to do.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -58,3 +59,13 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the allowed name closest to `name`, or nothing."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out: on the CPU, PyTorch raises a plain RuntimeError."""
+    torch = sys.modules.get("torch")  # if it is not imported, the error is not one of its own
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or "can't allocate memory" in str(error)
+    )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from softprompt.evaluation.intervals import Metric
+if TYPE_CHECKING:
+    from softprompt.evaluation.intervals import Metric
 
 _SPACE = "\u00a0"  # a number and its unit stay on one line
 _NONE = "–"  # for what is not a finite number
@@ -130,3 +133,35 @@ def _two(small: int, unit: str, small_unit: str) -> str:
     """Write a time in two units, sixty of the small one being one of the other."""
     much, little = divmod(small, 60)
     return f"{much}{_SPACE}{unit}" + (f"{_SPACE}{little}{_SPACE}{small_unit}" if little else "")
+
+
+def short_metric(name: str, value: float) -> str:
+    """Write a metric's value for a terminal: `87.3%`, `0.412`."""
+    return f"{value:.1%}" if is_share(name) else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def short_interval(name: str, low: float, high: float) -> str:
+    """Write a metric's interval for a terminal: `(80.1% to 92.0%)`."""
+    return f"({short_metric(name, low)} to {short_metric(name, high)})"
+
+
+def metrics_line(values: Mapping[str, float]) -> str:
+    """Write metrics in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {short_metric(name, value)}" for name, value in values.items())
+
+
+def clock(seconds: float) -> str:
+    """Write a time as minutes and seconds, or as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def step_time(seconds: float) -> str:
+    """Write the time of a step."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
+
+
+def gigabytes(number: float) -> str:
+    """Write an amount of memory."""
+    return f"{number:.1f} GB" if number >= 0.1 else "less than 0.1 GB"

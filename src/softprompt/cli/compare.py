@@ -1,4 +1,4 @@
-"""The verb that compares: prompt engineering, prompts, LoRA and fine-tuning on the user's own rows."""
+"""`softprompt compare`: prompt engineering, prompts, LoRA and fine-tuning on the user's own rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import parse_map, tune_options
-from softprompt.cli.tune import prepare
+from softprompt.cli.options import parse_map, read_tune_inputs, tune_options
 from softprompt.comparison import USUAL
 from softprompt.old_names import current_method
 
@@ -16,18 +15,22 @@ from softprompt.old_names import current_method
 @click.command()
 @tune_options
 @click.option(
-    "--methods", metavar="LIST", default=",".join(USUAL), show_default=True, help="Which, with commas between."
+    "--methods", metavar="LIST", default=",".join(USUAL), show_default=True, help="Methods, separated by commas."
 )
-@click.option("--seeds", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each.")
-@click.option("--test-data", metavar="FILE", help="Rows that are scored; without it a fifth of DATA is held back.")
+@click.option("--seeds", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Runs per method.")
+@click.option("--test-data", metavar="FILE", help="Test rows. Default: a fifth of DATA.")
 @click.option(
     "--equal",
     type=click.Choice(("time", "examples")),
     default="time",
     show_default=True,
-    help="What all methods get alike: wall time (max_minutes each) or examples seen (max_steps each).",
+    help="What is equal for all methods: wall time (max_minutes) or examples seen (max_steps).",
 )
-@click.option("--no-search", is_flag=True, help="Train at the usual learning rates: tune's, LoRA 0.003, full 0.00005.")
+@click.option(
+    "--no-search",
+    is_flag=True,
+    help="Do not search for learning rates: use those of tune, 0.003 (LoRA) and 0.00005 (full).",
+)
 @click.option("--out", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Results and report.")
 def compare(
     methods: str,
@@ -42,8 +45,8 @@ def compare(
     """Compare prompts with prompt engineering, LoRA and fine-tuning on DATA.
 
     Every method gets the same rows and the same time: 5 minutes, with --budget 1 (quick) or 15 (thorough), or
-    --set max_minutes=M. Methods are those of the default, prompt-tuning-ensemble and prefix-tuning-ensemble. What is
-    finished in DIR is not run again, so the same command goes on after an interruption. DIR/report.html is the report.
+    --set max_minutes=M. Methods are those of the default, prompt-tuning-ensemble and prefix-tuning-ensemble. Results
+    in DIR are not computed again, so the same command goes on after an interruption. DIR/report.html is the report.
     """
     from softprompt.cli.compare_tables import TerminalComparison, comparison_table
     from softprompt.cli.tables import out as console
@@ -54,21 +57,21 @@ def compare(
     from softprompt.locks import require_free
 
     names = [current_method(name.strip()) for name in methods.split(",") if name.strip()]
-    require_methods(names)  # what is cheap to check before the model is loaded
+    require_methods(names)  # what is quick to check comes before the model is loaded
     require_free(out)
     require_ours(out)
     test = load_data(test_data, parse_map(options["mapping"]), options["task"]) if test_data else None
-    model, rows, held, config, _ = prepare(**options)
+    inputs = read_tune_inputs(**options)
     try:
         done = run(
-            model,
-            rows,
+            inputs.model,
+            inputs.rows,
             methods=names,
             seeds=seeds,
             out=out,
-            eval_data=held,
+            eval_data=inputs.eval_data,
             test_data=test,
-            config=config,
+            config=inputs.config,
             equal=equal,  # type: ignore[arg-type]
             search=not no_search,
             callback=TerminalComparison(),

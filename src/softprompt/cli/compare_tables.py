@@ -1,25 +1,29 @@
-"""What people see of a comparison in the terminal: what is running and how long it will take, and the table."""
+"""The progress of a comparison on stderr, and its table."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
-from softprompt.cli.tables import TerminalCallback, err, figure, plain_table
-from softprompt.comparison.methods.base import Protocol
-from softprompt.comparison.results import Result
+from softprompt.cli.progress import TerminalCallback
+from softprompt.cli.tables import err, plain_table
 from softprompt.comparison.run import ComparisonCallback
-from softprompt.formatting import size
-from softprompt.training.callbacks import Callback
+from softprompt.formatting import short_interval, short_metric, size
 
-_QUICK = 30.0  # seconds: about what a method without training takes
+if TYPE_CHECKING:
+    from softprompt.comparison.methods.base import Protocol
+    from softprompt.comparison.results import Result
+    from softprompt.training.callbacks import Callback
+
+_NO_TRAINING_SECONDS = 30.0  # about what a method without training takes
 
 
 class TerminalComparison(ComparisonCallback):
-    """Says which method is at work and how much time is left."""
+    """Shows which method runs and how much time is left."""
 
     def begin(self, protocol: Protocol, done: Sequence[Result], todo: Sequence[tuple[str, int]]) -> None:
         self.todo, self.protocol = list(todo), protocol
@@ -33,8 +37,11 @@ class TerminalComparison(ComparisonCallback):
 
     def method(self, name: str, seed: int) -> Callback:
         self.began = time.monotonic()
-        left = sum(_QUICK if n == "zero-shot" else self.protocol.seconds + _QUICK for n, _ in self.todo)
-        # So many examples take as long as they take.
+        left = sum(
+            _NO_TRAINING_SECONDS if n == "zero-shot" else self.protocol.seconds + _NO_TRAINING_SECONDS
+            for n, _ in self.todo
+        )
+        # With the same number of examples for all methods, the time is not known.
         about = f", about {max(1, round(left / 60))} min left" if self.protocol.equal == "time" else ""
         number = self.count - len(self.todo) + 1
         err.print(f"{name}, seed {seed}: running, {number} of {self.count}{about}")
@@ -49,14 +56,14 @@ class TerminalComparison(ComparisonCallback):
         metric = result.primary
         name = result.ranking
         err.print(
-            f"{result.method}, seed {result.seed}: {name} {figure(name, metric.value)} "
-            f"({figure(name, metric.low)} to {figure(name, metric.high)}) "
+            f"{result.method}, seed {result.seed}: {name} {short_metric(name, metric.value)} "
+            f"{short_interval(name, metric.low, metric.high)} "
             f"after {time.monotonic() - self.began:.0f} s"
         )
 
 
 def comparison_table(results: Sequence[Result]) -> Table:
-    """Return a line a method, the mean over its seeds."""
+    """Return a table of methods: the mean over the seeds of each."""
     name = results[0].ranking
     rows = []
     for method in dict.fromkeys(r.method for r in results):
@@ -64,14 +71,14 @@ def comparison_table(results: Sequence[Result]) -> Table:
         first, costs = mine[0].primary, [r.costs for r in mine]
         values = [r.primary.value for r in mine]
         spread = (
-            f"({figure(name, first.low)} to {figure(name, first.high)})"
+            short_interval(name, first.low, first.high)
             if len(mine) == 1
-            else f"({figure(name, min(values))} to {figure(name, max(values))}, {len(mine)} seeds)"
+            else f"{short_interval(name, min(values), max(values))[:-1]}, {len(mine)} seeds)"
         )
         rows.append(
             (
                 method,
-                f"{figure(name, float(np.mean(values)))} {spread}",
+                f"{short_metric(name, float(np.mean(values)))} {spread}",
                 f"{costs[0].trainable_parameters:,}",
                 size(costs[0].stored_bytes),
                 f"{np.mean([c.train_seconds for c in costs]):.0f} s",

@@ -1,4 +1,4 @@
-"""`softprompt demo`: the whole path on the bundled model and data."""
+"""`softprompt demo`: tune and evaluate on the bundled model and data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 _SHOWN = 6
 _STEPS = 60  # what fits in a few minutes on two cores
-_WRITTEN = 16  # new tokens of the text that is written freely
+_NEW_TOKENS = 16  # of the text that is written freely
 
 
 @click.command()
-@click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="The run's folder; runs/demo.")
+@click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="The run's folder. Default: runs/demo.")
 @set_option
 @verbose_option
 @json_option
@@ -41,7 +41,8 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     config, origins = read_settings(TuneConfig, assignments=assignments, max_steps=_STEPS)
     model = load(DEFAULT_MODEL, config)
 
-    from softprompt.cli.tables import TerminalCallback, print_json
+    from softprompt.cli.progress import TerminalCallback
+    from softprompt.cli.tables import print_json
     from softprompt.data.split import split_rows
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.training.tune import tune
@@ -50,8 +51,8 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     run = out or _free_folder(Path("runs/demo"))
     say(f"\nTuning a prompt on {len(train)} messages to an online shop, labelled\n{', '.join(train.labels)}.\n")
     result = tune(model, train, config, out=run, callback=TerminalCallback(origins, verbose=verbose))
-    say(f"\nScoring {len(test)} messages that were held back, without the prompt and with it.\n")
-    learned, validation = split_rows(train, None, config.eval_rows, config.seed)  # as `tune` has split them
+    say(f"\nScoring {len(test)} test messages, without the prompt and with it.\n")
+    learned, validation = split_rows(train, None, config.eval_rows, config.seed)  # as `tune` does
     done = evaluate(model, test, result.prompt, bias_rows=(learned, validation) if validation is not None else None)
     answers = _answers(model, test[:_SHOWN], result.prompt, done.base_bias)
     if as_json:
@@ -61,13 +62,13 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """What the base model and the tuned one answer to some messages.
+class _Answers:
+    """Answers to some messages, without the prompt (`base`) and with it (`tuned`).
 
     Attributes:
         messages, right: the messages and their labels.
-        base, tuned: the label that each chooses.
-        base_text, tuned_text: what each writes behind the first message, free to write anything.
+        base, tuned: the chosen labels.
+        base_text, tuned_text: the text that is written freely after the first message.
     """
 
     messages: list[str]
@@ -78,26 +79,27 @@ class Predictor:
     tuned_text: str
 
 
-def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> Predictor:
-    """Let both models choose a label for each row, by the same rule, and write freely behind the first."""
+def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> _Answers:
+    """Choose a label for each row without the prompt and with it, by the same rule; write freely after the first."""
     from softprompt.config import GenerateConfig
     from softprompt.evaluation.choosing import choose
     from softprompt.evaluation.scores import add_label_bias
     from softprompt.generation import generate
 
     messages = [row["text"] for row in rows]
-    some = GenerateConfig(max_new_tokens=_WRITTEN)
+    short = GenerateConfig(max_new_tokens=_NEW_TOKENS)
     chosen = add_label_bias(choose(model, prompt, rows, virtual_tokens=False), base_bias)
     base = [chosen.labels[best] for best in chosen.predicted]
     tuned = generate(model, messages, prompt)
     (base_text,), (tuned_text,) = (
-        generate(model, messages[:1], prompt, some, mode="write", virtual_tokens=with_) for with_ in (False, True)
+        generate(model, messages[:1], prompt, short, mode="write", virtual_tokens=prompted)
+        for prompted in (False, True)
     )
-    return Predictor(messages, [row["label"] for row in rows], base, tuned, base_text, tuned_text)
+    return _Answers(messages, [row["label"] for row in rows], base, tuned, base_text, tuned_text)
 
 
-def _show(run: Path, result: TuneResult, done: Evaluation, answers: Predictor) -> None:
-    """Print the scores, some answers, where the prompt is and, last, what it gained."""
+def _show(run: Path, result: TuneResult, done: Evaluation, answers: _Answers) -> None:
+    """Print the scores, some answers, the prompt's folder and the gain."""
     from softprompt.cli.tables import metrics_table, out, plain_table, side_by_side
 
     out.print(metrics_table(done.metrics, done.without_prompt, f"{done.rows} messages held back, 95 % intervals"))
@@ -135,11 +137,11 @@ def _show(run: Path, result: TuneResult, done: Evaluation, answers: Predictor) -
 
 
 def gain(rows: int, tuned: Metric, base: Metric, effort: str) -> str:
-    """Say in one sentence what a prompt gained, by `effort`, on rows that it had not seen."""
-    from softprompt.cli.tables import figure
+    """Write in one sentence what a prompt gained after `effort` (steps and seconds), on rows that it had not seen."""
+    from softprompt.formatting import short_metric
 
     right, before = round(tuned.value * rows), round(base.value * rows)
-    share, share_before = figure("accuracy", tuned.value), figure("accuracy", base.value)
+    share, share_before = short_metric("accuracy", tuned.value), short_metric("accuracy", base.value)
     seen = f"f {rows} messages it had not seen, the model"
     if right > before:
         chance = "; so small a difference may be chance" if tuned.low <= base.high else ""
@@ -150,7 +152,7 @@ def gain(rows: int, tuned: Metric, base: Metric, effort: str) -> str:
 
 
 def demo_rows(part: str) -> Rows:
-    """Return the demo's messages, `train` or `test`; they come with the package."""
+    """Return the demo's messages, `train` or `test`."""
     from importlib.resources import as_file, files
 
     from softprompt.data.rows import load_data
@@ -160,7 +162,7 @@ def demo_rows(part: str) -> Rows:
 
 
 def _free_folder(wanted: Path) -> Path:
-    """Return a folder that does not exist yet: a second demo does not overwrite the first."""
+    """Return a folder that does not exist yet, so that a second demo does not overwrite the first."""
     number, folder = 1, wanted
     while folder.exists():
         number += 1
@@ -168,7 +170,7 @@ def _free_folder(wanted: Path) -> Path:
     return folder
 
 
-def _json(run: Path, seconds: float, done: Evaluation, answers: Predictor) -> dict[str, Any]:
+def _json(run: Path, seconds: float, done: Evaluation, answers: _Answers) -> dict[str, Any]:
     each = zip(answers.messages, answers.tuned, answers.base, strict=True)
     assert done.without_prompt is not None
     return {

@@ -1,4 +1,4 @@
-"""`softprompt doctor`: what is here, what is missing, and how to get it."""
+"""`softprompt doctor`: versions, hardware, folders, and what is missing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import click
 
 from softprompt.cli.options import json_option
 
-_LITTLE_MEMORY, _LITTLE_DISK = 2e9, 1e9  # bytes; the bundled model takes 0.6 GB of either
+_LITTLE_MEMORY, _LITTLE_DISK = 2e9, 1e9  # bytes; the bundled model needs 0.6 GB of each
 
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what is here, what is missing, and how to get it."""
+    """Show versions, hardware and folders, what is missing, and how to get it."""
     from softprompt.cli.tables import out, plain_table, print_json
 
     found = _findings()
@@ -82,5 +82,5 @@ def _findings() -> dict[str, Any]:
 
 
 def _existing(path: Path) -> Path:
-    """Return the nearest folder above that exists: a cache folder is made when it is first written."""
+    """Return the nearest parent that exists: a cache folder is created at the first write."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -1,4 +1,4 @@
-"""The command `softprompt`; torch is imported inside its verbs, so that `--help` answers at once."""
+"""The command `softprompt`. Its subcommands import torch inside their functions, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 import click
 
 from softprompt import __version__
+from softprompt.cli.check import check
 from softprompt.cli.compare import compare
 from softprompt.cli.demo import demo
 from softprompt.cli.doctor import doctor
-from softprompt.cli.evaluate import evaluate, generate
+from softprompt.cli.evaluate import evaluate
+from softprompt.cli.generate import generate
 from softprompt.cli.models import models
 from softprompt.cli.predict import predict
 from softprompt.cli.prompts import prompts
 from softprompt.cli.streams import usable_streams
-from softprompt.cli.tune import check, tune
+from softprompt.cli.tune import tune
 from softprompt.distributed import launch, signals
-from softprompt.errors import SoftpromptError
+from softprompt.errors import SoftpromptError, is_out_of_memory
 
-_FIRST_SPEAKS = 10.0  # seconds that the first process is given to tell of an error, before another one does
+_FIRST_REPORTS = 10.0  # seconds in which only the first process reports an error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -38,40 +40,40 @@ def softprompt(debug: bool) -> None:
     """
 
 
-for verb in (demo, tune, check, compare, evaluate, predict, generate, prompts, models, doctor):
-    softprompt.add_command(verb)
+for command in (demo, tune, check, compare, evaluate, predict, generate, prompts, models, doctor):
+    softprompt.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit.
 
-    0 done, 1 the work failed, 2 the input is at fault, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM; 129 SIGHUP).
+    Exit codes: 0 done, 1 the work failed, 2 the input is at fault, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.showwarning = lambda message, *_: click.echo(f"softprompt: warning: {message}", err=True)
-    # --debug may stand anywhere; click takes it before the verb only.
+    # --debug may stand anywhere; click accepts it only before the subcommand.
     given = (["--debug"] if debug else []) + [argument for argument in given if argument != "--debug"]
     if launch.count() > 1 and "tune" not in [argument for argument in given if not argument.startswith("-")][:1]:
         if launch.rank():
             sys.exit(0)
-        launch.leave_the_others()  # they have nothing to do for this verb
+        launch.leave_the_others()  # only tune runs in several processes
     sys.exit(_run(given, debug) if launch.rank() == 0 else _run_silently(given, debug))
 
 
 def _run_silently(arguments: Sequence[str], debug: bool) -> int:
-    """Run as a process that is not the first: it speaks only of an error that the first one does not have too."""
-    held = io.StringIO()
-    with redirect_stdout(held), redirect_stderr(held):
+    """Run as a process that is not the first: it prints only an error that the first one does not have."""
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
         code = _run(arguments, debug)
     if code not in (0, 129, 130, 143) and not any(signals.stops_asked()):
-        time.sleep(_FIRST_SPEAKS)  # when the first process has failed, the launcher ends this one
-        sys.stderr.write(f"process {launch.rank()}: {held.getvalue()}")
+        time.sleep(_FIRST_REPORTS)  # when the first process has failed, the launcher ends this one
+        sys.stderr.write(f"process {launch.rank()}: {output.getvalue()}")
     return code
 
 
 def _run(arguments: Sequence[str], debug: bool) -> int:
-    """Run the command, and tell what went wrong in one message."""
+    """Run the command; report an error in one message."""
     try:
         with signals.terminations_raised():
             try:
@@ -79,15 +81,15 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
                     softprompt.main(args=list(arguments), prog_name="softprompt", standalone_mode=False)
             except (Exception, KeyboardInterrupt) as error:
                 # click makes an Abort of Ctrl-C.
-                stopped = isinstance(error, click.Abort) and isinstance(error.__cause__, KeyboardInterrupt)
-                return _told(error.__cause__ if stopped and error.__cause__ else error, debug)
-    except KeyboardInterrupt as again:  # while the first one was told
+                ctrl_c = isinstance(error, click.Abort) and isinstance(error.__cause__, KeyboardInterrupt)
+                return _report(error.__cause__ if ctrl_c and error.__cause__ else error, debug)
+    except KeyboardInterrupt as again:  # while the first one was reported
         return signals.exit_code(again)
     return 0
 
 
-def _told(error: BaseException, debug: bool) -> int:
-    """Tell what went wrong, and return the exit code; a traceback is for those who ask for it."""
+def _report(error: BaseException, debug: bool) -> int:
+    """Print an error, with --debug its traceback, and return the exit code."""
     message, code = _message(error)
     with suppress(OSError):  # a terminal that is gone
         if debug and code <= 2 and not isinstance(error, click.ClickException):
@@ -100,7 +102,7 @@ def _told(error: BaseException, debug: bool) -> int:
 
 
 def _message(error: BaseException) -> tuple[str, int]:
-    """Return what is said of an error, and its exit code."""
+    """Return an error's message and exit code."""
     if isinstance(error, click.ClickException):
         return error.message, 2
     if isinstance(error, KeyboardInterrupt):
@@ -109,9 +111,7 @@ def _message(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     if isinstance(error, SoftpromptError):
         return f"softprompt: {error}", error.exit_code
-    from softprompt.model.memory import is_out_of_memory
-
-    if isinstance(error, Exception) and is_out_of_memory(error):
-        cure = "run less at once (--set micro_batch_tokens=N, or batch_size=N to generate), or take a smaller model"
+    if is_out_of_memory(error):
+        cure = "use smaller batches (--set micro_batch_tokens=N, or batch_size=N to generate), or take a smaller model"
         return f"softprompt: out of memory; {cure}", 1
     return f"softprompt: unexpected {type(error).__name__}: {error}; --debug shows where", 1

@@ -17,7 +17,7 @@ def models() -> None:
 @models.command("list")
 @json_option
 def list_models(as_json: bool) -> None:
-    """List the bundled models; any folder, .gguf file or hub id works as --model too."""
+    """List the bundled models. --model also takes a folder, a .gguf file or a hub id."""
     from softprompt.cli.tables import print_json
 
     records = [
@@ -42,7 +42,7 @@ def list_models(as_json: bool) -> None:
 @models.command("fetch")
 @click.argument("name")
 def fetch_model(name: str) -> None:
-    """Download a bundled model and keep it."""
+    """Download a bundled model."""
     if name not in BUNDLED:
         raise ModelError(f"no bundled model {name!r}{nearest(name, BUNDLED)}; there is {', '.join(BUNDLED)}")
     quiet()

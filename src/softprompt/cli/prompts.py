@@ -1,4 +1,4 @@
-"""`softprompt prompts`: prompts that are kept by name, and what is in one."""
+"""`softprompt prompts`: registered prompts, and what is in one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import json_option, load_for, model_option, revision_option, say, set_option
+from softprompt.cli.options import TASKS, json_option, load_for, model_option, revision_option, say, set_option
 from softprompt.errors import PromptError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _NEAREST = 5
 
 @click.group()
 def prompts() -> None:
-    """Prompts kept by name: list, show, add, import, export, remove.
+    """Registered prompts: list, show, add, import, export, remove.
 
     Each name has numbered versions; NAME is the newest, NAME@2 the second.
     """
@@ -28,8 +28,9 @@ def prompts() -> None:
 @prompts.command("list")
 @json_option
 def list_prompts(as_json: bool) -> None:
-    """List the prompts that are kept."""
-    from softprompt.cli.tables import figures, out, plain_table, print_json
+    """List the registered prompts."""
+    from softprompt.cli.tables import out, plain_table, print_json
+    from softprompt.formatting import metrics_line
     from softprompt.prompt.ensemble import load_prompt
     from softprompt.prompt.registry import names, registry_folder, versions
 
@@ -38,16 +39,16 @@ def list_prompts(as_json: bool) -> None:
     for name in found:
         try:
             loaded[name] = load_prompt(name)
-        except PromptError as error:  # the others are there all the same
+        except PromptError as error:  # list the others all the same
             say(f"softprompt: {name}: {error}")
     if as_json:
         print_json({"prompts": [{"name": name, **_summary(prompt)} for name, prompt in loaded.items()]})
         return
     if not found:
-        say(f"no prompts are kept in {registry_folder()}; tune --name N keeps one, and so does prompts add")
+        say(f"no prompts are registered in {registry_folder()}; tune --name N and prompts add register one")
         return
     rows = [
-        (name, p.record.task, p.record.base_model.name, str(p.num_virtual_tokens), figures(p.record.metrics))
+        (name, p.record.task, p.record.base_model.name, str(p.num_virtual_tokens), metrics_line(p.record.metrics))
         for name, p in loaded.items()
     ]
     out.print(plain_table(("name", "task", "base model", "virtual tokens", "validation"), rows))
@@ -59,26 +60,26 @@ def list_prompts(as_json: bool) -> None:
 @set_option
 @json_option
 def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Show a prompt: what it is for, the words nearest to its virtual tokens; with --json, how it was trained."""
-    from softprompt.cli.tables import figures, out, plain_table, print_json
+    """Show a prompt: its task, the tokens nearest to its virtual tokens; with --json, how it was trained."""
+    from softprompt.cli.tables import out, plain_table, print_json
     from softprompt.config import ModelConfig, read_settings
+    from softprompt.formatting import metrics_line
     from softprompt.prompt.ensemble import load_prompt
     from softprompt.prompt.nearest_tokens import nearest_tokens
     from softprompt.prompt.soft_prompt import SoftPrompt
 
-    place, _ = read_settings(ModelConfig, assignments=assignments)
+    model_config, _ = read_settings(ModelConfig, assignments=assignments)
     soft = load_prompt(prompt)
-    plain = (
-        soft if isinstance(soft, SoftPrompt) and soft.method == "prompt-tuning" else None
-    )  # others are near no words
-    near = nearest_tokens(load_for(soft, model, place), plain, _NEAREST) if plain else []
+    # Only virtual tokens have nearest tokens.
+    plain = soft if isinstance(soft, SoftPrompt) and soft.method == "prompt-tuning" else None
+    near = nearest_tokens(load_for(soft, model_config, model), plain, _NEAREST) if plain else []
     if as_json:
         tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
         print_json({**_summary(soft), "training": soft.record.training, "nearest_tokens": tokens})
         return
     facts = {name: value for name, value in _summary(soft).items() if value not in (None, {}, False)}
     if soft.record.metrics:
-        facts["metrics"] = figures(soft.record.metrics)
+        facts["metrics"] = metrics_line(soft.record.metrics)
     texts = [(name.replace("_", " "), value if name == "metrics" else repr(value)) for name, value in facts.items()]
     out.print(plain_table(("", ""), texts))
     if plain is None:
@@ -94,28 +95,28 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
 def add_prompt(name: str, folder: Path) -> None:
-    """Keep the prompt in FOLDER under NAME, as its next version."""
+    """Register the prompt in FOLDER as the next version of NAME."""
     from softprompt.prompt.ensemble import load_prompt
     from softprompt.prompt.registry import new_version, register
 
     new_version(name)
-    click.echo(register(load_prompt(_here(folder)), name))
+    click.echo(register(load_prompt(_as_folder(folder)), name))
 
 
 @prompts.command("import")
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_option
-@click.option("--task", type=click.Choice(("classification", "completion", "text")), default="text", show_default=True)
+@click.option("--task", type=click.Choice(TASKS), default="text", show_default=True)
 @set_option
 @revision_option
 def import_prompt(
     name: str, folder: Path, model: str | None, task: str, assignments: tuple[str, ...], revision: str | None
 ) -> None:
-    """Keep a prompt that PEFT trained, with what PEFT's folder does not say.
+    """Register a prompt that PEFT trained, with what PEFT's folder does not record.
 
-    That is its task and --set template=… , chat_template=… , verbalizers=… ; and the base model's fingerprint, which is
-    taken here, so that the prompt is never run on another model.
+    This is the task; --set template=… , chat_template=… , verbalizers=… ; and the base model's fingerprint, which is
+    computed here, so that the prompt is never run on another model.
     """
     from softprompt.config import FormatConfig, read_settings
     from softprompt.prompt.registry import new_version, register
@@ -124,14 +125,14 @@ def import_prompt(
     new_version(name)
     config, _ = read_settings(FormatConfig, assignments=assignments)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the folder does not say: that is added here
-        soft = load_soft_prompt(_here(folder))
-    frozen = load_for(soft, model, config, revision)
+        warnings.simplefilter("ignore")  # about what the folder does not record: it is added here
+        soft = load_soft_prompt(_as_folder(folder))
+    frozen = load_for(soft, config, model, revision)
     trained_on = soft.record.base_model
     if not trained_on.may_be(frozen.source):
         say(
-            f"softprompt: warning: {folder} names {trained_on.id} as its base model; it is bound to {frozen.source} "
-            "now, and of no use if that is another model"
+            f"softprompt: warning: {folder} names {trained_on.id} as its base model; it is now bound to "
+            f"{frozen.source}, and useless if that is another model"
         )
     made = describe_prompt(soft, frozen, task, config)  # type: ignore[arg-type]
     click.echo(register(made, name))
@@ -141,7 +142,7 @@ def import_prompt(
 @click.argument("prompt")
 @click.argument("folder", type=click.Path(path_type=Path))
 def export_prompt(prompt: str, folder: Path) -> None:
-    """Write a kept prompt to FOLDER, which PEFT and vLLM's users can read."""
+    """Write a registered prompt to FOLDER, which PEFT can read."""
     from softprompt.prompt.ensemble import load_prompt
 
     soft = load_prompt(prompt)
@@ -158,7 +159,7 @@ def export_prompt(prompt: str, folder: Path) -> None:
 @click.argument("prompt")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove_prompt(prompt: str, yes: bool) -> None:
-    """Remove a kept prompt: NAME with all its versions, or NAME@VERSION."""
+    """Remove a registered prompt: NAME with all its versions, or NAME@VERSION."""
     from softprompt.prompt.registry import matching, remove
 
     found = matching(prompt)
@@ -168,8 +169,8 @@ def remove_prompt(prompt: str, yes: bool) -> None:
     click.echo(f"removed {', '.join(found)}")
 
 
-def _here(folder: Path) -> str:
-    """Return a folder as no kept prompt can be called."""
+def _as_folder(folder: Path) -> str:
+    """Append "/", so that the path is not taken for a registered name."""
     return f"{folder}/"
 
 

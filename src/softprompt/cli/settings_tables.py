@@ -1,4 +1,4 @@
-"""What people see of a run before its first step: the settings that matter on one screen, or all of them."""
+"""What is printed before the first step: settings, the first row, the numbers of rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from softprompt.training.prepare import PreparedRun
     from softprompt.training.throughput import RenderedRow
 
-RESUMED = "as the run was begun"  # where a resumed run's settings come from: which of them were given is not known
+RESUMED = "as the run was begun"  # the origin of all settings of a resumed run: it does not record which were given
 
-_SHAPING = (
+_MAIN = (
     "method",
     "num_virtual_tokens",
     "init",
@@ -28,26 +28,26 @@ _SHAPING = (
     "max_steps",
     "eval_every",
 )
-_PLACE = ("device", "dtype", "threads")
-_IF_TRUE = ("chat_template", "gradient_checkpointing")  # decided for the user, and worth a line where they are on
+_HARDWARE = ("device", "dtype", "threads")
+_IF_TRUE = ("chat_template", "gradient_checkpointing")  # chosen automatically; shown if they are on
 _TEXTS = ("template", "init_text")  # white space matters in them
 _LONGEST_VALUE = 60
 _SHORTEST_VALUE = 20
 _ARROW = " → "
-_ROW_LINES, _BROKEN = 2, 6
+_ROW_LINES, _MARGIN = 2, 6
 
 
 def settings_screen(prepared: PreparedRun, origins: Mapping[str, str], width: int) -> Text:
-    """Return a line for each setting that was given, or that was chosen and shapes the result.
+    """Return a line for each main setting, and for each other one that was given.
 
     Args:
         prepared: every setting, decided.
-        origins: where those that were given came from.
-        width: of a line, in cells.
+        origins: where the settings that were given came from.
+        width: of a line, in terminal cells.
     """
     entries = [(name, _value(prepared, name), _origin(prepared, origins, name)) for name in _shown(prepared, origins)]
-    given = [f"{name}: {origins[name]}" for name in _PLACE if _stands_out(prepared, origins, name)]
-    entries.append(("runs on", _place(prepared), "; ".join(given)))
+    given = [f"{name}: {origins[name]}" for name in _HARDWARE if _is_notable(prepared, origins, name)]
+    entries.append(("runs on", _hardware(prepared), "; ".join(given)))
     return titled_lines("Settings", entries, width, hint="--verbose shows all of them")
 
 
@@ -64,13 +64,13 @@ def settings_table(prepared: PreparedRun, origins: Mapping[str, str]) -> Table:
 
 
 def titled_lines(title: str, entries: Sequence[tuple[str, str, str]], width: int, hint: str) -> Text:
-    """Return a title and a line for each entry: a name, a value and, in brackets, where that comes from."""
+    """Return a title and a line for each entry: name, value and, in brackets, reason."""
     lines = Text()
     lines.append(title, style="bold").append(f" ({hint})", style="dim")
     indent = 2 + max(len(name) for name, _, _ in entries) + 2
     room = max(width - indent, _SHORTEST_VALUE)
     for name, value, reason in entries:
-        # A long value leaves a third of the line to its reason, a short one all that it does not need.
+        # A long value leaves a third of the line to its reason, a short one the rest.
         left = max(room - cell_len(value), room // 3) - 3
         bracketed = f" ({shortened(reason, left)})" if reason else ""
         lines.append(f"\n{f'  {name}':<{indent}}{shortened(value, room - cell_len(bracketed))}")
@@ -78,19 +78,19 @@ def titled_lines(title: str, entries: Sequence[tuple[str, str, str]], width: int
     return lines
 
 
-def row_text(lm_head: str, row: RenderedRow, width: int | None = None) -> Text:
-    """Show a row as the model reads it, with what is learned behind an arrow: in two lines of this width, or whole."""
+def row_text(start: str, row: RenderedRow, width: int | None = None) -> Text:
+    """Write a row as the model reads it, its target after an arrow: in two lines of this width, or whole."""
     given, learned = repr(row.input), repr(row.target)
     if width is not None:
-        # Lines break between words, so some cells of each stay empty.
-        room = max(_ROW_LINES * (width - _BROKEN) - cell_len(lm_head), _SHORTEST_VALUE) - len(_ARROW)
+        # Lines break between words, so some cells at their ends stay empty.
+        room = max(_ROW_LINES * (width - _MARGIN) - cell_len(start), _SHORTEST_VALUE) - len(_ARROW)
         learned = shortened(learned, max(room // 2, room - cell_len(given)))
         given = shortened(given, room - cell_len(learned))
-    return Text(f"{lm_head}{given}{_ARROW}{learned}")
+    return Text(f"{start}{given}{_ARROW}{learned}")
 
 
 def shortened(text: str, room: int) -> str:
-    """Return a text with its middle left out where it takes more cells than there are: both ends tell something."""
+    """Return a text without its middle if it is wider than `room` cells."""
     if cell_len(text) <= room:
         return text
     left = max(room, 3) - 1
@@ -100,17 +100,17 @@ def shortened(text: str, room: int) -> str:
 
 def _shown(prepared: PreparedRun, origins: Mapping[str, str]) -> list[str]:
     """Return the names of the settings that have a line of their own."""
-    shaping = [name for name in _SHAPING if name != "eval_every" or prepared.validation is not None]
+    main = [name for name in _MAIN if name != "eval_every" or prepared.validation is not None]
     others = [
         name
         for name, value in prepared.config.model_dump().items()
-        if name not in (*_SHAPING, *_PLACE) and (_stands_out(prepared, origins, name) or (name in _IF_TRUE and value))
+        if name not in (*_MAIN, *_HARDWARE) and (_is_notable(prepared, origins, name) or (name in _IF_TRUE and value))
     ]
-    return shaping + others
+    return main + others
 
 
-def _stands_out(prepared: PreparedRun, origins: Mapping[str, str], name: str) -> bool:
-    """Tell whether a setting was given; of a resumed run, whether it is another than the default."""
+def _is_notable(prepared: PreparedRun, origins: Mapping[str, str], name: str) -> bool:
+    """Tell whether a setting was given; of a resumed run, whether it differs from the default."""
     if origins.get(name) != RESUMED:
         return name in origins
     default = TuneConfig.model_fields[name].default
@@ -126,7 +126,26 @@ def _value(prepared: PreparedRun, name: str) -> str:
     return repr(value) if name in _TEXTS and value is not None else str(value)
 
 
-def _place(prepared: PreparedRun) -> str:
+def _hardware(prepared: PreparedRun) -> str:
     config = prepared.config
     threads = [f"{config.threads} thread" + ("s" if config.threads != 1 else "")] if config.device == "cpu" else []
     return ", ".join([str(config.device), str(config.dtype), *threads])
+
+
+def rows_line(prepared: PreparedRun) -> str:
+    """Write how many rows are used for training and validation."""
+    validation = (
+        f"{len(prepared.validation)} validation rows" if prepared.validation is not None else "no validation rows"
+    )
+    cut = (
+        f", {prepared.encoder.truncated} cut to {prepared.encoder.max_length} tokens"
+        if prepared.encoder.truncated
+        else ""
+    )
+    shared = (
+        f"; all begin with the same text ({len(prepared.shared_text_ids)} tokens), which is run once a step"
+        if prepared.shared_text_ids
+        else ""
+    )
+    part = f" ({len(prepared.indices_seen)} of them used)" if len(prepared.indices_seen) < len(prepared.train) else ""
+    return f"{len(prepared.train)} training rows{part}, {validation}{cut}{shared}"

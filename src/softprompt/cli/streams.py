@@ -1,4 +1,4 @@
-"""stdout and stderr: whatever their encoding, all that is printed gets there; what cannot be written is said."""
+"""stdout and stderr: printing works in any encoding; a failed write is reported."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from contextlib import contextmanager, suppress
 
 from softprompt.errors import StorageError
 
-# What is wrong with a stream, where no file is named.
-_UNWRITABLE = {errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUOT}
+# Errors of a stream, if the error names no file.
+_STREAM_ERRORS = {errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUOT}
 
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Let nothing fail for a stream's encoding: a character that it lacks is written as its escape.
-
-    A reader that has gone, `lm_head` say, has seen enough: that is no error.
+    """Write characters that a stream's encoding lacks as escapes; end quietly if the reader of a pipe is gone (`head`).
 
     Raises:
-        StorageError: stdout cannot be written to, for a full disk say.
+        StorageError: stdout cannot be written to, because the disk is full for example.
     """
-    if sys.stdout is None:  # closed by who started this; writing to it fails, as it does where that is noticed later
+    if sys.stdout is None:  # the parent closed it; writing to this one fails
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - it stays open
@@ -33,28 +31,28 @@ def usable_streams() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        sys.stdout.flush()  # while there is somebody to tell that it fails
-    except (SystemExit, BrokenPipeError):  # click's, where the reader has gone, and everybody else's
+        sys.stdout.flush()  # here a failure can still be reported
+    except (SystemExit, BrokenPipeError):  # the reader is gone: click's error, and Python's
         pass
     except OSError as error:
-        if error.filename is not None or error.errno not in _UNWRITABLE:
+        if error.filename is not None or error.errno not in _STREAM_ERRORS:
             raise
         raise StorageError(f"cannot write to stdout: {error.strerror or error}") from error
     finally:
-        _give_up()
+        _flush_or_discard()
 
 
-def _give_up() -> None:
-    """Write what is left; where that fails, let Python not complain of it once more at its end."""
+def _flush_or_discard() -> None:
+    """Flush stdout; if that fails, discard the rest, so that Python does not report it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
         with suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, sys.stdout.fileno())
+            os.close(devnull)
 
 
 def is_unicode(stream: object) -> bool:
-    """Tell whether a stream can carry every character."""
+    """Tell whether a stream can encode every character."""
     return (getattr(stream, "encoding", None) or "utf-8").lower().replace("_", "-").startswith("utf")

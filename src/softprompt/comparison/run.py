@@ -32,14 +32,13 @@ from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.data.templates import make_format
 from softprompt.distributed.launch import count
 from softprompt.distributed.signals import interrupts_deferred, saves_before_it_ends
-from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, nearest
+from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, is_out_of_memory, nearest
 from softprompt.evaluation.evaluate import ScoredRows
 from softprompt.evaluation.primary_metric import PRIMARY
 from softprompt.extras import require_package
 from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.fingerprint import AnyFingerprint, difference, fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import is_out_of_memory
 from softprompt.old_names import current_method, current_settings
 from softprompt.storage import MARK, read_json_object, storage_errors, sweep, write_records, write_text
 from softprompt.training.callbacks import Callback

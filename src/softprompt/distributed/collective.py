@@ -18,8 +18,7 @@ from torch import Tensor
 
 from softprompt.distributed import launch
 from softprompt.distributed.signals import Terminated, stops_asked
-from softprompt.errors import RunError
-from softprompt.model.memory import is_out_of_memory
+from softprompt.errors import RunError, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

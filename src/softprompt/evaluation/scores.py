@@ -19,11 +19,11 @@ from softprompt.data.batching import micro_batches, shard_by_length
 from softprompt.data.encoder import Choices, Encoder, Example, shared_text
 from softprompt.data.rows import Rows
 from softprompt.distributed.collective import ALONE, Processes
-from softprompt.errors import DataError, RunError
+from softprompt.errors import DataError, RunError, is_out_of_memory
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import is_out_of_memory, measure, micro_batch_tokens
+from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.model.prefix import Prefix
 from softprompt.prompt.ensemble import AnyPrompt
 

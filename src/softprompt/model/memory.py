@@ -243,11 +243,6 @@ def micro_batch_tokens(
     return max(1, bisect_left(range(1, most + 1), True, key=lambda tokens: not fits(tokens)))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out: on the CPU, PyTorch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def available_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device; a container's and a shell's limits count."""
     if device.type == "cuda":

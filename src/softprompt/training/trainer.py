@@ -18,11 +18,11 @@ from softprompt.data.batching import batch_indices, micro_batches, shard_by_leng
 from softprompt.data.encoder import Example
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.distributed.signals import interrupts_deferred
-from softprompt.errors import InputError, RunError
+from softprompt.errors import InputError, RunError, is_out_of_memory
 from softprompt.evaluation.calibration import fit_label_bias
 from softprompt.evaluation.scores import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import available_memory, is_out_of_memory
+from softprompt.model.memory import available_memory
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import EVALUATIONS, PreparedRun
 from softprompt.training.run_folder import Checkpoint, RunFolder, SilentRunFolder, TrainerState
