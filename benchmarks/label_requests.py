@@ -47,8 +47,8 @@ def measure(model: sp.FrozenModel, folder: Path, virtual: int) -> dict[str, Any]
     weights = torch.randn(virtual, model.embedding_width, generator=torch.Generator().manual_seed(0)) * 0.1
     prompt = sp.SoftPrompt(weights, Record.of(model, form, 512))
     asked = sp.load_data([{"text": text, "label": label} for label in labels[:2]]).pick([0])
-    (tree,) = LabelScorer(Encoder(model.tokenizer, form, 512, model.vocabulary_size), asked).trees
-    tokens = len(tree.ids)
+    (choices,) = LabelScorer(Encoder(model.tokenizer, form, 512, model.vocabulary_size), asked).choices
+    tokens = len(choices.ids)
     ids, last = torch.randint(100, 4000, (tokens,)), torch.tensor([tokens - 1])
 
     def plain() -> object:

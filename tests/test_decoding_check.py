@@ -16,10 +16,10 @@ from softprompt.config import GenerateConfig
 from softprompt.decoding import continue_ids
 from softprompt.errors import ModelError
 from softprompt.model.backends import prefix_batch
-from softprompt.model.backends.decode import SharedCache
+from softprompt.model.backends.cache import cached_tensors
+from softprompt.model.backends.decode import SharedCacheBatch
 from softprompt.model.backends.differences import Plain
 from softprompt.model.backends.packed import PackedBackend
-from softprompt.model.backends.padded import cached_tensors
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 
@@ -111,7 +111,7 @@ def test_beams_and_ensembles_of_prompts_are_those_of_texts_alone(name: str) -> N
 @pytest.mark.parametrize("name", MODELS)
 def test_the_check_sees_that_the_cache_cannot_be_shared(name: str) -> None:
     model = checked(name)
-    assert not model.shares_cache
+    assert not model.backend.shares_cache
     apart, together = Plain(model.hf_model).decoding(model)
     assert apart < 1e-5
     assert together > 1e-3
@@ -120,7 +120,7 @@ def test_the_check_sees_that_the_cache_cannot_be_shared(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bart", "whisper", "jetmoe"])
 def test_so_it_does_in_half_precision(name: str, dtype: torch.dtype) -> None:
-    assert not freeze(tiny(name).to(dtype), tiny_tokenizer(), name).shares_cache
+    assert not freeze(tiny(name).to(dtype), tiny_tokenizer(), name).backend.shares_cache
 
 
 @pytest.mark.parametrize("name", ["bart", "jetmoe"])
@@ -138,18 +138,18 @@ def test_generate_gives_the_same_with_and_without_batches(name: str, tmp_path: P
 def test_a_cache_that_is_used_wrongly_is_found_out(
     broken: str, llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = SharedCache.read
+    step = SharedCacheBatch.step
 
-    def wrong(self: SharedCache, tokens: list[int]) -> torch.Tensor:
+    def wrong(self: SharedCacheBatch, tokens: list[int]) -> torch.Tensor:
         if broken == "position":
-            self._at = self._at + (self._at != self._at.max())  # of the shorter rows
+            self._lengths = self._lengths + (self._lengths != self._lengths.max())  # of the shorter rows
         else:
             self._mask = torch.ones_like(self._mask)  # padding is seen
-        return read(self, tokens)
+        return step(self, tokens)
 
-    monkeypatch.setattr(SharedCache, "read", wrong)
+    monkeypatch.setattr(SharedCacheBatch, "step", wrong)
     model = freeze(llama.hf_model, llama.tokenizer)
-    assert (model.backend.name, model.shares_cache) == ("packed", False)
+    assert (model.backend.name, model.backend.shares_cache) == ("packed", False)
 
 
 def test_rows_that_are_read_wrongly_refuse_a_model(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +163,9 @@ def test_rows_that_are_read_wrongly_refuse_a_model(llama: FrozenModel, monkeypat
 
 
 def test_a_cache_is_shared_where_it_can_be(llama: FrozenModel) -> None:
-    assert llama.shares_cache
+    assert llama.backend.shares_cache
     prefix = llama.prefix(llama.embed([5, 6, 7]))
-    cache = llama.continued([prefix, prefix])
-    assert isinstance(cache, SharedCache)
+    cache = llama.decode([prefix, prefix])
+    assert isinstance(cache, SharedCacheBatch)
     keys, _ = cached_tensors(cache._cache)
     assert keys[0].shape[0] == 2

@@ -113,8 +113,8 @@ def test_labels_that_begin_alike_are_run_as_a_tree(architecture: str) -> None:
         for row in rows
     ]
     assert scorer.score(model, as_prompt(prompt)).log_likelihoods == pytest.approx(np.array(expected), abs=3e-4)
-    tree, choice = scorer.trees[0], scorer.choices[0]
-    assert len(tree.ids) < len(choice.input_ids) + sum(len(tail) - 1 for tail in choice.tails)
+    choice = scorer.choices[0]
+    assert len(choice.ids) < len(choice.input_ids) + sum(len(tail) - 1 for tail in choice.tails)
 
 
 def test_more_rows_than_are_run_at_once_keep_their_order(model: FrozenModel) -> None:

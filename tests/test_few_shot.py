@@ -157,7 +157,7 @@ def test_demonstrations_are_run_once_a_scoring(llama: FrozenModel, calibrated: b
     assert len(texts) > 3
     alone = LabelScorer(Encoder(llama.tokenizer, labels_format(()), 512), rows)
     free = 40 if calibrated else 0
-    assert sum(texts) <= sum(len(tree.ids) for tree in alone.trees) + free
+    assert sum(texts) <= sum(len(choice.ids) for choice in alone.choices) + free
 
 
 def test_completions_are_written_behind_demonstrations(llama: FrozenModel) -> None:

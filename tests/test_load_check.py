@@ -189,7 +189,7 @@ def test_what_is_right_is_far_within_the_bound(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_keeps_its_way_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model = freeze(tiny_model(name).to(dtype), tiny_tokenizer())
-    assert (model.backend.name, model.shares_cache) == (ARCHITECTURES[name][0], True)
+    assert (model.backend.name, model.backend.shares_cache) == (ARCHITECTURES[name][0], True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -84,16 +84,16 @@ def test_nor_are_those_that_become_so_later(
     llama: FrozenModel, value: float, rules: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the third pass: all of a row, or one of it where that spoils the row."""
-    read, passes = decode.SharedCache.read, []
+    step, passes = decode.SharedCacheBatch.step, []
 
-    def later(self: decode.SharedCache, tokens: list[int]) -> torch.Tensor:
+    def later(self: decode.SharedCacheBatch, tokens: list[int]) -> torch.Tensor:
         passes.append(1)
-        logits = read(self, tokens)
+        logits = step(self, tokens)
         if len(passes) == 2:
             logits[0, ... if value == -float("inf") else 7] = value
         return logits
 
-    monkeypatch.setattr(decode.SharedCache, "read", later)
+    monkeypatch.setattr(decode.SharedCacheBatch, "step", later)
     with pytest.raises(RunError, match="logits are not finite: its weights are finite, but"):
         continue_ids(llama, as_prompt(None), [[5, 6, 7]], [9], GenerateConfig(**rules))
 

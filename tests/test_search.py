@@ -262,7 +262,10 @@ def test_a_forecast_counts_the_labels_that_are_scored_at_the_end(llama: FrozenMo
 
     assert prepared.config.batch_size
     batch = batch_indices(len(prepared.examples), prepared.config.batch_size, 0, prepared.config.seed)
-    tokens, a_step = sum(len(tree.ids) for tree in scorer.trees), sum(len(prepared.examples[i].ids) for i in batch)
+    tokens, a_step = (
+        sum(len(choice.ids) for choice in scorer.choices),
+        sum(len(prepared.examples[i].ids) for i in batch),
+    )
     assert steps(prepared) - steps(replace(prepared, scorer=None)) == pytest.approx(tokens / (3 * a_step))
 
 

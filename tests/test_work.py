@@ -198,13 +198,13 @@ def test_a_second_request_for_a_label_runs_its_text_and_the_labels_tree_and_noth
         generate(model, [WHAT[2]], prompt)
     monkeypatch.undo()
     row = load_data([{"text": WHAT[2], "label": "team_0"}, {"text": WHAT[2], "label": "team_1"}]).pick([0])
-    (tree,) = LabelScorer(Encoder(model.tokenizer, prompt.format, 128), row).trees
+    (choice,) = LabelScorer(Encoder(model.tokenizer, prompt.format, 128), row).choices
     if model.backend.pads:  # the text, then every label's own tokens behind it
         assert len(work.passes) <= 2
-        assert len(tree.ids) <= sum(work.passes) < 4 * len(tree.ids)
+        assert len(choice.ids) <= sum(work.passes) < 4 * len(choice.ids)
     else:
-        assert work.passes == [len(tree.ids)]
-    assert work.logits == len(tree.ends)
+        assert work.passes == [len(choice.ids)]
+    assert work.logits == 1 + len(choice.tree.ids)
     assert len(calls) <= 2
 
 

@@ -192,7 +192,7 @@ class _Continued:
 
     def __init__(self, model: FrozenModel, ends: Sequence[Sequence[Prefix]]) -> None:
         self.members = len(ends[0])
-        self.rows = model.continued([prefix for each in ends for prefix in each])
+        self.rows = model.decode([prefix for each in ends for prefix in each])
 
     def select(self, lines: list[int]) -> None:
         """Keep some lines, in this order; one may be taken several times."""
@@ -200,7 +200,7 @@ class _Continued:
 
     def read(self, tokens: list[int]) -> Tensor:
         """Add a token to every line and return the logits after it, `[lines, V]`."""
-        logits = self.rows.read([token for token in tokens for _ in range(self.members)])
+        logits = self.rows.step([token for token in tokens for _ in range(self.members)])
         return _mixed(logits.unflatten(0, (-1, self.members)))
 
 
@@ -222,13 +222,13 @@ def _read_behind(model: FrozenModel, prefix: Prefix, lines: list[_Line]) -> tupl
     """Run the given texts behind one prefix."""
     shared_text_len = len(prefix.text)
     if all(len(line.ids) > shared_text_len for line in lines):
-        return model.read(prefix, [line.ids[shared_text_len:] for line in lines])
+        return model.prefill(prefix, [line.ids[shared_text_len:] for line in lines])
     # Only empty texts end here: the prompt itself predicts their first token.
     assert prefix.last is not None
     ahead = model.backend.lm_head.logits(prefix.last)
     logits, prefixes = [], []
     for line in lines:
-        after, extended = model.read(prefix, [line.ids]) if line.ids else (ahead, [prefix])
+        after, extended = model.prefill(prefix, [line.ids]) if line.ids else (ahead, [prefix])
         logits.append(after)
         prefixes.extend(extended)
     return torch.cat(logits), prefixes

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ PRIVATE: dict[str, Private] = {
     ),
     "_attn_implementation": Private(
         "transformers",
-        ("model.packed", "model.miniature"),
+        ("model.backends.packed", "model.backends.tiny_copy"),
         "the name of the attention that a pass uses; `set_attn_implementation` is public, but looks through the whole "
         "model and may ask a hub for kernels, twice a pass",
         "the packed way's attention is not called; the load check refuses that way, and the cached way is taken",
@@ -60,7 +61,7 @@ PRIVATE: dict[str, Private] = {
     ),
     "_compute_score_from_stats": Private(
         "sacrebleu",
-        ("evaluation.ranking",),
+        ("evaluation.primary_metric",),
         "the score of summed counts",
         "completions are not scored: AttributeError",
     ),
@@ -92,7 +93,8 @@ def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
     return None
 
 
-def device_of_hook(module: torch.nn.Module) -> torch.device | str | int | None:
-    """Return the device that accelerate brings a module's inputs to; None where it brings them nowhere."""
-    place: torch.device | str | int | None = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return place
+def input_device(hf_model: PreTrainedModel) -> torch.device:
+    """Return the device that a model takes its token ids on: where its embedding is, or where accelerate moves them."""
+    embedding = hf_model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(next(embedding.parameters()).device if device is None else device)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.data.chat import Chat, prints_date
+from softprompt.data.label_tree import LabelTree, label_tree
 from softprompt.data.rows import Row, Rows
 from softprompt.data.special_tokens import Encoded, SpecialTokens, Written
 from softprompt.data.templates import Format
@@ -45,11 +46,21 @@ class Choices:
 
     Attributes:
         input_ids: ids that all labels share, the input among them.
-        tails: per label (in the order of the verbalizers), the ids that follow the stem.
+        tails: per label (in the order of the verbalizers), the ids that follow the input.
     """
 
     input_ids: tuple[int, ...]
     tails: tuple[tuple[int, ...], ...]
+
+    @property
+    def tree(self) -> LabelTree:
+        """The labels' tokens, what several labels begin with only once."""
+        return label_tree(self.tails)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens that are run to score all labels: the input's, then those of the tree."""
+        return (*self.input_ids, *self.tree.ids)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softprompt.data.added_columns import with_columns
 from softprompt.data.batching import micro_batches, shard_by_length
-from softprompt.data.encoder import Choices, Encoder, Example, shared_text
+from softprompt.data.encoder import Encoder, Example, shared_text
 from softprompt.data.rows import Rows
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.errors import DataError, RunError, is_out_of_memory
@@ -24,7 +24,6 @@ from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import measure, micro_batch_tokens
-from softprompt.model.prefix import Prefix
 from softprompt.prompt.ensemble import AnyPrompt
 
 _AT_ONCE = 1024  # text tokens
@@ -331,17 +330,16 @@ class LabelScorer(Scorer):
         self.rows, self.at_once = rows, at_once
         self.choices = encoder.choices(rows)
         self.labels = list(encoder.format.verbalizers)
-        self.trees = [_Tree(choice) for choice in self.choices]
         self.gold = np.array([self.labels.index(row["label"]) for row in rows])
         self.shape = (len(self.choices), len(self.labels))
 
     def _found(self, model: FrozenModel, weights: Sequence[Tensor | None]) -> NDArray[np.float64]:
         prefixes = model.shared_prefixes(weights, [choice.input_ids for choice in self.choices])
         likelihoods = np.zeros((len(weights), *self.shape))
-        examples = [Example(tree.ids, 0) for tree in self.trees]
+        examples = [Example(choice.ids, 0) for choice in self.choices]
         for which, part in self._parts(examples, len(weights), len(prefixes[0].text), model.backend.pads):
-            found = _likelihoods(model, [prefixes[k] for k in which], [self.trees[i] for i in part])
-            likelihoods[which, part] = found
+            found = model.score([prefixes[k] for k in which], [self.choices[i] for i in part])
+            likelihoods[which, part] = found.numpy()
         return likelihoods
 
     def _tells(self, found: NDArray[np.float64]) -> bool:
@@ -351,91 +349,6 @@ class LabelScorer(Scorer):
         tokens = np.array([len(c.tails[g]) for c, g in zip(self.choices, self.gold, strict=True)])
         losses = -found[np.arange(len(found)), self.gold]
         return LabelScores(self.rows, losses, tokens, found, self.labels, self.gold)
-
-
-class _Tree:
-    """A row's input and the tokens of all labels behind it, what labels share only once.
-
-    Attributes:
-        ids: the input, then every token of a label that another one follows.
-        parents: for each id, the place of the one before it.
-        ends: places that something is predicted at.
-        labels: what is predicted there.
-    """
-
-    def __init__(self, choices: Choices) -> None:
-        self.labels, input_ids = _label_tree(choices.tails), len(choices.input_ids)
-        self.ids = (*choices.input_ids, *self.labels.ids)
-        self.parents = [*range(-1, input_ids - 1), *(input_ids + parent for parent in self.labels.parents)]
-        self.ends = [input_ids - 1, *range(input_ids, len(self.ids))]
-
-
-@dataclass(frozen=True)
-class _LabelTree:
-    """The tokens of all labels; the same behind nearly all rows.
-
-    Attributes:
-        ids: every token of a label that another one follows.
-        parents: for each of them, the place of the one before it; -1 for the input's last token.
-        at, tokens: for each prediction, the place that it is made at (0 is the input's last token, then `ids`), and
-            the token.
-        paths: per label, which predictions it is made of.
-    """
-
-    ids: tuple[int, ...]
-    parents: tuple[int, ...]
-    at: tuple[int, ...]
-    tokens: tuple[int, ...]
-    paths: tuple[tuple[int, ...], ...]
-
-
-@lru_cache(maxsize=32)
-def _label_tree(tails: tuple[tuple[int, ...], ...]) -> _LabelTree:
-    """Lay labels out as a tree, from the tokens of each."""
-    place: dict[tuple[int, ...], int] = {(): -1}
-    predictions: dict[tuple[int, ...], int] = {}
-    for tail in tails:
-        for end in range(1, len(tail) + 1):
-            begun = tail[:end]
-            predictions.setdefault(begun, len(predictions))
-            if end < len(tail):
-                place.setdefault(begun, len(place) - 1)
-    inner = list(place)[1:]
-    return _LabelTree(
-        ids=tuple(begun[-1] for begun in inner),
-        parents=tuple(place[begun[:-1]] for begun in inner),
-        at=tuple(place[begun[:-1]] + 1 for begun in predictions),
-        tokens=tuple(begun[-1] for begun in predictions),
-        paths=tuple(tuple(predictions[tail[:end]] for end in range(1, len(tail) + 1)) for tail in tails),
-    )
-
-
-def _likelihoods(model: FrozenModel, prefixes: Sequence[Prefix], trees: Sequence[_Tree]) -> list[list[float]]:
-    """Return the summed log-probabilities of each label's tokens, for several rows at once.
-
-    Args:
-        model: the frozen model.
-        prefixes: one for each row; all hold the same text.
-        trees: the rows.
-    """
-    shared_text_len = len(prefixes[0].text)
-    texts = [torch.tensor(tree.ids[shared_text_len:]) for tree in trees]
-    wanted = [torch.tensor(tree.ends) - shared_text_len for tree in trees]
-    parents = (
-        [torch.tensor(tree.parents[shared_text_len:]) - shared_text_len for tree in trees]
-        if any(len(w) > 1 for w in wanted)
-        else None
-    )
-    hidden = model.backend.text_pass(prefixes, texts, wanted, parents).hidden
-    before = np.cumsum([0, *(len(tree.ends) for tree in trees)])
-    at = torch.cat([torch.tensor(tree.labels.at) + int(b) for tree, b in zip(trees, before, strict=False)])
-    tokens = torch.tensor([token for tree in trees for token in tree.labels.tokens])
-    each = model.backend.lm_head.log_probabilities(hidden, at, tokens).double()
-    found = []
-    for tree, own in zip(trees, each.split([len(tree.labels.tokens) for tree in trees]), strict=True):
-        likely = own.tolist()
-        found.append([sum(likely[place] for place in path) for path in tree.labels.paths])
-    return found
 
 
 def tokens_at_once(model: FrozenModel, rows: Rows, prompt: AnyPrompt, longest: int) -> int:

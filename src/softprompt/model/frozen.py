@@ -10,14 +10,13 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.data.encoder import Example, common_start
-from softprompt.model.backends.base import Backend, input_device
-from softprompt.model.backends.decode import ContinuedRows, OwnPrefixes, SharedCache
-from softprompt.model.backends.prefix_batch import broadcast_prefix
-from softprompt.model.prefix import Prefix, is_prefix
+from softprompt.data.encoder import Choices, Example, common_start
+from softprompt.model.backends.base import Backend
+from softprompt.model.backends.decode import DecodeBatch
+from softprompt.model.prefix import Prefix
+from softprompt.private_interfaces import input_device
 
 _MAX_CACHED = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
 _WORTH_A_PASS = 64  # tokens: running a few alone takes as long as running so many more along with others
@@ -44,7 +43,6 @@ class FrozenModel:
         source: what it was loaded from: a hub id, a path or a bundled name.
         revision: the hub revision, None for local models.
         backend: how text is run against a prefix.
-        shares_cache: whether rows of unlike lengths can be continued in one cache of the model's own.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class FrozenModel:
         backend: Backend,
         source: str,
         revision: str | None = None,
-        shares_cache: bool = True,
     ) -> None:
         self.hf_model = hf_model
         self.tokenizer = tokenizer
@@ -62,7 +59,6 @@ class FrozenModel:
         self.source = source
         self.revision = revision
         self._cached: OrderedDict[int, _CachedPrefix] = OrderedDict()
-        self.shares_cache = shares_cache
 
     @property
     def device(self) -> torch.device:
@@ -106,41 +102,12 @@ class FrozenModel:
         return layers, heads, size
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """Return the input embeddings of token ids, `[T, H]`, through the model's own module (Gemma scales in it)."""
-        with torch.no_grad():
-            embedded: Tensor = self.hf_model.get_input_embeddings()(
-                torch.tensor(list(ids), dtype=torch.long, device=self.device)
-            )
-        return embedded
+        """Return the input embeddings of token ids, `[T, H]`."""
+        return self.backend.embed(ids)
 
-    def prefix(self, prompt: Tensor | None, text: Sequence[int] = ()) -> Prefix:
-        """Run a prompt, and the text that all examples begin with, once.
-
-        Args:
-            prompt: a soft prompt `[P, H]`, or a deep prefix `[L, 2, K, P, D]`; None for no virtual tokens.
-            text: token ids that follow the virtual tokens in every example.
-
-        Returns:
-            The prefix; differentiable with respect to `prompt`. Empty where both are.
-        """
-        if prompt is not None and is_prefix(prompt):
-            prefix = Prefix.of(prompt.to(self.device))
-            if not len(text):
-                return prefix
-            ids, nothing = torch.tensor(list(text)), torch.tensor([], dtype=torch.long)
-            return self.backend.text_pass(prefix, [ids], [nothing], extend=True).extended[0]
-        embeddings = self._embedded(prompt, text)
-        if not embeddings.shape[1]:
-            return Prefix()
-        prefix = self.backend.prompt_pass(embeddings)
-        return Prefix(prefix.keys, prefix.values, prefix.last, prefix.length, tuple(text))
-
-    def _embedded(self, prompt: Tensor | None, text: Sequence[int]) -> Tensor:
-        """Return the embeddings of a soft prompt and of what all examples begin with, `[1, P, H]`."""
-        parts = [self.embed(text)] if len(text) or prompt is None else []
-        if prompt is not None:
-            parts.insert(0, prompt.to(self.device, self.hf_model.dtype))
-        return torch.cat(parts).unsqueeze(0)
+    def prefix(self, weights: Tensor | None, text_ids: Sequence[int] = ()) -> Prefix:
+        """Return a prompt's prefix; see `Backend.prefix`."""
+        return self.backend.prefix(weights, text_ids)
 
     @torch.no_grad()
     def cached_prefix(self, prompt: Tensor | None) -> Prefix:
@@ -171,80 +138,27 @@ class FrozenModel:
         shared_text_ids = common_start(texts)[: max(shortest - 1, 0)]
         if (len(texts) - 1) * len(shared_text_ids) < _WORTH_A_PASS:
             return prefixes
-        shared, nothing = (
-            [torch.tensor(shared_text_ids)] * len(prefixes),
-            [torch.tensor([], dtype=torch.long)] * len(prefixes),
-        )
-        return self.backend.text_pass(prefixes, shared, nothing, extend=True).extended
+        return self.backend.extend(prefixes, shared_text_ids)
 
     def loss(
         self, prefix: Prefix | Sequence[Prefix], examples: Sequence[Example], activation_checkpointing: bool = False
     ) -> Tensor:
-        """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
+        """Return the loss of each target token of some examples; see `Backend.loss`."""
+        return self.backend.loss(prefix, examples, activation_checkpointing)
 
-        Args:
-            prefix: of all examples, or one for each; its `text` must be how an example begins, up to its first target
-                at most.
-            examples: they are run at once: a micro-batch.
-            activation_checkpointing: run each layer again in the backward pass, in less memory.
-        """
-        texts, wanted, targets = _asked(examples, [len(each.text) for each in broadcast_prefix(prefix, len(examples))])
-        hidden = self.backend.text_pass(prefix, texts, wanted, activation_checkpointing=activation_checkpointing).hidden
-        return self.backend.lm_head.losses(hidden, targets, _candidate_ids(examples))
+    def score(self, prefixes: Sequence[Prefix], choices: Sequence[Choices]) -> Tensor:
+        """Return the log-likelihood of each label, `[rows, labels]`; see `Backend.score`."""
+        return self.backend.score(prefixes, choices)
 
-    def fused_loss(
-        self, prompt: Tensor, text: Sequence[int], examples: Sequence[Example], activation_checkpointing: bool = False
-    ) -> Tensor:
-        """Return what `loss` gives behind `prefix(prompt, text)`, both in one pass; only where the way `can_fuse`.
+    def prefill(self, prefix: Prefix | Sequence[Prefix], texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
+        """Run texts behind a prefix, to continue them; see `Backend.prefill`."""
+        return self.backend.prefill(prefix, texts)
 
-        Args:
-            prompt: a soft prompt `[P, H]`; the loss is differentiable with respect to it.
-            text, examples, activation_checkpointing: as there.
-        """
-        texts, wanted, targets = _asked(examples, [len(text)] * len(examples))
-        hidden = self.backend.fused_pass(self._embedded(prompt, text), texts, wanted, activation_checkpointing)
-        return self.backend.lm_head.losses(hidden, targets, _candidate_ids(examples))
-
-    @torch.no_grad()
-    def read(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
-        """Run texts, at least one token each, without those that the prefix already holds.
-
-        Returns:
-            The logits after each text's last token, `[texts, V]`, and per text the prefix that ends with it.
-        """
-        ids = [torch.tensor(list(text)) for text in texts]
-        done = self.backend.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
-        return self.backend.lm_head.logits(done.hidden), done.extended
-
-    def continued(self, prefixes: Sequence[Prefix]) -> ContinuedRows:
-        """Return rows that are continued a token at a time, each from the end of a prefix."""
-        if self.shares_cache:
-            return SharedCache(self.hf_model, self.backend, prefixes)
-        return OwnPrefixes(self.backend, prefixes)
+    def decode(self, prefixes: Sequence[Prefix]) -> DecodeBatch:
+        """Return rows that are continued a token at a time; see `Backend.decode`."""
+        return self.backend.decode(prefixes)
 
 
 def _version(prompt: Tensor) -> int:
     """Return how often a tensor was changed in place; a tensor made in inference mode does not count that."""
     return 0 if prompt.is_inference() else prompt._version
-
-
-def _asked(examples: Sequence[Example], shared_text_len: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Return the texts of examples, the positions that predict their targets, and all targets.
-
-    Args:
-        examples: whole.
-        shared_text_len: how many of an example's first tokens stand before its text.
-    """
-    # What a text's last token is followed by is nobody's question, so it is not run; but one token always is.
-    texts = [
-        torch.tensor(e.ids[h : max(len(e.ids) - 1, h + 1)]) for e, h in zip(examples, shared_text_len, strict=True)
-    ]
-    wanted = [torch.arange(e.start - h - 1, len(e.ids) - h - 1) for e, h in zip(examples, shared_text_len, strict=True)]
-    return texts, wanted, torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
-
-
-def _candidate_ids(examples: Sequence[Example]) -> Tensor | None:
-    """Return the tokens that each target is told from, filled up with -1; None where examples name none."""
-    if not all(example.candidate_ids for example in examples):
-        return None
-    return pad_sequence([torch.tensor(tokens) for e in examples for tokens in e.candidate_ids], True, -1)

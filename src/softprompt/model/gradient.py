@@ -39,7 +39,7 @@ def prompt_gradient(
     targets = sum(example.targets for part in micro_batches for example in part)
     with torch.enable_grad():
         if len(micro_batches) == 1 and model.backend.can_fuse and not is_prefix(prompt):
-            loss = model.fused_loss(prompt, text, micro_batches[0], activation_checkpointing).sum()
+            loss = model.backend.fused_loss(prompt, text, micro_batches[0], activation_checkpointing).sum()
             loss.backward()
             total = float(loss.detach())
         else:

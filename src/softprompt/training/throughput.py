@@ -74,7 +74,7 @@ def estimate_run(model: FrozenModel, prepared: PreparedRun, given: TuneConfig) -
     per_token = a_step / sum(len(e.ids) for e in batch)
     scored = len(prepared.validation) if prepared.validation is not None else 0
     last = prepared.label_scorer()
-    tree_tokens = sum(len(tree.ids) for tree in last.trees) if last else 0
+    tree_tokens = sum(len(choice.ids) for choice in last.choices) if last else 0
     throughput = Throughput(a_step, scored * mean / _BACKWARD * per_token, tree_tokens / _BACKWARD * per_token, scored)
     length = {"max_steps": config.max_steps, "eval_every": config.eval_every, "eval_rows": config.eval_rows}
     seconds, most = 60 * (given.max_minutes or 0), most_steps(prepared, given)

@@ -88,8 +88,8 @@ def unfrozen(model: FrozenModel) -> FrozenModel:
 
 def around(hf_model: PreTrainedModel, like: FrozenModel) -> FrozenModel:
     """Run another model of the same kind in the same way."""
-    backend = type(like.backend)(hf_model)
-    return FrozenModel(hf_model, like.tokenizer, backend, like.source, like.revision, like.shares_cache)
+    backend = type(like.backend)(hf_model, like.backend.shares_cache)
+    return FrozenModel(hf_model, like.tokenizer, backend, like.source, like.revision)
 
 
 class WeightsTrainer(Trainer):

@@ -1,22 +1,27 @@
-"""What the ways of running text against a prefix have in common."""
+"""The interface of the backends, which run text against a prefix, and what they share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from threading import RLock
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from softprompt.data.encoder import Choices, Example
 from softprompt.model.backends.attention import MAX_LENGTH_RATIO
+from softprompt.model.backends.decode import DecodeBatch, OwnPrefixBatch, SharedCacheBatch
 from softprompt.model.backends.onednn import products
+from softprompt.model.backends.prefix_batch import broadcast_prefix
 from softprompt.model.lm_head import LMHead
-from softprompt.model.prefix import Prefix
-from softprompt.private_interfaces import device_of_hook
+from softprompt.model.prefix import Prefix, is_prefix
+from softprompt.private_interfaces import input_device
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,15 @@ class TextPass:
 class Backend(ABC):
     """Runs prompts and texts through a frozen model.
 
+    The rest of the package calls `prefix`, `loss`, `score`, `prefill` and `decode`. They are built on passes of a
+    prompt and of texts, which a backend for causal models defines; one for other models would define the five.
+
     A position counts from the first token of a text; -1 is the last position of the prefix, whose logits
     predict a text's first token.
+
+    Args:
+        hf_model: the frozen model.
+        shares_cache: whether rows of unlike lengths can be continued in one cache of the model's own.
     """
 
     name: str
@@ -45,8 +57,8 @@ class Backend(ABC):
     can_fuse = False  # whether a prompt and texts can run in one pass
     max_length_ratio = MAX_LENGTH_RATIO  # how unlike in length texts may be whose attention is computed together
 
-    def __init__(self, hf_model: PreTrainedModel) -> None:
-        self.hf_model = hf_model
+    def __init__(self, hf_model: PreTrainedModel, shares_cache: bool = True) -> None:
+        self.hf_model, self.shares_cache = hf_model, shares_cache
         self.lock = RLock()
         self.lm_head = LMHead(hf_model, self.running)
 
@@ -56,9 +68,131 @@ class Backend(ABC):
         with self.lock, products():
             yield
 
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return the input embeddings of token ids, `[T, H]`, through the model's own module (Gemma scales in it)."""
+        indices = torch.tensor(list(ids), dtype=torch.long, device=input_device(self.hf_model))
+        with torch.no_grad():
+            embedded: Tensor = self.hf_model.get_input_embeddings()(indices)
+        return embedded
+
+    def prefix(self, weights: Tensor | None, text_ids: Sequence[int] = ()) -> Prefix:
+        """Run a prompt, and the text that all examples begin with, once.
+
+        Args:
+            weights: a soft prompt `[P, H]`, or a learned prefix `[L, 2, K, P, D]`; None for no virtual tokens.
+            text_ids: token ids that follow the virtual tokens in every example.
+
+        Returns:
+            The prefix; differentiable with respect to `weights`. Empty without virtual tokens and text.
+        """
+        if weights is not None and is_prefix(weights):
+            prefix = Prefix.of(weights.to(input_device(self.hf_model)))
+            return self.extend([prefix], text_ids)[0] if len(text_ids) else prefix
+        embeddings = self._embedded(weights, text_ids)
+        if not embeddings.shape[1]:
+            return Prefix()
+        return replace(self.prompt_pass(embeddings), text=tuple(text_ids))
+
+    def extend(self, prefixes: Sequence[Prefix], text_ids: Sequence[int]) -> list[Prefix]:
+        """Return prefixes extended by a text that follows each of them."""
+        nothing = torch.tensor([], dtype=torch.long)
+        texts = [torch.tensor(list(text_ids))] * len(prefixes)
+        return self.text_pass(prefixes, texts, [nothing] * len(prefixes), extend=True).extended
+
+    def _embedded(self, weights: Tensor | None, text_ids: Sequence[int]) -> Tensor:
+        """Return the embeddings of a soft prompt and of what all examples begin with, `[1, P, H]`."""
+        parts = [self.embed(text_ids)] if len(text_ids) or weights is None else []
+        if weights is not None:
+            parts.insert(0, weights.to(input_device(self.hf_model), self.hf_model.dtype))
+        return torch.cat(parts).unsqueeze(0)
+
+    def loss(
+        self, prefix: Prefix | Sequence[Prefix], examples: Sequence[Example], activation_checkpointing: bool = False
+    ) -> Tensor:
+        """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
+
+        Args:
+            prefix: of all examples, or one for each; its `text` must be how an example begins, up to its first target
+                at most.
+            examples: a micro-batch, run at once.
+            activation_checkpointing: run each layer again in the backward pass, in less memory.
+        """
+        prefixes = broadcast_prefix(prefix, len(examples))
+        texts, wanted, targets = _texts_and_targets(examples, [len(each.text) for each in prefixes])
+        hidden = self.text_pass(prefix, texts, wanted, activation_checkpointing=activation_checkpointing).hidden
+        return self.lm_head.losses(hidden, targets, _candidate_ids(examples))
+
+    def fused_loss(
+        self,
+        weights: Tensor,
+        text_ids: Sequence[int],
+        examples: Sequence[Example],
+        activation_checkpointing: bool = False,
+    ) -> Tensor:
+        """Return what `loss` gives behind `prefix(weights, text_ids)`, from one pass; only where `can_fuse`.
+
+        Args:
+            weights: a soft prompt `[P, H]`; the loss is differentiable with respect to it.
+            text_ids, examples, activation_checkpointing: as there.
+        """
+        texts, wanted, targets = _texts_and_targets(examples, [len(text_ids)] * len(examples))
+        hidden = self.fused_pass(self._embedded(weights, text_ids), texts, wanted, activation_checkpointing)
+        return self.lm_head.losses(hidden, targets, _candidate_ids(examples))
+
+    @torch.no_grad()
+    def score(self, prefixes: Sequence[Prefix], choices: Sequence[Choices]) -> Tensor:
+        """Return the log-likelihood of each label, the sum over its tokens.
+
+        Args:
+            prefixes: one for each row; all hold the same text, which is how the inputs begin.
+            choices: each row's input and labels.
+
+        Returns:
+            `[rows, labels]`, float64, on the CPU.
+        """
+        shared_text_len = len(prefixes[0].text)
+        lengths = [len(each.input_ids) - shared_text_len for each in choices]
+        trees = [each.tree for each in choices]
+        texts = [torch.tensor(each.ids[shared_text_len:]) for each in choices]
+        wanted = [torch.arange(length - 1, length + len(tree.ids)) for tree, length in zip(trees, lengths, strict=True)]
+        parents = None
+        if any(tree.ids for tree in trees):
+            parents = [torch.tensor(tree.parents_behind(n)) for tree, n in zip(trees, lengths, strict=True)]
+        hidden = self.text_pass(prefixes, texts, wanted, parents).hidden
+        starts = accumulate((len(each) for each in wanted[:-1]), initial=0)
+        indices = [torch.tensor(tree.positions) + start for tree, start in zip(trees, starts, strict=True)]
+        tokens = torch.tensor([token for tree in trees for token in tree.tokens])
+        each_token = self.lm_head.log_probabilities(hidden, torch.cat(indices), tokens).double()
+        likelihoods = []
+        for tree, own in zip(trees, each_token.split([len(tree.tokens) for tree in trees]), strict=True):
+            values = own.tolist()
+            likelihoods.append([sum(values[index] for index in path) for path in tree.paths])
+        return torch.tensor(likelihoods, dtype=torch.float64)
+
+    @torch.no_grad()
+    def prefill(self, prefix: Prefix | Sequence[Prefix], texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
+        """Run texts behind a prefix, to continue them.
+
+        Args:
+            prefix: the same for all texts, or one for each.
+            texts: token ids, at least one each, without those that the prefix holds.
+
+        Returns:
+            The logits after each text's last token, `[texts, V]`, and per text the prefix that ends with it.
+        """
+        ids = [torch.tensor(list(text)) for text in texts]
+        done = self.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
+        return self.lm_head.logits(done.hidden), done.extended
+
+    def decode(self, prefixes: Sequence[Prefix]) -> DecodeBatch:
+        """Return rows that are continued a token at a time, each from the end of a prefix."""
+        if self.shares_cache:
+            return SharedCacheBatch(self.hf_model, self.running, prefixes)
+        return OwnPrefixBatch(self.prefill, prefixes)
+
     @abstractmethod
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
-        """Run embeddings `[1, P, H]` (P at least 1) on their own and note their keys and values."""
+        """Run embeddings `[1, P, H]` (P at least 1) on their own and return their keys and values."""
 
     @abstractmethod
     def text_pass(
@@ -90,7 +224,7 @@ class Backend(ABC):
         wanted: Sequence[Tensor],
         activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where the way `can_fuse`.
+        """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where `can_fuse`.
 
         Args:
             embeddings: what all texts stand behind.
@@ -100,13 +234,6 @@ class Backend(ABC):
             `[R, H]`, the output head's input at each wanted position, text by text.
         """
         raise NotImplementedError
-
-
-def input_device(hf_model: PreTrainedModel) -> torch.device:
-    """Return where a model takes its token ids: where its embedding is, or is brought to when it is run."""
-    embedding = hf_model.get_input_embeddings()
-    place = device_of_hook(embedding)
-    return torch.device(next(embedding.parameters()).device if place is None else place)
 
 
 def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefixes: Sequence[Prefix]) -> Tensor:
@@ -136,3 +263,26 @@ def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], pre
     if lasts:
         flat = torch.cat([flat, *lasts.values()])
     return flat.index_select(0, torch.cat(places).to(flat.device))
+
+
+def _texts_and_targets(
+    examples: Sequence[Example], shared_text_len: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Return the texts of examples, the positions that predict their targets, and all targets.
+
+    Args:
+        examples: whole.
+        shared_text_len: how many of an example's first tokens its prefix holds.
+    """
+    starts = list(zip(examples, shared_text_len, strict=True))
+    # The last token's prediction is never used, so the token is not run; but one token always is.
+    texts = [torch.tensor(e.ids[start : max(len(e.ids) - 1, start + 1)]) for e, start in starts]
+    wanted = [torch.arange(e.start - start - 1, len(e.ids) - start - 1) for e, start in starts]
+    return texts, wanted, torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
+
+
+def _candidate_ids(examples: Sequence[Example]) -> Tensor | None:
+    """Return each target's candidate tokens, `[targets, A]`, padded with -1; None where an example has none."""
+    if not all(example.candidate_ids for example in examples):
+        return None
+    return pad_sequence([torch.tensor(tokens) for e in examples for tokens in e.candidate_ids], True, -1)

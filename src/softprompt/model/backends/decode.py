@@ -1,86 +1,94 @@
-"""Rows of text that are continued a token at a time, each behind a prefix that is computed already."""
+"""Batches of rows that are continued a token at a time, each behind its own prefix."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from softprompt.model.backends.base import Backend, input_device
-from softprompt.model.backends.padded import filled_cache, positions
+from softprompt.model.backends.cache import filled_cache, position_arguments
 from softprompt.model.backends.prefix_batch import PrefixBatch
 from softprompt.model.prefix import Prefix
+from softprompt.private_interfaces import input_device
 
 
-class ContinuedRows(ABC):
-    """Some rows, all of which take one more token at a time."""
+class DecodeBatch(ABC):
+    """Rows that all take one more token at a time."""
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
-        """Keep some rows, in this order; one may be taken several times."""
+        """Reduce the batch to some rows, in this order; a row may occur several times."""
 
     @abstractmethod
-    def read(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, tokens: Sequence[int]) -> Tensor:
         """Add a token to every row and return the logits after it, `[rows, V]`."""
 
 
-class SharedCache(ContinuedRows):
-    """Rows in the model's own cache: `padding · prefix · text`, so that what is real is contiguous.
+class SharedCacheBatch(DecodeBatch):
+    """Rows in one cache of the model's own: `padding · prefix · text`, so that the real tokens are contiguous.
 
     Args:
         hf_model: the frozen model.
-        backend: how it is run.
-        prefixes: of each row what it goes on from; none is empty.
+        running: a context to run the model in.
+        prefixes: of each row the one that it continues; none is empty.
     """
 
-    def __init__(self, hf_model: PreTrainedModel, backend: Backend, prefixes: Sequence[Prefix]) -> None:
-        self._hf_model, self._way, self._device = hf_model, backend, input_device(hf_model)
-        prefix_batch = PrefixBatch(prefixes)
-        self._cache: DynamicCache = filled_cache(prefix_batch, len(prefixes[0].keys), prefixes[0].keys[0].dtype)
-        self._at = torch.tensor(prefix_batch.lengths, device=self._device)
-        places = torch.arange(prefix_batch.longest, device=self._device)
-        self._mask = (places[None, :] >= prefix_batch.longest - self._at[:, None]).long()
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        running: Callable[[], AbstractContextManager[None]],
+        prefixes: Sequence[Prefix],
+    ) -> None:
+        self._hf_model, self._running, self._device = hf_model, running, input_device(hf_model)
+        batch = PrefixBatch(prefixes)
+        self._cache: DynamicCache = filled_cache(batch, len(prefixes[0].keys), prefixes[0].keys[0].dtype)
+        self._lengths = torch.tensor(batch.lengths, device=self._device)
+        slots = torch.arange(batch.longest, device=self._device)
+        self._mask = (slots[None, :] >= batch.longest - self._lengths[:, None]).long()
 
     def select(self, rows: Sequence[int]) -> None:
-        kept = torch.tensor(list(rows), device=self._device)
-        self._cache.batch_select_indices(kept)
-        self._mask, self._at = self._mask[kept], self._at[kept]
+        indices = torch.tensor(list(rows), device=self._device)
+        self._cache.batch_select_indices(indices)
+        self._mask, self._lengths = self._mask[indices], self._lengths[indices]
 
-    def read(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, tokens: Sequence[int]) -> Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        with self._way.running():
+        with self._running():
             logits: Tensor = self._hf_model(
                 input_ids=torch.tensor(list(tokens), device=self._device).unsqueeze(1),
                 past_key_values=self._cache,
                 use_cache=True,
                 attention_mask=self._mask,
-                **positions(self._hf_model, self._at.unsqueeze(1)),
+                **position_arguments(self._hf_model, self._lengths.unsqueeze(1)),
             ).logits[:, -1]
-        self._at = self._at + 1
+        self._lengths = self._lengths + 1
         return logits
 
 
-class OwnPrefixes(ContinuedRows):
-    """Rows with a prefix each, which every token makes longer: slower, but a pass of text like any other.
+class OwnPrefixBatch(DecodeBatch):
+    """Rows with a prefix each, which every token extends: slower, but a pass of text like any other.
 
-    For models whose cache counts padding as positions, or holds something else than what their attention sees.
+    For models whose cache counts padding as positions, or stores something else than what their attention uses.
 
     Args:
-        backend: how the model is run.
-        prefixes: of each row what it goes on from; none is empty.
+        prefill: a backend's own.
+        prefixes: of each row the one that it continues; none is empty.
     """
 
-    def __init__(self, backend: Backend, prefixes: Sequence[Prefix]) -> None:
-        self._way, self._prefixes = backend, list(prefixes)
+    def __init__(
+        self,
+        prefill: Callable[[Sequence[Prefix], Sequence[Sequence[int]]], tuple[Tensor, list[Prefix]]],
+        prefixes: Sequence[Prefix],
+    ) -> None:
+        self._prefill, self._prefixes = prefill, list(prefixes)
 
     def select(self, rows: Sequence[int]) -> None:
         self._prefixes = [self._prefixes[row] for row in rows]
 
-    def read(self, tokens: Sequence[int]) -> Tensor:
-        texts = [torch.tensor([token]) for token in tokens]
-        done = self._way.text_pass(self._prefixes, texts, [torch.tensor([0])] * len(texts), extend=True)
-        self._prefixes = done.extended
-        return self._way.lm_head.logits(done.hidden)
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        logits, self._prefixes = self._prefill(self._prefixes, [[token] for token in tokens])
+        return logits

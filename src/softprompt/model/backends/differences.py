@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.encoder import Example
-from softprompt.model.backends.base import input_device
-from softprompt.model.backends.decode import ContinuedRows, OwnPrefixes, SharedCache
+from softprompt.model.backends.decode import DecodeBatch, OwnPrefixBatch, SharedCacheBatch
 from softprompt.model.backends.reference import reference_loss
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.prefix import Prefix
+from softprompt.private_interfaces import input_device
 
 # The texts behind the common beginning: two so much alike in length that their attention is computed together, others
 # not, and one of a single token, which is a target. Some are longer than a miniature's window.
@@ -103,21 +103,19 @@ class Plain:
         They are read by the model's way, which is being checked, and take two tokens each.
         """
         behind = {fewer: model.prefix(self.prompt[fewer:]) for fewer in set(_FEWER) - {_VIRTUAL}}
-        prefixes = [behind.get(fewer, Prefix()) for fewer in _FEWER]
-        texts = [torch.tensor(text) for text in self._texts]
-        done = model.backend.text_pass(prefixes, texts, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
-        read = self._away(model.backend.lm_head.logits(done.hidden), 0, range(len(texts)))
-        apart = self._continued(OwnPrefixes(model.backend, done.extended))
+        logits, prefixes = model.prefill([behind.get(fewer, Prefix()) for fewer in _FEWER], self._texts)
+        read = self._away(logits, 0, range(len(self._texts)))
+        apart = self._continued(OwnPrefixBatch(model.backend.prefill, prefixes))
         try:
-            together = self._continued(SharedCache(model.hf_model, model.backend, done.extended))
+            together = self._continued(SharedCacheBatch(model.hf_model, model.backend.running, prefixes))
         except Exception:  # what a foreign model's cache holds may have another shape than what its attention sees
             together = math.inf
         return Decoding(_largest([read, apart]), _largest([read, together]))
 
-    def _continued(self, rows: ContinuedRows) -> float:
-        first = self._away(rows.read(self._more[0]), 1, range(len(_PLACES)))
+    def _continued(self, rows: DecodeBatch) -> float:
+        first = self._away(rows.step(self._more[0]), 1, range(len(_PLACES)))
         rows.select(_PLACES)
-        return _largest([first, self._away(rows.read([self._more[1][i] for i in _PLACES]), 2, _PLACES)])
+        return _largest([first, self._away(rows.step([self._more[1][i] for i in _PLACES]), 2, _PLACES)])
 
     def _away(self, logits: Tensor, taken: int, places: Sequence[int]) -> float:
         """Return how far rows are from plain passes after so many tokens, each from that of the text in its place."""

@@ -23,11 +23,12 @@ from softprompt.model.backends.attention import (
     attention,
     current,
 )
-from softprompt.model.backends.base import Backend, TextPass, input_device, rows_of
+from softprompt.model.backends.base import Backend, TextPass, rows_of
 from softprompt.model.backends.bloom import bloom_attention
 from softprompt.model.backends.prefix_batch import broadcast_prefix
 from softprompt.model.lm_head import replaced
 from softprompt.model.prefix import Prefix
+from softprompt.private_interfaces import input_device
 
 ATTENTION = "softprompt_packed"
 # Attention modules that cannot be plugged into, and what runs in place of their forward methods.
@@ -53,8 +54,8 @@ class PackedBackend(Backend):
     pads = False
     can_fuse = True
 
-    def __init__(self, hf_model: PreTrainedModel) -> None:
-        super().__init__(hf_model)
+    def __init__(self, hf_model: PreTrainedModel, shares_cache: bool = True) -> None:
+        super().__init__(hf_model, shares_cache)
         self._stand_ins = [
             (module, partial(STAND_INS[type(module).__name__], module))
             for module in hf_model.modules()

@@ -6,17 +6,18 @@ behind the text, so that the two lie next to each other in every row: sliding wi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from softprompt.model.backends.base import Backend, TextPass, input_device, rows_of
+from softprompt.model.backends.base import Backend, TextPass, rows_of
+from softprompt.model.backends.cache import cached_tensors, filled_cache, position_arguments
 from softprompt.model.backends.prefix_batch import PrefixBatch, broadcast_prefix
 from softprompt.model.prefix import Prefix
+from softprompt.private_interfaces import input_device
 
 
 class PaddedBackend(Backend):
@@ -36,7 +37,7 @@ class PaddedBackend(Backend):
                 past_key_values=cache,
                 use_cache=True,
                 attention_mask=torch.ones(1, length, dtype=torch.long, device=embeddings.device),
-                **positions(self.hf_model, torch.arange(length, device=embeddings.device).unsqueeze(0)),
+                **position_arguments(self.hf_model, torch.arange(length, device=embeddings.device).unsqueeze(0)),
             )
         keys, values = cached_tensors(cache)
         return Prefix(keys=keys, values=values, last=taken[0][0, -1:], length=length)
@@ -73,7 +74,7 @@ class PaddedBackend(Backend):
                 past_key_values=cache,
                 use_cache=True,
                 attention_mask=mask,
-                **positions(self.hf_model, (starts + torch.arange(longest)).to(device)),
+                **position_arguments(self.hf_model, (starts + torch.arange(longest)).to(device)),
             )
         hidden = rows_of(taken[0], [i * longest for i in range(count)], wanted, prefixes)
         if not extend:
@@ -139,23 +140,3 @@ class PaddedByLengthBackend(PaddedBackend):
             for i, longer in zip(own, done.extended, strict=False):  # empty unless asked for
                 extended[i] = longer
         return TextPass(torch.cat(hidden), extended if extend else [])
-
-
-def filled_cache(prefix_batch: PrefixBatch, layers: int, dtype: torch.dtype) -> DynamicCache:
-    """Return a cache whose rows hold what stands ahead of them."""
-    cache = DynamicCache()
-    for layer in range(layers):
-        cache.update(prefix_batch.keys(layer, dtype), prefix_batch.values(layer, dtype), layer)
-    return cache
-
-
-def cached_tensors(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the keys and values that a cache holds, each per layer `[B, K, T, D]`."""
-    tensors = [(keys, values) for keys, values, _ in cache]
-    return [keys for keys, _ in tensors], [values for _, values in tensors]
-
-
-def positions(hf_model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return `position_ids` as a keyword argument for models that take it; ALiBi models do not."""
-    takes = "position_ids" in inspect.signature(hf_model.forward).parameters
-    return {"position_ids": ids} if takes else {}

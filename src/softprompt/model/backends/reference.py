@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from softprompt.data.encoder import Example
-from softprompt.model.backends.base import input_device
+from softprompt.private_interfaces import input_device
 
 
 def reference_loss(hf_model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example]) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.errors import ModelError
-from softprompt.model.backends.base import Backend, input_device
+from softprompt.model.backends.base import Backend
 from softprompt.model.backends.differences import Differences, Plain
 from softprompt.model.backends.packed import PackedBackend
 from softprompt.model.backends.padded import PaddedBackend, PaddedByLengthBackend
 from softprompt.model.backends.tiny_copy import shows_itself, tiny_copy
 from softprompt.model.finite import what_is_not_finite
 from softprompt.model.frozen import FrozenModel
+from softprompt.private_interfaces import input_device
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def freeze(
             name = source or str(hf_model.name_or_path)
             if not shares:
                 logger.info("%s counts padding in its cache, or keeps something else there", _kind(hf_model))
-            return FrozenModel(hf_model, tokenizer, kind(hf_model), name, revision, shares)
+            return FrozenModel(hf_model, tokenizer, kind(hf_model, shares), name, revision)
         wrong.setdefault(fault, kind.name)
     raise ModelError(
         f"{_kind(hf_model)} cannot share a prompt between examples exactly ("

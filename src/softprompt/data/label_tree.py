@@ -1,0 +1,54 @@
+"""The tokens of a classification task's labels, laid out as a tree: what several labels begin with is run once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class LabelTree:
+    """The tokens of all labels behind one input.
+
+    Attributes:
+        ids: every token of a label that another token of a label follows; a label's last token is predicted, not run.
+        parents: for each of `ids`, the index of the token before it; -1 for the input's last token.
+        positions: for each prediction, where it is made: 0 is the input's last token, then come `ids`.
+        tokens: for each prediction, the predicted token.
+        paths: per label, the predictions whose log-probabilities it sums.
+    """
+
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    def parents_behind(self, length: int) -> list[int]:
+        """Return, for each token of an input of this length and of `ids` behind it, the index of the one before it."""
+        return [*range(-1, length - 1), *(length + parent for parent in self.parents)]
+
+
+@lru_cache(maxsize=32)  # the same tree stands behind nearly all rows
+def label_tree(tails: tuple[tuple[int, ...], ...]) -> LabelTree:
+    """Lay labels out as a tree.
+
+    Args:
+        tails: the tokens of each label, at least one.
+    """
+    index: dict[tuple[int, ...], int] = {(): -1}
+    predictions: dict[tuple[int, ...], int] = {}
+    for tail in tails:
+        for end in range(1, len(tail) + 1):
+            beginning = tail[:end]
+            predictions.setdefault(beginning, len(predictions))
+            if end < len(tail):
+                index.setdefault(beginning, len(index) - 1)
+    inner = list(index)[1:]
+    return LabelTree(
+        ids=tuple(beginning[-1] for beginning in inner),
+        parents=tuple(index[beginning[:-1]] for beginning in inner),
+        positions=tuple(index[beginning[:-1]] + 1 for beginning in predictions),
+        tokens=tuple(beginning[-1] for beginning in predictions),
+        paths=tuple(tuple(predictions[tail[:end]] for end in range(1, len(tail) + 1)) for tail in tails),
+    )
