@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 import softprompt as sp
 from sides import Softprompt
 from softprompt.model.backends import onednn
-from softprompt.training.prepare import prepare_run
+from softprompt.training.prepare import prepare_data, prepare_run
 from softprompt.training.run_folder import environment
 
 FILE = Path(__file__).parent / "results" / "compiled.json"
@@ -39,7 +39,7 @@ STEPS = 12
 def steps(model: sp.FrozenModel, data: Path) -> tuple[list[float], list[float]]:
     """Take steps and return their seconds and losses."""
     settings = sp.TuneConfig(num_virtual_tokens=20, max_steps=STEPS, eval_rows=0)
-    prepared = prepare_run(model, sp.load_data(data / "sst2/train.jsonl"), settings)
+    prepared = prepare_run(prepare_data(model, sp.load_data(data / "sst2/train.jsonl"), settings), settings)
     seconds, losses = [], []
     with tempfile.TemporaryDirectory() as folder:
         side = Softprompt(model, prepared, Path(folder))

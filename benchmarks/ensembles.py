@@ -23,11 +23,11 @@ from typing import Any
 import softprompt as sp
 from quality import apart, rows_of, timed
 from softprompt.comparison.methods.prompts import MEMBERS
+from softprompt.config import MANY_LABELS
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows
 from softprompt.evaluation.scores import TextScorer, average_scores, make_scorer
 from softprompt.prompt.ensemble import make_ensemble
-from softprompt.prompt.initialization import MANY_LABELS
 
 FILE = Path(__file__).parent / "results" / "ensembles.jsonl"
 # Name to the share of the steps that members take together, at a rate that does not fall, before each goes its own way.

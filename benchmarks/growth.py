@@ -33,7 +33,7 @@ import softprompt as sp
 from sides import Softprompt
 from softprompt.data.encoder import Example
 from softprompt.data.lazy_examples import LengthStats
-from softprompt.training.prepare import prepare_run
+from softprompt.training.prepare import prepare_data, prepare_run
 from softprompt.training.run_folder import environment
 from training import resident
 
@@ -98,7 +98,11 @@ def side(model: sp.FrozenModel, point: Point, scratch: Path) -> Softprompt:
     settings = sp.TuneConfig(num_virtual_tokens=point.virtual_tokens, batch_size=point.batch, eval_rows=0)
     ids = torch.randint(1000, 40_000, (point.batch, point.length), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [Example(tuple(row), point.length - 1) for row in ids]
-    prepared = replace(prepare_run(model, rows, settings), examples=examples, length_stats=LengthStats.of(examples))
+    prepared = replace(
+        prepare_run(prepare_data(model, rows, settings), settings),
+        examples=examples,
+        length_stats=LengthStats.of(examples),
+    )
     scratch.mkdir()
     return Softprompt(model, prepared, scratch)
 
@@ -141,7 +145,8 @@ def of_rows(file: str, repeats: int) -> dict[str, float]:
     loaded = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     began = time.perf_counter()
-    prepared = prepare_run(model, sp.load_data(file), sp.TuneConfig(num_virtual_tokens=20, max_steps=steps))
+    settings = sp.TuneConfig(num_virtual_tokens=20, max_steps=steps)
+    prepared = prepare_run(prepare_data(model, sp.load_data(file), settings), settings)
     started = time.perf_counter() - began
     seconds = []
     with tempfile.TemporaryDirectory() as folder:

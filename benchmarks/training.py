@@ -17,7 +17,7 @@ from arithmetic import bound, needed_seconds
 from sides import Peft, Rounds, Softprompt, load, ratio, trainer
 from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Example
-from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
 
 LOSSES_AGREE, GRADIENTS_AGREE = 1e-3, 1e-4
 
@@ -76,7 +76,7 @@ def plan_of(case: Case, model: sp.FrozenModel, data: Path, steps: int) -> Prepar
         warmup_ratio=0,
         schedule="constant",
     )
-    return prepare_run(model, case.rows(data), settings)
+    return prepare_run(prepare_data(model, case.rows(data), settings), settings)
 
 
 def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:

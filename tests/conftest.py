@@ -23,11 +23,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from softprompt.cli.main import main
+from softprompt.config import TuneConfig
+from softprompt.data.rows import Rows
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import BaseModelRecord
 from softprompt.prompt.ensemble import AnyPrompt, Ensemble
 from softprompt.prompt.soft_prompt import BasePrompt, Record, SoftPrompt
+from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -46,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Of a run that tests wait for.
 SHORT = ["--set", "max_steps=3", "--set", "batch_size=4", "--set", "num_virtual_tokens=5"]
+
+
+def prepared_run(model: FrozenModel, rows: Rows, config: TuneConfig, eval_data: Rows | None = None) -> PreparedRun:
+    """Prepare a single run."""
+    return prepare_run(prepare_data(model, rows, config, eval_data), config)
 
 
 @functools.cache

@@ -34,8 +34,8 @@ from softprompt.evaluation.primary_metric import statistic
 from softprompt.evaluation.scores import LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import STEPS
 from softprompt.training.search import FACTORS
+from softprompt.training.settings import CLASSIFICATION_STEPS
 from softprompt.training.trainer import Throughput, Trainer
 from test_training import short
 
@@ -494,7 +494,9 @@ def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
     rows = [{"text": f"please classify this film number {n}", "label": ("bad", "good")[n % 2]} for n in range(280)]
     rows += [{"text": f"hi {n}", "label": ("bad", "good")[n % 2]} for n in range(20)]
     monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=0.02, evaluation=0.0))
-    monkeypatch.setitem(STEPS, "normal", 2)  # so few rows are counted before it is known how many steps fit
+    monkeypatch.setitem(
+        CLASSIFICATION_STEPS, "normal", 2
+    )  # so few rows are counted before it is known how many steps fit
     config = short(max_steps=None, eval_every=None, learning_rate=None, batch_size=2, max_minutes=0.1, eval_rows=20)
     taken = set[bool]()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from conftest import ARCHITECTURES, Command, as_prompt, frozen, tiny_model
+from conftest import ARCHITECTURES, Command, as_prompt, frozen, prepared_run, tiny_model
 from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.batching import micro_batches
 from softprompt.data.encoder import Example, shared_text
@@ -27,7 +27,6 @@ from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.nearest_tokens import nearest_tokens
 from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import prepare_run
 from softprompt.training.tune import tune
 from test_gradient import examples_of, relative
 from test_training import log_without_times, prompt_bytes, short, weights_hash
@@ -74,7 +73,7 @@ def test_loss_and_gradient_are_those_of_transformers_cache(architecture: str, ki
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
 def test_a_deep_prefix_starts_as_what_the_model_makes_of_the_text(architecture: str, reviews: Path) -> None:
     model, rows = frozen(architecture), load_data(reviews)
-    soft, deep = (prepare_run(model, rows, short(method=method)) for method in ("prompt-tuning", "prefix-tuning"))
+    soft, deep = (prepared_run(model, rows, short(method=method)) for method in ("prompt-tuning", "prefix-tuning"))
     assert soft.scorer is not None
     assert deep.start.shape[-2] == 5
     found, expected = (soft.scorer.score(model, as_prompt(prepared.start)) for prepared in (deep, soft))
@@ -85,7 +84,7 @@ def test_plain_text_without_a_leading_token_is_learned_from_its_second_token_on(
     """Nothing predicts the first: no token stands at a deep prefix's last position."""
     rows = load_data([{"text": f"the parcel never came {n}"} for n in range(30)])
     methods = ("prompt-tuning", "prefix-tuning")
-    firsts = {m: {e.start for e in prepare_run(llama, rows, short(method=m)).examples} for m in methods}
+    firsts = {m: {e.start for e in prepared_run(llama, rows, short(method=m)).examples} for m in methods}
     assert firsts == {"prompt-tuning": {0}, "prefix-tuning": {1}}
     tune(llama, rows, short(**DEEP, max_steps=1))
 
@@ -158,13 +157,13 @@ def test_a_prefix_goes_on_from_a_prompt_and_from_a_prefix_but_not_the_other_way(
     deep = tune(llama, rows, short(**DEEP, max_steps=2)).prompt
     soft.save(tmp_path / "soft")
     deep.save(tmp_path / "deep")
-    from_soft = prepare_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'soft'}")).start
+    from_soft = prepared_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'soft'}")).start
     with torch.no_grad():
         torch.testing.assert_close(from_soft, llama.prefix(soft.weights).stacked())
-    from_deep = prepare_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'deep'}")).start
+    from_deep = prepared_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'deep'}")).start
     assert torch.equal(from_deep, deep.weights)
     with pytest.raises(SettingsError, match="cannot start from a deep prefix"):
-        prepare_run(llama, rows, TuneConfig(init=f"prompt:{tmp_path / 'deep'}"))
+        prepared_run(llama, rows, TuneConfig(init=f"prompt:{tmp_path / 'deep'}"))
 
 
 def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> None:

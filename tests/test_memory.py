@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import ARCHITECTURES, SHORT, frozen, tiny_tokenizer
+from conftest import ARCHITECTURES, SHORT, frozen, prepared_run, tiny_tokenizer
 from softprompt import Callback, TuneConfig, load_data, tune
 from softprompt.data.encoder import Example
 from softprompt.model import memory
@@ -28,7 +28,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.training import prompt_trainer
-from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prepare import PreparedRun
 
 CPU = torch.device("cpu")
 SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
@@ -226,7 +226,7 @@ def test_where_memory_shrinks_less_is_run_at_once_before_the_step_is_tried(
 ) -> None:
     rows = load_data(reviews)
     whole = tune(llama, rows, settings()).prompt.weights
-    prepared = prepare_run(llama, rows, settings())
+    prepared = prepared_run(llama, rows, settings())
     third = prepared.step_bytes([prepared.examples[i] for i in range(8)]) / 3
     ran: list[int] = []
     callback = Sizes()

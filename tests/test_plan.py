@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from conftest import as_prompt, frozen, tiny_model, tiny_tokenizer
+from conftest import as_prompt, frozen, prepared_run, tiny_model, tiny_tokenizer
 from softprompt import SoftPrompt, TuneConfig, load_data, tune
 from softprompt.data.encoder import Encoder
 from softprompt.data.lazy_examples import LazyExamples
@@ -20,12 +20,11 @@ from softprompt.data.templates import make_format
 from softprompt.errors import DataError, InputError, PromptError, SettingsError
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt import initialization as starting
 from softprompt.prompt import registry
-from softprompt.prompt import start as starting
 from softprompt.prompt.nearest_tokens import nearest_tokens
 from softprompt.prompt.soft_prompt import Record, base_model_record
 from softprompt.training import prepare as planning
-from softprompt.training.prepare import prepare_run
 
 SHORT = {"max_steps": 4, "batch_size": 4, "num_virtual_tokens": 3}
 
@@ -52,7 +51,7 @@ def source(llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_prompt_goes_on_from_another_and_reads_rows_as_it_did(
     name: str, source: SoftPrompt, llama: FrozenModel, reviews: Path
 ) -> None:
-    prepared = prepare_run(llama, load_data(reviews), TuneConfig(init=f"prompt:{name}"))
+    prepared = prepared_run(llama, load_data(reviews), TuneConfig(init=f"prompt:{name}"))
     assert torch.equal(prepared.start, source.weights)
     assert prepared.config.num_virtual_tokens == 3
     assert prepared.encoder.format.template == "Review: {{ text }}\nIs it good?"
@@ -67,14 +66,14 @@ def test_going_on_continues_where_the_other_stood(
     # The first evaluation of the new run, before any step, is the old prompt's.
     tune(llama, rows, TuneConfig(init="prompt:film", max_steps=1, batch_size=4), out=tmp_path / "run")
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["validation"]
-    held = prepare_run(llama, rows, TuneConfig(init="prompt:film"))
+    held = prepared_run(llama, rows, TuneConfig(init="prompt:film"))
     assert held.scorer is not None
     assert first["loss"] == pytest.approx(held.scorer.score(llama, as_prompt(source.weights)).loss())
 
 
 def test_what_is_given_wins_over_the_other_prompts(source: SoftPrompt, llama: FrozenModel, reviews: Path) -> None:
     config = TuneConfig(init="prompt:film", template="{{ text }} ->", num_virtual_tokens=5)
-    prepared = prepare_run(llama, load_data(reviews), config)
+    prepared = prepared_run(llama, load_data(reviews), config)
     assert prepared.encoder.format.template == "{{ text }} ->"
     assert torch.equal(prepared.start, torch.cat([source.weights, source.weights[:2]]))
 
@@ -85,14 +84,14 @@ def test_labels_of_the_other_prompt_that_these_rows_lack_stay(
     del source
     wider = [{"text": "x", "label": "neutral"}, *load_data(reviews)]
     tune(llama, load_data(wider), short(eval_rows=0)).prompt.save("wider")
-    prepared = prepare_run(llama, load_data(reviews), TuneConfig(init="prompt:wider"))
+    prepared = prepared_run(llama, load_data(reviews), TuneConfig(init="prompt:wider"))
     assert list(prepared.encoder.format.verbalizers) == ["negative", "neutral", "positive"]
 
 
 def test_rows_of_another_kind_take_the_virtual_tokens_alone(source: SoftPrompt, llama: FrozenModel) -> None:
     """As SPoT does (Vu et al. 2022): a source task may have other labels."""
     other = load_data([{"text": f"a text {i}", "label": "abc"[i % 3]} for i in range(60)])
-    prepared = prepare_run(llama, other, TuneConfig(init="prompt:film"))
+    prepared = prepared_run(llama, other, TuneConfig(init="prompt:film"))
     assert torch.equal(prepared.start, source.weights)
     assert list(prepared.encoder.format.verbalizers) == ["a", "b", "c"]
     assert prepared.encoder.format.template == "{{ text }}\nLabel:"
@@ -103,7 +102,7 @@ def test_a_prompt_of_pefts_is_gone_on_with(llama: FrozenModel, reviews: Path, tm
     theirs = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4))
     theirs.save_pretrained(tmp_path / "peft")
     with pytest.warns(UserWarning, match="cannot be checked"):
-        prepared = prepare_run(llama, load_data(reviews), TuneConfig(init=f"prompt:{tmp_path / 'peft'}"))
+        prepared = prepared_run(llama, load_data(reviews), TuneConfig(init=f"prompt:{tmp_path / 'peft'}"))
     assert torch.equal(prepared.start, theirs.prompt_encoder["default"].embedding.weight.detach())
     assert prepared.encoder.format.template == "{{ text }}\nLabel:"
 
@@ -111,14 +110,14 @@ def test_a_prompt_of_pefts_is_gone_on_with(llama: FrozenModel, reviews: Path, tm
 def test_a_prompt_of_another_model_cannot_be_gone_on_with(source: SoftPrompt, reviews: Path) -> None:
     del source
     with pytest.raises(PromptError, match="is another model"):
-        prepare_run(frozen("qwen2"), load_data(reviews), TuneConfig(init="prompt:film"))
+        prepared_run(frozen("qwen2"), load_data(reviews), TuneConfig(init="prompt:film"))
 
 
 @pytest.mark.parametrize("init", ["random", "labels", "vocabulary", "prompt:film"])
 def test_a_text_to_start_from_is_not_ignored(init: str, source: SoftPrompt, llama: FrozenModel, reviews: Path) -> None:
     del source
     with pytest.raises(SettingsError, match="init_text is read with init=text only"):
-        prepare_run(llama, load_data(reviews), TuneConfig(init=init, init_text="Is this film good?"))
+        prepared_run(llama, load_data(reviews), TuneConfig(init=init, init_text="Is this film good?"))
 
 
 def test_validation_rows_that_were_trained_on_are_reported(llama: FrozenModel, reviews: Path) -> None:
@@ -126,10 +125,10 @@ def test_validation_rows_that_were_trained_on_are_reported(llama: FrozenModel, r
     other = load_data([{"text": f"no such text {i}", "label": "positive"} for i in range(7)])
     both = Rows((*rows.rows[:5], *other.rows), rows.task, "both")
     with pytest.warns(UserWarning, match="5 of 12 validation rows ask what a training row asks too"):
-        prepare_run(llama, rows, short(), both)
+        prepared_run(llama, rows, short(), both)
     # Rows that softprompt holds back itself share no input with those it trains on: a warning would fail this test.
     twice = Rows((*rows.rows, *rows.rows), rows.task, "twice")
-    prepare_run(llama, twice, short())
+    prepared_run(llama, twice, short())
 
 
 def test_a_row_that_will_not_fit_in_memory_is_said_before_the_first_step(
@@ -137,7 +136,7 @@ def test_a_row_that_will_not_fit_in_memory_is_said_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
     with pytest.warns(UserWarning, match=r"the longest row alone needs about .* GB are free: lower max_length"):
-        prepare_run(llama, load_data(reviews), short())
+        prepared_run(llama, load_data(reviews), short())
 
 
 @pytest.mark.parametrize(("free", "expected"), [(10**12, range(1024, 1025)), (0, range(1, 2)), (10**6, range(9, 100))])
@@ -145,7 +144,7 @@ def test_what_is_run_at_once_follows_from_the_free_memory(
     free: int, expected: range, llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("softprompt.model.memory.available_memory", lambda _device: free)
-    prepared = prepare_run(llama, load_data(reviews), short())
+    prepared = prepared_run(llama, load_data(reviews), short())
     assert prepared.config.micro_batch_tokens in expected
     assert prepared.reasons["micro_batch_tokens"].startswith("free memory")
 
@@ -212,7 +211,7 @@ def test_a_deep_prefix_starts_from_a_text_that_lists_all_labels_while_they_fit(l
     names = [f"team_{n}" for n in range(12)]
     rows = load_data([{"text": f"a parcel {n}", "label": names[n % 12]} for n in range(120)])
     config = TuneConfig(max_length=64, method="prefix-tuning")
-    prepared = prepare_run(llama, rows, config)
+    prepared = prepared_run(llama, rows, config)
     assert prepared.config.init == "text"
     assert prepared.config.init_text is not None
     assert all(name.replace("_", " ") in prepared.config.init_text for name in names)
@@ -220,7 +219,7 @@ def test_a_deep_prefix_starts_from_a_text_that_lists_all_labels_while_they_fit(l
     assert torch.equal(prepared.start, llama.prefix(llama.embed(ids)).stacked())
     many = [f"a team of the name of {n}" for n in range(60)]
     rows = load_data([{"text": f"a parcel {n}", "label": many[n % 60]} for n in range(600)])
-    prepared = prepare_run(llama, rows, config)
+    prepared = prepared_run(llama, rows, config)
     assert prepared.config.init == "labels"
     assert prepared.config.num_virtual_tokens == prepared.start.shape[-2] == 60
 
@@ -229,7 +228,7 @@ def test_a_deep_prefix_starts_from_a_text_that_lists_all_labels_while_they_fit(l
 def test_a_soft_prompt_of_many_labels_starts_from_rows_of_some(words: int, rows: int) -> None:
     model = freeze(tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer(), "tiny")
     records = [{"text": f"parcel {n}" + " never" * words, "label": f"team {n % 40}"} for n in range(200)]
-    prepared = prepare_run(model, load_data(records), TuneConfig(max_length=200))
+    prepared = prepared_run(model, load_data(records), TuneConfig(max_length=200))
     text = model.tokenizer.decode(
         [int((model.embed(range(400)) - token).norm(dim=1).argmin()) for token in prepared.start]
     )
@@ -237,39 +236,39 @@ def test_a_soft_prompt_of_many_labels_starts_from_rows_of_some(words: int, rows:
     assert prepared.config.init == ("examples" if rows else "text")
     assert text.startswith("Classify the text:\n" if rows else "Classify the text as")
     assert len(set(shown)) == len(shown) == rows
-    deep = prepare_run(model, load_data(records), TuneConfig(max_length=200, method="prefix-tuning"))
+    deep = prepared_run(model, load_data(records), TuneConfig(max_length=200, method="prefix-tuning"))
     assert deep.config.init == "text"
 
 
 @pytest.mark.parametrize(("labels", "loss"), [(3, "target"), (10, "target"), (11, "labels"), (40, "labels")])
 def test_many_labels_are_told_from_each_other(llama: FrozenModel, labels: int, loss: str) -> None:
     rows = load_data([{"text": f"a parcel {n}", "label": f"team {n % labels}"} for n in range(max(60, 4 * labels))])
-    prepared = prepare_run(llama, rows, TuneConfig(max_length=64))
+    prepared = prepared_run(llama, rows, TuneConfig(max_length=64))
     assert prepared.config.loss == loss
     assert all(bool(prepared.examples[i].candidate_ids) == (loss == "labels") for i in prepared.indices_seen)
-    plain = prepare_run(llama, rows, TuneConfig(max_length=64, loss="target"))
-    assert not any(plain.examples[i].candidate_ids for i in plain.taken)
-    assert prepare_run(llama, rows, TuneConfig(max_length=64, loss="labels")).examples[0].candidate_ids
-    assert prepare_run(llama, rows, TuneConfig(max_length=64, method="prefix-tuning")).config.loss == "target"
+    plain = prepared_run(llama, rows, TuneConfig(max_length=64, loss="target"))
+    assert not any(plain.examples[i].candidate_ids for i in plain.indices_seen)
+    assert prepared_run(llama, rows, TuneConfig(max_length=64, loss="labels")).examples[0].candidate_ids
+    assert prepared_run(llama, rows, TuneConfig(max_length=64, method="prefix-tuning")).config.loss == "target"
 
 
 def test_what_has_no_labels_has_none_to_be_told_from(llama: FrozenModel) -> None:
     rows = load_data([{"input": f"{i} and {i}", "target": str(2 * i)} for i in range(30)])
     with pytest.raises(SettingsError, match="loss=labels is for classification, and completion has none"):
-        prepare_run(llama, rows, TuneConfig(max_length=64, loss="labels"))
+        prepared_run(llama, rows, TuneConfig(max_length=64, loss="labels"))
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 def test_a_prompt_for_completions_starts_from_examples_if_one_is_short_enough(llama: FrozenModel, method: str) -> None:
     rows = load_data([{"input": f"{i} and {i}", "target": str(2 * i)} for i in range(30)])
-    prepared = prepare_run(llama, rows, TuneConfig(method=method, max_length=64))  # type: ignore[arg-type]
-    same = prepare_run(llama, rows, TuneConfig(method=method, max_length=64, init="examples"))  # type: ignore[arg-type]
+    prepared = prepared_run(llama, rows, TuneConfig(method=method, max_length=64))  # type: ignore[arg-type]
+    same = prepared_run(llama, rows, TuneConfig(method=method, max_length=64, init="examples"))  # type: ignore[arg-type]
     assert prepared.config.init == "examples"
     assert torch.equal(prepared.start, same.start)
     long = load_data([{"input": f"{i} and {i} " * 60, "target": str(2 * i)} for i in range(30)])
-    assert prepare_run(llama, long, TuneConfig(method=method, max_length=64)).config.init == "text"  # type: ignore[arg-type]
+    assert prepared_run(llama, long, TuneConfig(method=method, max_length=64)).config.init == "text"  # type: ignore[arg-type]
     said = TuneConfig(method=method, max_length=64, init_text="Add:")  # type: ignore[arg-type]
-    assert prepare_run(llama, rows, said).config.init == "text"
+    assert prepared_run(llama, rows, said).config.init == "text"
 
 
 def test_a_soft_prompt_starts_from_examples_if_one_of_every_label_is_short_enough(
@@ -281,7 +280,7 @@ def test_a_soft_prompt_starts_from_examples_if_one_of_every_label_is_short_enoug
             if not text
             else load_data([{"text": f"{text}{i}", "label": str(i % 2)} for i in range(30)])
         )
-        return prepare_run(llama, rows, TuneConfig(max_length=64, **settings)).config.init  # type: ignore[arg-type]
+        return prepared_run(llama, rows, TuneConfig(max_length=64, **settings)).config.init  # type: ignore[arg-type]
 
     assert init() == "examples"
     assert init(method="prefix-tuning") == "text"
@@ -295,9 +294,9 @@ def test_where_rows_are_long_one_of_every_label_is_shown(llama: FrozenModel, mon
     rows = load_data([{"text": f"a film {i}", "label": str(i % 3)} for i in range(30)])
 
     def start(usual: int, longest: int = 512) -> tuple[str, int]:
-        monkeypatch.setattr("softprompt.prompt.start.EXAMPLE_TOKENS", usual)
-        monkeypatch.setattr("softprompt.prompt.start._LONGEST_TEXT", longest)
-        prepared = prepare_run(llama, rows, TuneConfig(max_length=64))
+        monkeypatch.setattr("softprompt.prompt.initialization._EXAMPLES_TOKENS", usual)
+        monkeypatch.setattr("softprompt.prompt.initialization._MAX_TEXT_TOKENS", longest)
+        prepared = prepared_run(llama, rows, TuneConfig(max_length=64))
         ids = [int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in prepared.start]
         assert len(ids) == prepared.start.shape[0] == prepared.config.num_virtual_tokens
         return prepared.config.init, llama.tokenizer.decode(ids).count("Label:")
@@ -311,7 +310,7 @@ def test_where_rows_are_long_one_of_every_label_is_shown(llama: FrozenModel, mon
 
 def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
-    prepared = prepare_run(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))
+    prepared = prepared_run(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))
     text = llama.tokenizer.decode(
         [int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in prepared.start]
     )
@@ -322,19 +321,19 @@ def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel
     assert all(f"{row['text']}\nLabel: {row['label']}" in text or row["text"] not in text for row in rows)
     held = [row["text"] for row in prepared.validation or ()]
     assert not any(normalized_input in text.splitlines() for normalized_input in held)
-    again = prepare_run(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))
-    other = prepare_run(llama, rows, TuneConfig(init="examples", seed=4, max_length=64))
+    again = prepared_run(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))
+    other = prepared_run(llama, rows, TuneConfig(init="examples", seed=4, max_length=64))
     assert torch.equal(prepared.start, again.start)
     assert prepared.start.shape != other.start.shape or not torch.equal(prepared.start, other.start)
-    assert len(prepare_run(llama, rows, TuneConfig(init="examples", num_virtual_tokens=30)).start) == 30
+    assert len(prepared_run(llama, rows, TuneConfig(init="examples", num_virtual_tokens=30)).start) == 30
 
 
 def test_of_a_large_file_that_is_sorted_by_label_every_label_is_shown(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starting, "_SHOWN", 8)
+    monkeypatch.setattr(starting, "_MAX_CANDIDATE_ROWS", 8)
     rows = load_data([{"text": "film", "label": label} for label in ("good", "bad", "dull") for _ in range(20)])
-    prepared = prepare_run(llama, rows, TuneConfig(init="examples", eval_rows=0, max_steps=20, max_length=64))
+    prepared = prepared_run(llama, rows, TuneConfig(init="examples", eval_rows=0, max_steps=20, max_length=64))
     text = llama.tokenizer.decode(
         [int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in prepared.start]
     )
@@ -353,9 +352,9 @@ def test_of_a_large_file_that_is_sorted_by_label_every_label_is_shown(
 def test_a_long_soft_prompt_learns_at_a_lower_rate(
     llama: FrozenModel, reviews: Path, method: str, tokens: int, rate: float
 ) -> None:
-    prepared = prepare_run(llama, load_data(reviews), TuneConfig(method=method, num_virtual_tokens=tokens))
+    prepared = prepared_run(llama, load_data(reviews), TuneConfig(method=method, num_virtual_tokens=tokens))
     assert prepared.config.learning_rate == rate
-    given = prepare_run(
+    given = prepared_run(
         llama, load_data(reviews), TuneConfig(method=method, num_virtual_tokens=tokens, learning_rate=1)
     )
     assert given.config.learning_rate == 1

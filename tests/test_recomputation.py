@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, SHORT, Command, frozen, tiny_tokenizer
+from conftest import ARCHITECTURES, SHORT, Command, frozen, prepared_run, tiny_tokenizer
 from softprompt import TuneConfig, load_data, tune
 from softprompt.data.encoder import Example
 from softprompt.errors import SettingsError
@@ -23,7 +23,6 @@ from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure
 from softprompt.training import prepare as planning
 from softprompt.training import prompt_trainer
-from softprompt.training.prepare import prepare_run
 from test_gradient import examples_of, start
 from test_memory import Live, kept_bytes
 
@@ -168,21 +167,21 @@ def test_it_is_done_where_the_longest_row_does_not_fit_otherwise(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = load_data([{"text": "the parcel never came " * n} for n in (1, 3, 60)])
-    ample = prepare_run(llama, rows, settings(eval_rows=0))
+    ample = prepared_run(llama, rows, settings(eval_rows=0))
     assert ample.config.gradient_checkpointing is False
     assert ample.reasons["gradient_checkpointing"] == "the longest row fits in memory"
     longest = max(ample.examples[i] for i in range(3))
     needed = ample.step_bytes([longest])
     monkeypatch.setattr(planning, "available_memory", lambda _device: needed * 0.9)
-    tight = prepare_run(llama, rows, settings(eval_rows=0))  # a warning would fail this test
+    tight = prepared_run(llama, rows, settings(eval_rows=0))  # a warning would fail this test
     assert tight.config.gradient_checkpointing is True
     assert tight.reasons["gradient_checkpointing"] == "the longest row does not fit in memory otherwise"
     assert tight.step_bytes([longest]) < needed * 0.9
-    assert prepare_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=True)).step_bytes([longest]) < needed
+    assert prepared_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=True)).step_bytes([longest]) < needed
     monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
     for given in (None, False, True):
         with pytest.warns(UserWarning, match="the longest row alone needs about"):
-            prepared = prepare_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=given))
+            prepared = prepared_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=given))
         assert prepared.config.gradient_checkpointing == (given is not False)
 
 
@@ -190,7 +189,7 @@ def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path, monkeypa
     monkeypatch.setattr(memory, "available_memory", lambda _device: 3 * 10**6)
     given = {"micro_batch_tokens": None, "eval_rows": 0}
     once, twice = (
-        prepare_run(llama, load_data(reviews), settings(gradient_checkpointing=on, **given)).config.micro_batch_tokens
+        prepared_run(llama, load_data(reviews), settings(gradient_checkpointing=on, **given)).config.micro_batch_tokens
         for on in (False, True)
     )
     assert once is not None
@@ -200,13 +199,15 @@ def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path, monkeypa
 
 def test_a_way_that_cannot_says_so(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gptj, rows = frozen("gptj"), load_data(reviews)
-    with pytest.raises(SettingsError, match=r"gradient_checkpointing: the layers of GPTJForCausalLM .*\(cached\)"):
-        prepare_run(gptj, rows, settings(gradient_checkpointing=True))
+    with pytest.raises(
+        SettingsError, match=r"gradient_checkpointing: the .* backend cannot run this model's layers again"
+    ):
+        prepared_run(gptj, rows, settings(gradient_checkpointing=True))
     monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
     with pytest.warns(UserWarning, match="the longest row alone needs about"):
-        prepared = prepare_run(gptj, rows, settings())
+        prepared = prepared_run(gptj, rows, settings())
     assert prepared.config.gradient_checkpointing is False
-    assert prepared.reasons["gradient_checkpointing"] == "not on the cached way"
+    assert prepared.reasons["gradient_checkpointing"] == f"not supported by the {gptj.backend.name} backend"
 
 
 def test_check_says_it(command: Command, llama_folder: Path, reviews: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from conftest import SHORT, Command
+from conftest import SHORT, Command, prepared_run
 from softprompt.cli import progress
 from softprompt.cli.demo import gain
 from softprompt.cli.progress import ProgressLine, TerminalCallback
@@ -23,7 +23,7 @@ from softprompt.data.rows import load_data
 from softprompt.evaluation.intervals import Metric
 from softprompt.formatting import clock, short_metric
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prepare import PreparedRun
 from softprompt.training.throughput import RenderedRow
 
 LINES, COLUMNS = 24, 80
@@ -36,7 +36,7 @@ def planned(llama: FrozenModel, reviews: Path) -> Made:
 
     def make(*assignments: str, file: Path | None = None) -> tuple[PreparedRun, dict[str, str]]:
         config, origins = read_settings(TuneConfig, file, ["num_virtual_tokens=5", *assignments])
-        return prepare_run(llama, load_data(reviews), config), origins
+        return prepared_run(llama, load_data(reviews), config), origins
 
     return make
 

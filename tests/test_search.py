@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import prepared_run
 from softprompt.config import TuneConfig
 from softprompt.data.batching import batch_indices
-from softprompt.data.rows import Task, load_data
+from softprompt.data.rows import Rows, Task, load_data
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
 from softprompt.training import tune as tuning
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prepare import PreparedRun, prepare_data
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.search import candidates, search
 from softprompt.training.throughput import RunEstimate, estimate_run
@@ -34,6 +35,10 @@ class Notes(Callback):
 
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
         self.tried.append((settings, step, loss))
+
+
+def searched(model: FrozenModel, rows: Rows, config: TuneConfig, callback: Callback) -> dict[str, Any]:
+    return search(prepare_data(model, rows, config), config, callback)
 
 
 def test_only_what_was_left_open_is_searched() -> None:
@@ -54,7 +59,7 @@ def test_only_what_was_left_open_is_searched() -> None:
 
 def test_the_better_half_goes_on_and_the_best_of_it_is_chosen(llama: FrozenModel, reviews: Path) -> None:
     notes = Notes()
-    chosen = search(llama, load_data(reviews), short(**OPEN), None, notes)
+    chosen = searched(llama, load_data(reviews), short(**OPEN), notes)
     first, second = notes.tried[:6], notes.tried[6:]
     assert [step for _, step, _ in first] == [1] * 6
     assert [step for _, step, _ in second] == [3] * 3
@@ -66,7 +71,7 @@ def test_the_better_half_goes_on_and_the_best_of_it_is_chosen(llama: FrozenModel
 def test_starts_that_are_the_same_are_tried_once(llama: FrozenModel, reviews: Path) -> None:
     """Examples of both labels do not fit in 5 virtual tokens: what is usual is then the text."""
     notes = Notes()
-    search(llama, load_data(reviews), short(**{**OPEN, "num_virtual_tokens": 5}), None, notes)
+    searched(llama, load_data(reviews), short(**{**OPEN, "num_virtual_tokens": 5}), notes)
     assert [step for _, step, _ in notes.tried] == [1] * 3 + [3] * 2
 
 
@@ -100,14 +105,14 @@ def test_where_there_is_nothing_to_choose_nothing_is_run(
     settings: dict[str, Any], llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(searching, "PromptTrainer", lambda *_: pytest.fail("a candidate was run"))
-    assert search(llama, load_data(reviews), short(**settings), None, Callback()) == {}
+    assert searched(llama, load_data(reviews), short(**settings), Callback()) == {}
 
 
 def test_a_start_that_does_not_fit_is_none(llama: FrozenModel) -> None:
     """A text with 300 labels is longer than a prompt can be."""
     rows = load_data([{"text": f"film {n}", "label": f"a label of some words number {n // 2}"} for n in range(600)])
     notes = Notes()
-    search(llama, rows, short(max_steps=4, eval_rows=20, num_virtual_tokens=None), None, notes)
+    searched(llama, rows, short(max_steps=4, eval_rows=20, num_virtual_tokens=None), notes)
     assert {s["init"] for s, *_ in notes.tried} == {"auto"}
 
 
@@ -128,7 +133,7 @@ def test_where_scoring_takes_all_the_time_nothing_is_searched(
 
 def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -> None:
     """The second rung's loss is that of three steps in one go."""
-    prepared = prepare_run(llama, load_data(reviews), short(**OPEN))
+    prepared = prepared_run(llama, load_data(reviews), short(**OPEN))
     losses = []
     for rungs in ((1, 3), (3,)):
         loop = PromptTrainer(llama, prepared)
@@ -145,7 +150,7 @@ def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -
 def test_a_rate_whose_loss_is_not_finite_is_never_the_best(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepare_run(llama, load_data(reviews), short(**OPEN))
+    prepared = prepared_run(llama, load_data(reviews), short(**OPEN))
     loop = PromptTrainer(llama, prepared)
     monkeypatch.setattr(loop, "gradient", lambda _batch: float("nan"))
     assert loop.tried(3) == float("inf")
@@ -222,7 +227,7 @@ def test_a_forecast_of_a_short_run_scores_fewer_rows(llama: FrozenModel, reviews
 
     def run_estimate(minutes: float) -> tuple[PreparedRun, RunEstimate]:
         given = short(max_steps=None, eval_every=None, eval_rows=500, max_minutes=minutes)
-        prepared = prepare_run(llama, rows, given, asked)
+        prepared = prepared_run(llama, rows, given, asked)
         return prepared, estimate_run(llama, prepared, given)
 
     assert run_estimate(100)[1].eval_rows == 500
@@ -239,7 +244,7 @@ def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None
 
     def steps(given: TuneConfig) -> float:
         """Of the whole time, evaluations left out; all of it is counted in steps, and the clock plays no part."""
-        prepared = replace(prepare_run(llama, rows, given), validation=None, scorer=None)
+        prepared = replace(prepared_run(llama, rows, given), validation=None, scorer=None)
         run_estimate = estimate_run(llama, prepared, given)
         return 60 * run_estimate.minutes / run_estimate.step_seconds
 
@@ -252,7 +257,7 @@ def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None
 def test_a_forecast_counts_the_labels_that_are_scored_at_the_end(llama: FrozenModel) -> None:
     rows = load_data([{"text": f"a film {n}", "label": f"of the year {n % 12}"} for n in range(120)])
     given = short()
-    prepared = prepare_run(llama, rows, given)
+    prepared = prepared_run(llama, rows, given)
     scorer = prepared.label_scorer()
     assert scorer is not None
 
@@ -273,7 +278,7 @@ def test_a_forecast_counts_the_labels_that_are_scored_at_the_end(llama: FrozenMo
 def test_a_short_run_times_fewer_steps(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
 ) -> None:
-    loop = PromptTrainer(llama, prepare_run(llama, load_data(reviews), short()))
+    loop = PromptTrainer(llama, prepared_run(llama, load_data(reviews), short()))
     before, taken, gradient = loop.weights(), [], loop.gradient
     monkeypatch.setattr(loop, "gradient", lambda batch: taken.append(len(batch)) or gradient(batch))
     throughput = measure_throughput(loop, seconds)

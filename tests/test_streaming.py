@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import SHORT, Command
+from conftest import SHORT, Command, prepared_run
 from softprompt import TuneConfig, load_data, tune
 from softprompt.cli.settings_tables import rows_line
 from softprompt.data import disk_rows
@@ -33,7 +33,6 @@ from softprompt.data.rows import Row, Rows
 from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.errors import DataError, StorageError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.prepare import prepare_run
 from softprompt.training.throughput import estimate_run
 
 FEW, MANY = 5_000, 25_000
@@ -144,7 +143,7 @@ def test_a_plan_is_the_same_for_rows_in_a_temporary_file(
     llama: FrozenModel, reviews: Path, spooled: Callable[[Any], Rows]
 ) -> None:
     config = TuneConfig(max_steps=3, batch_size=4, max_length=20, init="vocabulary")
-    one, other = prepare_run(llama, load_data(reviews), config), prepare_run(llama, spooled(reviews), config)
+    one, other = prepared_run(llama, load_data(reviews), config), prepared_run(llama, spooled(reviews), config)
     assert list(one.examples) == list(other.examples)
     assert one.config == other.config
     assert one.length_stats == other.length_stats
@@ -305,7 +304,7 @@ def long_and_short(count: int, task: str = "classification") -> Rows:
 def test_a_plan_encodes_each_row_that_is_taken_once(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Encoded(monkeypatch)
     config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
-    prepared = prepare_run(llama, long_and_short(200), config)
+    prepared = prepared_run(llama, long_and_short(200), config)
     drawn = sorted(i for step in range(3) for i in batch_indices(180, 5, step, 0))
     assert prepared.indices_seen.tolist() == drawn
     assert encoded.rows == [int(prepared.train[i]["n"]) for i in drawn]
@@ -319,7 +318,7 @@ def test_a_plan_encodes_each_row_that_is_taken_once(llama: FrozenModel, monkeypa
 
 def test_rows_that_are_cut_are_counted_once_however_often_steps_take_them(llama: FrozenModel) -> None:
     config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
-    prepared = prepare_run(llama, long_and_short(200), config)
+    prepared = prepared_run(llama, long_and_short(200), config)
     assert prepared.validation is not None
     cut = sum(int(row["n"]) % 3 == 0 for row in [*prepared.train.pick(prepared.indices_seen), *prepared.validation])
     assert prepared.encoder.truncated == cut > 0
@@ -338,5 +337,5 @@ def test_a_target_that_is_too_long_is_said_before_the_first_step_if_a_step_takes
 
     inside, outside = min(drawn), min(set(range(60)) - drawn)
     with pytest.raises(DataError, match=rf"rows, row {inside + 1}: the target alone has"):
-        prepare_run(llama, with_long_target(inside), config)
-    prepare_run(llama, with_long_target(outside), config)
+        prepared_run(llama, with_long_target(inside), config)
+    prepared_run(llama, with_long_target(outside), config)

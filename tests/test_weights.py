@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from conftest import frozen, tiny_model
+from conftest import frozen, prepared_run, tiny_model
 from softprompt.comparison.methods.weights_trainer import RANK, WeightsTrainer, lora, unfrozen
 from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Example
@@ -20,7 +20,6 @@ from softprompt.errors import RunError
 from softprompt.model import lm_head
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-from softprompt.training.prepare import prepare_run
 from test_gradient import told_apart
 from test_training import short, weights_hash
 from test_work import Made
@@ -37,7 +36,7 @@ def learning(model: FrozenModel, method: str, seed: int = 0) -> Iterator[FrozenM
 
 
 def loop_of(model: FrozenModel, reviews: Path, **settings: object) -> WeightsTrainer:
-    prepared = prepare_run(model, load_data(reviews), short(batch_size=6, micro_batch_tokens=40, **settings))
+    prepared = prepared_run(model, load_data(reviews), short(batch_size=6, micro_batch_tokens=40, **settings))
     return WeightsTrainer(model, prepared)
 
 
@@ -155,9 +154,9 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
         monkeypatch.setattr(training, "draw", noted)
         if method in ("lora", "full"):
             with learning(llama, method) as model:
-                WeightsTrainer(model, prepare_run(model, rows, short())).run()
+                WeightsTrainer(model, prepared_run(model, rows, short())).run()
         else:
-            PromptTrainer(llama, prepare_run(llama, rows, short(method=method))).run()
+            PromptTrainer(llama, prepared_run(llama, rows, short(method=method))).run()
     assert len(seen["lora"]) == 6
     assert all(drawn == seen["lora"] for drawn in seen.values())
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from conftest import ARCHITECTURES, as_prompt, tiny_tokenizer
+from conftest import ARCHITECTURES, as_prompt, prepared_run, tiny_tokenizer
 from softprompt import Callback, Rows, TuneConfig, load_data
 from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Encoder, Example
@@ -25,7 +25,7 @@ from softprompt.model import lm_head
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
-from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prepare import PreparedRun
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import RunFolder
 
@@ -70,7 +70,7 @@ def plan_of(model: FrozenModel, task: str, micro_batch_tokens: int) -> PreparedR
         max_steps=4,
         eval_rows=8,
     )
-    prepared = prepare_run(model, rows_of(task), settings)
+    prepared = prepared_run(model, rows_of(task), settings)
     assert prepared.config.loss == ("all" if task == "text" else "target")
     return prepared
 

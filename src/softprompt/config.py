@@ -17,7 +17,9 @@ from softprompt.old_names import current_settings
 
 Init = Literal["auto", "random", "vocabulary", "text", "labels", "examples"]
 Method = Literal["prompt-tuning", "prefix-tuning"]
-MOST_TOKENS = 1000  # of a prompt
+MAX_VIRTUAL_TOKENS = 1000
+MIN_VIRTUAL_TOKENS = 20  # of a prompt whose length is not given
+MANY_LABELS = 10  # more than these are trained and initialized in another way
 PROMPT = "prompt:"  # what an `init` that names another prompt begins with
 Budget = Literal["quick", "normal", "thorough"]
 Calibration = Literal["none", "contextual"]
@@ -87,7 +89,7 @@ class TuneConfig(FormatConfig):
         description="prompt-tuning: virtual tokens; prefix-tuning: their keys and values at every layer",
     )
     num_virtual_tokens: int | None = Field(
-        None, ge=1, le=MOST_TOKENS, description="P; the length of the initial text or examples, 20 at least"
+        None, ge=1, le=MAX_VIRTUAL_TOKENS, description="P; the length of the initial text or examples, 20 at least"
     )
     init: Annotated[str, AfterValidator(_known_init)] = Field(
         "auto",
@@ -178,12 +180,12 @@ class GenerateConfig(BaseModel):
         return self
 
 
-Settings = TypeVar("Settings", bound=BaseModel)
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
 
 def read_settings(
-    kind: type[Settings], file: Path | None = None, assignments: Sequence[str] = (), **given: Any
-) -> tuple[Settings, dict[str, str]]:
+    kind: type[ConfigType], file: Path | None = None, assignments: Sequence[str] = (), **given: Any
+) -> tuple[ConfigType, dict[str, str]]:
     """Put settings together; the later of these wins: defaults, a YAML file, the command, `NAME=VALUE` assignments.
 
     Args:
@@ -214,7 +216,7 @@ def read_settings(
     return make_config(kind, values), origins
 
 
-def make_config(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+def make_config(kind: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
     """Check values and return them as settings."""
     values = current_settings(values)
     for name in values:

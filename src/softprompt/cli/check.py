@@ -39,13 +39,14 @@ def check(
     Nothing is written. One step is run, to measure its time.
     """
     from softprompt.cli.tables import print_json
-    from softprompt.training.prepare import prepare_run
+    from softprompt.training.prepare import prepare_data, prepare_run
     from softprompt.training.throughput import estimate_run
 
     inputs = read_tune_inputs(**options)
     model, rows, config = inputs.model, inputs.rows, inputs.config
     say(f"preparing {len(rows):,} rows, and timing a step")
-    prepared = prepare_run(model, rows, config, inputs.eval_data)
+    prepared_data = prepare_data(model, rows, config, inputs.eval_data)
+    prepared = prepare_run(prepared_data, config)
     if config.max_minutes:
         config = config.model_copy(update={"max_minutes": config.max_minutes / (ensemble or 1)})
     estimate = estimate_run(model, prepared, config)
@@ -53,7 +54,7 @@ def check(
     changed = {setting: value for setting, value in length.items() if getattr(prepared.config, setting) != value}
     reasons = prepared.reasons | dict.fromkeys(changed, "what fits in max_minutes")
     if changed:  # there may be fewer validation rows
-        prepared = prepare_run(model, rows, config.model_copy(update=changed), inputs.eval_data)
+        prepared = prepare_run(prepared_data, config.model_copy(update=changed))
     prepared = replace(prepared, reasons=reasons)
     if as_json:
         print_json({**estimate.model_dump(), "settings": prepared.config.model_dump()})

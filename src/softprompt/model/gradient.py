@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from softprompt.data.encoder import Example
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.prefix import is_prefix
+from softprompt.model.prefix import Prefix, is_prefix
+
+
+class TokenLoss:
+    """The loss of each target token; an objective may compute another.
+
+    Attributes:
+        can_fuse: whether there is a `fused_loss`.
+    """
+
+    can_fuse: ClassVar[bool] = True
+
+    def loss(
+        self, model: FrozenModel, prefix: Prefix, examples: Sequence[Example], activation_checkpointing: bool
+    ) -> Tensor:
+        """Return the losses of a micro-batch behind a prefix; their sum is what the gradient is computed of."""
+        return model.loss(prefix, examples, activation_checkpointing)
+
+    def fused_loss(
+        self,
+        model: FrozenModel,
+        prompt: Tensor,
+        text: Sequence[int],
+        examples: Sequence[Example],
+        activation_checkpointing: bool,
+    ) -> Tensor:
+        """Return the same behind a soft prompt and a text, all in one pass."""
+        return model.backend.fused_loss(prompt, text, examples, activation_checkpointing)
+
+
+_TOKEN_LOSS = TokenLoss()
 
 
 def prompt_gradient(
@@ -18,6 +49,7 @@ def prompt_gradient(
     text: Sequence[int],
     micro_batches: Sequence[Sequence[Example]],
     activation_checkpointing: bool = False,
+    objective: TokenLoss = _TOKEN_LOSS,
 ) -> tuple[float, Tensor]:
     """Return the mean loss over all target tokens of a step, and its gradient on the prompt.
 
@@ -31,6 +63,7 @@ def prompt_gradient(
         text: ids that every example begins with; they are run once, with the prompt.
         micro_batches: how the step's examples are cut changes the result by rounding only.
         activation_checkpointing: run each layer of the texts' passes again in the backward pass, in less memory.
+        objective: how the loss of examples is computed.
 
     Returns:
         The loss in nats per target token, and its gradient, of the prompt's shape.
@@ -38,8 +71,8 @@ def prompt_gradient(
     prompt = prompt.detach().requires_grad_()
     targets = sum(example.targets for part in micro_batches for example in part)
     with torch.enable_grad():
-        if len(micro_batches) == 1 and model.backend.can_fuse and not is_prefix(prompt):
-            loss = model.backend.fused_loss(prompt, text, micro_batches[0], activation_checkpointing).sum()
+        if len(micro_batches) == 1 and objective.can_fuse and model.backend.can_fuse and not is_prefix(prompt):
+            loss = objective.fused_loss(model, prompt, text, micro_batches[0], activation_checkpointing).sum()
             loss.backward()
             total = float(loss.detach())
         else:
@@ -48,7 +81,7 @@ def prompt_gradient(
             total = 0.0
             for part in micro_batches:
                 # The sum: divided by the number of targets, half precision would lose the gradients of most logits.
-                loss = model.loss(leaves, part, activation_checkpointing).sum()
+                loss = objective.loss(model, leaves, part, activation_checkpointing).sum()
                 loss.backward()
                 total += float(loss.detach())
             prefix.backward(leaves)

@@ -18,7 +18,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Ensemble, make_ensemble
 from softprompt.prompt.registry import member_name
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import prepare_run
+from softprompt.training.prepare import prepare_data, prepare_run
 from softprompt.training.run_folder import RunFolder
 from softprompt.training.tune import TuneResult, data_hashes, identity_of, throughput_of, tune
 
@@ -99,7 +99,9 @@ def _tune_members(
     if folder is not None and resume:
         given, _ = folder.resume(given, identity_of(model, data, eval_data), model, members)
     elif folder is not None:
-        prepare_run(model, data, given, eval_data)  # what does not fit together is said before anything is written
+        prepare_run(
+            prepare_data(model, data, given, eval_data), given
+        )  # what does not fit together is said before anything is written
     begun = [resume and place is not None and (place / "config.yaml").exists() for place in places]
     minutes, throughput = None, None
     if given.max_minutes is not None and not all(begun):

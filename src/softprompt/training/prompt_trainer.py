@@ -87,10 +87,9 @@ class PromptTrainer(Trainer):
         needed = max(self.prepared.step_bytes(part) for part in micro_batches)
         if max(map(len, micro_batches)) > 1 and needed > self._free(needed):
             raise MemoryError
-        activation_checkpointing = bool(self.prepared.config.gradient_checkpointing)
-        return prompt_gradient(
-            self.model, prompt, self.prepared.shared_text_ids, micro_batches, activation_checkpointing
-        )
+        prepared, checkpointing = self.prepared, bool(self.prepared.config.gradient_checkpointing)
+        text = prepared.shared_text_ids
+        return prompt_gradient(self.model, prompt, text, micro_batches, checkpointing, prepared.objective)
 
     def _free(self, needed: float) -> float:
         """Return the memory that is free; what earlier steps left to the allocator too, where less is than needed."""

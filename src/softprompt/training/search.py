@@ -8,11 +8,11 @@ from itertools import product
 from typing import Any
 
 from softprompt.config import TuneConfig
-from softprompt.data.rows import Rows, Task
+from softprompt.data.rows import Task
 from softprompt.errors import SettingsError
-from softprompt.model.frozen import FrozenModel
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prepared_data import PreparedData
 from softprompt.training.prompt_trainer import PromptTrainer
 
 FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
@@ -54,27 +54,24 @@ def why_not_search(config: TuneConfig, task: Task, evaluation: float) -> str | N
     return None
 
 
-def search(
-    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, callback: Callback
-) -> dict[str, Any]:
+def search(data: PreparedData, config: TuneConfig, callback: Callback) -> dict[str, Any]:
     """Return the candidate with the lowest validation loss (successive halving, Jamieson and Talwalkar 2016).
 
     Every candidate is a run of the same rows in the same order, on the schedule of the whole run. The same settings
     and seed give the same choice.
 
     Args:
-        model: the frozen model.
-        data, eval_data: as for `tune`.
+        data: rows and model.
         config: settings; those that are given are not searched.
         callback: told of every candidate.
 
     Returns:
         Settings; none where there is nothing to choose, or no validation rows to choose by.
     """
-    tried = candidates(config, data.task)
+    tried = candidates(config, data.data.task)
     if len(tried) == 1 or config.eval_rows == 0:
         return {}
-    prepared_by_start = _prepared_by_start(model, data, config, eval_data, dict.fromkeys(init for init, _ in tried))
+    prepared_by_start = _prepared_by_start(data, config, dict.fromkeys(init for init, _ in tried))
     running: list[tuple[dict[str, Any], PromptTrainer]] = []
     for init, factor in tried:
         if init in prepared_by_start:
@@ -82,7 +79,7 @@ def search(
             assert prepared.config.learning_rate
             rate = prepared.config.learning_rate * factor
             prepared = replace(prepared, config=prepared.config.model_copy(update={"learning_rate": rate}))
-            trainer = PromptTrainer(model, prepared)
+            trainer = PromptTrainer(data.model, prepared)
             running.append(({"learning_rate": rate, "init": init}, trainer))
     for rung in _RUNGS if running[1:] else ():
         found = []
@@ -95,14 +92,12 @@ def search(
     return running[0][0]
 
 
-def _prepared_by_start(
-    model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None, starts: Iterable[str]
-) -> dict[str, PreparedRun]:
+def _prepared_by_start(data: PreparedData, config: TuneConfig, starts: Iterable[str]) -> dict[str, PreparedRun]:
     """Return a plan for each start that fits and is another than those before it."""
     prepared_by_start: dict[str, PreparedRun] = {}
     for init in starts:
         try:
-            prepared = prepare_run(model, data, config.model_copy(update={"init": init}), eval_data)
+            prepared = prepare_run(data, config.model_copy(update={"init": init}))
         except SettingsError:
             if not prepared_by_start:
                 raise

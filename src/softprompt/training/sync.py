@@ -50,10 +50,8 @@ def broadcast_plan(processes: Processes, prepared: PreparedRun, identity: dict[s
     if processes.total(lambda: torch.tensor([other]), (1,)):
         raise InputError("the processes were given different rows, models or settings; start all with the same command")
     start = load(processes.share(save({"start": prepared.start})))["start"]
-    if prepared.scorer is not None:
-        prepared.scorer.at_once, prepared.scorer.processes = fitting, processes
     memory_estimate = replace(prepared.memory_estimate, activation_checkpointing=activation_checkpointing)
-    return replace(prepared, config=config, start=start, memory_estimate=memory_estimate)
+    return prepared.share_among(processes, config, start, memory_estimate)
 
 
 def resume(

@@ -24,8 +24,9 @@ from softprompt.evaluation.scores import LabelScores, Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import EVALUATIONS, PreparedRun
+from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import Checkpoint, RunFolder, SilentRunFolder, TrainerState
+from softprompt.training.settings import EVALUATIONS
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 TIMED = 4  # steps at most

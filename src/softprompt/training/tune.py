@@ -15,7 +15,7 @@ import torch
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
-from softprompt.distributed.collective import Processes, launched
+from softprompt.distributed.collective import launched
 from softprompt.distributed.launch import fewer_than_asked_for
 from softprompt.distributed.signals import saves_before_it_ends, stops_together
 from softprompt.evaluation.scores import Scores
@@ -25,7 +25,8 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import Record, SoftPrompt
 from softprompt.training import sync
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import PreparedRun, most_steps, prepare_run
+from softprompt.training.prepare import PreparedRun, most_steps, prepare_data, prepare_run
+from softprompt.training.prepared_data import PreparedData
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import BASE_MODEL, RunFolder, SilentRunFolder
 from softprompt.training.search import search, why_not_search
@@ -110,9 +111,10 @@ def tune(
         given = config or TuneConfig()
         if resume:
             given, state = sync.resume(processes, run, given, identity, model)
-            prepared = prepare_run(model, data, given, eval_data)
+            prepared = prepare_run(prepare_data(model, data, given, eval_data, processes), given)
         else:
-            prepared = _prepared(model, data, given, eval_data, processes, identity, callback, throughput)
+            prepared_data = prepare_data(model, data, given, eval_data, processes)
+            prepared = _prepared(prepared_data, given, identity, callback, throughput)
         prepared = sync.broadcast_plan(processes, prepared, identity)
         if not resume:
             run.begin(prepared.config, identity)
@@ -138,25 +140,24 @@ def tune(
 
 
 def _prepared(
-    model: FrozenModel,
-    data: Rows,
+    data: PreparedData,
     config: TuneConfig,
-    eval_data: Rows | None,
-    processes: Processes,
     identity: dict[str, str],
     callback: Callback,
     throughput: Throughput | None,
 ) -> PreparedRun:
     """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
-    began, reasons = time.monotonic(), {}
+    began, reasons, processes = time.monotonic(), {}, data.processes
     with reproducible(config.threads):
         seconds, most = 60 * (config.max_minutes or 0), None
         if not seconds:
             throughput = None
         else:
-            pilot = sync.broadcast_plan(processes, prepare_run(model, data, config, eval_data), identity)
+            pilot = sync.broadcast_plan(processes, prepare_run(data, config), identity)
             most = most_steps(pilot, config)
-            throughput = throughput or measure_throughput(PromptTrainer(model, pilot, processes=processes), seconds)
+            throughput = throughput or measure_throughput(
+                PromptTrainer(data.model, pilot, processes=processes), seconds
+            )
         if config.budget == "thorough":
             # The search takes shares of the steps that there will be.
             steps = (
@@ -164,9 +165,9 @@ def _prepared(
                 if throughput
                 else config.max_steps
             )
-            chosen, why = {}, why_not_search(config, data.task, throughput.evaluation if throughput else 0.0)
+            chosen, why = {}, why_not_search(config, data.data.task, throughput.evaluation if throughput else 0.0)
             if why is None:
-                chosen = search(model, data, config.model_copy(update={"max_steps": steps}), eval_data, callback)
+                chosen = search(data, config.model_copy(update={"max_steps": steps}), callback)
             else:
                 warnings.warn(f"no search: {why}", stacklevel=3)
             chosen = json.loads(processes.share(json.dumps(chosen).encode()))
@@ -180,7 +181,7 @@ def _prepared(
                 del fit_to_budget["max_steps"]
             config = config.model_copy(update=json.loads(processes.share(json.dumps(fit_to_budget).encode())))
             reasons |= dict.fromkeys(fit_to_budget, f"{config.max_minutes:.3g} minutes")
-    prepared = prepare_run(model, data, config, eval_data)
+    prepared = prepare_run(data, config)
     return replace(prepared, reasons={**prepared.reasons, **reasons})
 
 
@@ -188,7 +189,7 @@ def throughput_of(model: FrozenModel, data: Rows, config: TuneConfig, eval_data:
     """Return how long steps and evaluations of a run of `max_minutes` take, for several like it."""
     assert config.max_minutes
     with reproducible(config.threads):
-        trainer = PromptTrainer(model, prepare_run(model, data, config, eval_data))
+        trainer = PromptTrainer(model, prepare_run(prepare_data(model, data, config, eval_data), config))
         return measure_throughput(trainer, 60 * config.max_minutes)
 
 

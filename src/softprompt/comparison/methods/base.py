@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,8 @@ from softprompt.prompt.ensemble import AnyPrompt
 from softprompt.prompt.soft_prompt import BasePrompt
 from softprompt.storage import read_json_object
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import PreparedRun, prepare_run
+from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
+from softprompt.training.prepared_data import PreparedData
 
 Equal = Literal["time", "examples"]
 _FORMAT = "format.json"
@@ -56,10 +58,15 @@ class Protocol:
         assert self.config.max_minutes
         return 60 * self.config.max_minutes
 
+    @cached_property
+    def _data(self) -> PreparedData:
+        """What all methods learn from."""
+        return prepare_data(self.model, self.train, self.config, self.validation)
+
     def prepared(self, **settings: object) -> PreparedRun:
         """Make the plan of a method: the same rows, template and batches for all."""
         config = self.config.model_copy(update={"max_minutes": None, **settings})
-        return prepare_run(self.model, self.train, config, self.validation)
+        return prepare_run(self._data, config)
 
 
 @dataclass

@@ -129,7 +129,7 @@ class WeightsTrainer(Trainer):
         with torch.enable_grad():
             for part in learnable:
                 # The sum, as of a prompt: in float16 most of a mean's gradients would be lost.
-                loss = self.model.loss(Prefix(), part, activation_checkpointing).sum()
+                loss = self.prepared.objective.loss(self.model, Prefix(), part, activation_checkpointing).sum()
                 loss.backward()
                 total += float(loss.detach())
         for parameter in self.learned.values():
