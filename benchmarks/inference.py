@@ -19,7 +19,8 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import LabelScorer
 from softprompt.prompt.initialization import task_text, text_prompt
-from softprompt.prompt.soft_prompt import Record, SoftPrompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 LIKELIHOODS_AGREE = 1e-3  # nats
 PARTS = 3  # that a long evaluation is cut into, so that both sides take turns

@@ -23,7 +23,7 @@ import softprompt as sp
 from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import LabelScorer
-from softprompt.prompt.soft_prompt import Record
+from softprompt.prompt.record import Record
 from softprompt.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results" / "label_requests.json"

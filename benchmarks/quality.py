@@ -53,7 +53,9 @@ from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import make_ensemble
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, load_soft_prompt
+from softprompt.prompt.loading import load_soft_prompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import NOWHERE

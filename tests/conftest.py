@@ -29,7 +29,8 @@ from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import BaseModelRecord
 from softprompt.prompt.ensemble import AnyPrompt, Ensemble
-from softprompt.prompt.soft_prompt import BasePrompt, Record, SoftPrompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import BasePrompt, SoftPrompt
 from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
 
 logging.set_verbosity_error()

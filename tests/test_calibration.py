@@ -34,8 +34,9 @@ from softprompt.evaluation.scores import (
 )
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import load_prompt, make_ensemble
-from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt
+from softprompt.prompt.ensemble import make_ensemble
+from softprompt.prompt.loading import load_prompt, load_soft_prompt
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.tune import tune
 from test_evaluation import ONE_TOKEN, SEVERAL_TOKENS, TEXTS, labelled, prompt_for, soft_prompt, token_losses
 from test_work import counted

@@ -19,7 +19,9 @@ from softprompt.errors import DataError
 from softprompt.evaluation import completions
 from softprompt.evaluation.completions import Completions, complete
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 WORDS = ["the", "parcel", "never", "came", "and", "I", "want", "my", "money", "back"]
 ROWS = [

@@ -23,9 +23,11 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.prompt.ensemble import load_prompt
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.loading import load_prompt
 from softprompt.prompt.nearest_tokens import nearest_tokens
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import Callback
 from softprompt.training.tune import tune
 from test_gradient import examples_of, relative
@@ -131,7 +133,7 @@ def test_peft_loads_a_saved_prefix_and_gives_the_same_greedy_tokens(architecture
     whole = peft_model.generate(**ids, max_new_tokens=16, do_sample=False)[0]
     expected = model.tokenizer.decode(whole[ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert generate(model, [text], again, GenerateConfig(max_new_tokens=16)) == [expected]
-    assert "deep prefix" in (tmp_path / "prefix" / "README.md").read_text()
+    assert "learned prefix" in (tmp_path / "prefix" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, CartridgeConfig])
@@ -145,7 +147,7 @@ def test_a_prefix_that_peft_saved_gives_the_same_logits(kind: type[PrefixTuningC
     model = frozen("llama")
     ids = model.tokenizer("the parcel never came", return_tensors="pt")["input_ids"]
     expected = theirs(input_ids=ids).logits[0, -1]
-    found, _ = model.read(model.prefix(prompt.weights), [ids[0].tolist()])
+    found, _ = model.prefill(model.prefix(prompt.weights), [ids[0].tolist()])
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -23,7 +23,9 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.intervals import bootstrap, proportion
 from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 BACKENDS = {"llama": "packed", "gptj": "padded", "gpt2": "packed"}
 TEXTS = ["a fine film", "what a waste of time and money", "the parcel never came", "hello", "good? bad!", "naïve ☕"]

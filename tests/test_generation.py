@@ -18,7 +18,9 @@ from softprompt.generation import continue_ids, generate
 from softprompt.model.backends.base import Backend
 from softprompt.model.frozen import _MAX_CACHED, FrozenModel
 from softprompt.model.prefix import Prefix
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 TEXTS = ["the parcel never came and", "a fine film", "what", "hello world I want my money back please"]
 NEW = 12

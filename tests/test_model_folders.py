@@ -19,7 +19,9 @@ from softprompt.model.fingerprint_v1 import first_fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.load import load_model, require_complete
 from softprompt.prompt.base_model import BaseModelRecord, base_model_record
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, load_soft_prompt
+from softprompt.prompt.loading import load_soft_prompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 SHAPE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 SHORT = ["--set", "max_steps=1", "--set", "eval_rows=0", "--set", "num_virtual_tokens=3"]
@@ -206,7 +208,7 @@ def test_a_prompt_of_a_relative_model_is_used_from_anywhere(
     shutil.move(tmp_path / "models" / "tiny", tmp_path / "moved")
     done = fails("evaluate", tmp_path / "run/prompt", reviews)
     assert f"the prompt was trained on {record['path']}, a folder or file that is not here" in done.err
-    assert "say with --model" in done.err
+    assert "give its path with --model" in done.err
     assert command("evaluate", tmp_path / "run/prompt", reviews, "--model", tmp_path / "moved").code == 0
     # On another machine it may lie where its name says.
     shutil.copytree(tmp_path / "moved", elsewhere / "models" / "tiny")
@@ -217,12 +219,13 @@ def test_an_old_record_that_names_a_folder_is_never_asked_for_on_the_hub(llama: 
     first = first_fingerprint(llama)
     for name in ("tiny", "models/tiny", "../models/tiny", "C:\\models\\tiny", "/models/tiny", "~/tiny"):
         with pytest.raises(
-            PromptError, match=r"trained on .*tiny, a folder or file that is not here; say with --model"
+            PromptError,
+            match=r"trained on .*tiny, a folder or file that is not here; give its path with --model",
         ):
-            BaseModelRecord(id=name, fingerprint=first).here()
-    assert BaseModelRecord(id="team/tiny", revision="1" * 40, fingerprint=first).here() == "team/tiny"
-    assert BaseModelRecord(id="smollm2-135m", fingerprint=first).here() == "smollm2-135m"
-    assert BaseModelRecord(id="team/tiny").here() == "team/tiny"  # a prompt that PEFT wrote
+            BaseModelRecord(id=name, fingerprint=first).resolve()
+    assert BaseModelRecord(id="team/tiny", revision="1" * 40, fingerprint=first).resolve() == "team/tiny"
+    assert BaseModelRecord(id="smollm2-135m", fingerprint=first).resolve() == "smollm2-135m"
+    assert BaseModelRecord(id="team/tiny").resolve() == "team/tiny"  # a prompt that PEFT wrote
 
 
 @pytest.mark.parametrize(

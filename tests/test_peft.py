@@ -23,8 +23,10 @@ from conftest import frozen, tiny_model, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.errors import PromptError
 from softprompt.generation import generate
-from softprompt.prompt.ensemble import load_prompt
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.loading import load_prompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.hf_module import TrainablePrompt
 
 

@@ -22,8 +22,9 @@ from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt import initialization as starting
 from softprompt.prompt import registry
+from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.nearest_tokens import nearest_tokens
-from softprompt.prompt.soft_prompt import Record, base_model_record
+from softprompt.prompt.record import Record
 from softprompt.training import prepare as planning
 
 SHORT = {"max_steps": 4, "batch_size": 4, "num_virtual_tokens": 3}

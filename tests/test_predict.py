@@ -26,7 +26,9 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.predict import AT_ONCE, predict
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 LABELS = {"gut": "good", "schlecht": "bad"}
 TEXTS = ["a fine film", "what a waste of time", 'it said "no", twice', "ein Satz – mit Strich", "two\nlines"]

@@ -17,8 +17,10 @@ from softprompt import load_prompt
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt import registry
+from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.ensemble import make_ensemble
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_a_name_that_could_leave_the_store_is_refused(name: str, llama: FrozenMo
 def test_a_path_is_no_kept_prompt(name: str, llama: FrozenModel, home: Path) -> None:
     registry.register(prompt_of(llama, 5), "film")
     shutil.copytree(home / "prompts" / "film" / "1", home / "outside" / "1")
-    with pytest.raises(PromptError, match="no such kept prompt"):
+    with pytest.raises(PromptError, match="no such registered prompt"):
         registry.matching(name)
 
 
@@ -245,7 +247,7 @@ def test_numbers_are_given_once(llama: FrozenModel) -> None:
 
 
 def test_no_prompt_is_called_as_the_untouched_model_is(llama: FrozenModel) -> None:
-    with pytest.raises(PromptError, match="'none' stands for the untouched model"):
+    with pytest.raises(PromptError, match="'none' stands for the base model"):
         registry.register(prompt_of(llama, 5), "none")
 
 

@@ -18,7 +18,9 @@ from softprompt.data.template_language import MOST_NESTED, parse_template
 from softprompt.data.templates import make_format
 from softprompt.errors import PromptError, SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 REFUSED = {
     "{{ 'a' * 300000000 }}": r"\* is not allowed; compute it beforehand",

@@ -13,7 +13,9 @@ from softprompt.data.rows import Task
 from softprompt.data.templates import DEFAULT_TEMPLATE, Format, make_format, require_unseen_answer
 from softprompt.errors import PromptError, SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 LABELS = ["bad", "good"]
 

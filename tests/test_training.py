@@ -22,8 +22,8 @@ from softprompt.errors import InputError, PromptError, RunError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import load_prompt
 from softprompt.prompt.initialization import labels_prompt, random_prompt, text_prompt, vocabulary_prompt
+from softprompt.prompt.loading import load_prompt
 from softprompt.training import prompt_trainer
 from softprompt.training.trainer import learning_rate
 from softprompt.training.tune import tune

@@ -19,8 +19,11 @@ from softprompt.decoding import continue_ids
 from softprompt.errors import InputError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import Ensemble, load_prompt, make_ensemble
-from softprompt.prompt.soft_prompt import Record, SoftPrompt, base_model_record
+from softprompt.prompt.base_model import base_model_record
+from softprompt.prompt.ensemble import Ensemble, make_ensemble
+from softprompt.prompt.loading import load_prompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training import tune as tuning
 from softprompt.training.ensemble import tune_ensemble
 from softprompt.training.prompt_trainer import PromptTrainer

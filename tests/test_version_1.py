@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Command
 from softprompt.errors import PromptError
-from softprompt.prompt.ensemble import Ensemble, load_prompt
+from softprompt.prompt.ensemble import Ensemble
+from softprompt.prompt.loading import load_prompt
 
 KEPT = Path(__file__).parent / "fixtures" / "version-1"
-PROMPTS = ("prompt", "prefix-tuning", "ensemble")
+PROMPTS = ("prompt", "deep-prefix", "ensemble")
 UNCHECKED = re.compile(r"warning: .* of format version 1: whether .* same model in its layers, .* could not be checked")
 
 

@@ -24,7 +24,8 @@ from softprompt.generation import generate
 from softprompt.model import lm_head
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import Record, SoftPrompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import RunFolder

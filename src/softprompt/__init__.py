@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from softprompt.model.frozen import FrozenModel as FrozenModel
     from softprompt.model.load import load_model as load_model
     from softprompt.prompt.ensemble import Ensemble as Ensemble
-    from softprompt.prompt.ensemble import load_prompt as load_prompt
+    from softprompt.prompt.loading import load_prompt as load_prompt
     from softprompt.prompt.soft_prompt import SoftPrompt as SoftPrompt
     from softprompt.training.callbacks import Callback as Callback
     from softprompt.training.ensemble import EnsembleResult as EnsembleResult
@@ -64,7 +64,8 @@ _HOMES = {
     "softprompt.model.backends.verify": ("freeze",),
     "softprompt.model.frozen": ("FrozenModel",),
     "softprompt.model.load": ("load_model",),
-    "softprompt.prompt.ensemble": ("Ensemble", "load_prompt"),
+    "softprompt.prompt.ensemble": ("Ensemble",),
+    "softprompt.prompt.loading": ("load_prompt",),
     "softprompt.prompt.soft_prompt": ("SoftPrompt",),
     "softprompt.training.ensemble": ("EnsembleResult", "tune_ensemble"),
     "softprompt.training.tune": ("TuneResult", "tune"),

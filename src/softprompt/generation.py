@@ -16,7 +16,8 @@ from softprompt.decoding import continue_ids
 from softprompt.errors import DataError, SettingsError, nearest
 from softprompt.evaluation.choosing import choose
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.ensemble import Prompt, require_all_fit
+from softprompt.prompt.ensemble import Prompt
+from softprompt.prompt.loading import require_fit
 from softprompt.prompt.soft_prompt import BasePrompt
 
 _NEW_TOKENS = 64  # where nothing says how many
@@ -115,7 +116,7 @@ def _written(
 ) -> list[str]:
     """Continue texts freely."""
     if prompt is not None:
-        require_all_fit(prompt, model)
+        require_fit(prompt, model)
     before = prompt if prompt is not None and virtual_tokens else BasePrompt()
     room_for = None if model.context_length is None else model.context_length - before.num_virtual_tokens
     most = config.max_new_tokens or (None if config.max_length else _NEW_TOKENS)

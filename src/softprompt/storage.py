@@ -83,12 +83,13 @@ def strict_json(value: Any) -> Any:
     return [strict_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_json_object(path: Path, cure: str) -> dict[str, Any]:
+def read_json_object(path: Path, cure: str, error_type: type[InputError] = InputError) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Args:
         path: the file.
         cure: what to do where it is damaged.
+        error_type: what is raised.
 
     Raises:
         InputError: it cannot be read, or holds something else.
@@ -96,9 +97,9 @@ def read_json_object(path: Path, cure: str) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}; {cure}") from error
+        raise error_type(f"cannot read {path}: {error}; {cure}") from error
     if not isinstance(loaded, dict):
-        raise InputError(f"{path} is damaged: it must hold a JSON object; {cure}")
+        raise error_type(f"{path} is damaged: it must hold a JSON object; {cure}")
     return loaded
 
 

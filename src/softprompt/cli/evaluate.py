@@ -76,7 +76,8 @@ def evaluate(
 
 def _predictions_folder(prompt: str) -> Path:
     """Return the folder beside a prompt's, or beside its ensemble's; of a registered name, the working directory."""
-    from softprompt.prompt.registry import ENSEMBLE, find
+    from softprompt.prompt.layout import ENSEMBLE
+    from softprompt.prompt.registry import find
 
     folder = find(prompt)
     if folder != Path(prompt):

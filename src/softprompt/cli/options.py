@@ -180,13 +180,13 @@ def load_for(
     if model is None and prompt is not None:
         _require_given_model(trust_remote_code)
         base = prompt.record.base_model
-        model, revision = base.here(), revision or base.revision
+        model, revision = base.resolve(), revision or base.revision
     return load(model, config, revision, trust_remote_code)
 
 
 def prompt_named(name: str) -> Prompt | None:
     """Return the prompt of this name or folder; None for the base model."""
-    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.loading import load_prompt
     from softprompt.prompt.registry import NO_PROMPT
 
     return None if name == NO_PROMPT else load_prompt(name)
@@ -251,7 +251,7 @@ def read_tune_inputs(
         processes = launched()  # the first one reads: the others may be on other machines
         in_force = broadcast_config(processes, RunFolder(resumed).settings() if processes.first else None)
     if model is None and in_force.init.startswith(PROMPT):
-        from softprompt.prompt.soft_prompt import load_soft_prompt
+        from softprompt.prompt.loading import load_soft_prompt
 
         _require_given_model(trust_remote_code)
         base = load_soft_prompt(in_force.init.removeprefix(PROMPT)).record.base_model

@@ -31,7 +31,7 @@ def list_prompts(as_json: bool) -> None:
     """List the registered prompts."""
     from softprompt.cli.tables import out, plain_table, print_json
     from softprompt.formatting import metrics_line
-    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.loading import load_prompt
     from softprompt.prompt.registry import names, registry_folder, versions
 
     found = [f"{name}@{version}" for name in names() for version in versions(name)]
@@ -64,7 +64,7 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
     from softprompt.cli.tables import out, plain_table, print_json
     from softprompt.config import ModelConfig, read_settings
     from softprompt.formatting import metrics_line
-    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.loading import load_prompt
     from softprompt.prompt.nearest_tokens import nearest_tokens
     from softprompt.prompt.soft_prompt import SoftPrompt
 
@@ -96,7 +96,7 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
 @click.argument("folder", type=click.Path(path_type=Path))
 def add_prompt(name: str, folder: Path) -> None:
     """Register the prompt in FOLDER as the next version of NAME."""
-    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.loading import load_prompt
     from softprompt.prompt.registry import new_version, register
 
     new_version(name)
@@ -119,8 +119,8 @@ def import_prompt(
     computed here, so that the prompt is never run on another model.
     """
     from softprompt.config import FormatConfig, read_settings
+    from softprompt.prompt.loading import describe_prompt, load_soft_prompt
     from softprompt.prompt.registry import new_version, register
-    from softprompt.prompt.soft_prompt import describe_prompt, load_soft_prompt
 
     new_version(name)
     config, _ = read_settings(FormatConfig, assignments=assignments)
@@ -143,7 +143,7 @@ def import_prompt(
 @click.argument("folder", type=click.Path(path_type=Path))
 def export_prompt(prompt: str, folder: Path) -> None:
     """Write a registered prompt to FOLDER, which PEFT can read."""
-    from softprompt.prompt.ensemble import load_prompt
+    from softprompt.prompt.loading import load_prompt
 
     soft = load_prompt(prompt)
     click.echo(soft.save(folder))

@@ -13,7 +13,8 @@ from softprompt.data.rows import Row, Rows
 from softprompt.evaluation.scores import LabelScorer, LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import MemoryEstimate, measure, micro_batch_tokens
-from softprompt.prompt.ensemble import Prompt, require_all_fit
+from softprompt.prompt.ensemble import Prompt
+from softprompt.prompt.loading import require_fit
 from softprompt.prompt.soft_prompt import BasePrompt
 
 
@@ -42,7 +43,7 @@ def ready(model: FrozenModel, prompt: Prompt) -> ReadyPrompt:
     with model.backend.lock:
         of_model = _READY.setdefault(model, WeakKeyDictionary())
         if prompt not in of_model:
-            require_all_fit(prompt, model)
+            require_fit(prompt, model)
             virtual, longest = prompt.num_virtual_tokens, prompt.record.max_length
             # As `evaluate` has it: a row and its label fit behind the virtual tokens.
             most = min(longest, (model.context_length or longest + virtual) - virtual)

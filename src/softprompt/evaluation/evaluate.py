@@ -23,7 +23,8 @@ from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scores import Confusion, LabelScorer, LabelScores, Scorer, average_scores, tokens_at_once
 from softprompt.model.frozen import FrozenModel
 from softprompt.notices import warn
-from softprompt.prompt.ensemble import AnyPrompt, Prompt, require_all_fit
+from softprompt.prompt.ensemble import AnyPrompt, Prompt
+from softprompt.prompt.loading import require_fit
 from softprompt.prompt.soft_prompt import BasePrompt
 
 
@@ -102,7 +103,7 @@ def evaluate(
         form, virtual = make_format(data.task, labels, template, verbalizers, chat_template, default), 0
         form = dated(form, model.tokenizer, chat_date)
     else:
-        require_all_fit(prompt, model)
+        require_fit(prompt, model)
         if prompt.record.task != data.task:
             raise DataError(f"{data.name} is for {data.task}, the prompt was trained for {prompt.record.task}")
         _warn_of_known_rows(prompt, data)

@@ -1,4 +1,4 @@
-"""Which base model a prompt was trained on, and where that model is."""
+"""The base model that a prompt was trained on, and where that model is."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from softprompt.model.load import looks_local
 
 
 class BaseModelRecord(BaseModel):
-    """Which base model a prompt was trained on.
+    """The base model that a prompt was trained on.
 
     Attributes:
-        id: what it was loaded by: a hub id, a bundled name, or a folder or file.
-        path: where that folder or file was; None for a model of the hub, a bundled one, and in records of version 1.
+        id: what it was loaded from: a hub id, a bundled name, or a folder or file.
+        path: that folder or file; None for a hub id, a bundled model, and in records of version 1.
         revision: of a hub id.
-        fingerprint: None of a prompt that PEFT wrote.
+        fingerprint: None for a prompt that PEFT wrote.
         attention_heads, layers: for PEFT.
     """
 
@@ -37,32 +37,32 @@ class BaseModelRecord(BaseModel):
 
     @property
     def name(self) -> str:
-        """What it is called where others read it: of a folder, its own name alone."""
+        """The model's name in what others read: of a folder, its last part alone."""
         local = self.path or (self.id if looks_local(self.id) else None)
         return _last(local) if local else self.id
 
-    def here(self) -> str:
-        """Return what loads this model here.
+    def resolve(self) -> str:
+        """Return what `load_model` can load this model from on this machine.
 
-        A folder's name is never asked for on the hub: a stranger's model can have it.
+        A folder's name is never looked up on the hub: somebody else's model can have it.
 
         Raises:
-            PromptError: it was trained on a folder or file that is not here.
+            PromptError: the prompt was trained on a folder or file that is not on this machine.
         """
-        if self._of_the_hub():
+        if self._is_hub_id():
             return self.id
-        for place in (self.path, self.id):
-            if place and Path(place).expanduser().exists():
-                return place
+        for path in (self.path, self.id):
+            if path and Path(path).expanduser().exists():
+                return path
         if self.path is None and _in_hub_cache(self.id):
             return self.id
         raise PromptError(
-            f"the prompt was trained on {self.path or self.id}, a folder or file that is not here; say with --model "
-            "where the same model is"
+            f"the prompt was trained on {self.path or self.id}, a folder or file that is not here; give its path "
+            "with --model"
         )
 
     def may_be(self, model: str) -> bool:
-        """Tell whether this can be another name for a model: two folders are told apart, and otherwise last names."""
+        """Tell whether this can be another name for a model: paths are compared, otherwise the last parts of names."""
         own, other = Path(self.id).expanduser(), Path(model).expanduser()
         if not self.id or self.id == model:
             return True
@@ -73,8 +73,8 @@ class BaseModelRecord(BaseModel):
             return True
         return _last(self.id) == _last(model)
 
-    def _of_the_hub(self) -> bool:
-        """Tell whether this was no folder; version 1 says it of a hub id only by its revision."""
+    def _is_hub_id(self) -> bool:
+        """Tell whether `id` is no path; in version 1 only the revision of a hub id says so."""
         if self.id in BUNDLED:
             return True
         return self.path is None and (self.revision is not None or not isinstance(self.fingerprint, FirstFingerprint))
@@ -100,7 +100,7 @@ def _last(name: str) -> str:
 
 
 def _in_hub_cache(name: str) -> bool:
-    """Tell whether a model of the hub was downloaded before."""
+    """Tell whether a hub model was downloaded before."""
     try:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError:  # a path, not a hub id

@@ -25,7 +25,8 @@ from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import is_prefix
-from softprompt.prompt.soft_prompt import SoftPrompt, load_soft_prompt, require_fit
+from softprompt.prompt.loading import load_soft_prompt, require_fit
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 T = TypeVar("T")
 _EXAMPLES_TOKENS = 200  # of the examples that a prompt starts from

@@ -1,4 +1,4 @@
-"""The store: prompts that are kept by name, each in numbered versions, in a folder of the user's."""
+"""The registry: prompts by name, each in numbered versions, in a folder of the user's."""
 
 from __future__ import annotations
 
@@ -7,36 +7,34 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from filelock import FileLock
 
 from softprompt.errors import PromptError, nearest
+from softprompt.prompt.layout import ADAPTER, ENSEMBLE
 from softprompt.storage import home, recover, storage_errors, write_text
 
-if TYPE_CHECKING:
-    from softprompt.prompt.ensemble import Prompt
-
-# What every prompt's folder holds, PEFT's included, and what an ensemble's does.
-ADAPTER, ENSEMBLE = "adapter_config.json", "ensemble.json"
-NO_PROMPT = "none"  # in place of a prompt: the model without one
-_HIGHEST = "highest"  # the version that was the newest when one was removed: no number is given twice
+NO_PROMPT = "none"  # in place of a prompt's name: the base model
+_HIGHEST = "highest"  # a file: the newest version when one was removed, so that no number is used twice
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+class Saveable(Protocol):
+    """What can be registered."""
+
+    def save(self, folder: Path) -> Path:
+        """Write the folder and return it."""
+
+
 def registry_folder() -> Path:
-    """Return where prompts are kept: `prompts` in the folder that SOFTPROMPT_HOME moves."""
+    """Return where prompts are registered: `prompts` in the folder that SOFTPROMPT_HOME moves."""
     return home() / "prompts"
 
 
-def member_name(number: int) -> str:
-    """Return the folder of an ensemble's member, counted from 1."""
-    return f"member-{number}"
-
-
 def names() -> list[str]:
-    """Return the names that are kept, sorted."""
+    """Return the registered names, sorted."""
     folder = registry_folder()
     return sorted(p.name for p in folder.iterdir() if versions(p.name)) if folder.is_dir() else []
 
@@ -49,15 +47,15 @@ def versions(name: str) -> list[int]:
 
 
 def new_version(name: str) -> Path:
-    """Return the folder of the version that comes after all there are; it does not exist yet.
+    """Return the folder of a name's next version; it does not exist yet.
 
     Raises:
-        PromptError: a name that cannot be kept.
+        PromptError: the name is not allowed.
     """
     if not _NAME.fullmatch(name):
         raise PromptError(f"{name!r} is no name for a prompt; allowed are letters, digits and . _ - (not at the start)")
     if name == NO_PROMPT:
-        raise PromptError(f"{name!r} stands for the untouched model; give the prompt another name")
+        raise PromptError(f"{name!r} stands for the base model; give the prompt another name")
     return registry_folder() / name / str(_highest(name) + 1)
 
 
@@ -72,8 +70,8 @@ def find(prompt: str | Path) -> Path:
     """Return the folder of a prompt.
 
     Args:
-        prompt: a folder, `NAME` (its newest version) or `NAME@VERSION`. A folder wins over a name, unless it holds no
-            prompt and the name is kept.
+        prompt: a folder, `NAME` (its newest version) or `NAME@VERSION`. A folder wins over a registered name, unless it
+            holds no prompt.
 
     Raises:
         PromptError: there is none.
@@ -97,14 +95,14 @@ def find(prompt: str | Path) -> Path:
     return registry_folder() / name / (version if at else str(registered[-1]))
 
 
-def register(prompt: Prompt, name: str) -> str:
-    """Keep a prompt under a name, as its next version; return `NAME@VERSION`.
+def register(prompt: Saveable, name: str) -> str:
+    """Save a prompt as the next version of a name; return `NAME@VERSION`.
 
     Raises:
-        PromptError: a name that cannot be kept.
+        PromptError: the name is not allowed.
         StorageError: the folder cannot be written.
     """
-    with _alone(new_version(name)):
+    with _lock(new_version(name)):
         folder = prompt.save(new_version(name))
     return f"{name}@{folder.name}"
 
@@ -119,28 +117,34 @@ def matching(prompt: str) -> list[str]:
     registered = [str(number) for number in versions(name)]
     found = [number for number in registered if not at or number == version]
     if not found:
-        raise PromptError(f"no such kept prompt: {prompt}{nearest(name, names())}; softprompt prompts list shows all")
+        raise PromptError(
+            f"no such registered prompt: {prompt}{nearest(name, names())}; softprompt prompts list shows all"
+        )
     return [f"{name}@{number}" for number in found]
 
 
 def remove(registered: Iterable[str]) -> None:
-    """Remove versions, each given as `NAME@VERSION`; their numbers are not given again.
+    """Remove versions, each given as `NAME@VERSION`; their numbers are not used again.
 
     Raises:
         StorageError: one cannot be removed.
     """
-    with _alone(registry_folder()):
+    with _lock(registry_folder()):
         for prompt in registered:
             name, _, version = prompt.partition("@")
-            folder = registry_folder() / name / version  # not a folder of the same name that is here
+            folder = registry_folder() / name / version  # not a folder of the same name in the working directory
             write_text(folder.parent / _HIGHEST, f"{_highest(name)}\n")
             with storage_errors(folder):
                 shutil.rmtree(folder)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let other processes wait until something is done to a folder: two at a time would give one number twice."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from changing the registry: two at a time would use one number twice.
+
+    Args:
+        folder: what is changed, for messages.
+    """
     with storage_errors(folder):
         home().mkdir(parents=True, exist_ok=True)
         lock = FileLock(home() / ".prompts.lock")

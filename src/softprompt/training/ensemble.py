@@ -16,7 +16,7 @@ from softprompt.errors import SettingsError
 from softprompt.evaluation.scores import average_scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Ensemble, make_ensemble
-from softprompt.prompt.registry import member_name
+from softprompt.prompt.layout import member_name
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import prepare_data, prepare_run
 from softprompt.training.run_folder import RunFolder

@@ -12,7 +12,8 @@ from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.initialization import text_prompt
-from softprompt.prompt.soft_prompt import Record, SoftPrompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 
 _IGNORED = -100  # transformers' label of what is not learned
 # What the Trainer asks a model for, and why this one does not have it.

@@ -14,7 +14,8 @@ from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory, trim_allocator
-from softprompt.prompt.soft_prompt import Record, SoftPrompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import NOWHERE, Checkpoint, RunFolder

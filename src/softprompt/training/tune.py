@@ -22,7 +22,8 @@ from softprompt.evaluation.scores import Scores
 from softprompt.extras import require_package
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.soft_prompt import Record, SoftPrompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training import sync
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import PreparedRun, most_steps, prepare_data, prepare_run

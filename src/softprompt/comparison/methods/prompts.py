@@ -9,8 +9,10 @@ from pathlib import Path
 from softprompt.comparison.costs import Effort
 from softprompt.comparison.methods.base import FitResult, Method, Predictor
 from softprompt.comparison.methods.trained import Trained
-from softprompt.prompt.ensemble import Prompt, load_prompt, make_ensemble
-from softprompt.prompt.soft_prompt import Record, SoftPrompt
+from softprompt.prompt.ensemble import Prompt, make_ensemble
+from softprompt.prompt.loading import load_prompt
+from softprompt.prompt.record import Record
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.prompt_trainer import PromptTrainer
