@@ -21,8 +21,8 @@ from typing import Any
 import softprompt as sp
 from quality import SETS, rows_of
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.methods.base import Protocol
-from softprompt.training.callbacks import Callback
+from softprompt.comparison.methods.base import MethodCallback
+from softprompt.comparison.protocol import Protocol
 from softprompt.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,23 +61,23 @@ def run(model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, d
         settings = {**settings, "init": "text", "init_text": f"Classify the text as one of: {listed}.\n"}
     config = sp.TuneConfig(**settings, max_steps=steps)
     protocol = Protocol(model, train, validation, test, config, "examples", search=False)
-    made = METHODS[method](protocol, seed, Callback())
+    fitting = METHODS[method](protocol, seed, MethodCallback())
     try:
-        learned = made.learn()
+        fitted = fitting.fit()
     finally:
-        made.close()
-    best = min(learned.curve, key=lambda point: point.validation["loss"])
+        fitting.close()
+    best = min(fitted.curve, key=lambda point: point.validation["loss"])
     return {
         "set": name,
         "variant": variant,
         "method": method,
         "seed": seed,
         "steps": steps,
-        "learned": learned.parameters,
+        "learned": fitted.parameters,
         "best_step": best.step,
         "validation": best.validation,
-        "seconds": round(learned.effort.seconds, 1),
-        "curve": [point.model_dump() for point in learned.curve],
+        "seconds": round(fitted.effort.seconds, 1),
+        "curve": [point.model_dump() for point in fitted.curve],
         "rows": [len(train), len(validation)],
         "date": date.today().isoformat(),
         "environment": environment(),

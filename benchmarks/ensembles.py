@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import softprompt as sp
-from quality import apart, rows_of, timed
-from softprompt.comparison.methods.prompts import MEMBERS
+from quality import MEMBERS, apart, rows_of, timed
 from softprompt.config import MANY_LABELS
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows

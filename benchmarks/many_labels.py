@@ -22,10 +22,10 @@ from typing import Any
 import softprompt as sp
 from quality import VALIDATION, apart, rows_of
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.methods.base import Protocol
+from softprompt.comparison.methods.base import MethodCallback
+from softprompt.comparison.protocol import Protocol
 from softprompt.evaluation.calibration import prior_matching
 from softprompt.evaluation.scores import LabelScores, add_label_bias
-from softprompt.training.callbacks import Callback
 
 FILE = Path(__file__).parent / "results" / "many_labels.jsonl"
 SET = "banking77"
@@ -60,13 +60,14 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
     some, others = apart(validation)
     config = sp.TuneConfig(**settings, eval_rows=VALIDATION)
     began = time.monotonic()
-    made = METHODS[method](Protocol(model, train, some, test, config, "examples", search=False), 0, Callback())
+    protocol = Protocol(model, train, some, test, config, "examples", search=False)
+    fitting = METHODS[method](protocol, 0, MethodCallback())
     try:
-        learned = made.learn()
-        answers = learned.answers
-        chosen_by, plain = (answers.side(rows, answers.at_once(rows)).plain for rows in (some, others))
+        fitted = fitting.fit()
+        predictor = fitted.predictor
+        chosen_by, plain = (predictor.score(rows, predictor.tokens_at_once(rows)).plain for rows in (some, others))
     finally:
-        made.close()
+        fitting.close()
     assert isinstance(chosen_by, LabelScores)
     assert isinstance(plain, LabelScores)
     matched = add_label_bias(plain, prior_matching(chosen_by, train))
@@ -74,7 +75,7 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
         "variant": variant,
         "set": SET,
         "method": method,
-        "settings": {**settings, **{k: learned.settings[k] for k in ("learning_rate", "batch_size", "seed")}},
+        "settings": {**settings, **{k: fitted.settings[k] for k in ("learning_rate", "batch_size", "seed")}},
         "validation_rows": [len(some), len(others)],
         "nats_a_label": round(float(plain.losses.mean()), 3),
         "accuracy": round(plain.values()["accuracy"], 4),

@@ -40,13 +40,15 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 
 import softprompt as sp
 from sides import collate, virtual_tokens
+from softprompt.comparison.costs import BaseMeasurements
 from softprompt.comparison.methods import METHODS
-from softprompt.comparison.methods.base import Method, Predictor, Protocol
-from softprompt.comparison.methods.prompts import MEMBERS, PrefixTuning, Prompts, PromptTuning
+from softprompt.comparison.methods.base import Method, MethodCallback, Predictor
+from softprompt.comparison.methods.prompts import PrefixTuning, Prompts, PromptTuning
 from softprompt.comparison.methods.trained import Trained
 from softprompt.comparison.methods.weights import Full, Lora
+from softprompt.comparison.protocol import TASKS, Protocol
 from softprompt.comparison.results import Result
-from softprompt.comparison.run import TASKS, Base, run_method
+from softprompt.comparison.run import run_method
 from softprompt.data.encoder import Example
 from softprompt.data.split import sample
 from softprompt.evaluation.scores import Scorer, Scores
@@ -63,6 +65,7 @@ from softprompt.training.trainer import TIMED, TIMING, MicroBatchesByRank, Throu
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
 SEEDS = 3
+MEMBERS = 3  # of an ensemble
 MINUTES = 8.0
 REFERENCE = 1.95  # seconds that `work` takes on the reference machine
 VALIDATION = 200  # rows to choose by: more would take time from learning
@@ -101,7 +104,7 @@ def work(model: FrozenModel, times: int = 1) -> float:
     return median(taken)
 
 
-class PeftLoop(Trainer):
+class PeftTrainer(Trainer):
     """Learns a prompt from noise through PEFT's own model, with rows padded on the right."""
 
     def __init__(self, model: FrozenModel, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> None:
@@ -153,8 +156,8 @@ class PeftAsShipped(Prompts):
         "eval_rows": 0,
     }
 
-    def loop(self, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> Trainer:
-        return PeftLoop(self.protocol.model, prepared, callback)
+    def trainer(self, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> Trainer:
+        return PeftTrainer(self.protocol.model, prepared, callback)
 
 
 SHIPPED = "peft-prompt-tuning"
@@ -255,17 +258,17 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
     if path.exists() or len(found) < MEMBERS or not all(folder.exists() for folder in folders):
         return
     ensemble = make_ensemble([load_soft_prompt(folder) for folder in folders], {})
-    answers = Predictor(model, ensemble.format, ensemble.record.max_length, ensemble)
+    predictor = Predictor(model, ensemble.format, ensemble.record.max_length, ensemble)
     began = time.monotonic()
-    side = answers.side(test, answers.at_once(test))
+    scored = predictor.score(test, predictor.tokens_at_once(test))
     summed = ("trainable_parameters", "stored_bytes", "train_seconds", "train_cpu_seconds", "train_tokens")
     costs = {cost: sum(getattr(result.costs, cost) for result in found) for cost in summed}
     costs["prediction_seconds"] = (time.monotonic() - began) / len(test)
     result = found[0].model_copy(
         update={
             "method": of_several(method),
-            "metrics": side.metrics(),
-            "statistics": side.statistics(),
+            "metrics": scored.metrics(),
+            "statistics": scored.statistics(),
             "costs": found[0].costs.model_copy(update=costs),
             "curve": [],
         }
@@ -274,7 +277,7 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
     print(path.stem, {metric: round(value.value, 3) for metric, value in result.metrics.items()}, flush=True)
 
 
-class Steps(Callback):
+class Steps(MethodCallback):
     """Prints the validation figures as they come."""
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -310,7 +313,9 @@ def read(path: Path) -> Result:
     return Result.model_validate(record)
 
 
-def run(name: str, method: str, seed: int, model: FrozenModel, base: Base, data: Path, keep: Path | None) -> None:
+def run(
+    name: str, method: str, seed: int, model: FrozenModel, base: BaseMeasurements, data: Path, keep: Path | None
+) -> None:
     """Run a method on a set, unless its result is there or another process is at it."""
     path = path_of(name, method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -343,7 +348,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder to keep prompts in; three seeds' become an ensemble")
     options = parser.parse_args()
     model = sp.load_model(dtype="float32")
-    base = Base(model)
+    base = BaseMeasurements.of(model)
     asked = [(name, method) for method in options.methods for name in options.sets or SETS]
     for seed in range(options.seeds):
         for name, method in asked:

@@ -24,11 +24,11 @@ from statistics import mean
 
 import softprompt as sp
 from quality import LEARNING, REFERENCE, SETS, STEPS, VALIDATION, Timed, rows_of, timed, work
-from softprompt.comparison.costs import measured
-from softprompt.comparison.methods.base import Protocol
+from softprompt.comparison.costs import measure as measure_costs
+from softprompt.comparison.methods.base import MethodCallback
+from softprompt.comparison.protocol import Protocol
 from softprompt.data.batching import batch_indices
 from softprompt.data.split import sample
-from softprompt.training.callbacks import NO_CALLBACK
 
 _STEPS = 3
 _EVALUATED = 50  # validation rows; the time is taken as many times as there are more of them
@@ -57,11 +57,11 @@ def measure(clock: Clock, model: sp.FrozenModel, name: str, way: str, data: Path
     train, validation, test = rows_of(name, data)
     some = sample(validation, _EVALUATED, 0)
     protocol = Protocol(model, train, some, test, sp.TuneConfig(eval_rows=len(some)), "examples", search=False)
-    method = LEARNING[way](protocol, 0, NO_CALLBACK)
+    method = LEARNING[way](protocol, 0, MethodCallback())
     try:
-        with measured(model.device) as effort:
+        with measure_costs(model.device) as effort:
             began = time.monotonic()
-            prepared = protocol.prepared(seed=0, learning_rate=method.rate, **method.settings)
+            prepared = protocol.prepare(seed=0, learning_rate=method.rate, **method.settings)
             planned = time.monotonic() - began
             loop = method.trainer(prepared)
             loop.optimizer.param_groups[0]["lr"] = 0.0

@@ -18,11 +18,11 @@ import softprompt as sp
 from conftest import Command
 from softprompt.comparison import USUAL
 from softprompt.comparison import run as comparing
-from softprompt.comparison.costs import general_perplexity, measured, weights_hash
+from softprompt.comparison.costs import general_perplexity, measure, weights_hash
 from softprompt.comparison.methods import METHODS, weights
 from softprompt.comparison.methods import trained as learning
-from softprompt.comparison.methods.base import Predictor
-from softprompt.comparison.methods.prompts import MEMBERS
+from softprompt.comparison.methods.base import MethodCallback, Predictor
+from softprompt.comparison.protocol import make_protocol
 from softprompt.comparison.results import Result, read_result
 from softprompt.comparison.run import ComparisonCallback, compare
 from softprompt.data.batching import batch_indices
@@ -33,13 +33,10 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.primary_metric import statistic
 from softprompt.evaluation.scores import LabelScores
 from softprompt.model.frozen import FrozenModel
-from softprompt.training.callbacks import Callback
 from softprompt.training.search import FACTORS
 from softprompt.training.settings import CLASSIFICATION_STEPS
 from softprompt.training.trainer import Throughput, Trainer
 from test_training import short
-
-ALL = (*USUAL, "prompt-tuning-ensemble", "prefix-tuning-ensemble")
 
 
 def films(count: int) -> Rows:
@@ -57,14 +54,14 @@ def compared(tmp_path_factory: pytest.TempPathFactory, llama: FrozenModel) -> tu
     folder = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "_FEWEST", 3)  # steps of a learning rate
-        done = compare(llama, films(60), methods=ALL, out=folder, config=settings(), equal="examples")
+        done = compare(llama, films(60), methods=USUAL, out=folder, config=settings(), equal="examples")
     assert done.report == folder / "report.html"
     return folder, done.results
 
 
 def test_every_method_is_scored_on_the_same_rows_and_kept(compared: tuple[Path, list[Result]]) -> None:
     folder, results = compared
-    assert [r.method for r in results] == list(ALL)
+    assert [r.method for r in results] == list(USUAL)
     assert {json.dumps(r.rows) for r in results} == {'{"train": 39, "validation": 9, "test": 12}'}
     assert all(len(r.statistics) == len(r.predictions) == 12 for r in results)
     rows = load_data(folder / "test-rows.jsonl")
@@ -85,7 +82,6 @@ def test_costs_are_those_of_the_methods(compared: tuple[Path, list[Result]], lla
     assert costs["zero-shot"].trainable_parameters == costs["few-shot"].trainable_parameters == 0
     assert costs["prompt-tuning"].trainable_parameters == 5 * 32
     assert costs["prefix-tuning"].trainable_parameters == 5 * 4 * 2 * 2 * 8
-    assert costs["prompt-tuning-ensemble"].trainable_parameters == MEMBERS * 5 * 32
     assert 0 < costs["lora"].trainable_parameters < costs["full"].trainable_parameters == weights
     for name, cost in costs.items():
         kept = folder / "tasks" / f"{name}-0"
@@ -117,7 +113,7 @@ def test_all_trained_methods_see_the_same_tokens(compared: tuple[Path, list[Resu
 def test_all_trained_methods_learn_from_the_same_rows_in_the_same_order(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = comparing._protocol(llama, films(60), None, None, settings(), "examples", False)
+    protocol = make_protocol(llama, films(60), None, None, settings(), "examples", False)
     seen: dict[str, list[list[tuple[int, ...]]]] = {}
     alone = Trainer.gradient
     for name in ("prompt-tuning", "prefix-tuning", "lora", "full"):
@@ -128,16 +124,16 @@ def test_all_trained_methods_learn_from_the_same_rows_in_the_same_order(
             return alone(loop, batch)
 
         monkeypatch.setattr(Trainer, "gradient", noted)
-        method = METHODS[name](protocol, 0, Callback())
+        method = METHODS[name](protocol, 0, MethodCallback())
         try:
-            method.learn()
+            method.fit()
         finally:
             method.close()
     assert len(seen["lora"]) == 30
     assert all(taken == seen["lora"] for taken in seen.values())
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning", "prompt-tuning-ensemble"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 def test_what_was_kept_answers_as_the_figures_say(
     compared: tuple[Path, list[Result]], llama: FrozenModel, method: str
 ) -> None:
@@ -154,21 +150,21 @@ def test_a_stored_method_answers_as_before_when_it_is_loaded(
     llama: FrozenModel, tmp_path: Path, name: str, labels: int
 ) -> None:
     rows = load_data([{"text": f"a film {n}", "label": f"of the year {n % labels}"} for n in range(30 * labels)])
-    protocol = comparing._protocol(llama, rows, None, None, settings(eval_rows=24), "examples", False)
-    method = METHODS[name](protocol, 0, Callback())
+    protocol = make_protocol(llama, rows, None, None, settings(eval_rows=24), "examples", False)
+    method = METHODS[name](protocol, 0, MethodCallback())
     try:
-        learned = method.learn()
-        matched = learned.settings["prior_matching"]
-        assert matched == any(member.label_bias for member in learned.answers.prompt.members)
-        told_apart = labels > 10 and name.startswith("prompt-tuning")
-        assert learned.settings.get("loss") in (None, "labels" if told_apart else "target")
-        before = learned.answers.side(protocol.test, 64).scores
+        fitted = method.fit()
+        matched = fitted.settings["prior_matching"]
+        assert matched == any(member.label_bias for member in fitted.predictor.prompt.members)
+        over_labels = labels > 10 and name == "prompt-tuning"
+        assert fitted.settings.get("loss") in (None, "labels" if over_labels else "target")
+        before = fitted.predictor.score(protocol.test, 64).scores
         assert isinstance(before, LabelScores)
         method.store(tmp_path / "task")
         for _ in range(2):
-            answers = method.load(tmp_path / "task")
-            assert isinstance(answers, Predictor)
-            after = answers.side(protocol.test, 64).scores
+            predictor = method.load(tmp_path / "task")
+            assert isinstance(predictor, Predictor)
+            after = predictor.score(protocol.test, 64).scores
             assert isinstance(after, LabelScores)
             np.testing.assert_allclose(after.losses, before.losses, rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(after.log_likelihoods, before.log_likelihoods, rtol=1e-4, atol=1e-4)
@@ -230,9 +226,9 @@ def test_what_cannot_be_compared_is_said_at_once(llama: FrozenModel) -> None:
         compare(llama, films(60), methods=["loar"])
     with pytest.raises(SettingsError, match="no methods to compare; there are zero-shot"):
         compare(llama, films(60), methods=[])
-    with pytest.raises(DataError, match=r"of its 12 rows too few can be held back; give --test-data"):
+    with pytest.raises(DataError, match=r"its 12 rows are too few to split; give --test-data"):
         compare(llama, films(12))
-    with pytest.raises(DataError, match=r"of its 12 rows too few can be held back; give --eval-data"):
+    with pytest.raises(DataError, match=r"its 12 rows are too few to split; give --eval-data"):
         compare(llama, films(12), test_data=films(30)[20:])
     with pytest.raises(SettingsError, match="needs validation rows"):
         compare(llama, films(60), config=settings(eval_rows=0))
@@ -268,7 +264,7 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
         rows = load_data([{"input": f"parcel {n // 2}", "target": f"the parcel {n} came"} for n in range(60)])
     else:
         rows = load_data([{"text": f"the parcel {n} never came"} for n in range(60)])
-    done = compare(llama, rows, methods=ALL, out=tmp_path / "out", config=settings(), equal="examples")
+    done = compare(llama, rows, methods=USUAL, out=tmp_path / "out", config=settings(), equal="examples")
     for result in done.results:
         sums = np.array(result.statistics).sum(axis=0)
         assert statistic(result.ranking, sums) == pytest.approx(result.primary.value, rel=1e-6)
@@ -295,21 +291,15 @@ def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     assert given.results[0].settings["learning_rate"] == 0.5
 
 
-def test_the_members_of_an_ensemble_share_the_time_and_one_measurement(
-    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["prompt-tuning-ensemble", "soft-prompt-ensemble", "deep-prefix-ensemble"])
+def test_ensembles_within_the_time_of_one_run_are_refused_with_one_message(
+    llama: FrozenModel, fails: Command, reviews: Path, name: str
 ) -> None:
-    measured: list[float] = []
-
-    def paced(_loop: Trainer, seconds: float) -> Throughput:
-        measured.append(seconds)
-        return Throughput(step=100.0, evaluation=0.0)
-
-    monkeypatch.setattr(learning, "measure_throughput", paced)
-    config = short(max_steps=None, eval_every=None, max_minutes=50)
-    done = compare(llama, films(60), methods=["prompt-tuning-ensemble"], config=config)
-    assert measured == [3000]
-    steps = done.results[0].settings["max_steps"]
-    assert steps == [9] * MEMBERS  # of ten; making ready takes a little
+    with pytest.raises(SettingsError, match=rf"method {name} was taken out.*tune --ensemble N"):
+        compare(llama, films(60), methods=["zero-shot", name])
+    done = fails("compare", reviews, "--model", "no-such-model", "--out", "out", "--methods", name)
+    assert "softprompt tune --ensemble N" in " ".join(done.err.split())
+    assert "is called" not in done.err
 
 
 @pytest.mark.parametrize(
@@ -331,9 +321,9 @@ class Notes(ComparisonCallback):
     def begin(self, protocol: Any, done: Any, todo: Any) -> None:
         self.told.append(f"begin {len(todo)}")
 
-    def method(self, name: str, seed: int) -> Callback:
+    def method(self, name: str, seed: int) -> MethodCallback:
         self.told.append(name)
-        return Callback()
+        return MethodCallback()
 
     def result(self, result: Result) -> None:
         self.told.append(f"{result.method} done")
@@ -344,9 +334,9 @@ class Notes(ComparisonCallback):
 
 def test_memory_is_the_peak_above_what_was_held() -> None:
     held = torch.ones(20_000_000)  # 80 MB that were there before
-    with measured(torch.device("cpu")) as small:
+    with measure(torch.device("cpu")) as small:
         torch.ones(1000).sum()
-    with measured(torch.device("cpu")) as large:
+    with measure(torch.device("cpu")) as large:
         for _ in range(3):  # one after the other: the peak is one of them
             torch.ones(50_000_000).sum()
     assert held.sum() > 0
@@ -449,12 +439,12 @@ def test_a_comparison_whose_results_were_removed_begins_anew(llama: FrozenModel,
     assert compare(llama, films(62), config=settings(), **common).report is not None
 
 
-def test_deep_prefixes_that_the_model_cannot_have_are_refused_at_once(
+def test_prefixes_that_the_model_cannot_have_are_refused_at_once(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlike = property(Mock(side_effect=ModelError("this model's layers are not alike")))
     monkeypatch.setattr(FrozenModel, "prefix_shape", unlike)
-    with pytest.raises(SettingsError, match="not alike; leave deep prefixes out of --methods"):
+    with pytest.raises(SettingsError, match="not alike; leave prefix-tuning out of --methods"):
         compare(llama, films(60), methods=["zero-shot", "prefix-tuning"])
 
 
@@ -465,25 +455,25 @@ def test_in_the_same_time_no_more_steps_are_taken_than_were_asked_for(llama: Fro
 
 
 def test_a_search_tells_what_it_finds(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Told(Callback):
+    class Told(MethodCallback):
         def __init__(self) -> None:
-            self.better_ones: list[tuple[int, float, float]] = []
+            self.best: list[tuple[int, float, float]] = []
             self.rates: list[float] = []
 
-        def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
-            self.better_ones.append((demonstrations, values["accuracy"], spent))
+        def demonstrations(self, number: int, values: dict[str, float], spent: float) -> None:
+            self.best.append((number, values["accuracy"], spent))
 
         def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
             self.rates.append(settings["learning_rate"])
 
     monkeypatch.setattr(learning, "_FEWEST", 3)
-    protocol, told = comparing._protocol(llama, films(60), None, None, settings(), "examples", True), Told()
-    learned = METHODS["few-shot"](protocol, 0, told).learn()
-    shown, accuracies, spent = zip(*told.better_ones, strict=True)
-    assert (shown[0], shown[-1]) == (0, learned.settings["demonstrations"])
+    protocol, told = make_protocol(llama, films(60), None, None, settings(), "examples", True), Told()
+    fitted = METHODS["few-shot"](protocol, 0, told).fit()
+    shown, accuracies, spent = zip(*told.best, strict=True)
+    assert (shown[0], shown[-1]) == (0, fitted.settings["demonstrations"])
     assert list(accuracies) == sorted(accuracies)
     assert list(spent) == sorted(spent)
-    METHODS["prompt-tuning"](protocol, 0, told).learn()
+    METHODS["prompt-tuning"](protocol, 0, told).fit()
     assert told.rates == pytest.approx([0.03 * factor for factor in FACTORS])
 
 
@@ -494,9 +484,8 @@ def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
     rows = [{"text": f"please classify this film number {n}", "label": ("bad", "good")[n % 2]} for n in range(280)]
     rows += [{"text": f"hi {n}", "label": ("bad", "good")[n % 2]} for n in range(20)]
     monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=0.02, evaluation=0.0))
-    monkeypatch.setitem(
-        CLASSIFICATION_STEPS, "normal", 2
-    )  # so few rows are counted before it is known how many steps fit
+    # So few rows are counted before it is known how many steps fit.
+    monkeypatch.setitem(CLASSIFICATION_STEPS, "normal", 2)
     config = short(max_steps=None, eval_every=None, learning_rate=None, batch_size=2, max_minutes=0.1, eval_rows=20)
     taken = set[bool]()
 
@@ -522,7 +511,7 @@ def test_texts_of_one_token_are_left_out(llama: FrozenModel, method: str) -> Non
     common: dict[str, Any] = {"methods": [method], "equal": "examples", "search": False}
     common["config"] = settings().model_copy(update={"max_steps": 3})
     test = [{"text": "a"}, {"text": "the letter came"}]
-    with pytest.warns(UserWarning, match="texts have one token alone and are left out"):
+    with pytest.warns(UserWarning, match="texts have a single token and are left out"):
         done = compare(llama, load_data(texts), test_data=load_data(test), **common)
     rows = done.results[0].rows
     assert (rows["train"] + rows["validation"], done.rows) == (40, test[1:])
@@ -603,7 +592,7 @@ def test_a_method_that_fails_does_not_stop_the_others(
 def test_a_method_s_copy_of_the_model_is_gone_when_the_next_begins(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies, left, right = list[weakref.ref[Any]](), list[int](), weights.unfrozen
+    copies, left, right = list[weakref.ref[Any]](), list[int](), weights.unfreeze_copy
 
     def noted(model: FrozenModel) -> FrozenModel:
         left.append(sum(copy() is not None for copy in copies))
@@ -611,7 +600,7 @@ def test_a_method_s_copy_of_the_model_is_gone_when_the_next_begins(
         copies.append(weakref.ref(made.hf_model))
         return made
 
-    monkeypatch.setattr(weights, "unfrozen", noted)
+    monkeypatch.setattr(weights, "unfreeze_copy", noted)
     gc.disable()  # it would come by sooner or later: a large model does not fit until then
     try:
         compare(llama, films(60), methods=["full"], seeds=3, config=settings(), equal="examples")
@@ -627,7 +616,7 @@ def test_a_result_that_is_not_finite_comes_back(compared: tuple[Path, list[Resul
 
 
 def test_rows_and_settings_that_would_flatter_or_break_a_method_are_refused(llama: FrozenModel) -> None:
-    with pytest.warns(UserWarning, match="5 of 5 test rows ask what another row asks"):
+    with pytest.warns(UserWarning, match="5 of 5 test rows have the input of a training or validation row"):
         compare(llama, films(60), methods=["zero-shot"], config=settings(), test_data=films(5))
     other = load_data([{"text": "a film", "label": "odd"}, {"text": "a good film", "label": "good"}])
     with pytest.raises(InputError, match="has the label 'odd', which no training row has"):

@@ -83,7 +83,7 @@ def test_a_run_that_was_interrupted_goes_on(
 
 
 def test_all_methods_are_compared(command: Command, reviews: Path, llama_folder: Path) -> None:
-    methods = "zero-shot,few-shot,prompt-tuning,prefix-tuning,prompt-tuning-ensemble,prefix-tuning-ensemble,lora,full"
+    methods = "zero-shot,few-shot,prompt-tuning,prefix-tuning,lora,full"
     base = ["--model", llama_folder, "--set", "device=cuda", "--set", "max_minutes=0.02"]
     done = command("compare", reviews, *base, "--methods", methods, "--out", "compared", "--json")
     assert done.code == 0, done.err

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from conftest import as_prompt, frozen
-from softprompt.comparison.methods import few_shot
-from softprompt.comparison.methods.few_shot import FewShot, Trial, search, zero_shot
+from softprompt.comparison.methods import prompting
+from softprompt.comparison.methods.prompting import SearchResult, Trial, choose_calibration, search_demonstrations
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows, load_data
 from softprompt.data.templates import Format, make_format
@@ -201,9 +201,11 @@ def test_demonstrations_that_leave_no_room_are_refused(llama: FrozenModel) -> No
 # What is chosen.
 
 
-def found(model: FrozenModel, train: Rows, validation: Rows, rows: int, seed: int = 0, **kwargs: object) -> FewShot:
+def found(
+    model: FrozenModel, train: Rows, validation: Rows, rows: int, seed: int = 0, **kwargs: object
+) -> SearchResult:
     form = make_format(train.task, LABELS if train.task == "classification" else [])
-    return search(model, form, train, validation, max_length=64, seed=seed, rows=rows, **kwargs)  # type: ignore[arg-type]
+    return search_demonstrations(model, form, train, validation, max_length=64, seed=seed, rows=rows, **kwargs)  # type: ignore[arg-type]
 
 
 def told(trial: Trial) -> tuple[object, ...]:
@@ -253,7 +255,7 @@ def test_demonstrations_are_training_rows_and_only_validation_rows_choose(
         scored.extend(rows)
         return CalibratedScorer(encoder, rows, at_once)
 
-    monkeypatch.setattr(few_shot, "calibrated_or_plain", noted)
+    monkeypatch.setattr(prompting, "calibrated_or_plain", noted)
     done = found(llama, train, validation, 300)
     assert len(done.trials) > 6
     for trial in done.trials:
@@ -293,7 +295,7 @@ def test_the_best_of_all_candidates_is_found_where_all_are_tried(llama: FrozenMo
 def test_candidates_have_every_size_and_half_of_them_all_labels(llama: FrozenModel) -> None:
     train = load_data([*labelled(60), {"text": "the only one", "label": "rare"}])
     form = make_format("classification", train.labels)
-    done = search(llama, form, train, labelled(12, 200), max_length=64, seed=0, rows=11 * 12)
+    done = search_demonstrations(llama, form, train, labelled(12, 200), max_length=64, seed=0, rows=11 * 12)
     assert [trial.k for trial in done.trials] == [0, *(1, 2, 4, 8, 16) * 2]
     of_labels = [{row["label"] for row in trial.format.demonstrations} for trial in done.trials]
     assert [len(labels) for labels in of_labels[1:6]] == [1, 2, 3, 3, 3]  # balanced: also with a label of one row
@@ -346,11 +348,13 @@ def test_a_search_by_time_ends_in_time(llama: FrozenModel, monkeypatch: pytest.M
         clock.now += len(rows) * (2 if encoder.format.demonstrations else 1)
         return CalibratedScorer(encoder, rows, at_once)
 
-    monkeypatch.setattr(few_shot, "calibrated_or_plain", noted)
-    monkeypatch.setattr(few_shot, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(prompting, "calibrated_or_plain", noted)
+    monkeypatch.setattr(prompting, "time", SimpleNamespace(monotonic=lambda: clock.now))
     for seconds in (0.0, 60.0, 200.0, 330.0, 600.0):
         clock.now = 0.0
-        done = search(llama, labels_format(()), labelled(40), labelled(60, 100), max_length=64, seed=0, seconds=seconds)
+        done = search_demonstrations(
+            llama, labels_format(()), labelled(40), labelled(60, 100), max_length=64, seed=0, seconds=seconds
+        )
         # The first round is begun believing that all rows take a second; its last trial alone can be late, by half.
         assert done.seconds == clock.now <= max(seconds, 60) + 60
         assert done.best.rows == 60
@@ -366,11 +370,11 @@ def test_zero_shot_decides_by_the_validation_rows_whether_to_calibrate(llama: Fr
     assert scores.predicted.tolist() != scores.plain.predicted.tolist()
     for calibration, right in (("contextual", scores.predicted), ("none", scores.plain.predicted)):
         validation = load_data([{**row, "label": LABELS[i]} for row, i in zip(rows, right, strict=True)])
-        done = zero_shot(llama, form, rows, validation, max_length=64)
+        done = choose_calibration(llama, form, rows, validation, max_length=64)
         assert (done.best.calibration, done.best.metrics["accuracy"]) == (calibration, 1)
         assert (done.best.k, done.rows, len(done.trials)) == (0, 14, 1)
     one = load_data([{"text": "a film"}])
-    texts = zero_shot(llama, make_format("text", []), one, one, max_length=64)
+    texts = choose_calibration(llama, make_format("text", []), one, one, max_length=64)
     assert (texts.best.calibration, texts.best.max_length, texts.rows, texts.trials) == ("none", 64, 0, ())
 
 
@@ -385,7 +389,7 @@ def test_prior_matching_is_a_third_way_to_calibrate(llama: FrozenModel, count: i
     found = prior_matching(plain, train)
     right = add_label_bias(plain, found).predicted
     validation = load_data([{**row, "label": labels[i]} for row, i in zip(rows, right, strict=True)])
-    best = zero_shot(llama, form, train, validation, max_length=64).best
+    best = choose_calibration(llama, form, train, validation, max_length=64).best
     assert (best.calibration, best.metrics["accuracy"]) == ("none", 1)
     assert best.label_bias == pytest.approx(found, abs=1e-4)
 
@@ -394,6 +398,6 @@ def test_a_search_needs_one_budget_that_is_large_enough(llama: FrozenModel) -> N
     train, validation = labelled(4), labelled(12, 100)
     for budget in ({}, {"rows": 50, "seconds": 5.0}):
         with pytest.raises(SettingsError, match="give the search a budget, either seconds or rows"):
-            search(llama, labels_format(()), train, validation, max_length=64, seed=0, **budget)  # type: ignore[arg-type]
+            search_demonstrations(llama, labels_format(()), train, validation, max_length=64, seed=0, **budget)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="all 12 validation rows, and the budget is 11 rows; raise it"):
         found(llama, train, validation, 11)

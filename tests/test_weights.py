@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from conftest import frozen, prepared_run, tiny_model
-from softprompt.comparison.methods.weights_trainer import RANK, WeightsTrainer, lora, unfrozen
+from softprompt.comparison.methods.weights import RANK, WeightsTrainer, lora, unfreeze_copy
 from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Example
 from softprompt.data.rows import load_data
@@ -29,7 +29,7 @@ from test_work import Made
 def learning(model: FrozenModel, method: str, seed: int = 0) -> Iterator[FrozenModel]:
     """The model whose weights learn: with LoRA's beside its own, or a copy."""
     if method == "full":
-        yield unfrozen(model)
+        yield unfreeze_copy(model)
         return
     with lora(model, seed):
         yield model
@@ -151,7 +151,7 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
             into.append(batch_indices(*args))
             return into[-1]
 
-        monkeypatch.setattr(training, "draw", noted)
+        monkeypatch.setattr(training, "batch_indices", noted)
         if method in ("lora", "full"):
             with learning(llama, method) as model:
                 WeightsTrainer(model, prepared_run(model, rows, short())).run()
@@ -164,7 +164,7 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
 def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = unfrozen(llama)
+    copy = unfreeze_copy(llama)
     generator = torch.Generator().manual_seed(0)
     hidden, targets = torch.randn(100, 32, generator=generator), torch.randint(400, (100,), generator=generator)
     candidate_ids = torch.stack([targets, (targets + 1) % 400, torch.full_like(targets, -1)], dim=1)
@@ -187,7 +187,7 @@ def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
 
 
 def test_a_weight_that_text_does_not_come_by_has_no_moments(reviews: Path) -> None:
-    model = unfrozen(frozen("llama"))
+    model = unfreeze_copy(frozen("llama"))
     model.hf_model.register_parameter("for_images", torch.nn.Parameter(torch.zeros(3)))
     trainer = loop_of(model, reviews)
     trainer.run()

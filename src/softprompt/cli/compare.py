@@ -9,7 +9,6 @@ import click
 
 from softprompt.cli.options import parse_map, read_tune_inputs, tune_options
 from softprompt.comparison import USUAL
-from softprompt.old_names import current_method
 
 
 @click.command()
@@ -45,21 +44,21 @@ def compare(
     """Compare prompts with prompt engineering, LoRA and fine-tuning on DATA.
 
     Every method gets the same rows and the same time: 5 minutes, with --budget 1 (quick) or 15 (thorough), or
-    --set max_minutes=M. Methods are those of the default, prompt-tuning-ensemble and prefix-tuning-ensemble. Results
-    in DIR are not computed again, so the same command goes on after an interruption. DIR/report.html is the report.
+    --set max_minutes=M. Results in DIR are not computed again, so the same command goes on after an interruption.
+    DIR/report.html is the report.
     """
     from softprompt.cli.compare_tables import TerminalComparison, comparison_table
     from softprompt.cli.tables import out as console
     from softprompt.cli.tables import print_json
+    from softprompt.comparison.methods import resolve_methods
+    from softprompt.comparison.protocol import require_comparison
     from softprompt.comparison.run import compare as run
-    from softprompt.comparison.run import require_methods, require_ours
     from softprompt.data.rows import load_data
     from softprompt.locks import require_free
 
-    names = [current_method(name.strip()) for name in methods.split(",") if name.strip()]
-    require_methods(names)  # what is quick to check comes before the model is loaded
+    names = resolve_methods([name.strip() for name in methods.split(",") if name.strip()])
     require_free(out)
-    require_ours(out)
+    require_comparison(out)
     test = load_data(test_data, parse_map(options["mapping"]), options["task"]) if test_data else None
     inputs = read_tune_inputs(**options)
     try:

@@ -9,17 +9,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from softprompt.cli.progress import TerminalCallback
+from softprompt.cli.progress import TerminalCallback, validation_text
 from softprompt.cli.tables import err, plain_table
+from softprompt.comparison.methods.base import MethodCallback
 from softprompt.comparison.run import ComparisonCallback
 from softprompt.formatting import short_interval, short_metric, size
 
 if TYPE_CHECKING:
-    from softprompt.comparison.methods.base import Protocol
+    from softprompt.comparison.protocol import Protocol
     from softprompt.comparison.results import Result
-    from softprompt.training.callbacks import Callback
 
 _NO_TRAINING_SECONDS = 30.0  # about what a method without training takes
+
+
+class TerminalMethod(TerminalCallback, MethodCallback):
+    """Shows a method's progress, and each few-shot prompt that scores best so far."""
+
+    def demonstrations(self, number: int, values: dict[str, float], spent: float) -> None:
+        shown = "1 example" if number == 1 else f"{number} examples"
+        err.print(f"best: {shown}, {validation_text(values)}; {min(spent, 1):.0%} of budget used")
 
 
 class TerminalComparison(ComparisonCallback):
@@ -35,7 +43,7 @@ class TerminalComparison(ComparisonCallback):
             err.print(f"{len(done)} results are there already: {', '.join(f'{r.method} {r.seed}' for r in done)}")
         self.count = len(todo)
 
-    def method(self, name: str, seed: int) -> Callback:
+    def method(self, name: str, seed: int) -> MethodCallback:
         self.began = time.monotonic()
         left = sum(
             _NO_TRAINING_SECONDS if n == "zero-shot" else self.protocol.seconds + _NO_TRAINING_SECONDS
@@ -45,7 +53,7 @@ class TerminalComparison(ComparisonCallback):
         about = f", about {max(1, round(left / 60))} min left" if self.protocol.equal == "time" else ""
         number = self.count - len(self.todo) + 1
         err.print(f"{name}, seed {seed}: running, {number} of {self.count}{about}")
-        return TerminalCallback(None, transient=True)
+        return TerminalMethod(None, transient=True)
 
     def failed(self, name: str, seed: int, reason: str) -> None:
         self.todo.remove((name, seed))

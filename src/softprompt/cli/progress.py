@@ -126,10 +126,6 @@ class TerminalCallback(Callback):
         )
         err.print(f"search: {tried}: validation loss {loss:.3f} after {step} steps")
 
-    def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
-        shown = "1 example" if demonstrations == 1 else f"{demonstrations} examples"
-        err.print(f"best: {shown}, {validation_text(values)}; {min(spent, 1):.0%} of budget used")
-
     def begin(self, prepared: PreparedRun, step: int) -> None:
         if self.origins is not None:
             self._show_settings(prepared, self.origins)

@@ -1,4 +1,4 @@
-"""What a method takes, measured: time, memory, bytes on the disk, and what it does to the base model."""
+"""The costs of a method, measured: time, memory, disk space, and what it does to the base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import trim_allocator
 from softprompt.prompt.soft_prompt import BasePrompt
 
-_LONGEST = 512  # tokens of a paragraph
+_MAX_LENGTH = 512  # tokens of a paragraph
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Effort:
 
     Attributes:
         seconds, cpu_seconds: wall time, and processor time of all threads.
-        peak_bytes: memory above what was held when it began.
+        peak_bytes: the most memory in use, less what was in use when the block began.
     """
 
     seconds: float = 0.0
@@ -40,8 +40,8 @@ class Effort:
 
 
 @contextmanager
-def measured(device: torch.device) -> Iterator[Effort]:
-    """Measure a block; the figures are there when it is done."""
+def measure(device: torch.device) -> Iterator[Effort]:
+    """Measure a block; the figures are complete when it ends."""
     effort = Effort()
     trim_allocator()
     before = _memory(device, begin=True)
@@ -54,10 +54,10 @@ def measured(device: torch.device) -> Iterator[Effort]:
 
 
 def _memory(device: torch.device, begin: bool = False) -> int:
-    """Return the most memory that was held since a measurement began; when it begins, what is held now.
+    """Return the peak of the memory in use since a measurement began; at its beginning, the memory in use now.
 
-    On Linux the process's own high-water mark can be set back (proc(5), clear_refs). Elsewhere it cannot: a peak that
-    is no higher than an earlier one is not seen there.
+    On Linux the process's own peak can be reset (proc(5), clear_refs). Elsewhere it cannot: a peak that is no higher
+    than an earlier one is not seen there.
     """
     if device.type == "cuda":
         if begin:
@@ -78,7 +78,7 @@ def _memory(device: torch.device, begin: bool = False) -> int:
 
 @torch.no_grad()
 def weights_hash(hf_model: PreTrainedModel) -> str:
-    """Return a hash of all weights, to the bit."""
+    """Return a hash of every bit of the weights."""
     digest = sha256()
     for name, tensor in sorted(hf_model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -87,14 +87,27 @@ def weights_hash(hf_model: PreTrainedModel) -> str:
 
 
 def general_perplexity(model: FrozenModel) -> float:
-    """Return the perplexity of a text on everyday matters, which no task has to do with."""
+    """Return the perplexity of a text on everyday subjects that is unrelated to any task."""
     text = files("softprompt.comparison").joinpath("general.txt").read_text(encoding="utf-8")
     rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
-    most = min(_LONGEST, model.context_length or _LONGEST)
-    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), most, model.vocabulary_size), rows)
+    max_length = min(_MAX_LENGTH, model.context_length or _MAX_LENGTH)
+    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), max_length, model.vocabulary_size), rows)
     return perplexity(scorer.score(model, BasePrompt()).loss())
 
 
+@dataclass(frozen=True)
+class BaseMeasurements:
+    """What is measured of the base model before any method changes weights."""
+
+    weights_hash: str
+    perplexity: float
+
+    @classmethod
+    def of(cls, model: FrozenModel) -> BaseMeasurements:
+        """Measure a base model."""
+        return cls(weights_hash(model.hf_model), general_perplexity(model))
+
+
 def folder_bytes(folder: Path) -> int:
-    """Return how much the files of a folder take."""
+    """Return the size of all files in a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

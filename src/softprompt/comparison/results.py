@@ -1,4 +1,4 @@
-"""What a comparison finds: one result for each method and seed, kept as a JSON file."""
+"""The results of a comparison: one JSON file for each method and seed."""
 
 from __future__ import annotations
 
@@ -20,30 +20,27 @@ from softprompt.old_names import current_method
 from softprompt.storage import write_text
 
 
-class _Kept(BaseModel):
-    """What is kept as JSON: figures that are not finite, of a run that diverged, come back as they were.
-
-    JSON has no numbers for them: they are written as the texts `Infinity`, `-Infinity` and `NaN`.
-    """
+class _Record(BaseModel):
+    """Written as JSON, with infinities and NaN, of a run that diverged, as the texts `Infinity`, `-Infinity`, `NaN`."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
-class Costs(_Kept):
-    """What a method takes.
+class Costs(_Record):
+    """The costs of a method.
 
     Attributes:
-        trainable_parameters: numbers that are learned; 0 for prompt engineering.
-        stored_bytes: what has to be kept for the task besides the base model.
-        train_seconds, train_cpu_seconds: wall and processor time of learning or searching, validation included.
-        train_tokens: text tokens of the rows that steps were taken on; 0 for prompt engineering.
-        peak_bytes: memory above the loaded model while learning or searching.
-        prediction_seconds: wall time of a test row.
-        switch_seconds: from the stored files of another task to the first row that can be answered.
-        base_unchanged: whether the base model's weights have the same hash before and after, and serve the task
-            as they are: full fine-tuning needs another copy.
-        perplexity_before, perplexity_after: of the model on text that has nothing to do with the task, without and
-            with what the task has added to its weights.
+        trainable_parameters: 0 for prompt engineering.
+        stored_bytes: size of the task's files, the base model not counted.
+        train_seconds, train_cpu_seconds: wall and processor time of training or searching, validation included.
+        train_tokens: text tokens of the rows trained on; 0 for prompt engineering.
+        peak_bytes: peak memory of training or searching, the loaded base model not counted.
+        prediction_seconds: wall time per test row.
+        switch_seconds: time to load another task's files and answer a first row.
+        base_unchanged: whether the weights that answer are the base model's, with the same hash before and after; full
+            fine-tuning needs another copy.
+        perplexity_before, perplexity_after: perplexity of unrelated text with the base model's weights, and with the
+            method's.
     """
 
     trainable_parameters: int
@@ -59,12 +56,12 @@ class Costs(_Kept):
     perplexity_after: float
 
 
-class Point(_Kept):
+class Point(_Record):
     """A point of a learning curve.
 
     Attributes:
         step: steps done.
-        seconds: wall time until then.
+        seconds: wall time since training began.
         loss: mean training loss since the point before, in nats per target token; None before the first step.
         validation: the metrics on the validation rows.
     """
@@ -75,25 +72,25 @@ class Point(_Kept):
     validation: dict[str, float]
 
 
-class Result(_Kept):
-    """What one method gave with one seed.
+class Result(_Record):
+    """The result of one method with one seed.
 
     Attributes:
         method, seed: which.
         task: the task's kind.
         data: name of the rows.
         base_model: name of the model.
-        rows: how many were there for `train`, `validation` and `test`.
-        settings: what was in force, the method's own choices included.
+        rows: numbers of `train`, `validation` and `test` rows.
+        settings: the settings used, the method's own choices included.
         metrics: on the test rows, with 95 % intervals.
-        confusion: of classification.
+        confusion: for classification.
         predictions: for each test row, the label or the text; empty for plain text.
-        ranked_by: the metric that methods are ranked by (`ranking_metric`). Results of before it was chosen by the
-            right answers do not name one; theirs is `PRIMARY`.
-        statistics: `[N, …]` per test row (per distinct input of a completion task): what the metric that ranks is
-            made from, see `statistic`.
+        ranked_by: the metric that methods are ranked by (`ranking_metric`). Old files do not name one; theirs is
+            `PRIMARY`.
+        statistics: `[N, …]` per test row (per distinct input of a completion task): the sums that the ranking metric
+            is computed from, see `statistic`.
         costs: what it took.
-        curve: how it learned; empty for prompt engineering.
+        curve: the learning curve; empty for prompt engineering.
         environment: versions and machine.
         date: ISO.
     """
@@ -117,12 +114,12 @@ class Result(_Kept):
 
     @field_validator("method")
     @classmethod
-    def _by_todays_name(cls, method: str) -> str:
+    def _current_method(cls, method: str) -> str:
         return current_method(method, quiet=True)
 
     @field_validator("settings")
     @classmethod
-    def _by_todays_names(cls, settings: dict[str, Any]) -> dict[str, Any]:
+    def _current_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
         method = settings.get("method")
         return {**settings, "method": current_method(method, quiet=True)} if isinstance(method, str) else settings
 
@@ -147,11 +144,10 @@ class Result(_Kept):
         return path
 
 
-def judged_anew(result: Result, form: Format, rows: Rows) -> Result:
-    """Return a result as it would be judged today, from what was written.
+def rejudge(result: Result, form: Format, rows: Rows) -> Result:
+    """Judge the answers of an old result file as new ones are judged.
 
-    Results of before the metric was chosen by the right answers were all ranked by BLEU over words, which is 0.0 for
-    right answers of fewer than four words. Next to new ones they have to be judged alike.
+    Old files were all ranked by BLEU over words, which is 0.0 for right answers of fewer than four words.
 
     Args:
         result: of a completion task.
@@ -162,17 +158,17 @@ def judged_anew(result: Result, form: Format, rows: Rows) -> Result:
         return result
     from softprompt.evaluation.completions import judge
 
-    found = judge(form, rows, result.predictions)
-    judged = {
-        "metrics": {**result.metrics, **found.metrics()},
-        "statistics": found.statistics(),
-        "ranked_by": found.ranked_by,
+    judged = judge(form, rows, result.predictions)
+    update = {
+        "metrics": {**result.metrics, **judged.metrics()},
+        "statistics": judged.statistics(),
+        "ranked_by": judged.ranked_by,
     }
-    return result.model_copy(update=judged)
+    return result.model_copy(update=update)
 
 
 def result_file(folder: Path, method: str, seed: int) -> Path:
-    """Return where a result is kept."""
+    """Return the path of a result's file."""
     return folder / f"{method}-{seed}.json"
 
 
@@ -185,12 +181,12 @@ def read_result(path: Path) -> Result:
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, ValidationError) as error:
-        reason = _first(error) if isinstance(error, ValidationError) else str(error)
+        reason = _first_error(error) if isinstance(error, ValidationError) else str(error)
         raise InputError(f"cannot read {path}: {reason}; remove it, and the method is run again") from error
 
 
-def _first(error: ValidationError) -> str:
-    """Return the first thing that is wrong, and where."""
+def _first_error(error: ValidationError) -> str:
+    """Return the first error, and where it is."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
 
@@ -199,24 +195,24 @@ _RESAMPLES = 2000
 
 
 def difference(first: Sequence[Result], second: Sequence[Result]) -> Metric:
-    """Return how much better one method is than another: the difference of the primary metric, positive if so.
+    """Return by how much one method is better than another in the primary metric; negative where it is worse.
 
     The interval is that of a paired bootstrap over the test rows (Koehn 2004).
 
     Args:
-        first, second: a method's results, one a seed; a method's figure is the mean over its seeds, and the same rows
-            are drawn for all of them.
+        first, second: a method's results, one per seed; a method's figure is the mean over its seeds, and the same
+            rows are sampled for all of them.
     """
     sign = -1.0 if lower_is_better(first[0].ranking) else 1.0
-    of_first, of_second = _mean_over_seeds(first), _mean_over_seeds(second)
-    return bootstrap(lambda drawn: sign * (of_first(drawn) - of_second(drawn)), len(first[0].statistics), _RESAMPLES)
+    mean_first, mean_second = _mean_over_seeds(first), _mean_over_seeds(second)
+    return bootstrap(lambda rows: sign * (mean_first(rows) - mean_second(rows)), len(first[0].statistics), _RESAMPLES)
 
 
 def mean_primary(results: Sequence[Result]) -> Metric:
     """Return a method's primary metric: the mean over its seeds, with its interval over the test rows.
 
     Args:
-        results: a method's results, one a seed.
+        results: a method's results, one per seed.
     """
     if len(results) == 1:
         return results[0].primary
@@ -229,4 +225,4 @@ def _mean_over_seeds(results: Sequence[Result]) -> Callable[[NDArray[np.int64]],
     """Return what computes a method's primary metric from row indices."""
     statistics = [np.array(result.statistics) for result in results]
     metric = results[0].ranking
-    return lambda drawn: float(np.mean([statistic(metric, rows[drawn].sum(axis=0)) for rows in statistics]))
+    return lambda rows: float(np.mean([statistic(metric, of_seed[rows].sum(axis=0)) for of_seed in statistics]))

@@ -14,9 +14,6 @@ class Callback:
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
         """A candidate of the search has taken `step` steps; `loss` is what it then has on validation rows."""
 
-    def better(self, demonstrations: int, values: dict[str, float], spent: float) -> None:
-        """A prompt with so many demonstrations does better than those before; a share of the budget is spent."""
-
     def begin(self, prepared: PreparedRun, step: int) -> None:
         """The plan is made, and `step` steps were done before."""
 

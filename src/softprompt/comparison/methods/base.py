@@ -1,4 +1,4 @@
-"""What every method does: it learns, answers rows, and is stored and loaded again, under one protocol."""
+"""The interface of a method: it is fitted, scores rows, and is stored and loaded, all under one protocol."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from softprompt.comparison.costs import Effort
+from softprompt.comparison.protocol import Protocol
 from softprompt.comparison.results import Point
-from softprompt.config import Calibration, TuneConfig
+from softprompt.config import Calibration
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format, require_template
@@ -25,58 +24,25 @@ from softprompt.prompt.ensemble import AnyPrompt
 from softprompt.prompt.soft_prompt import BasePrompt
 from softprompt.storage import read_json_object
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
-from softprompt.training.prepared_data import PreparedData
 
-Equal = Literal["time", "examples"]
 _FORMAT = "format.json"
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """What all methods have in common.
+class MethodCallback(Callback):
+    """Told of a method's course, a search for demonstrations included; this one shows nothing."""
 
-    Attributes:
-        model: the base model.
-        train, validation, test: rows to learn from, to choose by, and to be scored on.
-        config: settings; what they leave open is chosen as `tune` chooses it. `max_minutes` is set.
-        equal: whether all get the same wall time, `max_minutes`, or see the same number of examples.
-        search: whether a part of the budget goes into finding the learning rate.
-    """
-
-    model: FrozenModel
-    train: Rows
-    validation: Rows
-    test: Rows
-    config: TuneConfig
-    equal: Equal = "time"
-    search: bool = True
-
-    @property
-    def seconds(self) -> float:
-        """The budget in wall time."""
-        assert self.config.max_minutes
-        return 60 * self.config.max_minutes
-
-    @cached_property
-    def _data(self) -> PreparedData:
-        """What all methods learn from."""
-        return prepare_data(self.model, self.train, self.config, self.validation)
-
-    def prepared(self, **settings: object) -> PreparedRun:
-        """Make the plan of a method: the same rows, template and batches for all."""
-        config = self.config.model_copy(update={"max_minutes": None, **settings})
-        return prepare_run(self._data, config)
+    def demonstrations(self, number: int, values: dict[str, float], spent: float) -> None:
+        """A few-shot prompt scores best so far; `spent` is the used share of the budget."""
 
 
 @dataclass
 class Predictor:
-    """How test rows are answered.
+    """How test rows are scored.
 
     Attributes:
-        model: what they are run through.
-        format, max_length: how they become tokens.
-        prompt: what is before them; for the base model, what its labels are biased by.
+        model: the base model, or one with other weights.
+        format, max_length: how rows become tokens.
+        prompt: virtual tokens and label biases.
         calibration: of labels.
     """
 
@@ -86,18 +52,18 @@ class Predictor:
     prompt: AnyPrompt = field(default_factory=BasePrompt)
     calibration: Calibration = "none"
 
-    def at_once(self, rows: Rows) -> int:
-        """Predict how many text tokens of rows can be run together."""
+    def tokens_at_once(self, rows: Rows) -> int:
+        """Predict how many text tokens of rows fit in memory together."""
         return tokens_at_once(self.model, rows, self.prompt, self.max_length)
 
-    def side(self, rows: Rows, at_once: int) -> ScoredRows:
-        """Answer rows, so many text tokens together."""
+    def score(self, rows: Rows, at_once: int) -> ScoredRows:
+        """Score rows, and complete them where the task is completion, with `at_once` text tokens together."""
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length, self.model.vocabulary_size)
         scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
         return ScoredRows(self.model, encoder, scorer, self.prompt)
 
     def save(self, folder: Path) -> None:
-        """Write all but model and prompts as `format.json`: how rows become tokens, and labels are chosen."""
+        """Write `format.json`: how rows become tokens and how labels are chosen, without model and virtual tokens."""
         form = self.format
         (label_bias,) = (member.label_bias for member in self.prompt.members)
         record = {
@@ -119,7 +85,7 @@ class Predictor:
 
         Raises:
             InputError: the file is damaged.
-            SettingsError: its template is none, or shows the answer.
+            SettingsError: its template is invalid, or contains the answer.
         """
         cure = "remove it and the method's result, and the method is run again"
         record = read_json_object(folder / _FORMAT, cure)
@@ -130,7 +96,7 @@ class Predictor:
                 record["verbalizers"],
                 record["chat_template"],
                 demonstrations=tuple(record["demonstrations"]),
-                chat_date=record.get("chat_date"),  # which earlier versions did not keep
+                chat_date=record.get("chat_date"),  # not in files of early versions
             )
             require_template(form)
             return cls(model, form, record["max_length"], BasePrompt(record["label_bias"]), record["calibration"])
@@ -140,18 +106,18 @@ class Predictor:
 
 @dataclass
 class FitResult:
-    """What learning gave.
+    """The result of fitting a method.
 
     Attributes:
-        answers: how rows are answered with it.
-        parameters: how many numbers were learned.
-        effort: what it took.
-        tokens: text tokens that were run to learn; validation rows not counted.
-        settings: what was in force.
-        curve: the validation figures on the way.
+        predictor: scores rows with what was learned.
+        parameters: the number of trainable parameters.
+        effort: time and memory.
+        tokens: text tokens trained on; validation rows are not counted.
+        settings: the settings used.
+        curve: the validation figures during training.
     """
 
-    answers: Predictor
+    predictor: Predictor
     parameters: int
     effort: Effort
     tokens: int = 0
@@ -160,23 +126,23 @@ class FitResult:
 
 
 class Method(ABC):
-    """One method with one seed; `close` gives back what it took and leaves the base model as it was.
+    """One method with one seed; `close` frees its memory and restores the base model.
 
     Attributes:
-        keeps: whether what it stores is kept with the results; a whole model is not.
-        changes_weights: whether rows are answered with other weights than the base model's.
+        keeps: whether its files stay beside the results; those of a whole model do not.
+        changes_weights: whether rows are scored with other weights than the base model's.
     """
 
     keeps = True
     changes_weights = False
 
-    def __init__(self, protocol: Protocol, seed: int, callback: Callback) -> None:
+    def __init__(self, protocol: Protocol, seed: int, callback: MethodCallback) -> None:
         self.protocol, self.seed, self.callback = protocol, seed, callback
         self._stack = ExitStack()
 
     @abstractmethod
-    def learn(self) -> FitResult:
-        """Learn, or search, within the budget."""
+    def fit(self) -> FitResult:
+        """Train, or search, within the budget."""
 
     @abstractmethod
     def store(self, folder: Path) -> None:
@@ -187,5 +153,5 @@ class Method(ABC):
         """Read what was stored, as if another task had been served before."""
 
     def close(self) -> None:
-        """Leave the base model as it was."""
+        """Restore the base model."""
         self._stack.close()
