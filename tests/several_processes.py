@@ -152,8 +152,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     processes = launched()
     model, rows, out = sp.load_model(model_folder), sp.load_data(data), folder / str(processes.rank)
-    seen: dict[str, Any] = {"shared": [processes.share(b"of 0" if processes.first else b"").decode()]}
-    seen["shared"].append(processes.share(b"" if processes.first else b"of another").decode())
+    seen: dict[str, Any] = {"shared": [processes.broadcast(b"of 0" if processes.first else b"").decode()]}
+    seen["shared"].append(processes.broadcast(b"" if processes.first else b"of another").decode())
     for name, settings in CASES.items():
         seen[name] = tuned(model, rows, out / name, **settings)
     seen["text"] = tuned(model, texts(rows), out / "text", micro_batch_tokens=20)

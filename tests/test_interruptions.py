@@ -20,7 +20,7 @@ import torch
 
 from conftest import Command
 from softprompt import Callback, Rows, TuneConfig, evaluate, load_data, tune
-from softprompt.distributed.signals import interrupts_deferred, terminations_raised
+from softprompt.distributed.signals import defer_signals, raise_on_termination
 from softprompt.errors import RunError
 from softprompt.evaluation.scores import LabelScorer, Scores
 from softprompt.model.frozen import FrozenModel
@@ -304,7 +304,7 @@ def test_in_another_thread_signals_are_left_as_they_are(llama: FrozenModel, revi
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_waits_for_the_end_of_the_block(number: int) -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), terminations_raised(), interrupts_deferred():
+    with pytest.raises(KeyboardInterrupt), raise_on_termination(), defer_signals():
         os.kill(os.getpid(), number)
         done.append("the rest")
     assert done == ["the rest"]
@@ -313,7 +313,7 @@ def test_a_stop_waits_for_the_end_of_the_block(number: int) -> None:
 
 
 def test_a_stop_is_not_lost_where_the_block_fails() -> None:
-    with pytest.raises(KeyboardInterrupt) as caught, interrupts_deferred():
+    with pytest.raises(KeyboardInterrupt) as caught, defer_signals():
         interrupt()
         raise RunError("the disk is full")
     assert isinstance(caught.value.__context__, RunError)
@@ -326,7 +326,7 @@ def test_every_stop_that_waited_is_told() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             before = signal.signal(number, lambda caught, _: told.append(caught))
             stack.callback(signal.signal, number, before)
-        with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        with pytest.raises(KeyboardInterrupt), defer_signals():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 os.kill(os.getpid(), number)
     assert sorted(told) == sorted((signal.SIGTERM, signal.SIGHUP))

@@ -23,8 +23,8 @@ from conftest import SHORT, Command
 from softprompt import Callback, TuneConfig, compare, load_data, tune
 from softprompt.errors import InputError, StorageError
 from softprompt.evaluation.scores import perplexity
-from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.frozen import FrozenModel
+from softprompt.storage import LOCK_FILE, lock_folder, require_unlocked
 from softprompt.training.ensemble import tune_ensemble
 from softprompt.training.run_folder import RunFolder
 
@@ -32,8 +32,8 @@ BUSY = "another command is at work in run; wait until it has ended, or give anot
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from softprompt.locks import locked
-with locked(Path(sys.argv[1])):
+from softprompt.storage import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -68,10 +68,10 @@ def test_the_second_command_in_a_folder_is_told(
         process.kill()
         process.wait()
         process.stdout.close()
-    require_free(tmp_path / "run")  # its lock ended with it
+    require_unlocked(tmp_path / "run")  # its lock ended with it
     if verb == "tune" and not there:
         assert command(*words, *SHORT).code == 0
-        assert not (tmp_path / "run" / LOCK).exists()
+        assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
 def test_while_python_tunes_in_a_folder_no_other_call_does(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
@@ -93,15 +93,15 @@ def test_while_python_tunes_in_a_folder_no_other_call_does(llama: FrozenModel, r
 
     assert tune(llama, rows, config, out=out, callback=Second()).steps == 2
     assert len(seen) == 8
-    assert not (out / LOCK).exists()
+    assert not (out / LOCK_FILE).exists()
 
 
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(InputError), locked(tmp_path / "a" / "b"):
+    with pytest.raises(InputError), lock_folder(tmp_path / "a" / "b"):
         raise InputError("nothing was written")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
-    with locked(tmp_path / "mine"), pytest.raises(InputError), locked(tmp_path / "mine"):
+    with lock_folder(tmp_path / "mine"), pytest.raises(InputError), lock_folder(tmp_path / "mine"):
         pass
     assert list((tmp_path / "mine").iterdir()) == []
 
@@ -112,7 +112,7 @@ def test_of_many_that_want_a_folder_one_at_a_time_has_it(tmp_path: Path) -> None
     def work() -> None:
         for _ in range(30):
             try:
-                with locked(tmp_path / "run"):
+                with lock_folder(tmp_path / "run"):
                     inside[0] += 1
                     most[0] = max(most[0], inside[0])
                     time.sleep(0.001)
@@ -134,13 +134,13 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filelock.FileLock, "acquire", Mock(side_effect=error))
-    with pytest.warns(UserWarning, match="file system without locks"), locked(tmp_path / "run"):
+    with pytest.warns(UserWarning, match="file system without locks"), lock_folder(tmp_path / "run"):
         (tmp_path / "run" / "file").touch()
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filelock.FileLock, "acquire", Mock(side_effect=OSError(30, "Read-only file system")))
-    with pytest.raises(StorageError, match=r"cannot write .*run: Read-only file system"), locked(tmp_path / "run"):
+    with pytest.raises(StorageError, match=r"cannot write .*run: Read-only file system"), lock_folder(tmp_path / "run"):
         pass
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_before_it_began_can_begin(llama: FrozenModel, rev
     """What its first moments leave is no reason to ask for another folder; what somebody else put there is."""
     out, config = tmp_path / "run", TuneConfig(max_steps=1, batch_size=4, eval_rows=0)
     out.mkdir()
-    for name in (LOCK, "environment.json", "metrics.jsonl", ".config.yaml.softprompt-0123456789abcdef"):
+    for name in (LOCK_FILE, "environment.json", "metrics.jsonl", ".config.yaml.softprompt-0123456789abcdef"):
         (out / name).touch()
     assert tune(llama, load_data(reviews), config, out=out).steps == 1
     assert {path.name for path in out.iterdir()} == {

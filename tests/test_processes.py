@@ -277,12 +277,12 @@ def test_other_verbs_run_in_the_first_process_alone(command: Command, monkeypatc
     assert (done.code, done.out, done.err) == (0, "", "")
     monkeypatch.setenv("RANK", "0")
     assert "smollm2-135m" in command("models", "list").out
-    assert launch.count() == 1
+    assert launch.world_size() == 1
 
 
 def test_a_process_that_was_not_launched_with_others_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")  # some clusters say so to every container
-    assert (launch.count(), launch.rank(), launch.local_count()) == (1, 0, 1)
+    assert (launch.world_size(), launch.rank(), launch.local_world_size()) == (1, 0, 1)
 
 
 def test_processes_share_the_cores_unless_something_else_is_said(second: None, monkeypatch: pytest.MonkeyPatch) -> None:

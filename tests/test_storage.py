@@ -15,7 +15,7 @@ import pytest
 
 from softprompt.errors import PromptError, StorageError
 from softprompt.prompt import registry
-from softprompt.storage import MARK, recover, strict_json, sweep, write_folder, write_records, write_text
+from softprompt.storage import TEMPORARY_MARK, clean_up, recover, strict_json, write_folder, write_records, write_text
 
 # Writes a folder or a file and is killed: while it is filled, or after so many renames.
 _KILLED = """
@@ -61,7 +61,7 @@ def killed(place: Path, content: str, kind: str, renames: int) -> None:
 
 
 def debris(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*") if MARK in path.name]
+    return [path.name for path in folder.rglob("*") if TEMPORARY_MARK in path.name]
 
 
 # After how many renames the kill comes, and what is there then: the old one, or the new one.
@@ -77,7 +77,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder(
     if by == "a reader":
         assert registry.find(place) == place
     elif by == "the next start":
-        sweep(tmp_path)
+        clean_up(tmp_path)
         assert not debris(tmp_path)
     else:
         with write_folder(place) as aside:
@@ -104,9 +104,9 @@ def test_what_a_killed_writer_left_goes_with_the_next_one(kind: str, tmp_path: P
 def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
     with write_folder(tmp_path / "prompt") as aside:
         (aside / "file").write_text("mine")
-        code = f"from softprompt.storage import sweep; from pathlib import Path; sweep(Path({str(tmp_path)!r}))"
+        code = f"from softprompt.storage import clean_up; from pathlib import Path; clean_up(Path({str(tmp_path)!r}))"
         subprocess.run([sys.executable, "-c", code], check=True)
-        sweep(tmp_path)
+        clean_up(tmp_path)
         assert (aside / "file").read_text() == "mine"
     assert (tmp_path / "prompt" / "file").read_text() == "mine"
 
@@ -117,7 +117,7 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
 def test_what_is_not_provably_ours_stays(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     write(tmp_path / "prompt", "new")
-    sweep(tmp_path)
+    clean_up(tmp_path)
     recover(tmp_path / "gone")
     assert (tmp_path / name).is_dir()
 

@@ -1,4 +1,4 @@
-"""The errors that softprompt raises on purpose.
+"""The errors that softprompt raises on purpose, and its warnings.
 
     SoftpromptError                  exit code 1: the work failed
     ├── InputError                   exit code 2: what the user gave is at fault
@@ -15,8 +15,11 @@ A message names what was given, what is allowed, and what to do.
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 
 
 class SoftpromptError(Exception):
@@ -69,3 +72,15 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
         or "can't allocate memory" in str(error)
     )
+
+
+def warn(message: str) -> None:
+    """Warn in the name of the line outside the package that called it, however deep inside the cause is found."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_back is not None and _is_in_package(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_in_package(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "softprompt"

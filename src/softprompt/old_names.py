@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from softprompt.errors import SettingsError
-from softprompt.notices import warn
+from softprompt.errors import SettingsError, warn
 
 _METHODS = {"soft-prompt": "prompt-tuning", "deep-prefix": "prefix-tuning"}
 

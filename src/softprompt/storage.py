@@ -1,8 +1,8 @@
-"""Files: written so that a reader never sees half of one, and where softprompt keeps its own.
+"""Files and folders: atomic writes, locks, and the home folder of softprompt.
 
-What is written lies beside its place under a name with `.softprompt-` in it, and is renamed when it is whole. The
-writer holds a lock on it that ends with the process, so that the next one knows what a killed one left behind
-(`sweep`). Where the system has no such locks, it is left there.
+A file or folder is written beside its destination, under a temporary name with `.softprompt-` in it, and renamed when
+it is complete. Its writer holds a lock on it that ends with the process, so `clean_up` recognizes what a killed writer
+left. On systems without such locks (Windows) leftovers stay.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from softprompt.errors import InputError, StorageError
@@ -29,20 +31,23 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MARK = ".softprompt-"
-_ASIDE = re.compile(r"\..+\.softprompt-[0-9a-f]{16}")
-# Beside a folder that is replaced: the one before, while the new one is not yet in its place; and once it is.
-_BEFORE, _DONE_WITH = "-before", "-done-with"
+TEMPORARY_MARK = ".softprompt-"
+_TEMPORARY_NAME = re.compile(r"\..+\.softprompt-[0-9a-f]{16}")
+# A folder that is being replaced is renamed with the first ending, and with the second once it has been replaced.
+_REPLACED, _TO_DELETE = "-before", "-done-with"
+LOCK_FILE = ".lock"  # in a folder, while a command works in it, or after one was killed
+# Errors of file systems without locks, some network file systems for example.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def home() -> Path:
-    """Return the folder for what softprompt keeps between runs; SOFTPROMPT_HOME overrides the usual cache folder."""
+    """Return the folder of bundled models and registered prompts: SOFTPROMPT_HOME, or else in the user's cache."""
     return Path(os.environ.get("SOFTPROMPT_HOME") or platformdirs.user_cache_dir("softprompt"))
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors about a path into one that says what to do."""
+    """Raise the operating system's errors about a path as a StorageError that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
@@ -51,31 +56,31 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file and rename it into place; a link to a file stays one, and a device is written to as it is."""
+    """Write a text file atomically. A link to a file stays a link; a device is written to directly."""
     with storage_errors(path):
         if path.exists() and not path.is_file():  # /dev/stdout, say
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
-        place = _end_of_links(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        sweep(place.parent, place.name)
-        with _aside(place, folder=False) as aside:
+        destination = _link_target(path)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        clean_up(destination.parent, destination.name)
+        with _create_temporary(destination, folder=False) as temporary:
             # In JSON lines, half of a surrogate pair becomes an escape, as JSON has it.
-            with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(place)
+            temporary.replace(destination)
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file of JSON lines and rename it into place."""
+    """Write a file of JSON lines atomically."""
     lines = (json.dumps(strict_json(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     write_text(path, "".join(lines))
 
 
 def strict_json(value: Any) -> Any:
-    """Return a value as JSON has it: there is no number beyond all numbers, and none that is not one; they are null."""
+    """Return a value with null for every number that is not finite: JSON has no infinity and no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -88,8 +93,8 @@ def read_json_object(path: Path, cure: str, error_type: type[InputError] = Input
 
     Args:
         path: the file.
-        cure: what to do where it is damaged.
-        error_type: what is raised.
+        cure: what to do if it is damaged.
+        error_type: the error to raise.
 
     Raises:
         InputError: it cannot be read, or holds something else.
@@ -105,151 +110,207 @@ def read_json_object(path: Path, cure: str, error_type: type[InputError] = Input
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, and rename it to `path` at the end; a folder that was there is replaced.
+    """Write a folder atomically: yield an empty one to fill, which replaces `path` at the end.
 
-    If filling it fails, what was at `path` stays as it was. A link to a folder stays one.
+    If filling it fails, `path` stays as it was. A link to a folder stays a link.
     """
     with storage_errors(path):
-        place = _end_of_links(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        sweep(place.parent, place.name)
-        with _aside(place, folder=True) as aside:
-            yield aside
-            # On the disk before the name is: a power cut leaves no half.
-            for file in filter(Path.is_file, aside.iterdir()):
+        destination = _link_target(path)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        clean_up(destination.parent, destination.name)
+        with _create_temporary(destination, folder=True) as temporary:
+            yield temporary
+            # Sync before the rename: after a power cut the folder is complete or absent.
+            for file in filter(Path.is_file, temporary.iterdir()):
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
-            _put(aside, place)
+            _rename_into_place(temporary, destination)
 
 
-def _put(aside: Path, place: Path) -> None:
-    """Rename a whole folder into place; between the two renames, `sweep` knows what to do."""
-    if not place.exists():
-        aside.rename(place)
+def _rename_into_place(temporary: Path, destination: Path) -> None:
+    """Rename a complete folder into place. If it is killed between the two renames, `clean_up` finishes."""
+    if not destination.exists():
+        temporary.rename(destination)
         return
-    before = aside.with_name(aside.name + _BEFORE)
-    place.rename(before)
+    before = temporary.with_name(temporary.name + _REPLACED)
+    destination.rename(before)
     try:
-        aside.rename(place)
+        temporary.rename(destination)
     except BaseException:
-        if not place.exists():
-            before.rename(place)
+        if not destination.exists():
+            before.rename(destination)
         raise
-    with suppress(OSError):  # another process may be sweeping
-        gone = aside.with_name(aside.name + _DONE_WITH)
-        before.rename(gone)  # half of it is no folder to go back to
+    with suppress(OSError):  # another process may be cleaning up
+        gone = temporary.with_name(temporary.name + _TO_DELETE)
+        before.rename(gone)  # a partly deleted folder must not be restored
         shutil.rmtree(gone)
 
 
 @contextmanager
-def _aside(place: Path, folder: bool) -> Iterator[Path]:
-    """Make a file or folder beside a place, and hold it as long as it is filled; where that fails it is removed."""
+def _create_temporary(destination: Path, folder: bool) -> Iterator[Path]:
+    """Create a temporary file or folder beside its destination, locked while it is filled; remove it on failure."""
     while True:
-        aside = place.with_name(f".{place.name}{MARK}{secrets.token_hex(8)}")
+        temporary = destination.with_name(f".{destination.name}{TEMPORARY_MARK}{secrets.token_hex(8)}")
         if folder:
-            aside.mkdir()
+            temporary.mkdir()
         else:
-            aside.touch(exist_ok=False)
-        held = _hold(aside, wait=True)
-        if aside.exists():  # nobody has taken it for one that was left behind, before it was held
+            temporary.touch(exist_ok=False)
+        lock = _lock(temporary, wait=True)
+        if temporary.exists():  # nobody has removed it as a leftover before it was locked
             break
-        _let_go(held)
+        _unlock(lock)
     try:
-        yield aside
+        yield temporary
     except BaseException:
         if folder:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
     finally:
-        _let_go(held)
+        _unlock(lock)
 
 
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed writers left in a folder, and put in place what one had written whole.
+def clean_up(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder, and rename into place what they had completed.
 
     Args:
-        folder: where.
-        name: what they were writing; None for everything.
+        folder: the folder that they wrote into.
+        name: the file or folder that they wrote; None for any.
     """
     with suppress(OSError):
-        found = [entry for entry in folder.iterdir() if MARK in entry.name]
-        # First those that a folder before lies beside: they are whole.
-        for entry in sorted(found, key=lambda entry: not entry.name.endswith(_BEFORE)):
-            aside = entry.with_name(entry.name.removesuffix(_BEFORE).removesuffix(_DONE_WITH))
-            if _ASIDE.fullmatch(aside.name) and name in (None, _written(aside)):
+        found = [entry for entry in folder.iterdir() if TEMPORARY_MARK in entry.name]
+        # First those with a replaced folder beside them: they are complete.
+        for entry in sorted(found, key=lambda entry: not entry.name.endswith(_REPLACED)):
+            temporary = entry.with_name(entry.name.removesuffix(_REPLACED).removesuffix(_TO_DELETE))
+            if _TEMPORARY_NAME.fullmatch(temporary.name) and name in (None, _destination_name(temporary)):
                 with suppress(OSError):
-                    _sweep_one(entry, aside)
+                    _clean_up_one(entry, temporary)
 
 
 def recover(path: Path) -> None:
-    """Put a folder in place that a writer was killed over, between moving the old one away and the new one here."""
+    """Restore a folder whose writer was killed between the two renames of a replacement."""
     with suppress(OSError):
         if not path.name or path.exists():
             return
-        for entry in path.parent.glob(f".*{MARK}*{_BEFORE}"):
-            aside = entry.with_name(entry.name.removesuffix(_BEFORE))
-            if _ASIDE.fullmatch(aside.name) and _written(aside) == path.name:
-                _sweep_one(entry, aside)
+        for entry in path.parent.glob(f".*{TEMPORARY_MARK}*{_REPLACED}"):
+            temporary = entry.with_name(entry.name.removesuffix(_REPLACED))
+            if _TEMPORARY_NAME.fullmatch(temporary.name) and _destination_name(temporary) == path.name:
+                _clean_up_one(entry, temporary)
 
 
-def _written(aside: Path) -> str:
-    """Return the name that a file or folder aside is to have."""
-    return aside.name[1:].rpartition(MARK)[0]
+def _destination_name(temporary: Path) -> str:
+    """Return the name of the destination of a temporary file or folder."""
+    return temporary.name[1:].rpartition(TEMPORARY_MARK)[0]
 
 
-def _sweep_one(entry: Path, aside: Path) -> None:
-    """Finish what a killed writer did to one folder or file; do nothing where its writer lives."""
-    held = _hold(aside if aside.exists() else entry, wait=False)
-    if held is None:
+def _clean_up_one(entry: Path, temporary: Path) -> None:
+    """Finish or remove one leftover; do nothing if its writer is alive."""
+    lock = _lock(temporary if temporary.exists() else entry, wait=False)
+    if lock is None:
         return
     try:
-        if entry.name.endswith(_BEFORE):
-            place = entry.with_name(_written(aside))
-            if not place.exists():
-                (aside if aside.exists() else entry).rename(place)
+        if entry.name.endswith(_REPLACED):
+            destination = entry.with_name(_destination_name(temporary))
+            if not destination.exists():
+                (temporary if temporary.exists() else entry).rename(destination)
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
     finally:
-        _let_go(held)
+        _unlock(lock)
 
 
-def _hold(path: Path, wait: bool) -> int | None:
-    """Lock a file or folder until the process ends or lets go; None where another holds it, or none can be held."""
+def _lock(path: Path, wait: bool) -> int | None:
+    """Lock a file or folder until `_unlock` or the end of the process; None if it is locked, or cannot be."""
     if fcntl is None:
         return None
     try:
-        held = os.open(path, os.O_RDONLY)
+        lock = os.open(path, os.O_RDONLY)
     except OSError:  # it is gone
         return None
     try:
-        fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(held)
+        os.close(lock)
         return None
-    return held
+    return lock
 
 
-def _let_go(held: int | None) -> None:
-    if held is not None:
-        os.close(held)
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
-def _end_of_links(path: Path) -> Path:
-    """Return where a link leads to; what is no link is what it is.
+def _link_target(path: Path) -> Path:
+    """Return the target of a link; any other path unchanged.
 
     Raises:
-        OSError: it leads nowhere: the disk may not be there.
+        OSError: the target does not exist: its disk may not be mounted.
     """
     if not path.is_symlink():
         return path
     try:
         end = path.resolve()
-    except RuntimeError as error:  # before Python 3.13, of links in a circle
+    except RuntimeError as error:  # of links in a circle, before Python 3.13
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
     if end.is_symlink() or not end.parent.is_dir():
         raise OSError(errno.ENOENT, f"the link leads to {end}, which is not there")
     return end
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder against other commands. It is created if needed, and removed again if nothing is written to it.
+
+    The lock is the system's: it ends with the process that holds it.
+
+    Raises:
+        InputError: another command works in it.
+        StorageError: it cannot be written to.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(folder)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            (folder / LOCK_FILE).unlink(missing_ok=True)  # before another process can acquire it
+            lock.release()
+        with suppress(OSError):  # it is not empty
+            for each in missing:
+                each.rmdir()
+
+
+def require_unlocked(folder: Path) -> None:
+    """Make sure that no other command works in a folder; write nothing.
+
+    Raises:
+        InputError: one does.
+    """
+    if (folder / LOCK_FILE).is_file():  # it exists only while it is locked, or after a kill
+        lock = _acquire(folder)
+        if lock is not None:
+            lock.release()
+
+
+def _acquire(folder: Path) -> FileLock | None:
+    """Acquire the lock of a folder; None if the file system has no locks."""
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another command is at work in {folder}; wait until it has ended, or give another folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{folder} is on a file system without locks; make sure that no other command writes to it", stacklevel=4
+        )
+        return None
+    return lock

@@ -54,10 +54,10 @@ def compare(
     from softprompt.comparison.protocol import require_comparison
     from softprompt.comparison.run import compare as run
     from softprompt.data.rows import load_data
-    from softprompt.locks import require_free
+    from softprompt.storage import require_unlocked
 
     names = resolve_methods([name.strip() for name in methods.split(",") if name.strip()])
-    require_free(out)
+    require_unlocked(out)
     require_comparison(out)
     test = load_data(test_data, parse_map(options["mapping"]), options["task"]) if test_data else None
     inputs = read_tune_inputs(**options)

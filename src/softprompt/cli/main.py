@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_: click.echo(f"softprompt: warning: {message}", err=True)
     # --debug may stand anywhere; click accepts it only before the subcommand.
     given = (["--debug"] if debug else []) + [argument for argument in given if argument != "--debug"]
-    if launch.count() > 1 and "tune" not in [argument for argument in given if not argument.startswith("-")][:1]:
+    if launch.world_size() > 1 and "tune" not in [argument for argument in given if not argument.startswith("-")][:1]:
         if launch.rank():
             sys.exit(0)
-        launch.leave_the_others()  # only tune runs in several processes
+        launch.set_alone()  # only tune runs in several processes
     sys.exit(_run(given, debug) if launch.rank() == 0 else _run_silently(given, debug))
 
 
@@ -66,7 +66,7 @@ def _run_silently(arguments: Sequence[str], debug: bool) -> int:
     output = io.StringIO()
     with redirect_stdout(output), redirect_stderr(output):
         code = _run(arguments, debug)
-    if code not in (0, 129, 130, 143) and not any(signals.stops_asked()):
+    if code not in (0, 129, 130, 143) and not any(signals.stop_requests()):
         time.sleep(_FIRST_REPORTS)  # when the first process has failed, the launcher ends this one
         sys.stderr.write(f"process {launch.rank()}: {output.getvalue()}")
     return code
@@ -75,7 +75,7 @@ def _run_silently(arguments: Sequence[str], debug: bool) -> int:
 def _run(arguments: Sequence[str], debug: bool) -> int:
     """Run the command; report an error in one message."""
     try:
-        with signals.terminations_raised():
+        with signals.raise_on_termination():
             try:
                 with usable_streams():
                     softprompt.main(args=list(arguments), prog_name="softprompt", standalone_mode=False)

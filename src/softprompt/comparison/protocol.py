@@ -17,13 +17,12 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows
 from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.data.templates import make_format
-from softprompt.distributed.launch import count
+from softprompt.distributed.launch import world_size
 from softprompt.errors import DataError, InputError, SettingsError
-from softprompt.locks import LOCK
 from softprompt.model.fingerprint import AnyFingerprint, difference, fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.old_names import current_settings
-from softprompt.storage import MARK, read_json_object, write_records, write_text
+from softprompt.storage import LOCK_FILE, TEMPORARY_MARK, read_json_object, write_records, write_text
 from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
 from softprompt.training.prepared_data import PreparedData
 
@@ -102,7 +101,7 @@ def make_protocol(
         InputError: rows of another task, or with a label that no training row has.
         DataError: too few rows.
     """
-    if count() > 1:
+    if world_size() > 1:
         raise SettingsError("a comparison runs in one process; start it without torchrun")
     if config.init.startswith(PROMPT):
         raise SettingsError("init: an earlier prompt may have seen the test rows; leave it out")
@@ -164,13 +163,14 @@ def require_comparison(folder: Path) -> None:
     Raises:
         InputError: it holds something else.
     """
-    ours = {ROWS, PROTOCOL, LOCK, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}  # of a command that stopped before any result
+    # Files of a command that stopped before any result.
+    ours = {ROWS, PROTOCOL, LOCK_FILE, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}
     if (folder / PROTOCOL).exists():
         if any((folder / RESULTS).glob("*.json")):
             return
         ours |= {RESULTS, TASKS, PAGE, MARKDOWN, PICTURE}
     if folder.exists() and (
-        not folder.is_dir() or any(p.name not in ours and MARK not in p.name for p in folder.iterdir())
+        not folder.is_dir() or any(p.name not in ours and TEMPORARY_MARK not in p.name for p in folder.iterdir())
     ):
         raise InputError(f"{folder} exists and holds no comparison; give a new folder")
 

@@ -34,14 +34,13 @@ from softprompt.comparison.results import Costs, Result, read_result, rejudge
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Row, Rows, Source, as_rows
 from softprompt.data.templates import make_format
-from softprompt.distributed.signals import interrupts_deferred, saves_before_it_ends
+from softprompt.distributed.signals import defer_signals, save_before_exit
 from softprompt.errors import ModelError, RunError, SettingsError, is_out_of_memory
 from softprompt.evaluation.evaluate import ScoredRows
 from softprompt.evaluation.primary_metric import PRIMARY
 from softprompt.extras import require_package
-from softprompt.locks import locked, require_free
 from softprompt.model.frozen import FrozenModel
-from softprompt.storage import storage_errors, sweep
+from softprompt.storage import clean_up, lock_folder, require_unlocked, storage_errors
 from softprompt.training.run_folder import environment
 
 _WITHOUT_SEED = ("zero-shot",)  # the result is the same with every seed
@@ -124,13 +123,13 @@ def compare(
     protocol = make_protocol(model, data, eval_rows, test_rows, config or TuneConfig(), equal, search)
     callback = callback or ComparisonCallback()
     with ExitStack() as stack:
-        stack.enter_context(saves_before_it_ends())
+        stack.enter_context(save_before_exit())
         folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
-        require_free(folder)
+        require_unlocked(folder)
         require_comparison(folder)  # before the lock is written into it
-        stack.enter_context(locked(folder))
+        stack.enter_context(lock_folder(folder))
         for place in (folder, folder / RESULTS, folder / TASKS):
-            sweep(place)
+            clean_up(place)
         write_protocol(folder, protocol)
         requested = [(name, seed) for name in methods for seed in range(1 if name in _WITHOUT_SEED else seeds)]
         results = {(result.method, result.seed): result for result in _read_results(folder, protocol)}
@@ -142,7 +141,7 @@ def compare(
         finally:  # an interrupted comparison has a report too
             found = [results[key] for key in order if key in results]
             if out is not None and found:
-                with interrupts_deferred():
+                with defer_signals():
                     report = write_report(found, rows, folder)
         if failures:
             raise RunError("; ".join([*failures, "the report has the others, and the same command tries these again"]))

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softprompt.data.values import NO_CONVERSATIONS
-from softprompt.errors import DataError, nearest
-from softprompt.notices import warn
+from softprompt.errors import DataError, nearest, warn
 
 Task = Literal["classification", "completion", "text"]
 

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection
 
-from softprompt.notices import warn
+from softprompt.errors import warn
 
 # Characters that nobody sees. Not those that join others: see `_joiner`.
 _INVISIBLE = (

@@ -1,6 +1,6 @@
-"""What several processes do together: adding up what each computed, and handing on what the first one has.
+"""All-reduce and broadcast between the processes of a run.
 
-It goes through gloo, on the CPU, also where the models are on GPUs: what is added up in a step are P × H numbers.
+Both use gloo on the CPU, even if the models are on GPUs: a step reduces only the P × H numbers of the gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softprompt.distributed import launch
-from softprompt.distributed.signals import Terminated, stops_asked
+from softprompt.distributed.signals import Terminated, stop_requests
 from softprompt.errors import RunError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run.
+    """The processes of a run, as seen from one of them.
 
     Attributes:
-        rank: its number.
-        count: how many there are.
+        rank: the number of this process.
+        count: the number of processes.
     """
 
     rank: int = 0
@@ -38,20 +38,20 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes and prints."""
+        """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
-    def total(self, work: Callable[[], Tensor], shape: Sequence[int]) -> Tensor:
-        """Return the sum over all processes of what `work` returns, `shape` in float64; alone, what it returns.
+    def all_reduce(self, work: Callable[[], Tensor], shape: Sequence[int]) -> Tensor:
+        """Return the sum of `work`'s results over all processes: `shape`, float64; with one process, the result itself.
 
         Raises:
-            MemoryError: in all processes, where memory ran out in one.
-            KeyboardInterrupt: in all processes, where one was asked to stop (see `signals.stops_together`).
+            MemoryError: in all processes, if memory ran out in one.
+            KeyboardInterrupt: in all processes, if one was asked to stop (see `signals.stop_together`).
             RunError: another process has ended.
         """
         if self.count == 1:
             return work()
-        # One tensor: whether memory ran out, whether Ctrl-C and whether a signal to terminate came, and the sum.
+        # One tensor: out of memory, Ctrl-C, a signal to terminate, and the sum.
         sums = torch.zeros(3 + math.prod(shape), dtype=torch.float64)
         try:
             sums[3:] = work().flatten()
@@ -59,8 +59,8 @@ class Processes:
             if not is_out_of_memory(error):
                 raise
             sums[0] = 1
-        sums[1], sums[2] = stops_asked()
-        with _lost_processes_told():
+        sums[1], sums[2] = stop_requests()
+        with _lost_process_errors():
             torch.distributed.all_reduce(sums, group=_group())
         if sums[2]:
             raise Terminated
@@ -70,8 +70,8 @@ class Processes:
             raise MemoryError("memory ran out in one of the processes")
         return sums[3:].view(*shape)
 
-    def share(self, data: bytes) -> bytes:
-        """Return the first process's data, in all of them.
+    def broadcast(self, data: bytes) -> bytes:
+        """Return the data of the first process, in all processes.
 
         Raises:
             RunError: another process has ended.
@@ -79,7 +79,7 @@ class Processes:
         if self.count == 1:
             return data
         length = torch.tensor([len(data)])
-        with _lost_processes_told():
+        with _lost_process_errors():
             torch.distributed.broadcast(length, src=0, group=_group())
             sent = torch.zeros(int(length), dtype=torch.uint8)
             if self.first:
@@ -92,13 +92,13 @@ ALONE = Processes()
 
 
 def launched() -> Processes:
-    """Return the processes that were launched with this one."""
-    return Processes(launch.rank(), launch.count())
+    """Return the processes that the launcher started."""
+    return Processes(launch.rank(), launch.world_size())
 
 
 @functools.cache
 def _group() -> ProcessGroup:
-    """Join the other processes; a script that has done so already is joined once more, for its group may be NCCL's."""
+    """Join the other processes; in a new group if the script has one, which may be NCCL's."""
     import torch.distributed as dist
 
     try:
@@ -108,18 +108,18 @@ def _group() -> ProcessGroup:
         dist.init_process_group("gloo")
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"cannot join the {launch.count() - 1} other processes: {error}; start all of them with torchrun"
+            f"cannot join the {launch.world_size() - 1} other processes: {error}; start all of them with torchrun"
         ) from error
     assert dist.group.WORLD is not None
     return dist.group.WORLD
 
 
 @contextmanager
-def _lost_processes_told() -> Iterator[None]:
+def _lost_process_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's: a connection is closed
         raise RunError(
-            "another process of the run has ended, and without it there is no going on; the state of the last saved "
-            "step is kept: the same command with --resume goes on from there"
+            "another process of the run has ended, so the run cannot continue; the same command with --resume "
+            "continues from the last saved step"
         ) from error

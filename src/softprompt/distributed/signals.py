@@ -1,7 +1,16 @@
-"""Signals that ask a process to stop: Ctrl-C (SIGINT), SIGTERM of schedulers and containers, SIGHUP of a lost terminal.
+"""What happens on Ctrl-C (SIGINT), SIGTERM (schedulers, containers) and SIGHUP (a closed terminal).
 
-They all become a KeyboardInterrupt, so that what saves on Ctrl-C saves on each of them. Signals reach the main thread
-alone: in any other nothing is changed, and neither is a signal that the program handles or ignores itself (`nohup`).
+- Each of them raises a KeyboardInterrupt, SIGTERM and SIGHUP its subclass `Terminated` (`raise_on_termination`).
+- Training then saves its state and raises it further (`Trainer.run`). A write that has begun is finished first
+  (`defer_signals`). A comparison keeps the results of finished methods.
+- Of several processes, all stop after the same step: the next all-reduce tells each that one was asked to stop
+  (`stop_together`).
+- The command prints "stopped" with what continues the run, and exits with 130, 143 or 129 (`exit_code`). Further
+  signals within 2 seconds are ignored: launchers send several.
+- In a library call, SIGTERM and SIGHUP then end the process as they would without us (`save_before_exit`).
+
+Signals reach only the main thread: in other threads nothing is changed. Neither is a signal that the program handles
+or ignores itself (`nohup`).
 """
 
 from __future__ import annotations
@@ -15,21 +24,21 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeAlias
 
-from softprompt.distributed.launch import count
+from softprompt.distributed.launch import world_size
 
 _INTERRUPT = int(signal.SIGINT)
 _TERMINATING = tuple(int(getattr(signal, name)) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-_MOMENTS = 2.0  # seconds
-_asked: list[int] = []
+_IGNORED_SECONDS = 2.0  # after a signal, in which further ones are ignored
+_requested: list[int] = []
 _Handler: TypeAlias = Callable[[int, FrameType | None], object]
 _Caught: TypeAlias = tuple[_Handler, int, FrameType | None]
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP asks the process to stop.
+    """SIGTERM or SIGHUP asked the process to stop.
 
     Attributes:
-        number: the signal's.
+        number: the number of the signal.
     """
 
     def __init__(self, number: int = int(signal.SIGTERM)) -> None:
@@ -38,35 +47,35 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """Return what a command exits with: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, as shells have it."""
+    """Return the exit code of a command: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, as in shells."""
     return 128 + (stop.number if isinstance(stop, Terminated) else _INTERRUPT)
 
 
 @contextmanager
-def terminations_raised() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise `Terminated` where they would end the process at once, as Ctrl-C raises.
+def raise_on_termination() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `Terminated` instead of ending the process at once.
 
-    Schedulers and launchers send several signals at a time: what follows within moments asks for the same.
+    Schedulers and launchers send several signals: those that follow within 2 seconds are ignored.
     """
-    asked: list[float] = []
+    raised: list[float] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        if not asked or time.monotonic() - asked[-1] > _MOMENTS:
-            asked.append(time.monotonic())
+        if not raised or time.monotonic() - raised[-1] > _IGNORED_SECONDS:
+            raised.append(time.monotonic())
             raise KeyboardInterrupt if number == _INTERRUPT else Terminated(number)
 
-    usual = [number for number in _TERMINATING if signal.getsignal(number) is signal.SIG_DFL]
+    default = [number for number in _TERMINATING if signal.getsignal(number) is signal.SIG_DFL]
     if signal.getsignal(_INTERRUPT) is signal.default_int_handler:
-        usual.append(_INTERRUPT)
-    with _handled(dict.fromkeys(usual, stop)):
+        default.append(_INTERRUPT)
+    with _install_handlers(dict.fromkeys(default, stop)):
         yield
 
 
 @contextmanager
-def saves_before_it_ends() -> Iterator[None]:
-    """Let a library call save when SIGTERM or SIGHUP comes; then the signal does what it would have done without us."""
+def save_before_exit() -> Iterator[None]:
+    """Let a library call save on SIGTERM and SIGHUP; then the signal ends the process as usual."""
     try:
-        with terminations_raised():
+        with raise_on_termination():
             yield
     except Terminated as stop:
         if _in_main_thread() and signal.getsignal(stop.number) is signal.SIG_DFL:
@@ -75,58 +84,58 @@ def saves_before_it_ends() -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Let signals that ask to stop wait until the block is done, also where it fails."""
+def defer_signals() -> Iterator[None]:
+    """Delay signals that ask to stop until the end of the block, even if it fails."""
     caught: list[_Caught] = []
 
-    def waiting(usual: _Handler) -> Callable[[int, FrameType | None], None]:
-        return lambda number, frame: caught.append((usual, number, frame))
+    def delayed(handler: _Handler) -> Callable[[int, FrameType | None], None]:
+        return lambda number, frame: caught.append((handler, number, frame))
 
     handlers = {number: signal.getsignal(number) for number in (_INTERRUPT, *_TERMINATING)}
     try:
-        with _handled({number: waiting(usual) for number, usual in handlers.items() if callable(usual)}):
+        with _install_handlers({number: delayed(handler) for number, handler in handlers.items() if callable(handler)}):
             yield
     finally:
-        _tell(caught)
+        _call(caught)
 
 
-def _tell(caught: list[_Caught]) -> None:
-    """Call the handlers that waited; one may raise, and the others are called all the same."""
+def _call(caught: list[_Caught]) -> None:
+    """Call the delayed handlers, all of them even if one raises."""
     if caught:
-        usual, number, frame = caught[0]
+        handler, number, frame = caught[0]
         try:
-            usual(number, frame)
+            handler(number, frame)
         finally:
-            _tell(caught[1:])
+            _call(caught[1:])
 
 
 @contextmanager
-def stops_together() -> Iterator[None]:
-    """Let SIGINT (Ctrl-C) and SIGTERM, which launchers hand on to all processes, wait for the next sum.
+def stop_together() -> Iterator[None]:
+    """Delay signals until the next all-reduce, so that all processes stop after the same step.
 
-    There `stops_asked` is asked, so that all processes stop at the same place.
+    `Processes.all_reduce` reads them with `stop_requests`. Launchers send SIGINT and SIGTERM to all processes.
     """
-    if count() == 1 or not _in_main_thread():
+    if world_size() == 1 or not _in_main_thread():
         yield
         return
     numbers = (_INTERRUPT, *_TERMINATING)
-    with _handled(dict.fromkeys(numbers, lambda caught, _: _asked.append(caught))):
+    with _install_handlers(dict.fromkeys(numbers, lambda caught, _: _requested.append(caught))):
         try:
             yield
-            _asked.clear()
+            _requested.clear()
         except KeyboardInterrupt:
-            _asked.clear()
+            _requested.clear()
             raise
 
 
-def stops_asked() -> tuple[bool, bool]:
-    """Tell whether Ctrl-C, and whether a signal to terminate, came while `stops_together`, and nothing stopped yet."""
-    return _INTERRUPT in _asked, any(number in _asked for number in _TERMINATING)
+def stop_requests() -> tuple[bool, bool]:
+    """Tell whether Ctrl-C, and whether a signal to terminate, is delayed by `stop_together`."""
+    return _INTERRUPT in _requested, any(number in _requested for number in _TERMINATING)
 
 
 @contextmanager
-def _handled(handlers: dict[int, _Handler]) -> Iterator[None]:
-    """Handle signals; afterwards they are handled as before."""
+def _install_handlers(handlers: dict[int, _Handler]) -> Iterator[None]:
+    """Install signal handlers; restore the previous ones at the end."""
     if not _in_main_thread():
         yield
         return
@@ -138,7 +147,7 @@ def _handled(handlers: dict[int, _Handler]) -> Iterator[None]:
         yield
     finally:
         for number, usual in before.items():
-            if usual is not None:  # None: it was not Python that set it
+            if usual is not None:  # None: it was not installed from Python
                 signal.signal(number, usual)
 
 

@@ -16,13 +16,12 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.labels import clean_label
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.templates import default_template, make_format, require_unseen_answer
-from softprompt.errors import DataError, nearest
+from softprompt.errors import DataError, nearest, warn
 from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scores import Confusion, LabelScorer, LabelScores, Scorer, average_scores, tokens_at_once
 from softprompt.model.frozen import FrozenModel
-from softprompt.notices import warn
 from softprompt.prompt.ensemble import AnyPrompt, Prompt
 from softprompt.prompt.loading import require_fit
 from softprompt.prompt.soft_prompt import BasePrompt

@@ -261,7 +261,7 @@ class Scorer(ABC):
     @torch.no_grad()
     def _score(self, model: FrozenModel, weights: Sequence[Tensor | None]) -> list[Scores]:
         shape = (len(weights), *self.shape)
-        found = self.processes.total(lambda: torch.from_numpy(self._found(model, weights)), shape)
+        found = self.processes.all_reduce(lambda: torch.from_numpy(self._found(model, weights)), shape)
         if not self._tells(found.numpy()):
             raise RunError(f"what the model says of a row is not finite: {what_is_not_finite(model.hf_model)}")
         return [self._scores(each) for each in found.numpy()]

@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from softprompt.distributed.launch import local_count, local_rank
+from softprompt.distributed.launch import local_rank, local_world_size
 from softprompt.errors import ModelError, nearest
 from softprompt.extras import require_package
 from softprompt.model.backends.verify import freeze
@@ -207,7 +207,7 @@ def resolve_device(device: str) -> torch.device:
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[place.type]
     if (place.index or 0) >= there:
         raise ModelError(f"device {device}: PyTorch sees {there} {place.type} devices here; use --set device=cpu")
-    if place == torch.device("cuda") and local_count() > 1:
+    if place == torch.device("cuda") and local_world_size() > 1:
         return torch.device("cuda", local_rank() % there)
     return place
 
@@ -230,7 +230,7 @@ def resolve_threads(threads: int | None) -> int:
     """
     if threads is not None:
         return threads
-    sharing, most = local_count(), torch.get_num_threads()
+    sharing, most = local_world_size(), torch.get_num_threads()
     # 1 is what torchrun and accelerate launch set where nobody has set anything.
     if sharing > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         most = (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // sharing

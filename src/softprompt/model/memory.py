@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from softprompt.distributed.launch import local_count
+from softprompt.distributed.launch import local_world_size
 from softprompt.model.backends.attention import MAX_LENGTH_RATIO, length_buckets
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.lm_head import LOGITS_AT_ONCE
@@ -232,7 +232,7 @@ def micro_batch_tokens(
         target_share: target tokens per token; each takes a row of logits for a while.
         scoring: nothing is kept for a backward pass.
     """
-    free = available_memory(device) * _SHARE / (local_count() if device.type == "cpu" else 1)
+    free = available_memory(device) * _SHARE / (local_world_size() if device.type == "cpu" else 1)
     needed = memory_estimate.scoring if scoring else memory_estimate.step
 
     def fits(tokens: int) -> bool:

@@ -11,7 +11,7 @@ from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.split import sample, split_rows
 from softprompt.distributed.collective import launched
-from softprompt.distributed.signals import saves_before_it_ends
+from softprompt.distributed.signals import save_before_exit
 from softprompt.errors import SettingsError
 from softprompt.evaluation.scores import average_scores
 from softprompt.model.frozen import FrozenModel
@@ -77,7 +77,7 @@ def tune_ensemble(
     eval_data = None if eval_data is None else as_rows(eval_data, data.task)
     folder = None if out is None else RunFolder(Path(out))
     with ExitStack() as stack:
-        stack.enter_context(saves_before_it_ends())
+        stack.enter_context(save_before_exit())
         if folder is not None:
             stack.enter_context(folder.held(resume))
         return _tune_members(model, data, config or TuneConfig(), members, eval_data, folder, resume, callback)

@@ -73,7 +73,7 @@ class PromptTrainer(Trainer):
             both = torch.cat([torch.tensor([loss], dtype=torch.float64), gradient.double().flatten()])
             return both * targets[self.processes.rank]
 
-        whole = self.processes.total(share, shape) / sum(targets)
+        whole = self.processes.all_reduce(share, shape) / sum(targets)
         return float(whole[0]), whole[1:].view_as(prompt).float()
 
     def _own(self, prompt: Tensor, micro_batches: list[list[Example]]) -> tuple[float, Tensor]:

@@ -28,15 +28,17 @@ if TYPE_CHECKING:
 from softprompt.config import TuneConfig, read_settings, to_yaml
 from softprompt.errors import InputError, SettingsError, StorageError
 from softprompt.extras import require_package
-from softprompt.locks import LOCK, locked, require_free
 from softprompt.model.fingerprint import AnyFingerprint, difference
 from softprompt.model.frozen import FrozenModel
 from softprompt.storage import (
-    MARK,
+    LOCK_FILE,
+    TEMPORARY_MARK,
+    clean_up,
+    lock_folder,
     read_json_object,
+    require_unlocked,
     storage_errors,
     strict_json,
-    sweep,
     write_folder,
     write_records,
     write_text,
@@ -110,10 +112,10 @@ class RunFolder:
             InputError: another command is at work here, or see `require`.
         """
         self.require(resume)  # nothing is put into a folder of something else
-        with locked(self.path):
+        with lock_folder(self.path):
             self._require(resume)  # another one may have begun, and ended, since
             for folder in (self.path, self._states):
-                sweep(folder)
+                clean_up(folder)
             yield
 
     def require(self, resume: bool) -> None:
@@ -122,7 +124,7 @@ class RunFolder:
         Raises:
             InputError: another command is at work here; or see `require_new` and `require_begun`.
         """
-        require_free(self.path)
+        require_unlocked(self.path)
         self._require(resume)
 
     def _require(self, resume: bool) -> None:
@@ -152,7 +154,7 @@ class RunFolder:
         """
         if (self.path / _SETTINGS).exists():
             raise InputError(f"{self.path} holds another run; give another folder, or --resume to go on with it")
-        ours = {LOCK, _ENVIRONMENT, _METRICS, _SETTINGS}  # of a command that was stopped before the run had begun
+        ours = {LOCK_FILE, _ENVIRONMENT, _METRICS, _SETTINGS}  # of a command that was stopped before the run had begun
         if self.path.exists() and (not self.path.is_dir() or any(not _is(ours, p) for p in self.path.iterdir())):
             raise InputError(f"{self.path} exists and is not empty; give a new folder")
 
@@ -296,7 +298,7 @@ class RunFolder:
 
 def _is(names: set[str], file: Path) -> bool:
     """Tell whether a file has one of some names, or was to get one when its writer was killed."""
-    return file.name in names or any(file.name.startswith(f".{name}{MARK}") for name in names)
+    return file.name in names or any(file.name.startswith(f".{name}{TEMPORARY_MARK}") for name in names)
 
 
 class SilentRunFolder(RunFolder):

@@ -22,7 +22,7 @@ _OF_A_MACHINE = {"device", "threads"}
 def broadcast_config(processes: Processes, config: TuneConfig | None) -> TuneConfig:
     """Return the first process's settings."""
     text = config.model_dump_json() if config is not None else ""
-    return TuneConfig.model_validate_json(processes.share(text.encode()))
+    return TuneConfig.model_validate_json(processes.broadcast(text.encode()))
 
 
 def broadcast_plan(processes: Processes, prepared: PreparedRun, identity: dict[str, str]) -> PreparedRun:
@@ -36,20 +36,20 @@ def broadcast_plan(processes: Processes, prepared: PreparedRun, identity: dict[s
     assert prepared.config.micro_batch_tokens
     sizes = torch.zeros(processes.count, dtype=torch.float64)
     sizes[processes.rank] = prepared.config.micro_batch_tokens
-    fitting = int(processes.total(lambda: sizes, sizes.shape).min())
+    fitting = int(processes.all_reduce(lambda: sizes, sizes.shape).min())
     needed = torch.tensor([float(bool(prepared.config.gradient_checkpointing))])
     activation_checkpointing = bool(
-        processes.total(lambda: needed, needed.shape)
+        processes.all_reduce(lambda: needed, needed.shape)
     )  # one that has too little memory is enough
     own = prepared.config.model_copy(
         update={"micro_batch_tokens": fitting, "gradient_checkpointing": activation_checkpointing}
     )
     config = broadcast_config(processes, own)
-    known: dict[str, str] = json.loads(processes.share(json.dumps(identity).encode()))
+    known: dict[str, str] = json.loads(processes.broadcast(json.dumps(identity).encode()))
     other = own.model_dump(exclude=_OF_A_MACHINE) != config.model_dump(exclude=_OF_A_MACHINE) or known != identity
-    if processes.total(lambda: torch.tensor([other]), (1,)):
+    if processes.all_reduce(lambda: torch.tensor([other]), (1,)):
         raise InputError("the processes were given different rows, models or settings; start all with the same command")
-    start = load(processes.share(save({"start": prepared.start})))["start"]
+    start = load(processes.broadcast(save({"start": prepared.start})))["start"]
     memory_estimate = replace(prepared.memory_estimate, activation_checkpointing=activation_checkpointing)
     return prepared.share_among(processes, config, start, memory_estimate)
 
@@ -60,10 +60,10 @@ def resume(
     """Return the settings and the newest state of a run, which the first process alone reads (`RunFolder.resume`)."""
     config, state = run.resume(given, identity, model) if processes.first else (None, None)
     config = broadcast_config(processes, config)
-    progress = processes.share((state.progress.model_dump_json() if state else "").encode())
+    progress = processes.broadcast((state.progress.model_dump_json() if state else "").encode())
     if not progress:
         return config, None
-    tensors = processes.share(save(state.tensors) if state else b"")
+    tensors = processes.broadcast(save(state.tensors) if state else b"")
     found = TrainerState.model_validate_json(progress)
     if processes.first and found.processes != processes.count:
         warnings.warn(

@@ -17,7 +17,7 @@ from softprompt.config import TuneConfig
 from softprompt.data.batching import batch_indices, micro_batches, shard_by_length
 from softprompt.data.encoder import Example
 from softprompt.distributed.collective import ALONE, Processes
-from softprompt.distributed.signals import interrupts_deferred
+from softprompt.distributed.signals import defer_signals
 from softprompt.errors import InputError, RunError, is_out_of_memory
 from softprompt.evaluation.calibration import fit_label_bias
 from softprompt.evaluation.scores import LabelScores, Scorer, Scores
@@ -137,13 +137,13 @@ class Trainer(ABC):
 
     def _save(self) -> None:
         """Save the state; who asks once more to stop waits until it is there."""
-        with interrupts_deferred():
+        with defer_signals():
             self.folder.save_state(self._state())
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Do what belongs together: stops wait until it is done, and where it fails, no state is saved."""
-        with interrupts_deferred():
+        with defer_signals():
             self.whole = False
             yield
             self.whole = True

@@ -16,8 +16,8 @@ import torch
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.distributed.collective import launched
-from softprompt.distributed.launch import fewer_than_asked_for
-from softprompt.distributed.signals import saves_before_it_ends, stops_together
+from softprompt.distributed.launch import is_single_of_accelerate
+from softprompt.distributed.signals import save_before_exit, stop_together
 from softprompt.evaluation.scores import Scores
 from softprompt.extras import require_package
 from softprompt.model.fingerprint import fingerprint
@@ -98,10 +98,10 @@ def tune(
     eval_data = None if eval_data is None else as_rows(eval_data, data.task)
     processes = launched()
     callback = callback if callback and processes.first else Callback()
-    if fewer_than_asked_for():
+    if is_single_of_accelerate():
         warnings.warn("accelerate launch has started one process, as it does with --cpu; try --multi_gpu", stacklevel=2)
     with ExitStack() as stack:
-        stack.enter_context(saves_before_it_ends())
+        stack.enter_context(save_before_exit())
         kind = RunFolder if processes.first else SilentRunFolder
         run = kind(Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())))
         stack.enter_context(run.held(resume))  # before minutes of searching
@@ -124,7 +124,7 @@ def tune(
             run.open_board(step)
         callback.begin(prepared, step)
         try:
-            with reproducible(prepared.config.threads), stops_together():
+            with reproducible(prepared.config.threads), stop_together():
                 found = PromptTrainer(model, prepared, run, callback, state, processes).run()
         finally:
             callback.end()
@@ -133,7 +133,7 @@ def tune(
         run.write_prompt(made)
         if found.scores is not None:
             run.write_predictions(found.scores.predictions())
-        processes.share(b"written")  # what a process does with the result, it finds the files there
+        processes.broadcast(b"written")  # what a process does with the result, it finds the files there
     seconds = time.monotonic() - began
     place, progress = run.path if out is not None else None, found.progress
     best = progress.best_step, progress.best, found.scores
@@ -171,7 +171,7 @@ def _prepared(
                 chosen = search(data, config.model_copy(update={"max_steps": steps}), callback)
             else:
                 warnings.warn(f"no search: {why}", stacklevel=3)
-            chosen = json.loads(processes.share(json.dumps(chosen).encode()))
+            chosen = json.loads(processes.broadcast(json.dumps(chosen).encode()))
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
         if throughput:
@@ -180,7 +180,7 @@ def _prepared(
                 del fit_to_budget["eval_every"]
             if fit_to_budget["max_steps"] == most and "eval_rows" not in fit_to_budget:
                 del fit_to_budget["max_steps"]
-            config = config.model_copy(update=json.loads(processes.share(json.dumps(fit_to_budget).encode())))
+            config = config.model_copy(update=json.loads(processes.broadcast(json.dumps(fit_to_budget).encode())))
             reasons |= dict.fromkeys(fit_to_budget, f"{config.max_minutes:.3g} minutes")
     prepared = prepare_run(data, config)
     return replace(prepared, reasons={**prepared.reasons, **reasons})
