@@ -243,7 +243,7 @@ _SCRIPT = """
 import signal, sys
 import softprompt as sp
 
-class Ended(sp.Watcher):
+class Ended(sp.Callback):
     def step(self, step, loss):
         if step == 3:
             signal.raise_signal(int(sys.argv[3]))
@@ -252,7 +252,7 @@ class Ended(sp.Watcher):
 model, rows = sp.load_model(sys.argv[1]), sp.load_data(sys.argv[2])
 config = sp.TuneConfig(max_steps=6, batch_size=4, eval_rows=0, save_every=100)
 try:
-    sp.tune(model, rows, config, out="run", watcher=Ended())
+    sp.tune(model, rows, config, out="run", callback=Ended())
     print("went on")
 finally:
     print("unwound")
