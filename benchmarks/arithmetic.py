@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 
 import softprompt as sp
 from softprompt.data.batching import micro_batches
-from softprompt.data.encoder import Example
-from softprompt.model.backends.onednn import products
+from softprompt.data.example import Example
+from softprompt.model.backends.onednn import faster_matmuls
 from softprompt.training.prepare import PreparedRun
 
 _MULTIPLY_ADD = 2
@@ -88,7 +88,7 @@ def rate(weights: Sequence[torch.Tensor], rows: int) -> float:
     rows = max(1, rows)
     inputs = {n: torch.randn(rows, n).to(weights[0]) for n in Counter(n for w in weights for n in w.shape)}
     best = float("inf")
-    with products():  # in the library that our side takes: the faster one
+    with faster_matmuls():  # in the library that our side takes: the faster one
         for _ in range(2):
             began = time.perf_counter()
             for weight in weights:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import softprompt as sp
 from sides import collate, virtual_tokens
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.model.backends.verify import freeze
 from softprompt.model.gradient import prompt_gradient
 from softprompt.training.run_folder import environment

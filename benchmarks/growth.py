@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import softprompt as sp
 from sides import Softprompt
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.data.lazy_examples import LengthStats
 from softprompt.training.prepare import prepare_data, prepare_run
 from softprompt.training.run_folder import environment

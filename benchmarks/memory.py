@@ -26,7 +26,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import softprompt as sp
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.model.backends.verify import freeze
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure, trim_allocator

@@ -49,7 +49,7 @@ from softprompt.comparison.methods.weights import Full, Lora
 from softprompt.comparison.protocol import TASKS, Protocol
 from softprompt.comparison.results import Result
 from softprompt.comparison.run import run_method
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.data.split import sample
 from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel

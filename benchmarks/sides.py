@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import softprompt as sp
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.model.backends.verify import freeze
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import PreparedRun

@@ -16,7 +16,7 @@ import softprompt as sp
 from arithmetic import bound, needed_seconds
 from sides import Peft, Rounds, Softprompt, load, ratio, trainer
 from softprompt.data.batching import batch_indices
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
 
 LOSSES_AGREE, GRADIENTS_AGREE = 1e-3, 1e-4

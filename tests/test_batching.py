@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from softprompt.data.batching import batch_indices, micro_batches
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.errors import DataError

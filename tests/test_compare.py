@@ -26,7 +26,7 @@ from softprompt.comparison.protocol import make_protocol
 from softprompt.comparison.results import Result, read_result
 from softprompt.comparison.run import ComparisonCallback, compare
 from softprompt.data.batching import batch_indices
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate

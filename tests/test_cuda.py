@@ -11,7 +11,7 @@ import torch
 from conftest import ARCHITECTURES, SHORT, Command, as_prompt, frozen, tiny_model, tiny_tokenizer
 from softprompt import Callback, SoftPrompt, TuneConfig, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.generation import continue_ids
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel

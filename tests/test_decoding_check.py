@@ -18,8 +18,9 @@ from softprompt.errors import ModelError
 from softprompt.model.backends import prefix_batch
 from softprompt.model.backends.cache import cached_tensors
 from softprompt.model.backends.decode import SharedCacheBatch
-from softprompt.model.backends.differences import Plain
+from softprompt.model.backends.differences import decoding_differences
 from softprompt.model.backends.packed import PackedBackend
+from softprompt.model.backends.reference import Reference
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 
@@ -112,9 +113,9 @@ def test_beams_and_ensembles_of_prompts_are_those_of_texts_alone(name: str) -> N
 def test_the_check_sees_that_the_cache_cannot_be_shared(name: str) -> None:
     model = checked(name)
     assert not model.backend.shares_cache
-    apart, together = Plain(model.hf_model).decoding(model)
-    assert apart < 1e-5
-    assert together > 1e-3
+    own_prefixes, shared_cache = decoding_differences(Reference(model.hf_model), model)
+    assert own_prefixes < 1e-5
+    assert shared_cache > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from conftest import ARCHITECTURES, Command, as_prompt, frozen, prepared_run, tiny_model
 from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.batching import micro_batches
-from softprompt.data.encoder import Example, shared_text
+from softprompt.data.example import Example, shared_text
 from softprompt.data.rows import load_data
 from softprompt.errors import PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate

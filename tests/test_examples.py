@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import tiny_tokenizer
-from softprompt.data.encoder import Encoder, Example, bos_token_ids, common_start, shared_text
+from softprompt.data.encoder import Encoder, bos_token_ids
+from softprompt.data.example import Example, common_start, shared_text
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, ModelError, SettingsError

@@ -22,7 +22,7 @@ from transformers import (
 
 from conftest import ARCHITECTURES, frozen, tiny_model, tiny_tokenizer
 from softprompt.data.batching import micro_batches
-from softprompt.data.encoder import Example, shared_text
+from softprompt.data.example import Example, shared_text
 from softprompt.errors import ModelError
 from softprompt.model import lm_head
 from softprompt.model.backends.attention import MAX_LENGTH_RATIO_ON_GPU
@@ -215,7 +215,7 @@ def test_how_many_texts_have_their_attention_computed_together_changes_nothing(a
     model, prompt = frozen(architecture), start(frozen(architecture), 20)
     found = []
     for like in (1.0, MAX_LENGTH_RATIO_ON_GPU, 100.0):
-        model.backend.like = like
+        model.backend.max_length_ratio = like
         found.append(prompt_gradient(model, prompt, (), [examples_of("mixed lengths")]))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)

@@ -15,8 +15,9 @@ from softprompt.errors import ModelError
 from softprompt.model.backends import attention, padded, verify
 from softprompt.model.backends.attention import LengthBucket
 from softprompt.model.backends.base import Backend
-from softprompt.model.backends.differences import Differences, Plain
+from softprompt.model.backends.differences import StepDifferences, decoding_differences, step_differences
 from softprompt.model.backends.packed import PackedBackend
+from softprompt.model.backends.reference import Reference
 from softprompt.model.backends.tiny_copy import tiny_copy
 from softprompt.model.backends.verify import freeze, subjects
 from softprompt.model.frozen import FrozenModel
@@ -26,7 +27,8 @@ PACKED = [name for name, (backend, _) in ARCHITECTURES.items() if backend == "pa
 CACHED = [name for name, (backend, _) in ARCHITECTURES.items() if backend == "padded"]
 
 right_positions, right_mask = LengthBucket.positions, LengthBucket.mask
-right_keys, right_scores, right_fused = attention._behind, attention._plain, attention.scaled_dot_product_attention
+right_keys, right_scores = attention._with_prefixes, attention._explicit_attention
+right_fused = attention.scaled_dot_product_attention
 
 
 def moved(by: int) -> Callable[[LengthBucket], Tensor]:
@@ -54,9 +56,11 @@ def ahead_seen(self: LengthBucket, window: int | None, like: Tensor) -> Tensor:
     return made
 
 
-def neighbour_seen(group: LengthBucket, lead: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def neighbour_seen(
+    bucket: LengthBucket, prompt_states: Any, layer: int, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
     """A text sees, in its prefix's last place, its neighbour's first token."""
-    joined = [states.clone() for states in right_keys(group, lead, layer, keys, values)]
+    joined = [states.clone() for states in right_keys(bucket, prompt_states, layer, keys, values)]
     if len(keys) > 1:
         for states, own in zip(joined, (keys, values), strict=True):
             states[:, :, states.shape[2] - own.shape[2] - 1] = own.roll(1, 0)[:, :, 0]
@@ -97,7 +101,7 @@ FAULTS: dict[str, tuple[object, str, object, list[str]]] = {
     "the prefix's last position hidden": (LengthBucket, "mask", hidden(1), EVERY),
     "the prefix's last position but two hidden": (LengthBucket, "mask", hidden(3), EVERY),
     "the next token seen": (LengthBucket, "mask", ahead_seen, [*EVERY, "bloom"]),
-    "a neighbour seen": (attention, "_behind", neighbour_seen, [*EVERY, "bloom"]),
+    "a neighbour seen": (attention, "_with_prefixes", neighbour_seen, [*EVERY, "bloom"]),
     "a window one too long": (LengthBucket, "mask", window(1), ["mistral", "qwen2-window", "gemma3", "gpt-oss"]),
     "a window one too short": (LengthBucket, "mask", window(-1), ["mistral", "gemma2", "phi3"]),
     "a window forgotten": (LengthBucket, "mask", window(None), ["phimoe", "qwen2-window"]),
@@ -107,9 +111,9 @@ FAULTS: dict[str, tuple[object, str, object, list[str]]] = {
         scaled,
         ["llama", "granite", "gemma3", "bloom"],
     ),
-    "capped scores 5 % too large": (attention, "_plain", written_out(times=1.05), ["gemma2", "gpt-oss"]),
-    "a soft cap forgotten": (attention, "_plain", written_out(softcap=None), ["gemma2"]),
-    "sinks forgotten": (attention, "_plain", written_out(sinks=None), ["gpt-oss"]),
+    "capped scores 5 % too large": (attention, "_explicit_attention", written_out(times=1.05), ["gemma2", "gpt-oss"]),
+    "a soft cap forgotten": (attention, "_explicit_attention", written_out(softcap=None), ["gemma2"]),
+    "sinks forgotten": (attention, "_explicit_attention", written_out(sinks=None), ["gpt-oss"]),
 }
 PLANTED = [(fault, name) for fault, (*_, names) in FAULTS.items() for name in names]
 
@@ -181,8 +185,9 @@ def test_what_is_right_is_far_within_the_bound(name: str) -> None:
     """So far that another machine's rounding does not refuse a model: by a factor of twenty."""
     for model in (tiny_model(name), tiny_copy(tiny_model(name))):
         backend = {"packed": PackedBackend, "padded": padded.PaddedBackend}[ARCHITECTURES[name][0]]
-        frozen, plain = FrozenModel(model, tiny_tokenizer(), backend(model), ""), Plain(model)
-        assert max(*plain.differences(frozen), *plain.decoding(frozen)) < verify._EXACT / 20
+        frozen, reference = FrozenModel(model, tiny_tokenizer(), backend(model), ""), Reference(model)
+        found = (*step_differences(reference, frozen), *decoding_differences(reference, frozen))
+        assert max(found) < verify._EXACT / 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -203,7 +208,7 @@ def test_a_model_in_half_precision_without_a_tiny_copy_is_warned_of(
     assert freeze(tiny_model("llama").to(dtype), tiny_tokenizer()).backend.name == "packed"
     assert "no tiny copy of it could be made (ValueError: sizes do not fit)" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(verify, "_FEW", 0)  # a large model in float32 shows all by itself
+    monkeypatch.setattr(verify, "_TINY", 0)  # a large model in float32 shows all by itself
     assert freeze(tiny_model("llama"), tiny_tokenizer()).backend.name == "packed"
     assert not caplog.text
 
@@ -211,7 +216,7 @@ def test_a_model_in_half_precision_without_a_tiny_copy_is_warned_of(
 def test_a_large_model_is_checked_in_part_and_its_tiny_copy_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = subjects(tiny_model("llama"))
     assert whole.whole
-    monkeypatch.setattr(verify, "_FEW", 0)
+    monkeypatch.setattr(verify, "_TINY", 0)
     small, large = subjects(tiny_model("llama"))
     assert (small.whole, large.whole) == (True, False)
     assert small.allowed < large.allowed
@@ -223,8 +228,8 @@ def test_a_difference_that_is_not_a_number_is_none_that_passes(monkeypatch: pyte
     calls = iter([(1.0, torch.zeros(4, 32)), (float("nan"), nothing)])
     monkeypatch.setattr("softprompt.model.backends.differences.prompt_gradient", lambda *_args: next(calls))
     model = tiny_model("llama")
-    found = Plain(model).differences(FrozenModel(model, tiny_tokenizer(), PackedBackend(model), ""))
-    assert found == Differences(float("inf"), float("inf"))
+    found = step_differences(Reference(model), FrozenModel(model, tiny_tokenizer(), PackedBackend(model), ""))
+    assert found == StepDifferences(float("inf"), float("inf"))
 
 
 def test_only_models_whose_layers_keep_nothing_are_called_recurrent() -> None:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ARCHITECTURES, SHORT, frozen, prepared_run, tiny_tokenizer
 from softprompt import Callback, TuneConfig, load_data, tune
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.model import memory
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient

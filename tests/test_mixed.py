@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from conftest import ARCHITECTURES, frozen
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.model.backends.attention import MAX_LENGTH_RATIO, PackedBatch, length_buckets
 from softprompt.model.backends.padded import PaddedBackend
 from softprompt.model.backends.reference import reference_loss
@@ -78,7 +78,7 @@ def test_each_text_gives_what_it_gives_behind_its_prefix_alone(name: str) -> Non
     assert same(mixed.hidden, alone)
     for ours, done in zip(mixed.extended, each, strict=True):
         (theirs,) = done.extended
-        assert (ours.length, ours.text) == (theirs.length, theirs.text)
+        assert (ours.length, ours.shared_text_ids) == (theirs.length, theirs.shared_text_ids)
         for a, b in zip(ours._tensors(), theirs._tensors(), strict=True):
             assert same(a, b)
     expected = gradients(prefixes, alone)
@@ -204,7 +204,7 @@ def test_learned_keys_and_values_stand_beside_those_of_prompts(name: str) -> Non
             mask = torch.ones(1, prefix.length + len(text), dtype=torch.long)
             expected = model.hf_model(input_ids=text[None], past_key_values=cache, attention_mask=mask).logits[0]
             assert same(model.backend.lm_head.logits(states), expected)
-    with pytest.raises(ValueError, match="nothing stands before the first token"):
+    with pytest.raises(ValueError, match="the prefix has no output before the first token"):
         model.backend.text_pass(prefixes, texts, [torch.tensor([-1])] * 3)
 
 

@@ -24,7 +24,7 @@ from several_processes import CASES, tuned
 from softprompt import Rows, TuneConfig, load_data, tune
 from softprompt.cli import main as cli
 from softprompt.data.batching import shard_by_length
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.distributed import launch
 from softprompt.model import bundled
 from softprompt.model.frozen import FrozenModel

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ARCHITECTURES, frozen
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.model.backends import onednn
 from softprompt.model.gradient import prompt_gradient
 
@@ -54,7 +54,7 @@ def test_onednn_gives_the_gradient_that_pytorchs_own_choice_gives(
 def test_weights_that_are_trained_or_in_half_precision_stay_with_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     inputs, trained = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
-    with onednn.products(), Called() as called:
+    with onednn.faster_matmuls(), Called() as called:
         linear(inputs, trained).sum().backward()
         linear(inputs.bfloat16(), trained.detach().bfloat16())
     assert called.counts["_linear_pointwise"] == 0
@@ -67,7 +67,7 @@ def test_inputs_of_any_shape_and_stride_give_what_linear_gives(bias: bool, monke
     weight, offset = torch.randn(6, 4), torch.randn(6) if bias else None
     for inputs in (torch.randn(4), torch.randn(0, 4), torch.randn(2, 3, 4), torch.randn(4, 7).t()):
         grads = []
-        for context in (onednn.products(), torch.enable_grad()):
+        for context in (onednn.faster_matmuls(), torch.enable_grad()):
             given = inputs.clone().requires_grad_()
             with context:
                 out = linear(given, weight, offset)

@@ -19,7 +19,7 @@ from transformers import (
 
 from conftest import tiny_tokenizer
 from softprompt import TuneConfig, generate, load_data, tune
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.errors import InputError, ModelError
 from softprompt.model import load
 from softprompt.model.backends.reference import reference_loss

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, SHORT, Command, frozen, prepared_run, tiny_tokenizer
 from softprompt import TuneConfig, load_data, tune
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.errors import SettingsError
 from softprompt.model import memory
 from softprompt.model.backends.verify import freeze

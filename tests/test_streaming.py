@@ -28,7 +28,8 @@ from softprompt.cli.settings_tables import rows_line
 from softprompt.data import disk_rows
 from softprompt.data.batching import batch_indices, indices_seen
 from softprompt.data.disk_rows import DiskRows
-from softprompt.data.encoder import Encoder, Example
+from softprompt.data.encoder import Encoder
+from softprompt.data.example import Example
 from softprompt.data.rows import Row, Rows
 from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.errors import DataError, StorageError

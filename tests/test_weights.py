@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from conftest import frozen, prepared_run, tiny_model
 from softprompt.comparison.methods.weights import RANK, WeightsTrainer, lora, unfreeze_copy
 from softprompt.data.batching import batch_indices
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.data.rows import load_data
 from softprompt.errors import RunError
 from softprompt.model import lm_head

@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from conftest import ARCHITECTURES, as_prompt, prepared_run, tiny_tokenizer
 from softprompt import Callback, Rows, TuneConfig, load_data
 from softprompt.data.batching import batch_indices
-from softprompt.data.encoder import Encoder, Example
+from softprompt.data.encoder import Encoder
+from softprompt.data.example import Example
 from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import LabelScorer, Scorer
 from softprompt.generation import generate

@@ -220,7 +220,7 @@ def _read(model: FrozenModel, prefixes: Sequence[Prefix], lines: list[_Line]) ->
 
 def _read_behind(model: FrozenModel, prefix: Prefix, lines: list[_Line]) -> tuple[Tensor, list[Prefix]]:
     """Run the given texts behind one prefix."""
-    shared_text_len = len(prefix.text)
+    shared_text_len = len(prefix.shared_text_ids)
     if all(len(line.ids) > shared_text_len for line in lines):
         return model.prefill(prefix, [line.ids[shared_text_len:] for line in lines])
     # Only empty texts end here: the prompt itself predicts their first token.

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 
 
 def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Examples: token ids of an input and of the target to predict after it."""
+"""The encoder: rows become token ids."""
 
 from __future__ import annotations
 
@@ -6,61 +6,15 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from softprompt.data.chat import Chat, prints_date
-from softprompt.data.label_tree import LabelTree, label_tree
+from softprompt.data.example import Choices, Example, common_start
 from softprompt.data.rows import Row, Rows
 from softprompt.data.special_tokens import Encoded, SpecialTokens, Written
 from softprompt.data.templates import Format
 from softprompt.errors import DataError, ModelError, SettingsError, nearest
-
-
-class Example(NamedTuple):
-    """Token ids, of which those from `start` on are the target.
-
-    `candidate_ids` holds, for each target token, the tokens that can continue some label there, itself too; empty
-    where the loss is over all tokens alone.
-    """
-
-    ids: tuple[int, ...]
-    start: int
-    candidate_ids: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def targets(self) -> int:
-        """How many tokens are predicted."""
-        return len(self.ids) - self.start
-
-    @property
-    def predicted(self) -> Example:
-        """Itself without a target that nothing predicts: a text's very first token, where no prompt stands before."""
-        return self if self.start else self._replace(start=1, candidate_ids=self.candidate_ids[1:])
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The ways that a row of a classification task can go on.
-
-    Attributes:
-        input_ids: ids that all labels share, the input among them.
-        tails: per label (in the order of the verbalizers), the ids that follow the input.
-    """
-
-    input_ids: tuple[int, ...]
-    tails: tuple[tuple[int, ...], ...]
-
-    @property
-    def tree(self) -> LabelTree:
-        """The labels' tokens, what several labels begin with only once."""
-        return label_tree(self.tails)
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """The tokens that are run to score all labels: the input's, then those of the tree."""
-        return (*self.input_ids, *self.tree.ids)
 
 
 @dataclass
@@ -316,22 +270,3 @@ def bos_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     special: list[int] = tokenizer("a")["input_ids"]
     ahead = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
     return tuple(special[:ahead])
-
-
-def common_start(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the longest run of ids that all sequences begin with."""
-    if not sequences:
-        return ()
-    low, high = (
-        min(map(tuple, sequences)),
-        max(map(tuple, sequences)),
-    )  # in dictionary order, only the outermost two can differ sooner
-    length = 0
-    while length < min(len(low), len(high)) and low[length] == high[length]:
-        length += 1
-    return low[:length]
-
-
-def shared_text(examples: Sequence[Example]) -> tuple[int, ...]:
-    """Return the ids that all examples begin with, up to their first targets: they can belong to the prefix."""
-    return common_start([example.ids[: example.start] for example in examples])

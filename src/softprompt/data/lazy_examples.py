@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from softprompt.data.encoder import Encoder, Example, common_start
+from softprompt.data.encoder import Encoder
+from softprompt.data.example import Example, common_start
 from softprompt.data.rows import Rows
 from softprompt.errors import DataError
 

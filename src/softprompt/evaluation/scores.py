@@ -16,7 +16,8 @@ from torch import Tensor
 
 from softprompt.data.added_columns import with_columns
 from softprompt.data.batching import micro_batches, shard_by_length
-from softprompt.data.encoder import Encoder, Example, shared_text
+from softprompt.data.encoder import Encoder
+from softprompt.data.example import Example, shared_text
 from softprompt.data.rows import Rows
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.errors import DataError, RunError, is_out_of_memory
@@ -337,7 +338,7 @@ class LabelScorer(Scorer):
         prefixes = model.shared_prefixes(weights, [choice.input_ids for choice in self.choices])
         likelihoods = np.zeros((len(weights), *self.shape))
         examples = [Example(choice.ids, 0) for choice in self.choices]
-        for which, part in self._parts(examples, len(weights), len(prefixes[0].text), model.backend.pads):
+        for which, part in self._parts(examples, len(weights), len(prefixes[0].shared_text_ids), model.backend.pads):
             found = model.score([prefixes[k] for k in which], [self.choices[i] for i in part])
             likelihoods[which, part] = found.numpy()
         return likelihoods

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.data.encoder import Choices, Example, common_start
+from softprompt.data.example import Choices, Example, common_start
 from softprompt.model.backends.base import Backend
 from softprompt.model.backends.decode import DecodeBatch
 from softprompt.model.prefix import Prefix

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix, is_prefix
 

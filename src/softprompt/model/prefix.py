@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from softprompt.errors import ModelError
 
 
-def is_prefix(prompt: Tensor) -> bool:
-    """Tell a deep prefix `[L, 2, K, P, D]` from a soft prompt `[P, H]`; P is the last axis but one of both."""
-    return prompt.dim() == 5
+def is_prefix(weights: Tensor) -> bool:
+    """Tell a learned prefix `[L, 2, K, P, D]` from a soft prompt `[P, H]`; in both, P is the last axis but one."""
+    return weights.dim() == 5
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,21 @@ class Prefix:
         values: per layer `[1, K, P, D]`.
         last: `[1, H]`, the output head's input at the last position; it predicts the first text token.
             None where the prefix is empty.
-        length: P, the positions taken: virtual tokens, then `text`.
-        text: ids of the real text that the prefix already holds.
+        length: P, the number of positions: virtual tokens, then `shared_text_ids`.
+        shared_text_ids: token ids of the text that is part of the prefix.
     """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     last: Tensor | None = None
     length: int = 0
-    text: tuple[int, ...] = ()
+    shared_text_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, weights: Tensor) -> Prefix:
-        """Return the prefix whose keys and values are learned themselves, `[L, 2, K, P, D]` (Li and Liang 2021).
+        """Return the prefix whose keys and values are the weights `[L, 2, K, P, D]` (Li and Liang 2021).
 
-        Nothing stands at its positions, so nothing predicts the first text token behind it.
+        There is no output at its positions, so nothing predicts the first text token behind it.
         """
         keys, values = weights.unsqueeze(2).unbind(1)
         return cls(keys=list(keys), values=list(values), length=weights.shape[-2])
@@ -47,13 +47,13 @@ class Prefix:
         """Return all keys and values in one tensor, `[L, 2, K, P, D]`, float32, on the CPU.
 
         Raises:
-            ModelError: the layers differ in how many there are or how wide they are.
+            ModelError: the layers differ in the number or the size of their keys and values.
         """
         tensors = [tensor[0].float().cpu() for pair in zip(self.keys, self.values, strict=True) for tensor in pair]
         if len({tensor.shape for tensor in tensors}) != 1:
             raise ModelError(
-                "a deep prefix needs layers whose keys and values are all alike; this model's are not: use "
-                "method=prompt-tuning"
+                "prefix tuning needs layers with equally many keys and values of one size, which this model's are "
+                "not: use method=prompt-tuning"
             )
         stacked: Tensor = torch.stack(tensors).unflatten(0, (-1, 2))
         return stacked
@@ -63,21 +63,16 @@ class Prefix:
         return [*self.keys, *self.values, *last]
 
     def leaves(self) -> Prefix:
-        """Return a copy cut off from the graph, whose float32 tensors gather gradients of their own."""
+        """Return a detached copy in float32, whose tensors accumulate gradients of their own."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().float().requires_grad_()
 
-        return Prefix(
-            keys=[leaf(k) for k in self.keys],
-            values=[leaf(v) for v in self.values],
-            last=None if self.last is None else leaf(self.last),
-            length=self.length,
-            text=self.text,
-        )
+        last = None if self.last is None else leaf(self.last)
+        return replace(self, keys=[leaf(k) for k in self.keys], values=[leaf(v) for v in self.values], last=last)
 
     def backward(self, leaves: Prefix) -> None:
-        """Carry the gradients that `leaves` gathered back to what this prefix was made from."""
+        """Continue the backward pass from the gradients of `leaves` to what this prefix was computed from."""
         pairs = [
             (tensor, leaf.grad.to(tensor.dtype))
             for tensor, leaf in zip(self._tensors(), leaves._tensors(), strict=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from softprompt.config import TuneConfig
 from softprompt.data.batching import indices_seen
-from softprompt.data.encoder import Encoder, Example
+from softprompt.data.encoder import Encoder
+from softprompt.data.example import Example
 from softprompt.data.lazy_examples import LengthStats
 from softprompt.data.rows import Rows
 from softprompt.data.split import sample

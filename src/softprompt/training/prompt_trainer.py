@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.evaluation.scores import Scorer, Scores
 from softprompt.model.frozen import FrozenModel

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from softprompt.config import TuneConfig
 from softprompt.data.batching import batch_indices, micro_batches, shard_by_length
-from softprompt.data.encoder import Example
+from softprompt.data.example import Example
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.distributed.signals import defer_signals
 from softprompt.errors import InputError, RunError, is_out_of_memory

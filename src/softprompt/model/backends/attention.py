@@ -1,14 +1,14 @@
-"""Attention of texts that lie in one row, without padding, behind one prefix or each behind its own.
+"""Attention of texts that are packed in one row, without padding, behind one prefix or each behind its own.
 
-It notes keys and values on the prompt's own pass; on the text's pass it puts a prefix before every text and keeps
-the texts apart. There is no cache object and no mask tensor of the size of the whole row.
+On the prompt's own pass it records keys and values; on the texts' pass it puts a prefix before every text and separates
+the texts. There is no cache object and no mask tensor of the size of the whole row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,22 +19,27 @@ from softprompt.errors import ModelError
 from softprompt.model.backends.prefix_batch import PrefixBatch
 from softprompt.model.prefix import Prefix
 
-# A text longer than this many times the shortest of its group begins another one: on a CPU what is padded costs most,
-# on a GPU the groups do, each of which starts some twenty kernels a layer.
+# A text longer than this many times the shortest of its bucket begins another one. On a CPU padding costs most; on a
+# GPU buckets do, each of which launches some twenty kernels a layer.
 MAX_LENGTH_RATIO, MAX_LENGTH_RATIO_ON_GPU = 1.5, 8.0
 
 
 class PackedBatch:
-    """One row of texts behind their prefixes, as the attention function needs it.
+    """Texts packed in one row, behind their prefixes, as the attention function needs them.
 
     Args:
         prefixes: one for each text.
         lengths: tokens of each text.
         parents: per text, for each token the position of the token before it; None where all texts are chains.
-        note: keep the keys and values of every layer in `noted`.
-        num_prompt_positions: tokens at the row's beginning that all texts stand behind; the prefixes give their
-            number alone.
-        max_length_ratio: how unlike in length texts may be whose attention is computed together.
+        record_states: record the keys and values of every layer in `recorded_states`.
+        num_prompt_positions: positions of a prompt at the row's beginning, which all texts follow; the prefixes have
+            this length and no tensors.
+        max_length_ratio: the largest ratio of lengths of texts whose attention is computed together.
+
+    Attributes:
+        buckets: runs of texts whose attention is computed together.
+        sizes: tokens of each bucket.
+        recorded_states: per layer, keys and values of the row, `[1, K, N, D]` each.
     """
 
     def __init__(
@@ -42,12 +47,12 @@ class PackedBatch:
         prefixes: Sequence[Prefix],
         lengths: Sequence[int],
         parents: Sequence[Tensor] | None = None,
-        note: bool = False,
+        record_states: bool = False,
         num_prompt_positions: int = 0,
         max_length_ratio: float = MAX_LENGTH_RATIO,
     ) -> None:
-        self.note, self.num_prompt_positions = note, num_prompt_positions
-        self.noted: dict[int, tuple[Tensor, Tensor]] = {}
+        self.record_states, self.num_prompt_positions = record_states, num_prompt_positions
+        self.recorded_states: dict[int, tuple[Tensor, Tensor]] = {}
         self.buckets = [
             LengthBucket(prefixes[begin:end], lengths[begin:end], None if parents is None else parents[begin:end])
             for begin, end in length_buckets(lengths, [prefix.length for prefix in prefixes], max_length_ratio)
@@ -60,134 +65,142 @@ class PackedBatch:
         """Return each token's position, `[1, N]`; the prefix's come first."""
         return torch.cat([bucket.positions() for bucket in self.buckets]).unsqueeze(0)
 
+    def recorded(self, kind: Literal[0, 1]) -> list[Tensor]:
+        """Return the recorded keys (0) or values (1), per layer."""
+        return [self.recorded_states[layer][kind] for layer in range(len(self.recorded_states))]
+
 
 def length_buckets(
     lengths: Sequence[int], prefix_lengths: Sequence[int], max_length_ratio: float = MAX_LENGTH_RATIO
 ) -> list[tuple[int, int]]:
-    """Cut texts into runs of like length, alone and with their prefixes, so that little of their attention is padding.
+    """Cut texts into runs of similar length, alone and with their prefixes, to pad little in their attention.
 
     Args:
         lengths: tokens of each text.
         prefix_lengths: positions of each text's prefix.
-        max_length_ratio: how many times as long as another one's a length may be.
+        max_length_ratio: the largest ratio of lengths within a run.
+
+    Returns:
+        For each run, the index of its first text and the one after its last.
     """
     cuts = [0]
     shortest = longest = lengths[0]
-    prefix, whole = prefix_lengths[0], prefix_lengths[0] + lengths[0]
+    longest_prefix, shortest_row = prefix_lengths[0], prefix_lengths[0] + lengths[0]
     for i in range(1, len(lengths)):
         shortest, longest = min(shortest, lengths[i]), max(longest, lengths[i])
-        prefix, whole = max(prefix, prefix_lengths[i]), min(whole, prefix_lengths[i] + lengths[i])
-        if longest > max_length_ratio * shortest or prefix + longest > max_length_ratio * whole:
+        longest_prefix = max(longest_prefix, prefix_lengths[i])
+        shortest_row = min(shortest_row, prefix_lengths[i] + lengths[i])
+        if longest > max_length_ratio * shortest or longest_prefix + longest > max_length_ratio * shortest_row:
             cuts.append(i)
             shortest = longest = lengths[i]
-            prefix, whole = prefix_lengths[i], prefix_lengths[i] + lengths[i]
+            longest_prefix, shortest_row = prefix_lengths[i], prefix_lengths[i] + lengths[i]
     return list(zip(cuts, [*cuts[1:], len(lengths)], strict=True))
 
 
 class LengthBucket:
-    """Neighbouring texts of a row whose attention is computed together, as if all had the length of the longest.
+    """Neighbouring texts of a row whose attention is computed together, padded to the length of the longest.
 
     In the shapes, P is the length of the longest prefix, t that of the longest text.
 
     Args:
-        prefixes, lengths, parents: as for a row.
+        prefixes, lengths, parents: as of `PackedBatch`.
 
     Attributes:
         prefix_batch: the texts' prefixes.
-        key_positions: `[n or 1, P + t]`, the position of everything that can be seen; negative for padding before it.
+        key_positions: `[n or 1, P + t]`, the position of each key; negative for padding before a prefix.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], lengths: Sequence[int], parents: Sequence[Tensor] | None) -> None:
         self.prefix_batch, self.lengths = PrefixBatch(prefixes), list(lengths)
         self.longest = max(lengths)
-        self._even = min(lengths) == self.longest
-        if not self._even:
+        self._equal_lengths = min(lengths) == self.longest
+        if not self._equal_lengths:
             starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
             ends = torch.tensor(self.lengths)[:, None]
             column = torch.arange(self.longest)[None, :]
-            # Padding repeats a text's last token: no real token sees it, and its own output is dropped.
-            self._spread = (starts[:, None] + column.minimum(ends - 1)).flatten()
-            self._gather = (column < ends).flatten().nonzero().squeeze(1)
+            # Padding repeats a text's last token: no real token attends to it, and its own output is dropped.
+            self._pad_indices = (starts[:, None] + column.minimum(ends - 1)).flatten()
+            self._unpad_indices = (column < ends).flatten().nonzero().squeeze(1)
         if parents is None:
             depths = torch.arange(self.longest)[None, :]
-            self._behind = torch.ones(1, self.longest, self.longest).tril().bool()
+            self._visible = torch.ones(1, self.longest, self.longest).tril().bool()
         else:
-            reach = [_ancestors(each) for each in parents]
-            depths = pad_sequence([each.sum(1) - 1 for each in reach], batch_first=True)
-            short = [self.longest - len(each) for each in reach]
-            self._behind = torch.stack([pad(r, (0, n, 0, n)) for r, n in zip(reach, short, strict=True)])
+            ancestors = [_ancestors(each) for each in parents]
+            depths = pad_sequence([each.sum(1) - 1 for each in ancestors], batch_first=True)
+            padding = [self.longest - len(each) for each in ancestors]
+            self._visible = torch.stack([pad(a, (0, n, 0, n)) for a, n in zip(ancestors, padding, strict=True)])
         self.key_positions = self._key_positions(depths)
         self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
-        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _key_positions(self, depths: Tensor) -> Tensor:
-        """Return `key_positions`: a token's is its prefix's length and its depth `[n or 1, t]` in the text."""
+        """Return `key_positions`: a token's is its prefix's length plus its depth `[n or 1, t]` in the text."""
         same = len(set(self.prefix_batch.lengths)) == 1
         starts = torch.tensor(self.prefix_batch.lengths[:1] if same else self.prefix_batch.lengths)[:, None]
-        own = starts + depths
-        prefix_batch = starts - self.prefix_batch.longest + torch.arange(self.prefix_batch.longest)
-        return torch.cat([prefix_batch.expand(len(own), -1), own], dim=1)
+        of_texts = starts + depths
+        of_prefixes = starts - self.prefix_batch.longest + torch.arange(self.prefix_batch.longest)
+        return torch.cat([of_prefixes.expand(len(of_texts), -1), of_texts], dim=1)
 
     def positions(self) -> Tensor:
         """Return the position of each token, text by text."""
-        own = self.key_positions[:, self.prefix_batch.longest :].expand(len(self.lengths), -1)
-        return torch.cat([row[:length] for row, length in zip(own, self.lengths, strict=True)])
+        of_texts = self.key_positions[:, self.prefix_batch.longest :].expand(len(self.lengths), -1)
+        return torch.cat([row[:length] for row, length in zip(of_texts, self.lengths, strict=True)])
 
     def mask(self, window: int | None, like: Tensor) -> Tensor:
-        """Return what is added to the scores, `[n or 1, 1, t, P + t]`: zero where a token may look."""
+        """Return what is added to the scores, `[n or 1, 1, t, P + t]`: zero where a token attends."""
         key = (window, like.dtype, like.device)
         if key not in self._masks:
             keys = self.key_positions
-            seen = pad(self._behind, (self.prefix_batch.longest, 0), value=True) & (keys >= 0)[:, None, :]
+            visible = pad(self._visible, (self.prefix_batch.longest, 0), value=True) & (keys >= 0)[:, None, :]
             if window is not None:
                 queries = keys[:, self.prefix_batch.longest :]
-                seen = seen & (queries[:, :, None] - keys[:, None, :] < window)
-            added = torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)
+                visible = visible & (queries[:, :, None] - keys[:, None, :] < window)
+            added = torch.zeros(visible.shape, dtype=like.dtype).masked_fill(~visible, torch.finfo(like.dtype).min)
             self._masks[key] = added.unsqueeze(1).to(like.device)
         return self._masks[key]
 
-    def to_block(self, row: Tensor) -> Tensor:
-        """`[heads, N, D]` to `[n, heads, t, D]`: every text takes the length of the longest."""
+    def to_padded(self, row: Tensor) -> Tensor:
+        """Bring `[heads, N, D]` to `[n, heads, t, D]`: every text is padded to the longest."""
         tokens = row.transpose(0, 1)
-        if not self._even:
-            tokens = _Spread.apply(tokens, *self._on(row.device))  # type: ignore[no-untyped-call]
+        if not self._equal_lengths:
+            tokens = _PadTexts.apply(tokens, *self._indices_on(row.device))  # type: ignore[no-untyped-call]
         return tokens.view(len(self.lengths), self.longest, row.shape[0], -1).transpose(1, 2)
 
-    def to_row(self, block: Tensor) -> Tensor:
-        """`[n, heads, t, D]` back to `[N, heads, D]`."""
-        tokens = block.transpose(1, 2).flatten(0, 1)
-        return tokens if self._even else tokens.index_select(0, self._on(block.device)[1])
+    def to_packed(self, padded: Tensor) -> Tensor:
+        """Bring `[n, heads, t, D]` back to `[N, heads, D]`."""
+        tokens = padded.transpose(1, 2).flatten(0, 1)
+        return tokens if self._equal_lengths else tokens.index_select(0, self._indices_on(padded.device)[1])
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return where tokens go and where they come from; copied once, not at every layer."""
-        if device not in self._places:
-            self._places[device] = (self._spread.to(device), self._gather.to(device))
-        return self._places[device]
+    def _indices_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the indices that pad and unpad texts; copied to a device once, not at every layer."""
+        if device not in self._indices:
+            self._indices[device] = (self._pad_indices.to(device), self._unpad_indices.to(device))
+        return self._indices[device]
 
 
 def _ancestors(parents: Tensor) -> Tensor:
-    """Return which tokens a text's tokens stand behind, themselves included, `[t, t]`."""
-    reach = torch.eye(len(parents), dtype=torch.bool)
+    """Return which tokens each of a text's tokens follows, itself included, `[t, t]`."""
+    ancestors = torch.eye(len(parents), dtype=torch.bool)
     for token, parent in enumerate(parents.tolist()):
         if parent >= 0:
-            reach[token] |= reach[parent]
-    return reach
+            ancestors[token] |= ancestors[parent]
+    return ancestors
 
 
-class _Spread(torch.autograd.Function):
+class _PadTexts(torch.autograd.Function):
     """A gather whose padding gets no gradient, so that its backward pass is a gather too, not a scatter."""
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, spread: Tensor, gather: Tensor) -> Tensor:
-        ctx.gather = gather
-        return row.index_select(0, spread)
+    def forward(ctx: Any, row: Tensor, pad_indices: Tensor, unpad_indices: Tensor) -> Tensor:
+        ctx.unpad_indices = unpad_indices
+        return row.index_select(0, pad_indices)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.gather), None, None
+        return grad.index_select(0, ctx.unpad_indices), None, None
 
 
-current: ContextVar[PackedBatch] = ContextVar("softprompt_row")
+current_batch: ContextVar[PackedBatch] = ContextVar("softprompt_packed_batch")
 
 
 def attention(
@@ -209,11 +222,11 @@ def attention(
     Args:
         query: `[1, A, N, D]` with A query heads, N tokens of all texts.
         key, value: `[1, K, N, D]`.
-        attention_mask: what our mask function returned: a window, or None.
+        attention_mask: what `packed._no_mask` returned: a window, or None.
         scaling: factor on the scores; `D ** -0.5` where the model gives none.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
-        sliding_window: a token sees the last `sliding_window` positions, itself included.
-        s_aux: `[A]`, attention sinks: one more score a head that takes weight and gives no value (GPT-OSS).
+        sliding_window: a token attends to the last `sliding_window` positions, its own included.
+        s_aux: `[A]`, attention sinks: one more score a head, with a share of the weights and no value (GPT-OSS).
         alibi_slopes: `[A]`, what is added to a head's scores per position of the key (Press et al. 2022).
 
     Returns:
@@ -222,52 +235,51 @@ def attention(
     if attention_mask is not None and sliding_window is None:
         sliding_window = int(attention_mask)
     if position_bias is not None:
-        raise ModelError("the packed way does not know this model's attention position bias")
-    row = current.get()
+        raise ModelError("the packed backend does not support this model's attention position bias")
+    batch = current_batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if row.note:
-        row.noted[layer] = (key, value)
-    split = [states.squeeze(0).split(row.sizes, dim=1) for states in (query, key, value)]
-    made, prompt_states = list[Tensor](), list[Tensor]()
-    for bucket, *parts in zip(row.buckets, *split, strict=True):
-        queries, keys, values = (bucket.to_block(part) for part in parts)
-        if row.num_prompt_positions and not made:
+    if batch.record_states:
+        batch.recorded_states[layer] = (key, value)
+    split = [states.squeeze(0).split(batch.sizes, dim=1) for states in (query, key, value)]
+    outputs, prompt_states = list[Tensor](), list[Tensor]()
+    for bucket, *parts in zip(batch.buckets, *split, strict=True):
+        queries, keys, values = (bucket.to_padded(part) for part in parts)
+        if batch.num_prompt_positions and not outputs:
             # As views they would keep the whole row's queries, keys and values for the backward pass.
             queries, keys, values = queries.clone(), keys.clone(), values.clone()
-            prompt_states = [keys.float(), values.float()]  # so that their gradients are summed up in float32
+            prompt_states = [keys.float(), values.float()]  # so that their gradients are summed in float32
         else:
-            keys, values = _behind(bucket, prompt_states, layer, keys, values)
+            keys, values = _with_prefixes(bucket, prompt_states, layer, keys, values)
         mask = bucket.mask(sliding_window, queries)
         if alibi_slopes is not None:
-            places = bucket.key_positions.to(mask)[:, None, None, :]
-            mask = mask + alibi_slopes.to(mask)[None, :, None, None] * places
+            positions = bucket.key_positions.to(mask)[:, None, None, :]
+            mask = mask + alibi_slopes.to(mask)[None, :, None, None] * positions
         if softcap is None and s_aux is None:
             out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
         else:
-            out = _plain(queries, keys, values, mask, scaling, softcap, s_aux)
-        made.append(bucket.to_row(out))
-    return torch.cat(made).unsqueeze(0), None
+            out = _explicit_attention(queries, keys, values, mask, scaling, softcap, s_aux)
+        outputs.append(bucket.to_packed(out))
+    return torch.cat(outputs).unsqueeze(0), None
 
 
-def _behind(
+def _with_prefixes(
     bucket: LengthBucket, prompt_states: Sequence[Tensor], layer: int, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Put before a group's keys and values, `[n, K, t, D]`, those of what its texts stand behind.
+    """Put the prefixes' keys and values before those of a bucket's texts, `[n, K, t, D]`.
 
     Args:
-        prompt_states: keys and values `[1, K, P, D]` of the row's beginning; empty where the bucket has prefixes, or
-            nothing.
+        prompt_states: keys and values `[1, K, P, D]` of a prompt in the same row; empty where there is none.
     """
     if prompt_states:
-        prefix_batch = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in prompt_states]
+        before = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in prompt_states]
     elif bucket.prefix_batch.longest:
-        prefix_batch = [bucket.prefix_batch.keys(layer, keys.dtype), bucket.prefix_batch.values(layer, values.dtype)]
+        before = [bucket.prefix_batch.keys(layer, keys.dtype), bucket.prefix_batch.values(layer, values.dtype)]
     else:
         return keys, values
-    return torch.cat([prefix_batch[0], keys], dim=2), torch.cat([prefix_batch[1], values], dim=2)
+    return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 
 
-def _plain(
+def _explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -276,7 +288,7 @@ def _plain(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend step by step, for what PyTorch's fused attention cannot do: soft-capped scores, sinks.
+    """Attend operation by operation, for what PyTorch's fused attention cannot do: soft-capped scores, sinks.
 
     Args:
         query: `[n, A, t, D]`.
@@ -284,15 +296,15 @@ def _plain(
         mask: added to the scores.
     """
     heads, size = query.shape[1], query.shape[3]
-    shared = heads // key.shape[1]
-    # In float32, as the fused kernels do inside: scores rounded to bfloat16 gave a gradient that was 60 % off.
-    key, value = (states.float().repeat_interleave(shared, dim=1) for states in (key, value))
+    queries_per_key = heads // key.shape[1]
+    # In float32, as inside the fused kernels: with scores rounded to bfloat16 a gradient was 60 % off.
+    key, value = (states.float().repeat_interleave(queries_per_key, dim=1) for states in (key, value))
     scores = query.float() @ key.transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = scores + mask.float()
+    masked = scores + mask.float()
     if sinks is not None:
-        sink = sinks.float().view(1, heads, 1, 1).expand(*seen.shape[:3], 1)
-        seen = torch.cat([seen, sink], dim=-1)
-    weights = torch.softmax(seen, dim=-1)[..., : key.shape[2]]
+        sink = sinks.float().view(1, heads, 1, 1).expand(*masked.shape[:3], 1)
+        masked = torch.cat([masked, sink], dim=-1)
+    weights = torch.softmax(masked, dim=-1)[..., : key.shape[2]]
     return (weights @ value).to(query.dtype)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from softprompt.data.encoder import Choices, Example
+from softprompt.data.example import Choices, Example
 from softprompt.model.backends.attention import MAX_LENGTH_RATIO
 from softprompt.model.backends.decode import DecodeBatch, OwnPrefixBatch, SharedCacheBatch
-from softprompt.model.backends.onednn import products
+from softprompt.model.backends.onednn import faster_matmuls
 from softprompt.model.backends.prefix_batch import broadcast_prefix
 from softprompt.model.lm_head import LMHead
 from softprompt.model.prefix import Prefix, is_prefix
@@ -65,7 +65,7 @@ class Backend(ABC):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have the model alone: a pass hooks it, and may switch the attention of the one that all threads share."""
-        with self.lock, products():
+        with self.lock, faster_matmuls():
             yield
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -91,7 +91,7 @@ class Backend(ABC):
         embeddings = self._embedded(weights, text_ids)
         if not embeddings.shape[1]:
             return Prefix()
-        return replace(self.prompt_pass(embeddings), text=tuple(text_ids))
+        return replace(self.prompt_pass(embeddings), shared_text_ids=tuple(text_ids))
 
     def extend(self, prefixes: Sequence[Prefix], text_ids: Sequence[int]) -> list[Prefix]:
         """Return prefixes extended by a text that follows each of them."""
@@ -112,13 +112,13 @@ class Backend(ABC):
         """Return the loss of each target token of some examples, in nats, `[number of target tokens]`.
 
         Args:
-            prefix: of all examples, or one for each; its `text` must be how an example begins, up to its first target
-                at most.
+            prefix: of all examples, or one for each; each example begins with its `shared_text_ids`, before the
+                first target.
             examples: a micro-batch, run at once.
             activation_checkpointing: run each layer again in the backward pass, in less memory.
         """
         prefixes = broadcast_prefix(prefix, len(examples))
-        texts, wanted, targets = _texts_and_targets(examples, [len(each.text) for each in prefixes])
+        texts, wanted, targets = _texts_and_targets(examples, [len(each.shared_text_ids) for each in prefixes])
         hidden = self.text_pass(prefix, texts, wanted, activation_checkpointing=activation_checkpointing).hidden
         return self.lm_head.losses(hidden, targets, _candidate_ids(examples))
 
@@ -144,13 +144,13 @@ class Backend(ABC):
         """Return the log-likelihood of each label, the sum over its tokens.
 
         Args:
-            prefixes: one for each row; all hold the same text, which is how the inputs begin.
+            prefixes: one for each row; all with the same `shared_text_ids`, which every input begins with.
             choices: each row's input and labels.
 
         Returns:
             `[rows, labels]`, float64, on the CPU.
         """
-        shared_text_len = len(prefixes[0].text)
+        shared_text_len = len(prefixes[0].shared_text_ids)
         lengths = [len(each.input_ids) - shared_text_len for each in choices]
         trees = [each.tree for each in choices]
         texts = [torch.tensor(each.ids[shared_text_len:]) for each in choices]
@@ -236,33 +236,35 @@ class Backend(ABC):
         raise NotImplementedError
 
 
-def rows_of(hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefixes: Sequence[Prefix]) -> Tensor:
+def gather_hidden(
+    hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefixes: Sequence[Prefix]
+) -> Tensor:
     """Gather the head's input at the wanted positions.
 
     Args:
         hidden: `[B, T, H]`.
-        starts: per text, where its first token lies in the flattened `[B·T]` axis.
+        starts: per text, the index of its first token in the flattened `[B·T]` axis.
         wanted: per text, positions; -1 is the last of the text's prefix.
-        prefixes: per text, what gives that last position.
+        prefixes: per text, its prefix.
 
     Returns:
         `[R, H]`.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     lasts: dict[int, Tensor] = {}
-    places = []
-    for own, start, prefix in zip(wanted, starts, prefixes, strict=True):
-        place = own + start
-        first = own < 0
+    indices = []
+    for positions, start, prefix in zip(wanted, starts, prefixes, strict=True):
+        index = positions + start
+        first = positions < 0
         if bool(first.any()):
             if prefix.last is None:
-                raise ValueError("nothing stands before the first token, so nothing predicts it")
+                raise ValueError("the prefix has no output before the first token, so nothing predicts it")
             lasts.setdefault(id(prefix), prefix.last.to(flat.dtype))
-            place[first] = flat.shape[0] + list(lasts).index(id(prefix))
-        places.append(place)
+            index[first] = flat.shape[0] + list(lasts).index(id(prefix))
+        indices.append(index)
     if lasts:
         flat = torch.cat([flat, *lasts.values()])
-    return flat.index_select(0, torch.cat(places).to(flat.device))
+    return flat.index_select(0, torch.cat(indices).to(flat.device))
 
 
 def _texts_and_targets(

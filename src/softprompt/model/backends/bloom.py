@@ -1,7 +1,7 @@
-"""Bloom's attention, which transformers does not let us plug into: brought to the packed way.
+"""Bloom's attention for the packed backend: transformers does not make it pluggable.
 
 Bloom (the tutorial's model) has a forward method of its own around its attention. This one does the same with the
-packed attention in the middle; like every way, it is tested on the loaded model before it is taken.
+packed attention in the middle; like every backend, it is tested on the loaded model before it is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from softprompt.model.backends.attention import attention
 def bloom_attention(
     module: Any, hidden_states: Tensor, residual: Tensor, *_args: object, **_kwargs: object
 ) -> tuple[Tensor, None]:
-    """Stand in for `BloomAttention.forward`.
+    """Replace `BloomAttention.forward`.
 
     Args:
         module: the `BloomAttention`.
@@ -36,7 +36,7 @@ def bloom_attention(
 def alibi_slopes(heads: int) -> Tensor:
     """Return what is added to each head's scores per position of the key, `[A]` (Press et al. 2022).
 
-    They fall geometrically, for as many heads as the largest power of two; those left over lie between them.
+    They fall geometrically over the first 2^k heads; the other heads' slopes lie between them.
     """
     power = 1 << (heads.bit_length() - 1)
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]

@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from softprompt.private_interfaces import onednn_product
 
 
-def products() -> AbstractContextManager[object]:
-    """Return a context in which a model's products run in oneDNN where that is the faster library."""
+def faster_matmuls() -> AbstractContextManager[object]:
+    """Return a context in which a model's matrix products run in oneDNN where that is the faster library."""
     return _OneDNN() if mkl_is_slow() and onednn_product() is not None else nullcontext()
 
 
 class _OneDNN(TorchFunctionMode):
-    """Takes over `linear`, and the `addmm` that GPT-2's layers call."""
+    """Replaces `linear`, and the `addmm` that GPT-2's layers call."""
 
     def __torch_function__(
         self,
@@ -37,30 +37,30 @@ class _OneDNN(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is linear and not kwargs and _fits(args[0], args[1]):
+        if func is linear and not kwargs and _is_replaceable(args[0], args[1]):
             return _Linear.apply(*args)  # type: ignore[no-untyped-call]
-        if func is torch.addmm and not kwargs and _fits(args[1], args[2]):
+        if func is torch.addmm and not kwargs and _is_replaceable(args[1], args[2]):
             return _Linear.apply(args[1], args[2].t(), args[0])  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _fits(inputs: Tensor, weight: Tensor) -> bool:
-    """Tell whether a product is one of float32 on a CPU, with a weight that takes no gradient."""
-    plain = weight.dtype == inputs.dtype == torch.float32 and weight.device.type == "cpu" and not weight.requires_grad
-    return plain and weight.layout == torch.strided
+def _is_replaceable(inputs: Tensor, weight: Tensor) -> bool:
+    """Tell whether a product is in float32 on a CPU, with a weight that takes no gradient."""
+    frozen = weight.dtype == inputs.dtype == torch.float32 and weight.device.type == "cpu" and not weight.requires_grad
+    return frozen and weight.layout == torch.strided
 
 
 @cache
 def mkl_is_slow() -> bool:
-    """Tell whether this is a processor of AMD's with AVX-512, and both libraries are there."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    """Tell whether this is an AMD processor with AVX-512, and both libraries are there."""
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not libraries or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
-        described = Path("/proc/cpuinfo").read_text()
+        processor = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        described = platform.processor()
-    return "AuthenticAMD" in described
+        processor = platform.processor()
+    return "AuthenticAMD" in processor
 
 
 class _Linear(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The packed way: the true tokens of a micro-batch lie in one row, without padding.
+"""The packed backend: the tokens of a micro-batch lie in one row, without padding.
 
 transformers lets a caller plug in the attention of nearly all of today's models (`AttentionInterface`); ours keeps
 the texts apart.
@@ -21,9 +21,9 @@ from softprompt.model.backends.attention import (
     MAX_LENGTH_RATIO_ON_GPU,
     PackedBatch,
     attention,
-    current,
+    current_batch,
 )
-from softprompt.model.backends.base import Backend, TextPass, rows_of
+from softprompt.model.backends.base import Backend, TextPass, gather_hidden
 from softprompt.model.backends.bloom import bloom_attention
 from softprompt.model.backends.prefix_batch import broadcast_prefix
 from softprompt.model.lm_head import replaced
@@ -31,14 +31,14 @@ from softprompt.model.prefix import Prefix
 from softprompt.private_interfaces import input_device
 
 ATTENTION = "softprompt_packed"
-# Attention modules that cannot be plugged into, and what runs in place of their forward methods.
-STAND_INS = {"BloomAttention": bloom_attention}
+# Attention modules that are not pluggable, and what replaces their forward methods.
+REPLACEMENTS = {"BloomAttention": bloom_attention}
 
 
 def _no_mask(*_args: Any, local_size: int | None = None, **_kwargs: Any) -> Tensor | None:
-    """Build no mask: positions and borders are known to the attention function itself.
+    """Build no mask: the attention function has the positions and the texts' boundaries.
 
-    Some models tell their window to the mask alone; it is handed on in the mask's place.
+    Some models give their window to the mask function alone; it is passed on as the mask.
     """
     return None if local_size is None else torch.tensor(local_size)
 
@@ -56,10 +56,10 @@ class PackedBackend(Backend):
 
     def __init__(self, hf_model: PreTrainedModel, shares_cache: bool = True) -> None:
         super().__init__(hf_model, shares_cache)
-        self._stand_ins = [
-            (module, partial(STAND_INS[type(module).__name__], module))
+        self._replacements = [
+            (module, partial(REPLACEMENTS[type(module).__name__], module))
             for module in hf_model.modules()
-            if type(module).__name__ in STAND_INS
+            if type(module).__name__ in REPLACEMENTS
         ]
         self._layers = [module for module in hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.can_checkpoint = bool(self._layers)
@@ -69,56 +69,51 @@ class PackedBackend(Backend):
     def _running(self, batch: PackedBatch) -> Iterator[None]:
         config = self.hf_model.config
         with self.running(), ExitStack() as stack:
-            for module, stand_in in self._stand_ins:
-                stack.enter_context(replaced(module, stand_in))
+            for module, forward in self._replacements:
+                stack.enter_context(replaced(module, forward))
             before = config._attn_implementation
-            token = current.set(batch)
+            token = current_batch.set(batch)
             config._attn_implementation = ATTENTION
             try:
                 yield
             finally:
                 config._attn_implementation = before
-                current.reset(token)
+                current_batch.reset(token)
 
     @contextmanager
     def _checkpointed(self, batch: PackedBatch) -> Iterator[None]:
-        """Let each layer keep nothing but its inputs, and run again when its gradients are found (Chen et al. 2016).
+        """Keep each layer's inputs alone, and run it again in the backward pass (Chen et al. 2016).
 
-        transformers' own way acts in training mode alone. The second run is outside of the text's pass, on a GPU in
-        another thread: it takes the lock and the attention for itself.
+        transformers' own checkpointing acts in training mode only. The second run is outside of the text's pass, on a
+        GPU in another thread: it takes the lock and switches the attention itself.
         """
 
-        def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with self._running(batch):
                 return forward(*args, **kwargs)
 
         with ExitStack() as stack:
             for layer in self._layers:
-                run = partial(again, layer.forward)
-                # In eval mode nothing is random, so there is no random state to be preserved.
-                twice = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+                # In eval mode nothing is random, so there is no random state to preserve.
+                forward = partial(run, layer.forward)
+                twice = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
                 stack.enter_context(replaced(layer, twice))
             yield
 
     def _hidden(self, batch: PackedBatch, activation_checkpointing: bool = False, **inputs: Tensor) -> Tensor:
-        """Run a row, and return the output head's input at all of its positions, `[1, N, H]`."""
-        taken: list[Tensor] = []
+        """Run a packed row and return the output head's input at all positions, `[1, N, H]`."""
+        captured: list[Tensor] = []
         positions = batch.positions().to(input_device(self.hf_model))
-        recomputing = self._checkpointed(batch) if activation_checkpointing else nullcontext()
-        with self._running(batch), self.lm_head.skipped(taken.append), recomputing:
+        checkpointed = self._checkpointed(batch) if activation_checkpointing else nullcontext()
+        with self._running(batch), self.lm_head.skipped(captured.append), checkpointed:
             self.hf_model(**inputs, position_ids=positions, use_cache=False)
-        return taken[0]
+        return captured[0]
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]
-        batch = PackedBatch([Prefix()], [length], note=True)
+        batch = PackedBatch([Prefix()], [length], record_states=True)
         hidden = self._hidden(batch, inputs_embeds=embeddings)
-        return Prefix(
-            keys=[batch.noted[i][0] for i in range(len(batch.noted))],
-            values=[batch.noted[i][1] for i in range(len(batch.noted))],
-            last=hidden[0, -1:],
-            length=length,
-        )
+        return Prefix(keys=batch.recorded(0), values=batch.recorded(1), last=hidden[0, -1:], length=length)
 
     def text_pass(
         self,
@@ -131,17 +126,17 @@ class PackedBackend(Backend):
     ) -> TextPass:
         lengths, starts = _lengths_and_starts(texts)
         prefixes = broadcast_prefix(prefix, len(texts))
-        batch = PackedBatch(prefixes, lengths, parents, note=extend, max_length_ratio=self.max_length_ratio)
+        batch = PackedBatch(prefixes, lengths, parents, record_states=extend, max_length_ratio=self.max_length_ratio)
         ids = torch.cat(list(texts)).unsqueeze(0).to(input_device(self.hf_model))
         hidden = self._hidden(batch, activation_checkpointing, input_ids=ids)
-        wished = rows_of(hidden, starts, wanted, prefixes)
+        gathered = gather_hidden(hidden, starts, wanted, prefixes)
         if not extend:
-            return TextPass(wished)
+            return TextPass(gathered)
         extended = [
-            _extended(own, batch.noted, slice(s, s + t), hidden[0, s + t - 1 : s + t], text)
+            _extended(own, batch, slice(s, s + t), hidden[0, s + t - 1 : s + t], text)
             for own, s, t, text in zip(prefixes, starts, lengths, texts, strict=True)
         ]
-        return TextPass(wished, extended)
+        return TextPass(gathered, extended)
 
     def fused_pass(
         self,
@@ -161,31 +156,25 @@ class PackedBackend(Backend):
         ids = torch.cat(list(texts)).to(embeddings.device)
         embedded = torch.cat([embeddings, self.hf_model.get_input_embeddings()(ids).unsqueeze(0)], dim=1)
         hidden = self._hidden(batch, activation_checkpointing, inputs_embeds=embedded)
-        return rows_of(
-            hidden,
-            starts,
-            wanted,
-            [Prefix(last=hidden[0, num_prompt_positions - 1 : num_prompt_positions])] * len(texts),
-        )
+        prefix = Prefix(last=hidden[0, num_prompt_positions - 1 : num_prompt_positions])
+        return gather_hidden(hidden, starts, wanted, [prefix] * len(texts))
 
 
 def _lengths_and_starts(texts: Sequence[Tensor], first: int = 0) -> tuple[list[int], list[int]]:
-    """Return how long texts are, and where each begins in their row."""
+    """Return the length of each text, and the index of its first token in the row."""
     lengths = [len(text) for text in texts]
     return lengths, [first + sum(lengths[:i]) for i in range(len(lengths))]
 
 
-def _extended(
-    prefix: Prefix, noted: dict[int, tuple[Tensor, Tensor]], where: slice, last: Tensor, text: Tensor
-) -> Prefix:
-    def joined(before: list[Tensor], which: int) -> list[Tensor]:
-        own = [noted[i][which][:, :, where] for i in range(len(noted))]
+def _extended(prefix: Prefix, batch: PackedBatch, where: slice, last: Tensor, text: Tensor) -> Prefix:
+    def extend(before: list[Tensor], recorded: list[Tensor]) -> list[Tensor]:
+        own = [states[:, :, where] for states in recorded]
         return [torch.cat([a.to(o.dtype), o], dim=2) for a, o in zip(before, own, strict=True)] if before else own
 
     return Prefix(
-        keys=joined(prefix.keys, 0),
-        values=joined(prefix.values, 1),
+        keys=extend(prefix.keys, batch.recorded(0)),
+        values=extend(prefix.values, batch.recorded(1)),
         last=last,
         length=prefix.length + len(text),
-        text=prefix.text + tuple(text.tolist()),
+        shared_text_ids=prefix.shared_text_ids + tuple(text.tolist()),
     )

@@ -1,7 +1,7 @@
-"""The cached way: the prefix of every row as its key-value cache, over padded rows.
+"""The padded backend: the prefix of every row as its key-value cache, over padded rows.
 
 For causal models with an attention of their own (Bloom, Falcon, MPT, GPT-J). Padding stands only before the prefix or
-behind the text, so that the two lie next to each other in every row: sliding windows and ALiBi count cache slots.
+behind the text, so that the two are contiguous in every row: sliding windows and ALiBi count cache slots.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from softprompt.model.backends.base import Backend, TextPass, rows_of
+from softprompt.model.backends.base import Backend, TextPass, gather_hidden
 from softprompt.model.backends.cache import cached_tensors, filled_cache, position_arguments
 from softprompt.model.backends.prefix_batch import PrefixBatch, broadcast_prefix
 from softprompt.model.prefix import Prefix
@@ -25,22 +25,30 @@ class PaddedBackend(Backend):
 
     name = "padded"
     pads = True
+    mixes_prefix_lengths = True  # whether prefixes of unlike lengths can be padded to one and run in one pass
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
         length = embeddings.shape[1]
         # An explicit cache: the model's default one drops what lies outside a sliding window.
         cache = DynamicCache()
-        taken: list[Tensor] = []
-        with self.running(), self.lm_head.skipped(taken.append):
+        mask = torch.ones(1, length, dtype=torch.long, device=embeddings.device)
+        positions = torch.arange(length, device=embeddings.device).unsqueeze(0)
+        hidden = self._hidden(cache, mask, positions, inputs_embeds=embeddings)
+        keys, values = cached_tensors(cache)
+        return Prefix(keys=keys, values=values, last=hidden[0, -1:], length=length)
+
+    def _hidden(self, cache: DynamicCache, mask: Tensor, positions: Tensor, **inputs: Tensor) -> Tensor:
+        """Run padded rows behind a cache, which is extended, and return the output head's input, `[B, T, H]`."""
+        captured: list[Tensor] = []
+        with self.running(), self.lm_head.skipped(captured.append):
             self.hf_model(
-                inputs_embeds=embeddings,
+                **inputs,
                 past_key_values=cache,
                 use_cache=True,
-                attention_mask=torch.ones(1, length, dtype=torch.long, device=embeddings.device),
-                **position_arguments(self.hf_model, torch.arange(length, device=embeddings.device).unsqueeze(0)),
+                attention_mask=mask,
+                **position_arguments(self.hf_model, positions),
             )
-        keys, values = cached_tensors(cache)
-        return Prefix(keys=keys, values=values, last=taken[0][0, -1:], length=length)
+        return captured[0]
 
     def text_pass(
         self,
@@ -51,48 +59,57 @@ class PaddedBackend(Backend):
         extend: bool = False,
         activation_checkpointing: bool = False,
     ) -> TextPass:
-        assert (
-            not activation_checkpointing
-        )  # a layer that runs again would find its keys and values in the cache already
+        # A layer that runs again would find its keys and values in the cache already.
+        assert not activation_checkpointing
         prefixes = broadcast_prefix(prefix, len(texts))
         if parents is not None:
             trees = zip(prefixes, texts, wanted, parents, strict=True)
             return TextPass(torch.cat([self._tree(*tree) for tree in trees]))
-        device, prefix_batch = input_device(self.hf_model), PrefixBatch(prefixes)
-        starts = torch.tensor(prefix_batch.lengths)[:, None]
-        lengths = torch.tensor([len(text) for text in texts])
+        if not self.mixes_prefix_lengths and len({each.length for each in prefixes}) > 1:
+            return self._passes_by_length(prefixes, texts, wanted, extend)
+        device, batch = input_device(self.hf_model), PrefixBatch(prefixes)
+        prefix_lengths = torch.tensor(batch.lengths)[:, None]
+        text_lengths = torch.tensor([len(text) for text in texts])[:, None]
         ids = pad_sequence(list(texts), batch_first=True).to(device)
         count, longest = ids.shape
-        real = torch.arange(longest)[None, :] < lengths[:, None]
-        held = torch.arange(prefix_batch.longest)[None, :] >= prefix_batch.longest - starts
-        mask = torch.cat([held, real], dim=1).long().to(device)
-        taken: list[Tensor] = []
-        cache = filled_cache(prefix_batch, max(len(each.keys) for each in prefixes), self.hf_model.dtype)
-        with self.running(), self.lm_head.skipped(taken.append):
-            self.hf_model(
-                input_ids=ids,
-                past_key_values=cache,
-                use_cache=True,
-                attention_mask=mask,
-                **position_arguments(self.hf_model, (starts + torch.arange(longest)).to(device)),
-            )
-        hidden = rows_of(taken[0], [i * longest for i in range(count)], wanted, prefixes)
+        column = torch.arange(longest)
+        in_prefix = torch.arange(batch.longest)[None, :] >= batch.longest - prefix_lengths
+        mask = torch.cat([in_prefix, column[None, :] < text_lengths], dim=1).long().to(device)
+        cache = filled_cache(batch, max(len(each.keys) for each in prefixes), self.hf_model.dtype)
+        states = self._hidden(cache, mask, (prefix_lengths + column).to(device), input_ids=ids)
+        hidden = gather_hidden(states, [i * longest for i in range(count)], wanted, prefixes)
         if not extend:
             return TextPass(hidden)
         keys, values = cached_tensors(cache)
         extended = []
         for i, (own, text) in enumerate(zip(prefixes, texts, strict=True)):
-            begin, end = prefix_batch.longest - own.length, prefix_batch.longest + len(text)
+            begin, end = batch.longest - own.length, batch.longest + len(text)
             extended.append(
                 Prefix(
                     keys=[k[i : i + 1, :, begin:end] for k in keys],
                     values=[v[i : i + 1, :, begin:end] for v in values],
-                    last=taken[0][i, len(text) - 1].unsqueeze(0),
+                    last=states[i, len(text) - 1].unsqueeze(0),
                     length=end - begin,
-                    text=own.text + tuple(text.tolist()),
+                    shared_text_ids=own.shared_text_ids + tuple(text.tolist()),
                 )
             )
         return TextPass(hidden, extended)
+
+    def _passes_by_length(
+        self, prefixes: Sequence[Prefix], texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool
+    ) -> TextPass:
+        """Run a pass for each length of prefix."""
+        hidden: list[Tensor] = [torch.empty(0)] * len(texts)
+        extended: list[Prefix] = [Prefix()] * len(texts)
+        for length in sorted({each.length for each in prefixes}):
+            rows = [i for i, each in enumerate(prefixes) if each.length == length]
+            positions = [wanted[i] for i in rows]
+            done = self.text_pass([prefixes[i] for i in rows], [texts[i] for i in rows], positions, extend=extend)
+            for i, part in zip(rows, done.hidden.split([len(each) for each in positions]), strict=True):
+                hidden[i] = part
+            for i, longer in zip(rows, done.extended, strict=False):  # empty unless asked for
+                extended[i] = longer
+        return TextPass(torch.cat(hidden), extended if extend else [])
 
     def _tree(self, prefix: Prefix, text: Tensor, wanted: Tensor, parents: Tensor) -> Tensor:
         """Return the head's input at a tree's wanted positions: its trunk is run once, then every path from there."""
@@ -109,34 +126,12 @@ class PaddedBackend(Backend):
         if paths:
             rest = self.text_pass(done.extended[0], [text[p] for p in paths], [torch.arange(len(p)) for p in paths])
             hidden.append(rest.hidden)
-        run = torch.cat([torch.arange(trunk), *paths]).tolist()
-        place = {token: row for row, token in enumerate(run)}
-        return torch.cat(hidden)[[place[token] for token in wanted.tolist()]]
+        tokens = torch.cat([torch.arange(trunk), *paths]).tolist()
+        row_of = {token: row for row, token in enumerate(tokens)}
+        return torch.cat(hidden)[[row_of[token] for token in wanted.tolist()]]
 
 
 class PaddedByLengthBackend(PaddedBackend):
-    """For those that count padding before a prefix as positions: a pass for each length of prefix."""
+    """For models that count padding before a prefix as positions: a pass for each length of prefix."""
 
-    def text_pass(
-        self,
-        prefix: Prefix | Sequence[Prefix],
-        texts: Sequence[Tensor],
-        wanted: Sequence[Tensor],
-        parents: Sequence[Tensor] | None = None,
-        extend: bool = False,
-        activation_checkpointing: bool = False,
-    ) -> TextPass:
-        prefixes = broadcast_prefix(prefix, len(texts))
-        if parents is not None or len({each.length for each in prefixes}) == 1:  # trees are run one by one
-            return super().text_pass(prefixes, texts, wanted, parents, extend, activation_checkpointing)
-        hidden: list[Tensor] = [torch.empty(0)] * len(texts)
-        extended: list[Prefix] = [Prefix()] * len(texts)
-        for length in sorted({each.length for each in prefixes}):
-            own = [i for i, each in enumerate(prefixes) if each.length == length]
-            asked = [wanted[i] for i in own]
-            done = super().text_pass([prefixes[i] for i in own], [texts[i] for i in own], asked, None, extend)
-            for i, part in zip(own, done.hidden.split([len(each) for each in asked]), strict=True):
-                hidden[i] = part
-            for i, longer in zip(own, done.extended, strict=False):  # empty unless asked for
-                extended[i] = longer
-        return TextPass(torch.cat(hidden), extended if extend else [])
+    mixes_prefix_lengths = False

@@ -1,4 +1,4 @@
-"""What stands ahead of the texts of a pass: one prefix for all of them, or one for each."""
+"""The prefixes of a batch of texts: one for all of them, or one for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softprompt.model.prefix import Prefix
 
 
 class PrefixBatch:
-    """The prefixes of some texts, brought to one length by padding before the shorter ones.
+    """The prefixes of some texts, padded to one length.
 
     Padding stands before a prefix, never between it and its text: some models count cache slots, not positions.
 
@@ -23,7 +23,7 @@ class PrefixBatch:
 
     Attributes:
         lengths: positions of each text's prefix.
-        longest: P, the positions of the longest.
+        longest: P, the length of the longest.
     """
 
     def __init__(self, prefixes: Sequence[Prefix]) -> None:
@@ -34,31 +34,31 @@ class PrefixBatch:
 
     def keys(self, layer: int, dtype: torch.dtype) -> Tensor:
         """Return the keys at a layer, `[n, K, P, D]`; only where P is not 0."""
-        return self._joined("keys", layer, dtype)
+        return self._stacked("keys", layer, dtype)
 
     def values(self, layer: int, dtype: torch.dtype) -> Tensor:
         """Return the values at a layer, `[n, K, P, D]`; only where P is not 0."""
-        return self._joined("values", layer, dtype)
+        return self._stacked("values", layer, dtype)
 
-    def _joined(self, kind: Literal["keys", "values"], layer: int, dtype: torch.dtype) -> Tensor:
-        made: dict[int, Tensor] = {}
+    def _stacked(self, kind: Literal["keys", "values"], layer: int, dtype: torch.dtype) -> Tensor:
+        padded: dict[int, Tensor] = {}
         for prefix, *_ in self._runs:
-            if id(prefix) not in made:
-                made[id(prefix)] = self._padded(prefix, kind, layer, dtype)
-        parts = [made[id(run[0])].expand(len(run), -1, -1, -1) for run in self._runs]
+            if id(prefix) not in padded:
+                padded[id(prefix)] = self._padded(prefix, kind, layer, dtype)
+        parts = [padded[id(run[0])].expand(len(run), -1, -1, -1) for run in self._runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _padded(self, prefix: Prefix, kind: Literal["keys", "values"], layer: int, dtype: torch.dtype) -> Tensor:
-        short = self.longest - prefix.length
-        if not short:
+        padding = self.longest - prefix.length
+        if not padding:
             return getattr(prefix, kind)[layer].to(dtype)  # type: ignore[no-any-return]
         # An empty prefix has no tensors: its padding is shaped like another's.
         tensor = getattr(prefix, kind)[layer] if prefix.length else getattr(self._fullest, kind)[layer][:, :, :0]
-        return pad(tensor.to(dtype), (0, 0, short, 0))
+        return pad(tensor.to(dtype), (0, 0, padding, 0))
 
 
 def broadcast_prefix(prefix: Prefix | Sequence[Prefix], texts: int) -> Sequence[Prefix]:
-    """Return a prefix for each text: the one that all share, or the ones that were given."""
+    """Return a prefix for each text, from one for all or from one each."""
     prefixes = [prefix] * texts if isinstance(prefix, Prefix) else prefix
     assert len(prefixes) == texts
     return prefixes

@@ -1,4 +1,4 @@
-"""Miniatures: tiny random models of a loaded model's kind, to test on what the model itself cannot show."""
+"""Tiny copies: tiny random models of a loaded model's kind, to check on them what the model itself cannot show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-WINDOW = 5  # shorter than the texts of the load check
+WINDOW = 5  # shorter than the reference's texts
 _HEADS, _SIZE = 4, 16
 _SMALL = {
     "vocab_size": 128,
@@ -30,12 +30,12 @@ _SMALL = {
     "max_target_positions": 256,
 }
 _WINDOWS = ("sliding_window", "window_size", "local_attention")
-_SOFTCAPS = ("attn_logit_softcapping",)  # on attention's scores, which are seldom so large in a tiny model
+_SOFTCAPS = ("attn_logit_softcapping",)  # on attention scores, which are seldom so large in a tiny model
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
-    """Return the shortest window through which some layers look back, None where all see everything."""
+    """Return the shortest sliding window of any layer, None where all layers attend to everything."""
     text = config.get_text_config()
     if getattr(text, "use_sliding_window", True) is False:
         return None
@@ -43,8 +43,8 @@ def sliding_window(config: PretrainedConfig) -> int | None:
     return min((window for window in found if isinstance(window, int) and window > 0), default=None)
 
 
-def shows_itself(config: PretrainedConfig) -> bool:
-    """Tell whether a few short texts, on the model itself, come across all that its attention does."""
+def shows_all_attention(config: PretrainedConfig) -> bool:
+    """Tell whether a few short texts, on the model itself, show everything that its attention does."""
     window = sliding_window(config)
     capped = any(getattr(config.get_text_config(), name, None) for name in _SOFTCAPS)
     return (window is None or window <= WINDOW) and not capped
@@ -53,10 +53,10 @@ def shows_itself(config: PretrainedConfig) -> bool:
 def tiny_copy(hf_model: PreTrainedModel) -> PreTrainedModel:
     """Return a tiny random model, in float32, with one layer of each kind that a model has and a short window.
 
-    Whatever stops a foreign configuration from being shrunk is raised as it comes.
+    Errors of a foreign configuration that cannot be shrunk are not caught.
     """
     config = copy.deepcopy(hf_model.config.get_text_config())
-    own = type(hf_model) if config.__class__ is hf_model.config.__class__ else None
+    same_class = type(hf_model) if config.__class__ is hf_model.config.__class__ else None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     _cut_layers(config)
@@ -79,22 +79,22 @@ def tiny_copy(hf_model: PreTrainedModel) -> PreTrainedModel:
         config._attn_implementation = "eager"  # flash kernels run in half precision only
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made: Any = own(config) if own is not None else AutoModelForCausalLM.from_config(config)
-        for parameter in made.parameters():
+        small: Any = same_class(config) if same_class is not None else AutoModelForCausalLM.from_config(config)
+        for parameter in small.parameters():
             if parameter.dim() > 1:
-                parameter.data.mul_(3)  # weights of the usual size look nearly alike everywhere
-    small: PreTrainedModel = made.float().eval().requires_grad_(False)
-    return small
+                parameter.data.mul_(3)  # with weights of the usual size, attention is nearly uniform
+    frozen: PreTrainedModel = small.float().eval().requires_grad_(False)
+    return frozen
 
 
 def _cut_layers(config: PretrainedConfig) -> None:
-    """Keep the first layer of each kind, and two at least; lists with an entry a layer are cut likewise."""
+    """Keep the first layer of each kind, at least two; lists with an entry per layer are cut to the same layers."""
     count = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["full"] * count
-    kept = sorted({kinds.index(kind) for kind in kinds} | {min(1, count - 1)} | {0})
+    layers = sorted({kinds.index(kind) for kind in kinds} | {min(1, count - 1)} | {0})
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count and name != "architectures":
-            setattr(config, name, [value[i] for i in kept])
+            setattr(config, name, [value[i] for i in layers])
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = 1
-    config.num_hidden_layers = len(kept)
+    config.num_hidden_layers = len(layers)
