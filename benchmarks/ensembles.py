@@ -25,7 +25,9 @@ from quality import MEMBERS, apart, rows_of, timed
 from softprompt.config import MANY_LABELS
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows
-from softprompt.evaluation.scores import TextScorer, average_scores, make_scorer
+from softprompt.evaluation.calibration import make_scorer
+from softprompt.evaluation.scores import average_scores
+from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.prompt.ensemble import make_ensemble
 
 FILE = Path(__file__).parent / "results" / "ensembles.jsonl"
@@ -62,7 +64,7 @@ def run(model: sp.FrozenModel, name: str, method: str, variant: str, data: Path)
     seconds = time.monotonic() - began
     made = make_ensemble(prompts, {})
     encoder = Encoder(model.tokenizer, made.format, made.record.max_length)
-    kind = TextScorer if len(made.format.verbalizers) > MANY_LABELS else make_scorer
+    kind = TokenScorer if len(made.format.verbalizers) > MANY_LABELS else make_scorer
     each = kind(encoder, others).score_members(model, made)
     return {
         "variant": variant,

@@ -17,7 +17,7 @@ import softprompt as sp
 from sides import load, peft_model, ratio
 from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scores import LabelScorer
+from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.prompt.initialization import task_text, text_prompt
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt

@@ -22,7 +22,7 @@ import torch
 import softprompt as sp
 from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scores import LabelScorer
+from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.prompt.record import Record
 from softprompt.training.run_folder import environment
 

@@ -65,7 +65,7 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
     try:
         fitted = fitting.fit()
         predictor = fitted.predictor
-        chosen_by, plain = (predictor.score(rows, predictor.tokens_at_once(rows)).plain for rows in (some, others))
+        chosen_by, plain = (predictor.score(rows, predictor.micro_batch_tokens(rows)).plain for rows in (some, others))
     finally:
         fitting.close()
     assert isinstance(chosen_by, LabelScores)

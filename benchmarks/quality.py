@@ -51,7 +51,8 @@ from softprompt.comparison.results import Result
 from softprompt.comparison.run import run_method
 from softprompt.data.example import Example
 from softprompt.data.split import sample
-from softprompt.evaluation.scores import Scorer, Scores
+from softprompt.evaluation.scorer import Scorer
+from softprompt.evaluation.scores import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.prompt.ensemble import make_ensemble
@@ -260,7 +261,7 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
     ensemble = make_ensemble([load_soft_prompt(folder) for folder in folders], {})
     predictor = Predictor(model, ensemble.format, ensemble.record.max_length, ensemble)
     began = time.monotonic()
-    scored = predictor.score(test, predictor.tokens_at_once(test))
+    scored = predictor.score(test, predictor.micro_batch_tokens(test))
     summed = ("trainable_parameters", "stored_bytes", "train_seconds", "train_cpu_seconds", "train_tokens")
     costs = {cost: sum(getattr(result.costs, cost) for result in found) for cost in summed}
     costs["prediction_seconds"] = (time.monotonic() - began) / len(test)

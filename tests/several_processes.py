@@ -19,7 +19,7 @@ import torch
 
 import softprompt as sp
 from softprompt.distributed.collective import launched
-from softprompt.evaluation.scores import LabelScorer
+from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.training import prompt_trainer
 
 SETTINGS = {
@@ -105,7 +105,7 @@ def little_memory(right: Callable[..., Any]) -> Callable[..., Any]:
 
 def little_memory_to_score(right: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: LabelScorer, *arguments: Any) -> Any:
-        if self.at_once > 40:
+        if self.micro_batch_tokens > 40:
             raise OUT_OF_MEMORY
         return right(self, *arguments)
 
@@ -159,7 +159,7 @@ def main() -> None:
     seen["text"] = tuned(model, texts(rows), out / "text", micro_batch_tokens=20)
     with on(1, prompt_trainer, "prompt_gradient", little_memory):
         seen["memory"] = tuned(model, rows, out / "memory")
-    with on(1, LabelScorer, "_found", little_memory_to_score):
+    with on(1, LabelScorer, "_run", little_memory_to_score):
         seen["memory-to-score"] = tuned(model, rows, out / "memory-to-score")
     with on(1, prompt_trainer, "prompt_gradient", no_number):
         seen["no-number"] = tuned(model, rows, out / "no-number")
@@ -170,7 +170,7 @@ def main() -> None:
     seen["unlike"] = tuned(model, rows.pick(range(30 + processes.rank)), out / "unlike")
     for name, place, function, call in (
         ("cut-in-a-step", prompt_trainer, "prompt_gradient", 2),
-        ("cut-in-an-evaluation", LabelScorer, "_found", 1),
+        ("cut-in-an-evaluation", LabelScorer, "_run", 1),
         ("cut-before-a-step", prompt_trainer, "prompt_gradient", 0),
     ):
         with on(1, place, function, interrupted(call)):

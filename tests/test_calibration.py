@@ -18,20 +18,15 @@ from softprompt.errors import PromptError, SettingsError
 from softprompt.evaluation.calibration import (
     CalibratedScorer,
     CalibratedScores,
-    calibrated_or_plain,
     clearly_better,
     content_free,
+    make_scorer,
     prior_matching,
 )
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.evaluation.scores import (
-    LabelScorer,
-    LabelScores,
-    TextScorer,
-    add_label_bias,
-    average_scores,
-    make_scorer,
-)
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scores import LabelScores, add_label_bias, average_scores
+from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.generation import generate
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import make_ensemble
@@ -145,9 +140,9 @@ def test_what_cannot_be_calibrated_is_refused(llama: FrozenModel) -> None:
 
 
 def test_the_scorer_without_calibration_is_the_tasks(llama: FrozenModel) -> None:
-    assert type(calibrated_or_plain(encoder(llama, ONE_TOKEN), labelled(ONE_TOKEN), 99, "none")) is LabelScorer
+    assert type(make_scorer(encoder(llama, ONE_TOKEN), labelled(ONE_TOKEN), 99, "none")) is LabelScorer
     texts = Encoder(llama.tokenizer, make_format("text", []), 99)
-    assert type(calibrated_or_plain(texts, load_data([{"text": "a film"}]), 99, "none")) is TextScorer
+    assert type(make_scorer(texts, load_data([{"text": "a film"}]), 99, "none")) is TokenScorer
 
 
 def test_the_command_calibrates_with_a_prompt_and_without(

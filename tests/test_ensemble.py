@@ -15,7 +15,10 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
 from softprompt.distributed.collective import Processes
-from softprompt.evaluation.scores import LabelScorer, LabelScores, Scorer, TextScores, average_scores, make_scorer
+from softprompt.evaluation.calibration import make_scorer
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scorer import Scorer
+from softprompt.evaluation.scores import LabelScores, TextScores, average_scores
 from softprompt.model.frozen import FrozenModel
 from test_evaluation import TEXTS, prompt_for
 
@@ -47,7 +50,7 @@ def scorer_for(model: FrozenModel, kind: str, at_once: int) -> Scorer:
 def test_prompts_scored_at_once_find_what_each_finds_alone(model: FrozenModel, kind: str, at_once: int) -> None:
     scorer, prompts = scorer_for(model, kind, at_once), prompts_for(model)
     together = scorer.score_members(model, as_prompt(*prompts))
-    assert scorer.at_once == at_once
+    assert scorer.micro_batch_tokens == at_once
     for scores, prompt in zip(together, prompts, strict=True):
         alone = scorer.score(model, as_prompt(prompt))
         assert scores.losses == pytest.approx(alone.losses, abs=2e-4)
@@ -62,10 +65,10 @@ def test_prompts_scored_at_once_find_what_each_finds_alone(model: FrozenModel, k
 def test_what_processes_find_of_several_prompts_adds_up(model: FrozenModel, kind: str) -> None:
     scorer, prompts = scorer_for(model, kind, 50), prompts_for(model)
     with torch.no_grad():
-        whole, total = scorer._found(model, prompts), np.zeros((len(prompts), *scorer.shape))
+        whole, total = scorer._run(model, prompts), np.zeros((len(prompts), *scorer.shape))
         for rank in range(3):
             scorer.processes = Processes(rank, 3)
-            mine = scorer._found(model, prompts)
+            mine = scorer._run(model, prompts)
             assert not (mine * total).any()
             total += mine
     assert total == pytest.approx(whole, abs=2e-4)

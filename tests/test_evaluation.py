@@ -19,9 +19,12 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE, make_format
 from softprompt.errors import DataError, PromptError, SettingsError
+from softprompt.evaluation.calibration import make_scorer
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.intervals import bootstrap, proportion
-from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, make_scorer
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scores import LabelScores
+from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.record import Record
@@ -168,7 +171,7 @@ def test_the_loss_of_completions_is_transformers_own(model: FrozenModel, with_pr
     ]
     rows = load_data(records)
     prompt = prompt_for(model) if with_prompt else None
-    scores = TextScorer(Encoder(model.tokenizer, make_format("completion", []), 512), rows).score(
+    scores = TokenScorer(Encoder(model.tokenizer, make_format("completion", []), 512), rows).score(
         model, as_prompt(prompt)
     )
     losses = [token_losses(model, prompt, f"{r['input']}\n", f"{r['target']}<eos>") for r in records]
@@ -180,7 +183,7 @@ def test_the_loss_of_completions_is_transformers_own(model: FrozenModel, with_pr
 
 def test_the_loss_of_plain_text_is_transformers_own(model: FrozenModel) -> None:
     rows = load_data([{"text": text} for text in TEXTS])
-    scores = TextScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows).score(model, as_prompt(None))
+    scores = TokenScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows).score(model, as_prompt(None))
     for i, row in enumerate(rows):
         ids = model.tokenizer(row["text"], return_tensors="pt")["input_ids"]
         if ids.shape[1] > 1:
@@ -191,7 +194,7 @@ def test_the_loss_of_plain_text_is_transformers_own(model: FrozenModel) -> None:
 
 def test_the_same_tokens_of_plain_text_count_with_a_prompt_and_without(model: FrozenModel) -> None:
     rows = load_data([{"text": text} for text in TEXTS])
-    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows)
+    scorer = TokenScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows)
     prompt = prompt_for(model)
     assert list(scorer.score(model, as_prompt(prompt)).tokens) == list(scorer.score(model, as_prompt(None)).tokens)
     first = model.tokenizer.decode(model.tokenizer(TEXTS[0])["input_ids"][:1])
@@ -363,7 +366,7 @@ def test_the_scorer_is_the_tasks(llama: FrozenModel) -> None:
         make_scorer(Encoder(llama.tokenizer, make_format("classification", ONE_TOKEN), 99), rows), LabelScorer
     )
     texts = load_data([{"text": "a film"}])
-    assert isinstance(make_scorer(Encoder(llama.tokenizer, make_format("text", []), 99), texts), TextScorer)
+    assert isinstance(make_scorer(Encoder(llama.tokenizer, make_format("text", []), 99), texts), TokenScorer)
 
 
 def test_the_better_of_two_prompts_is_the_one_with_the_lower_loss() -> None:

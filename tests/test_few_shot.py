@@ -18,9 +18,11 @@ from softprompt.data.rows import Row, Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation import completions
-from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, prior_matching
+from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, make_scorer, prior_matching
 from softprompt.evaluation.completions import complete
-from softprompt.evaluation.scores import LabelScorer, LabelScores, TextScorer, add_label_bias, make_scorer
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scores import LabelScores, add_label_bias
+from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.model.frozen import FrozenModel
 from test_chat_template import with_chat
 from test_evaluation import TEXTS, prompt_for, token_losses
@@ -133,7 +135,7 @@ def test_of_plain_text_the_same_tokens_count_with_demonstrations_and_without(bos
     rows = load_data([{"text": text} for text in ("a fine film", "the parcel never came", "a")])
     shown = replace(form, demonstrations=({"text": "hello world\n"}, {"text": "good"}))
     plain, behind = (
-        TextScorer(Encoder(model.tokenizer, f, 512), rows).score(model, as_prompt(None)) for f in (form, shown)
+        TokenScorer(Encoder(model.tokenizer, f, 512), rows).score(model, as_prompt(None)) for f in (form, shown)
     )
     assert plain.tokens.tolist() == behind.tokens.tolist()
     for row, loss, tokens in zip(rows, behind.losses, behind.tokens, strict=True):
@@ -255,7 +257,7 @@ def test_demonstrations_are_training_rows_and_only_validation_rows_choose(
         scored.extend(rows)
         return CalibratedScorer(encoder, rows, at_once)
 
-    monkeypatch.setattr(prompting, "calibrated_or_plain", noted)
+    monkeypatch.setattr(prompting, "make_scorer", noted)
     done = found(llama, train, validation, 300)
     assert len(done.trials) > 6
     for trial in done.trials:
@@ -348,7 +350,7 @@ def test_a_search_by_time_ends_in_time(llama: FrozenModel, monkeypatch: pytest.M
         clock.now += len(rows) * (2 if encoder.format.demonstrations else 1)
         return CalibratedScorer(encoder, rows, at_once)
 
-    monkeypatch.setattr(prompting, "calibrated_or_plain", noted)
+    monkeypatch.setattr(prompting, "make_scorer", noted)
     monkeypatch.setattr(prompting, "time", SimpleNamespace(monotonic=lambda: clock.now))
     for seconds in (0.0, 60.0, 200.0, 330.0, 600.0):
         clock.now = 0.0

@@ -22,7 +22,8 @@ from conftest import Command
 from softprompt import Callback, Rows, TuneConfig, evaluate, load_data, tune
 from softprompt.distributed.signals import defer_signals, raise_on_termination
 from softprompt.errors import RunError
-from softprompt.evaluation.scores import LabelScorer, Scores
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scores import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import prompt_trainer
 from softprompt.training.prepare import PreparedRun
@@ -449,7 +450,7 @@ def test_any_other_error_is_not_taken_for_a_lack_of_memory(
 
 def fits_in_scoring(right: Callable[..., Scores], fits: int) -> Callable[..., Scores]:
     def wrapped(self: LabelScorer, *args: Any) -> Scores:
-        if self.at_once > fits:
+        if self.micro_batch_tokens > fits:
             raise RuntimeError(OUT_OF_MEMORY)
         return right(self, *args)
 

@@ -20,7 +20,8 @@ from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Encoder
 from softprompt.data.example import Example
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scores import LabelScorer, Scorer
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scorer import Scorer
 from softprompt.generation import generate
 from softprompt.model import lm_head
 from softprompt.model.backends.verify import freeze
@@ -244,7 +245,7 @@ def test_several_prompts_at_once_run_the_sum_of_what_each_runs(model: FrozenMode
         assert sum(texts) == pytest.approx(sum(map(sum, each)), rel=0.1)
     else:
         assert sum(texts) == sum(map(sum, each))
-        assert max(texts) <= scorer.at_once
+        assert max(texts) <= scorer.micro_batch_tokens
         assert len(texts) < sum(map(len, each))  # fuller: texts of all prompts are in them
 
 

@@ -14,7 +14,7 @@ from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.data.values import require_characters, scalar_text
 from softprompt.decoding import continue_ids
 from softprompt.errors import DataError, SettingsError, nearest
-from softprompt.evaluation.choosing import choose
+from softprompt.evaluation.label_scorer import choose
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt
 from softprompt.prompt.loading import require_fit

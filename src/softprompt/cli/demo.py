@@ -82,7 +82,7 @@ class _Answers:
 def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> _Answers:
     """Choose a label for each row without the prompt and with it, by the same rule; write freely after the first."""
     from softprompt.config import GenerateConfig
-    from softprompt.evaluation.choosing import choose
+    from softprompt.evaluation.label_scorer import choose
     from softprompt.evaluation.scores import add_label_bias
     from softprompt.generation import generate
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
-from softprompt.evaluation.scores import TextScorer, perplexity
+from softprompt.evaluation.scores import perplexity
+from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import trim_allocator
 from softprompt.prompt.soft_prompt import BasePrompt
@@ -91,7 +92,7 @@ def general_perplexity(model: FrozenModel) -> float:
     text = files("softprompt.comparison").joinpath("general.txt").read_text(encoding="utf-8")
     rows = load_data([{"text": paragraph} for paragraph in text.split("\n\n")])
     max_length = min(_MAX_LENGTH, model.context_length or _MAX_LENGTH)
-    scorer = TextScorer(Encoder(model.tokenizer, make_format("text", []), max_length, model.vocabulary_size), rows)
+    scorer = TokenScorer(Encoder(model.tokenizer, make_format("text", []), max_length, model.vocabulary_size), rows)
     return perplexity(scorer.score(model, BasePrompt()).loss())
 
 

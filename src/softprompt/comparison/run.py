@@ -219,7 +219,7 @@ def run_method(
     try:
         fitted = method.fit()
         predictor = fitted.predictor
-        at_once = predictor.tokens_at_once(protocol.test)
+        at_once = predictor.micro_batch_tokens(protocol.test)
         perplexity = general_perplexity(predictor.model) if method.changes_weights else base.perplexity
         began = time.monotonic()
         scored = predictor.score(protocol.test, at_once)

@@ -17,10 +17,12 @@ from softprompt.data.labels import clean_label
 from softprompt.data.rows import Rows, Source, as_rows
 from softprompt.data.templates import default_template, make_format, require_unseen_answer
 from softprompt.errors import DataError, nearest, warn
-from softprompt.evaluation.calibration import calibrated_or_plain, fit_label_bias
+from softprompt.evaluation.calibration import fit_label_bias, make_scorer
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.scores import Confusion, LabelScorer, LabelScores, Scorer, average_scores, tokens_at_once
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scorer import Scorer, scoring_micro_batch_tokens
+from softprompt.evaluation.scores import Confusion, LabelScores, average_scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import AnyPrompt, Prompt
 from softprompt.prompt.loading import require_fit
@@ -111,8 +113,8 @@ def evaluate(
     # So long that the model has positions for it, without the prompt too: both read the same.
     most = min(max_length, (model.context_length or max_length + virtual) - virtual)
     encoder = Encoder(model.tokenizer, form, most, model.vocabulary_size)
-    at_once = tokens_at_once(model, data, prompt or BasePrompt(), most)
-    scorer = calibrated_or_plain(encoder, data, at_once, calibration)
+    at_once = scoring_micro_batch_tokens(model, data, prompt or BasePrompt(), most)
+    scorer = make_scorer(encoder, data, at_once, calibration)
     biased = calibration == "none"  # contextual calibration stands in for what a prompt has learned of its labels
     base_bias: dict[str, float] = {}
     if prompt is not None and bias_rows is not None and biased and data.task == "classification":

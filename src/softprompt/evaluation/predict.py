@@ -11,7 +11,7 @@ from softprompt.config import GenerateConfig, Mode
 from softprompt.data.readers import read_records
 from softprompt.data.rows import Row
 from softprompt.errors import SettingsError
-from softprompt.evaluation.choosing import choose
+from softprompt.evaluation.label_scorer import choose
 from softprompt.generation import answer_mode, generate, input_columns, input_row, require_columns
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt

@@ -23,7 +23,9 @@ from softprompt.data.rows import Rows
 from softprompt.data.split import sample
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.errors import SettingsError
-from softprompt.evaluation.scores import LabelScorer, Scorer, TextScorer
+from softprompt.evaluation.label_scorer import LabelScorer
+from softprompt.evaluation.scorer import Scorer
+from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.load import resolve_threads
 from softprompt.model.memory import MemoryEstimate, available_memory, micro_batch_tokens, trim_allocator
@@ -78,10 +80,10 @@ class PreparedRun:
         Args:
             max_rows: the most rows; None for all.
         """
-        if not isinstance(self.scorer, TextScorer) or not self.encoder.format.verbalizers:
+        if not isinstance(self.scorer, TokenScorer) or not self.encoder.format.verbalizers:
             return None
         rows = sample(self.scorer.rows, max_rows, self.config.seed)
-        scorer = LabelScorer(copy(self.encoder), rows, self.scorer.at_once)
+        scorer = LabelScorer(copy(self.encoder), rows, self.scorer.micro_batch_tokens)
         scorer.processes = self.scorer.processes
         return scorer
 
@@ -215,7 +217,7 @@ def _resized(scorer: Scorer, at_once: int | None, processes: Processes) -> Score
     """Return a scorer of the same rows, for so many text tokens at once and for some processes."""
     assert at_once
     resized = copy(scorer)
-    resized.at_once, resized.processes = at_once, processes
+    resized.micro_batch_tokens, resized.processes = at_once, processes
     return resized
 
 

@@ -19,7 +19,9 @@ from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.data.templates import Format, default_template, make_format, require_unseen_answer
 from softprompt.distributed.collective import Processes
 from softprompt.errors import DataError
-from softprompt.evaluation.scores import Scorer, TextScorer, make_scorer
+from softprompt.evaluation.calibration import make_scorer
+from softprompt.evaluation.scorer import Scorer
+from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import MemoryEstimate, measure
 from softprompt.prompt.initialization import Start, initialize, load_source
@@ -202,7 +204,7 @@ class PreparedData:
         """
         assert split.validation is not None
         encoder = copy(self.encoder(form, max_length))
-        kind = TextScorer if len(form.format.verbalizers) > MANY_LABELS else make_scorer
+        kind = TokenScorer if len(form.format.verbalizers) > MANY_LABELS else make_scorer
         return kind(encoder, split.validation), encoder.truncated
 
 

@@ -10,7 +10,8 @@ from torch.nn import Parameter
 
 from softprompt.data.example import Example
 from softprompt.distributed.collective import ALONE, Processes
-from softprompt.evaluation.scores import Scorer, Scores
+from softprompt.evaluation.scorer import Scorer
+from softprompt.evaluation.scores import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory, trim_allocator

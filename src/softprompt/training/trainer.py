@@ -20,7 +20,8 @@ from softprompt.distributed.collective import ALONE, Processes
 from softprompt.distributed.signals import defer_signals
 from softprompt.errors import InputError, RunError, is_out_of_memory
 from softprompt.evaluation.calibration import fit_label_bias
-from softprompt.evaluation.scores import LabelScores, Scorer, Scores
+from softprompt.evaluation.scorer import Scorer
+from softprompt.evaluation.scores import LabelScores, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory
 from softprompt.training.callbacks import Callback

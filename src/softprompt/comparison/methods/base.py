@@ -16,9 +16,9 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format, require_template
 from softprompt.errors import InputError
-from softprompt.evaluation.calibration import calibrated_or_plain
+from softprompt.evaluation.calibration import make_scorer
 from softprompt.evaluation.evaluate import ScoredRows
-from softprompt.evaluation.scores import tokens_at_once
+from softprompt.evaluation.scorer import scoring_micro_batch_tokens
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import AnyPrompt
 from softprompt.prompt.soft_prompt import BasePrompt
@@ -52,14 +52,14 @@ class Predictor:
     prompt: AnyPrompt = field(default_factory=BasePrompt)
     calibration: Calibration = "none"
 
-    def tokens_at_once(self, rows: Rows) -> int:
+    def micro_batch_tokens(self, rows: Rows) -> int:
         """Predict how many text tokens of rows fit in memory together."""
-        return tokens_at_once(self.model, rows, self.prompt, self.max_length)
+        return scoring_micro_batch_tokens(self.model, rows, self.prompt, self.max_length)
 
     def score(self, rows: Rows, at_once: int) -> ScoredRows:
         """Score rows, and complete them where the task is completion, with `at_once` text tokens together."""
         encoder = Encoder(self.model.tokenizer, self.format, self.max_length, self.model.vocabulary_size)
-        scorer = calibrated_or_plain(encoder, rows, at_once, self.calibration)
+        scorer = make_scorer(encoder, rows, at_once, self.calibration)
         return ScoredRows(self.model, encoder, scorer, self.prompt)
 
     def save(self, folder: Path) -> None:

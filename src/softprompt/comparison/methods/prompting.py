@@ -19,8 +19,9 @@ from softprompt.data.rows import Rows
 from softprompt.data.split import labels_in_turn, sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
-from softprompt.evaluation.calibration import CalibratedScores, calibrated_or_plain, prior_matching
-from softprompt.evaluation.scores import LabelScores, Scores, add_label_bias, tokens_at_once
+from softprompt.evaluation.calibration import CalibratedScores, make_scorer, prior_matching
+from softprompt.evaluation.scorer import scoring_micro_batch_tokens
+from softprompt.evaluation.scores import LabelScores, Scores, add_label_bias
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import BasePrompt
 
@@ -223,7 +224,7 @@ class _Scorer:
         self.model, self.train, self.validation, self.row_length = model, train, validation, max_length
         self.budget, self.progress = budget, progress
         self.trials: list[Trial] = []
-        self.at_once = tokens_at_once(model, validation, BasePrompt(), max_length)
+        self.at_once = scoring_micro_batch_tokens(model, validation, BasePrompt(), max_length)
 
     def tokens(self, text: str) -> int:
         return len(plain_ids(self.model.tokenizer, text))
@@ -253,7 +254,7 @@ class _Scorer:
         length = self.max_length(form)
         encoder = Encoder(self.model.tokenizer, form, length, self.model.vocabulary_size)
         calibration: Calibration = "contextual" if form.task == "classification" else "none"
-        scores = calibrated_or_plain(encoder, rows, self.at_once, calibration).score(self.model, BasePrompt())
+        scores = make_scorer(encoder, rows, self.at_once, calibration).score(self.model, BasePrompt())
         label_bias: dict[str, float] = {}
         if isinstance(scores, CalibratedScores):
             plain = scores.plain

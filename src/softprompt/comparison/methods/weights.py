@@ -18,7 +18,8 @@ from softprompt.comparison.methods.base import MethodCallback, Predictor
 from softprompt.comparison.methods.trained import Trained
 from softprompt.comparison.protocol import Protocol
 from softprompt.errors import SettingsError
-from softprompt.evaluation.scores import Scorer, Scores
+from softprompt.evaluation.scorer import Scorer
+from softprompt.evaluation.scores import Scores
 from softprompt.extras import require_package
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
