@@ -29,7 +29,7 @@ from softprompt.comparison.report.page import write_report
 from softprompt.comparison.report.ranking import summarize
 from softprompt.comparison.report.recommendation import Recommendation, recommend
 from softprompt.comparison.report.samples import choose_samples
-from softprompt.comparison.results import Costs, Point, Result, difference, judged_anew, mean_primary, read_result
+from softprompt.comparison.results import Costs, Point, Result, difference, mean_primary, read_result, rejudge
 from softprompt.data.rows import Row, Task, load_data
 from softprompt.data.templates import make_format
 from softprompt.errors import InputError
@@ -192,7 +192,7 @@ def test_the_report_shows_the_figures_of_the_results(
         assert f"{100 * np.mean(mine):.1f} %" in text, method
         assert f"{costs(method).trainable_parameters:,}" in text, method
     for words in (
-        "538 MB", "9.8 MB", "46.5 kB", "1.9 kB", "212 bytes",  # to keep for each task
+        "538 MB", "9.8 MB", "46.5 kB", "1.9 kB", "212 bytes",  # on disk for each task
         "8 min", "7 min 42 s", "3 min 55 s", "14 min 38 s",  # wall and processor time
         "2.4 GB", "640 MB",  # memory
         "27 ms", "610 ms", "4.0 ms",  # prediction, switching
@@ -244,7 +244,7 @@ def test_lora_is_recommended_where_it_wins_and_the_prompt_s_price_is_told() -> N
     text = visible(" ".join(found.reasons))
     assert "LoRA has the best accuracy" in text
     assert "the soft prompt, is " in text
-    assert "46.5 kB to keep for each task instead of 9.8 MB" in text
+    assert "46.5 kB on disk for each task instead of 9.8 MB" in text
     assert "the handwritten prompt, it gains" in text
 
 
@@ -253,19 +253,19 @@ def test_the_handwritten_prompt_is_recommended_where_training_gains_nothing() ->
     found = advice(classified(rows, {"zero-shot": 0.85, "few-shot": 0.85, "prompt-tuning": 0.855, "lora": 0.85}), rows)
     assert found.summary.method == "zero-shot"
     assert found.headline == "Write the prompt by hand; do not train."
-    assert "No method can be told apart from it on these 400 rows" in found.reasons[0]
-    assert "Training gained nothing that these rows can show." in found.reasons
+    assert "No method is significantly different on these 400 rows" in found.reasons[0]
+    assert "Training brings no significant gain on these rows." in found.reasons
 
 
 def test_a_soft_prompt_that_ties_with_lora_is_recommended_as_the_cheaper() -> None:
     rows = labelled()
-    results = classified(rows, {"zero-shot": 0.6, "prompt-tuning": 0.88, "lora": 0.884, "full": 0.75})
+    results = classified(rows, {"zero-shot": 0.6, "prompt-tuning": 0.88, "lora": 0.89, "full": 0.75})
     found = advice(results, rows)
     assert found.summary.method == "prompt-tuning"
     text = visible(" ".join(found.reasons))
-    assert "cannot be told apart" in text
+    assert "not significantly different" in text
     assert "the soft prompt is the cheapest" in text
-    assert "learns 11,520 numbers instead of 2,442,240" in text
+    assert "trains 11,520 parameters instead of 2,442,240" in text
 
 
 def test_full_fine_tuning_is_recommended_where_nothing_else_comes_near() -> None:
@@ -295,7 +295,7 @@ def test_a_method_behind_one_that_can_be_told_apart_is_not_recommended() -> None
     assert summaries["lora"].figure.value < summaries["prompt-tuning"].figure.value
     told = advice([results[0], behind, tied], rows)
     assert told.summary.method == "full"
-    assert "LoRA cannot be told apart" not in " ".join(told.reasons)
+    assert "LoRA is not significantly" not in " ".join(told.reasons)
 
 
 def test_the_lower_loss_wins_on_plain_text(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_methods_that_chose_by_fewer_rows_are_told() -> None:
         result.settings["eval_rows"] = chosen_by
     last = experiment_setup(summarize(results, rows), rows).notes
     assert last[:-1] == told
-    assert last[-1].endswith("by a part of the validation rows: Soft prompt 52.")
+    assert last[-1].endswith("a part of the validation rows: Prompt tuning 52.")
 
 
 def test_one_seed_and_few_rows_are_told() -> None:
@@ -442,7 +442,7 @@ def test_results_of_before_are_judged_like_new_ones(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps(record))
     read = read_result(tmp_path / "old.json")
     assert (read.ranking, read.primary.value) == ("bleu", 0)
-    judged = judged_anew(read, make_format("completion", []), rows)
+    judged = rejudge(read, make_format("completion", []), rows)
     assert (judged.ranking, judged.statistics) == (new.ranking, new.statistics)
     assert judged.metrics == {**new.metrics, "loss": metrics["loss"]}
     with pytest.raises(InputError, match="same metric to be ranked by: bleu, exact_match"):
@@ -566,7 +566,7 @@ def test_a_seed_that_diverged_is_counted(tmp_path: Path) -> None:
     write_report([*results[:-1], broken], rows, tmp_path)
     text = visible((tmp_path / "report.md").read_text(encoding="utf-8"))
     of_lora = [100 * r.primary.value for r in results if r.method == "lora"][:2]
-    assert f"seeds {min(of_lora):.1f} to {max(of_lora):.1f}; of 1 of 3 seeds no finite number" in text
+    assert f"seeds {min(of_lora):.1f} to {max(of_lora):.1f}; 1 of 3 seeds without a finite number" in text
     chosen = advice([*results[:-1], broken], rows).summary
     assert chosen is not None
     assert chosen.method == "zero-shot"
@@ -579,7 +579,7 @@ def test_a_method_with_nothing_right_is_not_recommended_for_being_cheap() -> Non
     found = advice(results, rows)
     assert found.summary is not None
     assert found.summary.method == "lora"
-    assert "The others have nothing right" in found.reasons[0]
+    assert "The others have no right answer" in found.reasons[0]
     assert "an interval that contains 0" in found.reasons[0]
 
 
@@ -592,8 +592,8 @@ def test_the_best_of_several_is_said_to_look_better_than_it_is(tmp_path: Path) -
     for name in ("report.html", "report.md"):
         text = visible((tmp_path / name).read_text(encoding="utf-8"))
         words = formatting.signed_gap("accuracy", ahead.value), formatting.gap_interval("accuracy", ahead)
-        assert visible(f"{words[0]} ({words[1]}) to the next, the soft prompt; picked on these test rows") in text
-        assert "looks better than it is: a part of its lead is chance" in text
+        assert visible(f"{words[0]} ({words[1]}) to the second, the soft prompt; picked on these test rows") in text
+        assert "it looks better than it is: a part of its advantage is chance" in text
     assert "picked on these test rows, so it looks better than it is" in recommend(summaries).reasons[0]
     (alone,) = summarize(results[:1], rows)
     assert not any("better than it is" in note for note in experiment_setup([alone], rows).notes)

@@ -1,4 +1,4 @@
-"""How a comparison was measured: rows, seeds, settings, machine, and what the figures mean."""
+"""How a comparison was measured: rows, seeds, settings and machine, and what the figures mean."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ExperimentSetup:
         notes: what the figures mean.
         shared: the settings that were the same for all methods.
         own: each method's other settings; several values where its seeds differ.
-        environments: versions and machines, each once.
+        environments: the distinct versions and machines.
     """
 
     summary: str
@@ -35,7 +35,7 @@ class ExperimentSetup:
 
 
 def experiment_setup(summaries: Sequence[MethodSummary], rows: Sequence[Row]) -> ExperimentSetup:
-    """Gather how a comparison was measured."""
+    """Collect how a comparison was measured."""
     results = [r for s in summaries for r in s.results]
     shared, own = _settings(summaries)
     environments = [r.environment for r in results]
@@ -50,14 +50,14 @@ def experiment_setup(summaries: Sequence[MethodSummary], rows: Sequence[Row]) ->
 
 _NOTES = [
     "All methods had the same rows, template and label texts, and were scored by the same code.",
-    "Intervals are 95 % intervals over the test rows: they say how far a figure would move with other rows of the same "
-    "kind, not with other seeds. With several seeds a figure is their mean.",
-    "Differences come from a paired bootstrap: the same test rows are drawn for both methods, 2,000 times (Koehn 2004)."
-    " Two methods cannot be told apart where the interval of their difference contains 0.",
-    "The recommended method is the cheapest of those that cannot be told apart from the best. Cheaper is what needs no "
-    "training, then what has less to keep for a task, then what took less processor time.",
-    "Costs are means over the seeds. Memory is the peak above the loaded model while learning or choosing; the time to "
-    "switch tasks runs from the stored files of another task to the first row that can be answered.",
+    "Intervals are 95 % intervals over the test rows: they show how much a figure varies with the choice of rows, not "
+    "of seeds. With several seeds a figure is their mean.",
+    "Differences are tested by a paired bootstrap: the same test rows are sampled for both methods, 2,000 times (Koehn "
+    "2004). A difference is not significant where its 95 % interval contains 0.",
+    "The recommended method is the cheapest of those that are not significantly worse than the best. Cheapest: no "
+    "training first, then the fewest bytes per task, then the least processor time.",
+    "Costs are means over the seeds. Memory is the peak above the loaded model while training or choosing; the time to "
+    "switch tasks is the time to load another task's files and answer a first row.",
 ]
 
 
@@ -69,22 +69,24 @@ _RANKED = {
 
 
 def _ranked(summaries: Sequence[MethodSummary]) -> list[str]:
-    """Say what the best is the best of, and by which metric where the right answers decide that."""
+    """Return notes on the ranking metric, and on the selection of the best method."""
     found = []
     by = summaries[0].results[0].ranked_by
     if by in _RANKED:
-        found.append(f"Methods are ranked by {_RANKED[by]}. What the methods wrote plays no part in that choice.")
+        found.append(
+            f"Methods are ranked by {_RANKED[by]}. The answers of the methods have no influence on that choice."
+        )
     if len(summaries) > 1:
         found.append(
-            "The best method is picked by its figure on the test rows themselves. The best of several that are picked "
-            "like this looks better than it is: a part of its lead is chance, and its interval does not allow for "
-            "that. For a figure without it, evaluate the method once more on rows that played no part here."
+            "The best method is picked by its figure on the test rows themselves. So it looks better than it is: a "
+            "part of its advantage is chance, and its interval does not include that. For an unbiased figure, evaluate the "
+            "method once more on rows that were not used here."
         )
     return found
 
 
 def _fewer(summaries: Sequence[MethodSummary]) -> list[str]:
-    """Say which methods chose by fewer validation rows, to keep to the time."""
+    """Return a note on methods that used fewer validation rows to stay within the time."""
     found = []
     for summary in summaries:
         each = [(r.settings.get("eval_rows"), r.rows.get("validation", 0)) for r in summary.results]
@@ -93,11 +95,11 @@ def _fewer(summaries: Sequence[MethodSummary]) -> list[str]:
             found.append(f"{summary.kind.title} {fewest}")
     if not found:
         return []
-    return [f"To keep to the time, some methods chose by a part of the validation rows: {', '.join(found)}."]
+    return [f"To stay within the time, some methods used a part of the validation rows: {', '.join(found)}."]
 
 
 def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:
-    """Say what was learned from and scored: completions that share an input are scored together."""
+    """Return the numbers of rows; completions with the same input are scored together."""
     scored = len(results[0].statistics)
     inputs = "" if scored == len(rows) else f" with {count(scored)} inputs"
     used = {part: max(r.rows.get(part, 0) for r in results) for part in ("train", "validation")}
@@ -121,7 +123,7 @@ def _days(results: Sequence[Result]) -> list[str]:
 
 
 def _settings(summaries: Sequence[MethodSummary]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Return the settings that are the same for all, and each method's own."""
+    """Return the settings that all methods share, and each method's own."""
     every: dict[str, dict[str, str]] = {}
     for summary in summaries:
         of_seeds = [{name: _value(value) for name, value in r.settings.items()} for r in summary.results]

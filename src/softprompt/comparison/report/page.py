@@ -1,4 +1,4 @@
-"""The report of a comparison: a page that needs nothing else, the same as Markdown, and a picture."""
+"""The report of a comparison: one self-contained HTML page, the same as Markdown, and a picture."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from softprompt.comparison.report import plots
-from softprompt.comparison.report.confusion import mistakes
 from softprompt.comparison.report.experiment_setup import experiment_setup
 from softprompt.comparison.report.ranking import MethodSummary, summarize
 from softprompt.comparison.report.recommendation import recommend
 from softprompt.comparison.report.samples import choose_samples
 from softprompt.comparison.report.tables import (
-    KEPT,
     MEMORY,
     PARAMETERS,
     PREDICTION,
+    STORED,
     TRAINING,
     Cell,
+    confusion_table,
     full_table,
     short_table,
 )
@@ -42,9 +42,9 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
     """Write `report.html`, `report.md` and `report.png`.
 
     Args:
-        results: of one comparison, one a method and seed.
+        results: of one comparison, one per method and seed.
         rows: the test rows, in the order of the results' predictions.
-        folder: where to; it is made if it is not there.
+        folder: where to; created if it does not exist.
 
     Returns:
         The page.
@@ -59,7 +59,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
     groups = full_table(summaries)
     data, base_model = results[0].data, results[0].base_model
     quality = metric_title(summaries[0].primary)
-    beside = (quality, TRAINING, KEPT, PREDICTION)  # the recommendation
+    key = (quality, TRAINING, STORED, PREDICTION)  # beside the recommendation
     view = {
         "data": data,
         "base_model": base_model,
@@ -68,8 +68,8 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
         "metric": quality,
         "short": short_table(summaries),
         "groups": groups,
-        "key": beside,
-        "confusions": [found for s in summaries if (found := mistakes(s)) is not None],
+        "key": key,
+        "confusions": [found for s in summaries if (found := confusion_table(s)) is not None],
         "samples": choose_samples(summaries, rows),
         "experiment_setup": measured,
         "picture": PICTURE,
@@ -92,7 +92,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
 
 @dataclass(frozen=True)
 class _Plot:
-    """A drawn plot and what stands around it."""
+    """A plot with its title and caption."""
 
     title: str
     note: str
@@ -100,7 +100,7 @@ class _Plot:
 
 
 def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell]]) -> list[_Plot]:
-    """Draw the plots; `cells` are the lines of the table by title, to say what is seen in words."""
+    """Draw the plots; `cells` are the lines of the table by title, for the description of each plot in words."""
     learned = [s for s in summaries if any(r.curve for r in s.results)]
     tall, low = max(200, 64 + 42 * len(summaries)), 24 + 32 * len(summaries)
 
@@ -119,7 +119,7 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
 
     figures = said(metric_title(summaries[0].primary))
     against = f"{figures}. {PARAMETERS}: {said(PARAMETERS)}"
-    up = "Up and to the left is much quality from little that is learned."
+    up = "Better methods are higher, smaller ones further left."
     drawn = [
         plot("Quality", "Test rows, 95 % intervals.", plots.draw_quality, figures, tall),
         plot("Quality and trainable parameters", up, plots.draw_parameters, against, _HEIGHT, summaries),
@@ -127,18 +127,18 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
     name = plots.curve_metric(summaries)
     if name is not None:
         words = f"Validation {metric_name(name)} against time, for {', '.join(s.kind.title for s in learned)}"
-        note = "Validation rows, a line a seed."
+        note = "Validation rows, one line per seed."
         drawn.append(plot("Learning curves", note, plots.draw_curves, words, _HEIGHT, learned))
     return [
         *drawn,
-        bars(TRAINING, "All that was done before the first prediction.", plots.draw_time),
-        bars(MEMORY, "While learning or choosing.", plots.draw_memory),
-        bars(PREDICTION, "A test row.", plots.draw_prediction),
+        bars(TRAINING, "Everything before the first prediction.", plots.draw_time),
+        bars(MEMORY, "While training or choosing.", plots.draw_memory),
+        bars(PREDICTION, "Per test row.", plots.draw_prediction),
     ]
 
 
 def _cut(text: str, most: int) -> str:
-    """Shorten a text; one of nothing but spaces is shown as such."""
+    """Shorten a text; one of spaces alone is shown quoted."""
     if not text.strip():
         return repr(text) if text else "(nothing)"
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
@@ -149,7 +149,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _code(text: str) -> str:
-    """Write a text in Markdown so that nothing in it means anything."""
+    """Write a text as Markdown code."""
     line = " ".join(text.split())
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if "`" in line[:1] + line[-1:] else ""
@@ -157,5 +157,5 @@ def _code(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    """Write words in Markdown, also inside a table, so that nothing in them means anything."""
+    """Escape a text for Markdown, inside a table too."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split(" ")), quote=False).replace("\n", " "))

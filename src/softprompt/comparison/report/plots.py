@@ -26,7 +26,7 @@ COLORS = (
 )  # fmt: skip
 _MARKERS = "sDo^vpX*<>hP"
 _INK, _QUIET, _GRID, _PAPER = "#1b2130", "#5b6474", "#dde1e8", "#ffffff"
-# What these are in the page, whose style sheet has them for light and dark.
+# Their names in the page's style sheet, which has them for light and dark.
 _IN_PAGE = {
     **{color: f"var(--series-{n})" for n, color in enumerate(COLORS)},
     _INK: "var(--ink)",
@@ -36,7 +36,7 @@ _IN_PAGE = {
 }
 _WIDTH = 360  # of a plot, in the page's pixels on a telephone
 _LONGEST_TITLE, _LONGEST_LINE = 26, 18
-_ZERO_GAP = 1.1  # decades between nought, which no logarithm has, and the smallest number
+_ZERO_GAP = 1.1  # decades between 0, which has no logarithm, and the smallest number
 
 Draw = Callable[["Axes", Sequence[MethodSummary]], None]
 
@@ -57,21 +57,21 @@ def draw_quality(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
 
 
 def draw_parameters(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
-    """Draw quality against the number of trainable parameters, on a logarithmic axis with a place for nought."""
+    """Draw quality against the number of trainable parameters, on a logarithmic axis with a place for 0."""
     numbers = [s.costs.trainable_parameters for s in summaries]
     logs = [math.log10(n) for n in numbers if n]
     low, high = (math.floor(min(logs)), math.ceil(max(logs))) if logs else (0, 0)
     zero = low - _ZERO_GAP
     untrained = numbers.count(0)
-    beside = iter(zero + 0.3 * (n - (untrained - 1) / 2) for n in range(untrained))  # or they would hide each other
+    beside = iter(zero + 0.3 * (n - (untrained - 1) / 2) for n in range(untrained))  # so that none hides another
     for summary, number in zip(summaries, numbers, strict=True):
         place = math.log10(number) if number else next(beside)
         if math.isfinite(summary.figure.value):
             _interval(axes, summary, place, vertical=True)
     decades = list(range(low, high + 1, 1 + (high - low) // 4)) if logs else []
-    nought = [zero] if untrained else []
-    axes.set_xticks([*nought, *decades], [*("none" for _ in nought), *(short_count(10.0**d) for d in decades)])
-    if nought and decades:
+    zero_tick = [zero] if untrained else []
+    axes.set_xticks([*zero_tick, *decades], [*("none" for _ in zero_tick), *(short_count(10.0**d) for d in decades)])
+    if zero_tick and decades:
         axes.axvline((zero + low) / 2, color=_QUIET, linewidth=0.8, linestyle=(0, (2, 3)))
     axes.set_xlabel("trainable parameters", color=_QUIET)
     axes.set_ylabel(_axis_title(summaries[0].primary), color=_QUIET)
@@ -80,14 +80,14 @@ def draw_parameters(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
 
 
 def curve_metric(summaries: Sequence[MethodSummary]) -> str | None:
-    """Return what learning curves show: the primary metric, or the loss where that was not found while learning."""
+    """Return the metric of the learning curves: the primary one, or the loss where training did not measure that."""
     points = [point.validation for s in summaries for r in s.results for point in r.curve]
     names = [summaries[0].primary, "loss"]
     return next((name for name in names if points and all(name in point for point in points)), None)
 
 
 def draw_curves(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
-    """Draw the validation metric against time, a line a seed."""
+    """Draw the validation metric against time, one line per seed."""
     name = curve_metric(summaries)
     assert name is not None
     longest = max((p.seconds for s in summaries for r in s.results for p in r.curve), default=0.0)
@@ -112,7 +112,7 @@ def draw_curves(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
 
 
 def draw_bars(value: Callable[[Costs], float], words: Callable[[float], str]) -> Draw:
-    """Return what draws a cost as bars from nought, each with its value."""
+    """Return a function that draws a cost as bars from 0, each with its value."""
 
     def draw(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
         values = [value(s.costs) for s in summaries]
@@ -139,7 +139,7 @@ def svg(draw: Draw, summaries: Sequence[MethodSummary], description: str, height
     Args:
         draw: one of the functions above.
         summaries: of all methods.
-        description: what is seen, for those who do not see it.
+        description: the plot in words, for screen readers.
         height: for a width of 360, in the page's pixels.
         legend: whether methods are named below.
     """
@@ -158,7 +158,7 @@ def svg(draw: Draw, summaries: Sequence[MethodSummary], description: str, height
 
 
 def write_png(path: Path, summaries: Sequence[MethodSummary], title: str, note: str) -> None:
-    """Draw what matters most as one picture.
+    """Draw the most important plots as one picture.
 
     Args:
         path: where to.
@@ -226,12 +226,12 @@ def _style(font_size: float) -> dict[Any, Any]:
 
 def _save(figure: Figure, target: Any, **how: Any) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the font has not every letter that a name can have
+        warnings.simplefilter("ignore", UserWarning)  # the font lacks letters that a name may have
         figure.savefig(target, **how)
 
 
 def _for_page(drawn: str, description: str) -> str:
-    """Leave what belongs into a page: no header, no names that another plot has too, colors by name."""
+    """Return the part of an SVG for a page: no header, no ids that another plot has too, colors by name."""
     from markupsafe import escape
 
     view = re.search(r'viewBox="[^"]*"', drawn)

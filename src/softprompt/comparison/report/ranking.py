@@ -1,4 +1,4 @@
-"""How each method stands: its figure over all seeds, its costs, and how far it is from the best."""
+"""Each method's summary: its figure over all seeds, its costs, and its difference to the best."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from softprompt.evaluation.primary_metric import can_be_best, lower_is_better
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a method without measuring it.
+    """What is known about a method without measuring it.
 
     Attributes:
         title: its name.
         phrase: its name inside a sentence.
         family: the row of the tutorial's table that it belongs to; empty where there is none.
-        advice: what to do where it is recommended.
-        training: what is learned.
-        best_for: when it is taken.
+        advice: the headline where it is recommended.
+        training: what is trained.
+        best_for: when to use it.
     """
 
     title: str
@@ -45,7 +45,7 @@ _KINDS = {
         "Fine-tuning",
         "Fine-tune the whole model.",
         "yes: all weights of the model",
-        "one task that must be known deeply, with much data, and room for a whole model for it",
+        "one difficult task with much data, and disk space for a whole model",
     ),
     "lora": Kind(
         "LoRA",
@@ -53,45 +53,45 @@ _KINDS = {
         "LoRA",
         "Use LoRA.",
         "yes: small matrices beside the weights",
-        "tasks that have to learn what the model does not know, at an adapter for each",
+        "tasks that need what the model does not know yet, with an adapter for each",
     ),
     "prompt-tuning": Kind(
-        "Soft prompt",
+        "Prompt tuning",
         "the soft prompt",
         "Prompt tuning",
         "Use the soft prompt.",
-        "yes: a few virtual tokens",
-        "many tasks on one model that stays as it is, some kilobytes for each",
+        "yes: the embeddings of a few virtual tokens",
+        "many tasks on one unchanged base model, some kilobytes for each",
     ),
     "prefix-tuning": Kind(
-        "Deep prefix",
-        "the deep prefix",
-        "Deep prefix",
-        "Use the deep prefix.",
-        "yes: keys and values for every layer",
-        "many tasks on one model that stays as it is, where a soft prompt learns too little",
+        "Prefix tuning",
+        "the learned prefix",
+        "Prefix tuning",
+        "Use the learned prefix.",
+        "yes: keys and values of virtual tokens at every layer",
+        "many tasks on one unchanged base model, where a soft prompt learns too little",
     ),
     "few-shot": Kind(
         "Few-shot",
         "the few-shot prompt",
         "Prompt engineering",
         "Put a few examples into the prompt; do not train.",
-        "no: examples are chosen and put into the prompt",
-        "trying out a task with a few examples; models behind an API",
+        "no: examples are chosen for the prompt",
+        "a first try with a few examples; models behind an API",
     ),
     "zero-shot": Kind(
         "Zero-shot",
         "the handwritten prompt",
         "Prompt engineering",
         "Write the prompt by hand; do not train.",
-        "no: the task is put in words",
-        "trying out a task at once, without any example; models behind an API",
+        "no: the prompt is written by hand",
+        "a first try without examples; models behind an API",
     ),
 }
 
 
 def kind_of(method: str) -> Kind:
-    """Return what is known of a method; `prompt-tuning-ensemble` is of the kind of `prompt-tuning`."""
+    """Return what is known about a method; `prompt-tuning-ensemble` of old results is of the kind of `prompt-tuning`."""
     if method in _KINDS:
         return _KINDS[method]
     for name, kind in _KINDS.items():
@@ -105,15 +105,15 @@ def kind_of(method: str) -> Kind:
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """How a method stands.
+    """A method's figures over all seeds.
 
     Attributes:
         method: its name in the results.
-        kind: what is known of it.
+        kind: what is known about it.
         place: its place in the order in which methods are shown.
-        results: one a seed.
+        results: one per seed.
         figure: the primary metric over all seeds, with its interval over the test rows.
-        to_best: how much better it is than the best method, so at most about 0; None for the best itself, which is the
+        to_best: its difference to the best method, negative where it is worse; None for the best itself, which is the
             first where no method can be called the best (`can_be_best`).
     """
 
@@ -136,17 +136,17 @@ class MethodSummary:
 
     @property
     def can_be_best(self) -> bool:
-        """Whether its figure is one that the best method can have; not 0.0, and not what is no finite number."""
+        """Whether its figure is finite and not 0.0."""
         return can_be_best(self.primary, self.figure.value)
 
     @property
     def learns(self) -> bool:
-        """Whether anything is trained."""
+        """Whether it has trainable parameters."""
         return self.costs.trainable_parameters > 0
 
     @property
     def tied(self) -> bool:
-        """Whether it is the best, or cannot be told apart from it."""
+        """Whether it is the best, or not significantly different from it."""
         return self.to_best is None or contains_zero(self.to_best)
 
     @cached_property
@@ -162,35 +162,35 @@ class MethodSummary:
         return Costs.model_validate({**means, **whole, "base_unchanged": all(c.base_unchanged for c in of_seeds)})
 
 
-# What stands beside the figure of the best of several methods.
+# Shown beside the figure of the best of several methods.
 PICKED = "picked on these test rows, so it looks better than it is"
 
 
 def second(summaries: Sequence[MethodSummary]) -> MethodSummary | None:
-    """Return the method that comes next to the best; None where no other has a finite figure."""
+    """Return the second best method; None where no other has a finite figure."""
     others = [s for s in summaries if s.to_best is not None and math.isfinite(s.to_best.value)]
     return max(others, key=lambda s: s.to_best.value if s.to_best else 0.0, default=None)
 
 
 def negative(of: Metric) -> Metric:
-    """Return a difference seen from the other side."""
+    """Return a difference with the opposite sign."""
     return Metric(value=-of.value, low=-of.high, high=-of.low)
 
 
 def contains_zero(of: Metric) -> bool:
-    """Tell whether two methods cannot be told apart."""
-    return of.low <= 0 <= of.high  # not of figures that are no numbers
+    """Tell whether a difference is not significant; false for NaN."""
+    return of.low <= 0 <= of.high
 
 
 def summarize(results: Sequence[Result], rows: Sequence[Row]) -> list[MethodSummary]:
     """Group results by method and compare each method with the best.
 
     Args:
-        results: of one comparison, one a method and seed.
+        results: of one comparison, one per method and seed.
         rows: the test rows.
 
     Returns:
-        The standings in the order of the tutorial's table, then other methods in the order of the results.
+        The methods in the order of the tutorial's table, then other methods in the order of the results.
 
     Raises:
         InputError: there are no results, or not all of one task, one model and these test rows.

@@ -1,4 +1,4 @@
-"""A recommendation in plain words that follows from the numbers."""
+"""A recommendation in words, computed from the results."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from softprompt.formatting import (
 )
 
 _FEW_ROWS = 200  # an accuracy's interval is then some 14 points wide
-_SLOWER = 1.25  # times the other's time per prediction, from which on it is worth a sentence
+_SLOWER = 1.25  # times the other's time per prediction, from which on the report mentions it
 _INTERVAL = "95\u00a0% interval"
-_LEARNED_PROMPTS = ("Prompt tuning", "Deep prefix")
+_LEARNED_PROMPTS = ("Prompt tuning", "Prefix tuning")
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do.
+    """A recommended method, and why.
 
     Attributes:
-        summary: the method that is recommended; None where none can be.
+        summary: the recommended method; None where none can be recommended.
         headline: one sentence.
-        reasons: sentences with the numbers that it follows from.
-        cautions: what the numbers do not say, or what would be taken wrongly.
+        reasons: sentences with the figures it follows from.
+        cautions: limits of the figures.
     """
 
     summary: MethodSummary | None
@@ -45,9 +45,9 @@ class Recommendation:
 
 
 def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
-    """Recommend the cheapest of the methods that cannot be told apart from the best.
+    """Recommend the cheapest of the methods that are not significantly worse than the best.
 
-    Cheaper is what needs no training, then what has less to keep for a task, then what took less processor time.
+    Cheapest: no training first, then the fewest bytes per task, then the least processor time.
     """
     (best,) = (s for s in summaries if s.to_best is None)
     if len(summaries) == 1:
@@ -70,10 +70,10 @@ def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
 
 
 def _alike(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
-    """Return the best method and those that cannot be told apart from it.
+    """Return the best method and those that are not significantly worse.
 
-    Not one that is behind a method that can: its figure is worse, only its interval is wider. And not one that has
-    nothing right: the best has few right then, but it has some.
+    Excluded are methods with a lower figure than one that is significantly worse (their intervals are only wider), and
+    methods without any right answer.
     """
     apart = max((_gap_to_best(s) for s in summaries if not s.tied), default=-math.inf)
     return [s for s in summaries if s.tied and s.can_be_best and _gap_to_best(s) >= apart]
@@ -109,7 +109,7 @@ def _and(summaries: Sequence[MethodSummary]) -> str:
 
 
 def _scored(summary: MethodSummary) -> str:
-    """Say on how much methods were compared: completions that share an input are judged together."""
+    """Return the number of scored rows; completions with the same input count once."""
     return f"{count(_units(summary))} {'inputs' if summary.task == 'completion' else 'rows'}"
 
 
@@ -133,15 +133,18 @@ def _why(
     if following is None or following.to_best is None:
         return f"{leads} No other method's {_name(best)} is a finite number."
     after = (
-        f"{following.kind.phrase}, {'the next one, ' if len(others) > 1 else 'the other one, '}is "
+        f"{following.kind.phrase}, {'the second best, ' if len(others) > 1 else 'the other one, '}is "
         f"{_behind(following, following.to_best)}"
     )
     if not tied and following.tied:
-        return f"{leads} The others have nothing right; {after}, an interval that contains 0."
+        return f"{leads} The others have no right answer; {after}, an interval that contains 0."
     if not tied:
-        return f"{leads} It is ahead by more than the choice of test rows explains: {after}."
+        return f"{leads} It is significantly better: {after}."
     whole = len(tied) == len(others) > 1
-    told = f"{'No method' if whole else _start(_and(tied))} can{'' if whole else 'not'} be told apart from it"
+    if whole:
+        told = "No method is significantly different"
+    else:
+        told = f"{_start(_and(tied))} {'is' if len(tied) == 1 else 'are'} not significantly different"
     if chosen is best:
         return f"{leads} {told} on these {_scored(best)}, and it is the cheapest of them; {after}."
     assert chosen.to_best is not None
@@ -163,10 +166,10 @@ def _takes(chosen: MethodSummary) -> str:
     costs = chosen.costs
     if not chosen.learns:
         searched = f"; choosing it took {duration(costs.train_seconds)}" if costs.train_seconds >= 1 else ""
-        return f"It needs no training{searched}, and {size(costs.stored_bytes)} to keep."
+        return f"It needs no training{searched}, and takes {size(costs.stored_bytes)} on disk."
     return (
-        f"It learns {count(costs.trainable_parameters)} numbers in {duration(costs.train_seconds)}, and takes "
-        f"{size(costs.stored_bytes)} to keep for each task."
+        f"It trains {count(costs.trainable_parameters)} parameters in {duration(costs.train_seconds)}, and takes "
+        f"{size(costs.stored_bytes)} on disk for each task."
     )
 
 
@@ -174,22 +177,22 @@ def _saves(chosen: MethodSummary, best: MethodSummary) -> str:
     ours, theirs = chosen.costs, best.costs
     if not chosen.learns and best.learns:
         return (
-            f"It needs no training, where {best.kind.phrase} learned {count(theirs.trainable_parameters)} numbers in "
-            f"{duration(theirs.train_seconds)} and takes {size(theirs.stored_bytes)} to keep."
+            f"It needs no training; {best.kind.phrase} trained {count(theirs.trainable_parameters)} parameters in "
+            f"{duration(theirs.train_seconds)} and takes {size(theirs.stored_bytes)} on disk."
         )
-    learned = (
-        f"learns {count(ours.trainable_parameters)} numbers instead of {count(theirs.trainable_parameters)}, and "
+    trained = (
+        f"trains {count(ours.trainable_parameters)} parameters instead of {count(theirs.trainable_parameters)}, and "
         if chosen.learns
         else ""
     )
     return (
-        f"It {learned}takes {size(ours.stored_bytes)} to keep for each task instead of {size(theirs.stored_bytes)}; "
+        f"It {trained}takes {size(ours.stored_bytes)} on disk for each task instead of {size(theirs.stored_bytes)}; "
         f"training or choosing it took {duration(ours.train_seconds)} instead of {duration(theirs.train_seconds)}."
     )
 
 
 def _faster(alike: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
-    """Say which other method to take where the time of a prediction matters most."""
+    """Name a faster method, for where the time of a prediction matters most."""
     other = min(alike, key=lambda s: s.costs.prediction_seconds)
     ours, theirs = chosen.costs.prediction_seconds, other.costs.prediction_seconds
     if not ours > _SLOWER * theirs:
@@ -204,50 +207,48 @@ def _against_prompt_engineering(summaries: Sequence[MethodSummary], chosen: Meth
     written = [s for s in summaries if not s.learns and math.isfinite(s.figure.value)]
     if not chosen.learns:
         trained = any(s.learns for s in summaries)
-        return ["Training gained nothing that these rows can show."] if trained else []
+        return ["Training brings no significant gain on these rows."] if trained else []
     if not written:
         return []
     best = max(written, key=_gap_to_best)
     gained = difference(chosen.results, best.results)
-    doubt = ", which may be none" if contains_zero(gained) else ""
+    doubt = ", which is not significant" if contains_zero(gained) else ""
     return [
-        f"Over the best that was done without training, {best.kind.phrase}, it gains "
+        f"Over the best method without training, {best.kind.phrase}, it gains "
         f"{gap(chosen.primary, gained.value)} ({_INTERVAL} {gap_interval(chosen.primary, gained)}){doubt}."
     ]
 
 
 def _against_learned_prompts(summaries: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
-    """Say what a learned prompt would cost and save where another trained method is ahead of it."""
+    """Compare a better trained method with the best learned prompt, which is smaller."""
     prompts = [s for s in summaries if s.kind.family in _LEARNED_PROMPTS and s.to_best and not s.tied]
     if not chosen.learns or chosen.kind.family in _LEARNED_PROMPTS or not prompts:
         return []
     nearest = max(prompts, key=_gap_to_best)
     less = _side(nearest, difference(nearest.results, chosen.results))
     return [
-        f"The best learned prompt, {nearest.kind.phrase}, is {less} and takes {size(nearest.costs.stored_bytes)} to "
-        f"keep for each task instead of {size(chosen.costs.stored_bytes)}:"
-        " worth it only where many tasks share the model."
+        f"The best learned prompt, {nearest.kind.phrase}, is {less} and takes {size(nearest.costs.stored_bytes)} on "
+        f"disk for each task instead of {size(chosen.costs.stored_bytes)}; choose it where many tasks share the base "
+        "model."
     ]
 
 
 def _cautions(summaries: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
     found = _no_better_than_one_label(chosen)
     if _units(chosen) < _FEW_ROWS:
-        found.append(f"Only {_scored(chosen)} were scored: even a large difference can hide behind chance.")
+        found.append(f"Only {_scored(chosen)} were scored: even a large difference may not be significant.")
     once = [s for s in summaries if s.learns and len(s.results) == 1]
     if once:
-        found.append(
-            f"{_start(_and(once))} ran with one seed: how far another run would come out elsewhere was not measured."
-        )
+        found.append(f"{_start(_and(once))} ran with one seed: the variation between runs was not measured.")
     for summary in summaries:
         costs = summary.costs
         if abs(costs.perplexity_after - costs.perplexity_before) > 0.01 * costs.perplexity_before:
             found.append(
-                f"{_start(summary.kind.phrase)} changed what the model does besides the task: its perplexity on "
-                f"unrelated text went from {plain(costs.perplexity_before)} to {plain(costs.perplexity_after)}."
+                f"{_start(summary.kind.phrase)} changed the model outside of the task: its perplexity on unrelated "
+                f"text went from {plain(costs.perplexity_before)} to {plain(costs.perplexity_after)}."
             )
     if len({tuple(sorted(r.environment.items())) for s in summaries for r in s.results}) > 1:
-        found.append("Not all results come from the same machine and versions: their times and memory differ for that.")
+        found.append("Results come from different machines or versions: their times and memory are not comparable.")
     return found
 
 
@@ -262,6 +263,6 @@ def _no_better_than_one_label(chosen: MethodSummary) -> list[str]:
     label = confusion.labels[of_label.index(max(of_label))]
     label = f"“\u2068{label}\u2069”"  # isolated: it can run from right to left
     return [
-        f"{_start(chosen.kind.phrase)} is not clearly better than always answering {label}, which would be right in "
-        f"{metric('accuracy', share)} of the rows."
+        f"{_start(chosen.kind.phrase)} is not significantly better than always answering {label}, which would be right "
+        f"in {metric('accuracy', share)} of the rows."
     ]

@@ -1,4 +1,4 @@
-"""The tutorial's table, filled with measurements: a short one, and every figure behind it."""
+"""The report's tables: the tutorial's, filled with measurements; every figure; and which labels were confused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from softprompt.comparison.report.ranking import PICKED, MethodSummary, negative, second
 from softprompt.comparison.results import Costs
 from softprompt.evaluation.intervals import Metric
+from softprompt.evaluation.scores import Confusion
 from softprompt.formatting import (
     count,
     duration,
@@ -24,12 +25,14 @@ from softprompt.formatting import (
 )
 
 PARAMETERS, TRAINING = "Trainable parameters", "Time to train or choose"
-MEMORY, KEPT, PREDICTION = "Peak memory above the model", "To keep for each task", "Time per prediction"
+MEMORY, STORED, PREDICTION = "Peak memory above the model", "Disk space for each task", "Time per prediction"
+_MOST_LABELS = 10  # whose matrix can be read
+_MOST_MISTAKES = 12
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, and what has to stand beside it."""
+    """A figure, and its detail."""
 
     text: str
     detail: str = ""
@@ -37,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of figures, one cell a method."""
+    """A row of figures, one cell per method."""
 
     title: str
     cells: list[Cell]
@@ -63,12 +66,12 @@ class Short:
 
 
 def short_table(summaries: Sequence[MethodSummary]) -> list[Short]:
-    """Return the tutorial's table: resource intensity, training needed, what it is best for, and how well it did."""
+    """Return the tutorial's table: resource intensity, training needed, best use, and quality."""
     return [Short(s, _figure(s), _to_best(s, summaries), _resources(s), _training(s)) for s in summaries]
 
 
 def full_table(summaries: Sequence[MethodSummary]) -> list[Group]:
-    """Return every figure that was measured, methods side by side."""
+    """Return every measured figure, one column per method."""
 
     def line(title: str, cell: Callable[[MethodSummary], Cell]) -> Line:
         return Line(title, [cell(s) for s in summaries])
@@ -96,14 +99,14 @@ def full_table(summaries: Sequence[MethodSummary]) -> list[Group]:
                 cost(PARAMETERS, count, lambda c: c.trainable_parameters),
                 cost(TRAINING, duration, lambda c: c.train_seconds),
                 cost("Processor time for that", duration, lambda c: c.train_cpu_seconds),
-                cost("Text tokens learned from", count, lambda c: c.train_tokens),
+                cost("Text tokens trained on", count, lambda c: c.train_tokens),
             ],
         ),
         Group(
             "Resource intensity",
             [
                 cost(MEMORY, size, lambda c: c.peak_bytes),
-                cost(KEPT, size, lambda c: c.stored_bytes),
+                cost(STORED, size, lambda c: c.stored_bytes),
                 cost(PREDICTION, duration, lambda c: c.prediction_seconds),
                 cost("Time to switch tasks", duration, lambda c: c.switch_seconds),
             ],
@@ -127,7 +130,7 @@ def _figure(summary: MethodSummary) -> Cell:
         if finite:
             detail += f"; seeds {interval(name, Metric(value=finite[0], low=min(finite), high=max(finite)))}"
         if len(finite) < len(values):
-            detail += f"; of {len(values) - len(finite)} of {len(values)} seeds no finite number"
+            detail += f"; {len(values) - len(finite)} of {len(values)} seeds without a finite number"
     return Cell(metric(name, summary.figure.value), detail)
 
 
@@ -137,8 +140,8 @@ def _to_best(summary: MethodSummary, summaries: Sequence[MethodSummary]) -> Cell
         return _best(summary, summaries)
     if not math.isfinite(by.value):
         return Cell("–", "cannot be compared")
-    told = "; cannot be told apart" if summary.tied else ""
-    return Cell(signed_gap(summary.primary, by.value), gap_interval(summary.primary, by) + told)
+    significance = "; not significant" if summary.tied else ""
+    return Cell(signed_gap(summary.primary, by.value), gap_interval(summary.primary, by) + significance)
 
 
 def _best(summary: MethodSummary, summaries: Sequence[MethodSummary]) -> Cell:
@@ -147,16 +150,16 @@ def _best(summary: MethodSummary, summaries: Sequence[MethodSummary]) -> Cell:
     following = second(summaries)
     if following is None or following.to_best is None:
         return Cell("best", PICKED if len(summaries) > 1 else "")
-    lead = negative(following.to_best)
-    ahead = f"{signed_gap(summary.primary, lead.value)} ({gap_interval(summary.primary, lead)})"
-    return Cell("best", f"{ahead} to the next, {following.kind.phrase}; {PICKED}")
+    ahead = negative(following.to_best)
+    shown = f"{signed_gap(summary.primary, ahead.value)} ({gap_interval(summary.primary, ahead)})"
+    return Cell("best", f"{shown} to the second, {following.kind.phrase}; {PICKED}")
 
 
 def _other(summary: MethodSummary, name: str) -> Cell:
     found = [r.metrics[name] for r in summary.results if name in r.metrics]
     if not found:
         return Cell("–")
-    # Several seeds' intervals cannot be put together: the mean stands alone.
+    # Intervals of several seeds cannot be combined: the mean has none.
     detail = interval(name, found[0]) if len(found) == 1 else ""
     return Cell(metric(name, float(np.mean([m.value for m in found]))), detail)
 
@@ -165,15 +168,15 @@ def _resources(summary: MethodSummary) -> Cell:
     costs = summary.costs
     return Cell(
         f"{size(costs.peak_bytes)} of memory above the model",
-        f"{size(costs.stored_bytes)} to keep for each task; {duration(costs.prediction_seconds)} a prediction",
+        f"{size(costs.stored_bytes)} on disk for each task; {duration(costs.prediction_seconds)} per prediction",
     )
 
 
 def _training(summary: MethodSummary) -> Cell:
     costs = summary.costs
     needed = summary.kind.training or ("yes" if summary.learns else "no")
-    learned = f"{count(costs.trainable_parameters)} numbers, " if summary.learns else ""
-    return Cell(needed, f"{learned}{duration(costs.train_seconds)}")
+    parameters = f"{count(costs.trainable_parameters)} parameters, " if summary.learns else ""
+    return Cell(needed, f"{parameters}{duration(costs.train_seconds)}")
 
 
 def _perplexity(summary: MethodSummary) -> Cell:
@@ -181,3 +184,35 @@ def _perplexity(summary: MethodSummary) -> Cell:
     if before == after:
         return Cell(plain(after), "exactly as before")
     return Cell(f"{plain(before)} → {plain(after)}", "before → after")
+
+
+@dataclass(frozen=True)
+class ConfusionTable:
+    """Which labels a method confused, over all its seeds.
+
+    Attributes:
+        summary: the method.
+        labels: of the matrix; empty where they are too many for one.
+        matrix: for each right label, the number of rows predicted as each label, and their share of the label's rows.
+        frequent: instead of a matrix the most frequent mistakes: number of rows, right label, predicted label.
+    """
+
+    summary: MethodSummary
+    labels: list[str]
+    matrix: list[list[tuple[int, float]]]
+    frequent: list[tuple[int, str, str]]
+
+
+def confusion_table(summary: MethodSummary) -> ConfusionTable | None:
+    """Return which labels a method confused; None unless this is classification."""
+    found = [r.confusion for r in summary.results if r.confusion is not None]
+    if not found:
+        return None
+    labels = found[0].labels
+    counts = np.sum([c.counts for c in found], axis=0)
+    if len(labels) > _MOST_LABELS:
+        frequent = Confusion(labels=labels, counts=counts.tolist()).mistakes()
+        return ConfusionTable(summary, [], [], frequent[:_MOST_MISTAKES])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    matrix = [list(zip(*both, strict=True)) for both in zip(counts.tolist(), shares.tolist(), strict=True)]
+    return ConfusionTable(summary, labels, matrix, [])
