@@ -79,8 +79,8 @@ def _ranked(summaries: Sequence[MethodSummary]) -> list[str]:
     if len(summaries) > 1:
         found.append(
             "The best method is picked by its figure on the test rows themselves. So it looks better than it is: a "
-            "part of its advantage is chance, and its interval does not include that. For an unbiased figure, evaluate the "
-            "method once more on rows that were not used here."
+            "part of its advantage is chance, which its interval does not include. For an unbiased figure, evaluate "
+            "the method once more on rows that were not used here."
         )
     return found
 

@@ -91,7 +91,7 @@ _KINDS = {
 
 
 def kind_of(method: str) -> Kind:
-    """Return what is known about a method; `prompt-tuning-ensemble` of old results is of the kind of `prompt-tuning`."""
+    """Return what is known about a method; an ensemble of old results is of the kind of its members."""
     if method in _KINDS:
         return _KINDS[method]
     for name, kind in _KINDS.items():
