@@ -105,7 +105,7 @@ def test_targets_are_told_from_what_other_labels_go_on_with(
     at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", at_once)
     model = model_by(architecture, backend)
     prompt = start(model, 4)
     cut = [AMONG] if parts == 1 else [AMONG[:1], AMONG[1:]]
@@ -293,7 +293,7 @@ def test_logits_are_never_held_whole(architecture: str, monkeypatch: pytest.Monk
     model, examples = frozen(architecture), [Example(e.ids, 1) for e in examples_of("mixed lengths")] * 8
     prompt, vocabulary = start(model, 5), 400
     whole, expected = prompt_gradient(model, prompt, (), [examples])
-    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 7 * vocabulary)
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", 7 * vocabulary)
     with Logits(vocabulary) as logits:
         loss, gradient = prompt_gradient(model, prompt, (), [examples])
     assert 7 * vocabulary <= logits.most < sum(e.targets for e in examples) * vocabulary / 8

@@ -87,14 +87,14 @@ def test_what_many_tokens_keep_is_told_from_what_few_keep(architecture: str) -> 
             counted = kept_bytes(model, ahead, [tokens] * texts)
             # Some attentions of their own keep views of a single text where they keep copies of several.
             near = 0.1 if model.backend.pads and texts == 1 else 0.01
-            assert memory_estimate.kept([tokens] * texts) == pytest.approx(counted, rel=near)
+            assert memory_estimate.saved([tokens] * texts) == pytest.approx(counted, rel=near)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "falcon-alibi"])
 def test_texts_of_unlike_length_keep_no_more_than_is_predicted(architecture: str) -> None:
     model, lengths = frozen(architecture), [7, 8, 9, 10, 30, 31, 44, 90]
     counted = kept_bytes(model, 20, lengths)
-    assert counted <= 1.001 * measure(model, 20).kept(lengths) < 1.3 * counted
+    assert counted <= 1.001 * measure(model, 20).saved(lengths) < 1.3 * counted
 
 
 @pytest.mark.parametrize("prefix_lengths", [(50, 50, 50), (3, 20, 12)], ids=["alike", "unlike"])
@@ -183,7 +183,7 @@ def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
 def test_a_context_that_the_prompt_fills_is_measured_too() -> None:
     gpt2 = frozen("gpt2")
     memory_estimate = measure(gpt2, 254)  # of 256 positions
-    assert memory_estimate.kept([2]) == pytest.approx(kept_bytes(gpt2, 254, [2]), rel=0.2)
+    assert memory_estimate.saved([2]) == pytest.approx(kept_bytes(gpt2, 254, [2]), rel=0.2)
 
 
 class Sizes(Callback):

@@ -180,7 +180,7 @@ def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
     for others in (None, candidate_ids):
         whole = found(others)
         with monkeypatch.context() as patch, Made(copy) as made:
-            patch.setattr(lm_head, "LOGITS_AT_ONCE", 2 * copy.vocabulary_size)
+            patch.setattr(lm_head, "MAX_LOGITS", 2 * copy.vocabulary_size)
             pieces = found(others)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(pieces, whole, strict=True))
         assert made.most == copy.hf_model.get_output_embeddings().weight.numel()  # its gradient is the widest

@@ -273,7 +273,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(
 ) -> None:
     """Logits are made a piece at a time, and nothing else is as wide: not even a loss over all tokens."""
     at_once = 2 * VOCABULARY
-    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", at_once)
     prepared = plan_of(model, task, 10_000)
     assert prepared.scorer is not None
     with Made(model) as made, counted(model) as work:

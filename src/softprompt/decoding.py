@@ -19,7 +19,7 @@ from transformers import (
 
 from softprompt.config import GenerateConfig
 from softprompt.errors import RunError, SettingsError
-from softprompt.model.finite import what_is_not_finite
+from softprompt.model.finite import describe_non_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.prompt.ensemble import AnyPrompt
@@ -173,7 +173,7 @@ class _Decoder:
         That of single tokens may be minus infinity: some models rule tokens out so.
         """
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-            raise RunError(f"the model's logits are not finite: {what_is_not_finite(self.model.hf_model)}")
+            raise RunError(f"the model's logits are not finite: {describe_non_finite(self.model.hf_model)}")
 
     def _choose(self, line: _Line, logits: Tensor) -> int:
         scores = self._ruled([line.ids], logits.unsqueeze(0))[0]

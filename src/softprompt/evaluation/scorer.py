@@ -17,7 +17,7 @@ from softprompt.data.rows import Rows
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.errors import RunError, is_out_of_memory
 from softprompt.evaluation.scores import Scores, add_label_bias, average_scores
-from softprompt.model.finite import what_is_not_finite
+from softprompt.model.finite import describe_non_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.prompt.ensemble import AnyPrompt
@@ -77,7 +77,7 @@ class Scorer(ABC):
         shape = (len(weights), *self.shape)
         values = self.processes.all_reduce(lambda: torch.from_numpy(self._run(model, weights)), shape).numpy()
         if not self._is_valid(values):
-            raise RunError(f"the model's scores of a row are not finite: {what_is_not_finite(model.hf_model)}")
+            raise RunError(f"the model's scores of a row are not finite: {describe_non_finite(model.hf_model)}")
         return [self._to_scores(each) for each in values]
 
     def _is_valid(self, values: NDArray[np.float64]) -> bool:

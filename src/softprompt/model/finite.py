@@ -1,4 +1,4 @@
-"""Numbers that are not finite: which weight holds them, and what to do."""
+"""Numbers that are not finite: which weight has them, and what to do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 _CURE = "try --set dtype=bfloat16 or dtype=float32"
 
 
-def what_is_not_finite(hf_model: PreTrainedModel) -> str:
-    """Say why a model gives numbers that are not finite, and what helps. All weights are read, which takes a while."""
+def describe_non_finite(hf_model: PreTrainedModel) -> str:
+    """Say why a model gives numbers that are not finite, and what helps. Reads all weights, which takes a while."""
     kind = str(hf_model.dtype).removeprefix("torch.")
     half = hf_model.dtype in (torch.float16, torch.bfloat16)
     for name, weight in hf_model.named_parameters():

@@ -1,4 +1,4 @@
-"""The frozen model: a base model that is never changed, and what prompts ask of it."""
+"""The frozen model: a base model that is never changed, its tokenizer, and its backend."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from softprompt.model.backends.decode import DecodeBatch
 from softprompt.model.prefix import Prefix
 from softprompt.private_interfaces import input_device
 
-_MAX_CACHED = 8  # prefixes: 100 virtual tokens of a model of 7 billion parameters take about 50 MB in half precision
-_WORTH_A_PASS = 64  # tokens: running a few alone takes as long as running so many more along with others
+_MAX_CACHED = 8  # prefixes; one of 100 virtual tokens of a model of 7 billion parameters takes 50 MB in half precision
+_MIN_TOKENS_SAVED = 64  # a pass of a few tokens takes as long as so many more tokens in a larger pass
 
 
 @dataclass(frozen=True)
 class _CachedPrefix:
-    """A prompt's prefix, and the very tensor, in the very state, that it was made from."""
+    """A prefix, and the tensor that it was computed from, with the version that this had."""
 
-    prompt: ReferenceType[Tensor]
+    weights: ReferenceType[Tensor]
     version: int
     prefix: Prefix
 
-    def is_of(self, prompt: Tensor) -> bool:
-        return self.prompt() is prompt and self.version == _version(prompt)
+    def is_of(self, weights: Tensor) -> bool:
+        return self.weights() is weights and self.version == _version(weights)
 
 
 class FrozenModel:
-    """A causal language model in eval mode, none of whose weights takes a gradient.
+    """A causal language model in eval mode, whose weights take no gradients.
 
     Attributes:
         hf_model: the transformers model itself.
         tokenizer: its tokenizer.
         source: what it was loaded from: a hub id, a path or a bundled name.
         revision: the hub revision, None for local models.
-        backend: how text is run against a prefix.
+        backend: runs text against a prefix.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class FrozenModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """How many tokens have an embedding; V, or a little more where the table is padded."""
+        """The number of tokens that have an embedding; V, or a little more where the table is padded."""
         return int(self.hf_model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
 
     @property
     def context_length(self) -> int | None:
-        """The most positions that a prefix and a text can be run at exactly, None where there is no limit.
+        """The most positions at which a prefix and a text run exactly, None where there is no limit.
 
-        Chunked attention starts anew at a chunk's border, and `longrope` changes all positions beyond its original
-        length: up to there the prefix is the same for all texts.
+        Chunked attention restarts at every chunk, and `longrope` changes all positions beyond its original length: up
+        to there the prefix is the same for all texts.
         """
         config = self.hf_model.config.get_text_config()
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "attention_chunk_size")]
@@ -92,10 +92,10 @@ class FrozenModel:
 
     @cached_property
     def prefix_shape(self) -> tuple[int, int, int]:
-        """L, K and D: how many layers there are, and how many keys and values of which size each keeps a position.
+        """L, K and D: the layers, and each one's key-value heads and their size.
 
         Raises:
-            ModelError: the layers differ in that.
+            ModelError: the layers differ in K or D.
         """
         with torch.no_grad():
             layers, _, heads, _, size = self.prefix(self.embed([0])).stacked().shape
@@ -110,33 +110,34 @@ class FrozenModel:
         return self.backend.prefix(weights, text_ids)
 
     @torch.no_grad()
-    def cached_prefix(self, prompt: Tensor | None) -> Prefix:
-        """Return the prefix of a prompt without gradients; those of the last few prompts are kept.
+    def cached_prefix(self, weights: Tensor | None) -> Prefix:
+        """Return the prefix of a prompt without gradients; those of the last few prompts are cached.
 
-        A prompt is known again as the same tensor that was not changed in place: hashing a deep prefix takes longer
-        than a short text.
+        The cache finds a prompt by its tensor, if that was not changed in place: hashing a learned prefix takes longer
+        than a pass of a short text.
         """
-        if prompt is None:
+        if weights is None:
             return Prefix()
         with self.backend.lock:
-            found = self._cached.get(id(prompt))
-            if found is None or not found.is_of(prompt):
-                found = self._cached[id(prompt)] = _CachedPrefix(ref(prompt), _version(prompt), self.prefix(prompt))
-            self._cached.move_to_end(id(prompt))
+            cached = self._cached.get(id(weights))
+            if cached is None or not cached.is_of(weights):
+                cached = _CachedPrefix(ref(weights), _version(weights), self.prefix(weights))
+                self._cached[id(weights)] = cached
+            self._cached.move_to_end(id(weights))
             if len(self._cached) > _MAX_CACHED:
                 self._cached.popitem(last=False)
-            return found.prefix
+            return cached.prefix
 
     @torch.no_grad()
-    def shared_prefixes(self, prompts: Sequence[Tensor | None], texts: Sequence[Sequence[int]]) -> list[Prefix]:
+    def shared_prefixes(self, weights: Sequence[Tensor | None], texts: Sequence[Sequence[int]]) -> list[Prefix]:
         """Return each prompt's prefix without gradients, extended by what all texts begin with.
 
-        It is extended only where that is worth a pass, and leaves at least the last token of every text.
+        It is extended only where that saves time, and never by the last token of a text.
         """
-        prefixes = [self.cached_prefix(prompt) for prompt in prompts]
+        prefixes = [self.cached_prefix(each) for each in weights]
         shortest = min((len(ids) for ids in texts), default=0)
         shared_text_ids = common_start(texts)[: max(shortest - 1, 0)]
-        if (len(texts) - 1) * len(shared_text_ids) < _WORTH_A_PASS:
+        if (len(texts) - 1) * len(shared_text_ids) < _MIN_TOKENS_SAVED:
             return prefixes
         return self.backend.extend(prefixes, shared_text_ids)
 
@@ -159,6 +160,6 @@ class FrozenModel:
         return self.backend.decode(prefixes)
 
 
-def _version(prompt: Tensor) -> int:
+def _version(weights: Tensor) -> int:
     """Return how often a tensor was changed in place; a tensor made in inference mode does not count that."""
-    return 0 if prompt.is_inference() else prompt._version
+    return 0 if weights.is_inference() else weights._version

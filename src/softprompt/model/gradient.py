@@ -31,13 +31,13 @@ class TokenLoss:
     def fused_loss(
         self,
         model: FrozenModel,
-        prompt: Tensor,
-        text: Sequence[int],
+        weights: Tensor,
+        shared_text_ids: Sequence[int],
         examples: Sequence[Example],
         activation_checkpointing: bool,
     ) -> Tensor:
         """Return the same behind a soft prompt and a text, all in one pass."""
-        return model.backend.fused_loss(prompt, text, examples, activation_checkpointing)
+        return model.backend.fused_loss(weights, shared_text_ids, examples, activation_checkpointing)
 
 
 _TOKEN_LOSS = TokenLoss()
@@ -45,38 +45,40 @@ _TOKEN_LOSS = TokenLoss()
 
 def prompt_gradient(
     model: FrozenModel,
-    prompt: Tensor,
-    text: Sequence[int],
+    weights: Tensor,
+    shared_text_ids: Sequence[int],
     micro_batches: Sequence[Sequence[Example]],
     activation_checkpointing: bool = False,
     objective: TokenLoss = _TOKEN_LOSS,
 ) -> tuple[float, Tensor]:
     """Return the mean loss over all target tokens of a step, and its gradient on the prompt.
 
-    The prompt's own pass gives the prefix; cut off from it, every micro-batch of text adds to the prefix's
-    gradients; one backward pass from there through the prompt ends the step. A soft prompt and a single micro-batch
-    run in one pass, where the model's way `can_fuse` them: half as many operations, each on more tokens.
+    The prompt's own pass gives the prefix, which is detached into leaves; every micro-batch of text adds to the leaves'
+    gradients; one backward pass from there through the prompt ends the step. A soft prompt and a single micro-batch run
+    in one pass where the model's backend `can_fuse` them: half as many operations, each on more tokens.
 
     Args:
         model: the frozen model.
-        prompt: `[P, H]`, or of a deep prefix `[L, 2, K, P, D]`; float32.
-        text: ids that every example begins with; they are run once, with the prompt.
-        micro_batches: how the step's examples are cut changes the result by rounding only.
+        weights: a soft prompt `[P, H]` or a learned prefix `[L, 2, K, P, D]`; float32.
+        shared_text_ids: token ids that every example begins with; they are run once, with the prompt.
+        micro_batches: the step's examples; how they are cut changes the result by rounding only.
         activation_checkpointing: run each layer of the texts' passes again in the backward pass, in less memory.
-        objective: how the loss of examples is computed.
+        objective: computes the loss of examples.
 
     Returns:
-        The loss in nats per target token, and its gradient, of the prompt's shape.
+        The loss in nats per target token, and its gradient, of the weights' shape.
     """
-    prompt = prompt.detach().requires_grad_()
+    weights = weights.detach().requires_grad_()
     targets = sum(example.targets for part in micro_batches for example in part)
     with torch.enable_grad():
-        if len(micro_batches) == 1 and objective.can_fuse and model.backend.can_fuse and not is_prefix(prompt):
-            loss = objective.fused_loss(model, prompt, text, micro_batches[0], activation_checkpointing).sum()
+        if len(micro_batches) == 1 and objective.can_fuse and model.backend.can_fuse and not is_prefix(weights):
+            loss = objective.fused_loss(
+                model, weights, shared_text_ids, micro_batches[0], activation_checkpointing
+            ).sum()
             loss.backward()
             total = float(loss.detach())
         else:
-            prefix = model.prefix(prompt, text)
+            prefix = model.prefix(weights, shared_text_ids)
             leaves = prefix.leaves()
             total = 0.0
             for part in micro_batches:
@@ -85,5 +87,5 @@ def prompt_gradient(
                 loss.backward()
                 total += float(loss.detach())
             prefix.backward(leaves)
-    assert prompt.grad is not None
-    return total / targets, prompt.grad / targets
+    assert weights.grad is not None
+    return total / targets, weights.grad / targets

@@ -1,4 +1,8 @@
-"""How much memory a step takes, predicted from what the loaded model keeps of a few tokens, and what is free."""
+"""The prediction of memory: what a training step or an evaluation takes, and what is available.
+
+`measure` runs a few tokens on the loaded model and gives a `MemoryEstimate`; `micro_batch_tokens` chooses from it how
+many text tokens run at once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from torch import Tensor
 from softprompt.distributed.launch import local_world_size
 from softprompt.model.backends.attention import MAX_LENGTH_RATIO, length_buckets
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.lm_head import LOGITS_AT_ONCE
+from softprompt.model.lm_head import MAX_LOGITS
 
 try:
     import resource
@@ -27,36 +31,36 @@ except ImportError:  # Windows
 
 # Matrix products on a CPU reach their full rate at about a thousand rows; a GPU wants more.
 _USEFUL_ON_CPU, _USEFUL_ON_GPU = 1024, 8192
-_SHARE = 0.5  # of the free memory: other programs want some
-_TRIED = 32  # tokens of the longest text that is run to see what it keeps
-# What glibc's allocator comes to hold for every byte that is asked of it, but for large tensors, which get pages of
-# their own: benchmarks/results/memory.md.
+_SHARE = 0.5  # of the available memory: other programs need some
+_LONGEST_MEASURED = 32  # tokens
+# Bytes that glibc's allocator holds per byte requested, except for large tensors, which get pages of their own:
+# benchmarks/results/memory.md.
 _ALLOCATOR = 1.5
 _M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a micro-batch takes in memory, behind one prefix or several.
+    """The memory of a micro-batch, behind one prefix or several.
 
-    While a layer is run, or its gradients are found, it takes about twice what it keeps.
+    A layer takes about twice the bytes that it saves, while it runs and while its gradients are computed.
 
-    Of n texts of t tokens whose attention is computed together, what is kept for the backward pass is a sum of terms
-    in t·(P + t), t and 1, and n times as much of others; their factors are measured.
+    For n texts of t tokens whose attention is computed together, the bytes saved for the backward pass are a sum of
+    terms in t·(P + t), t and 1, plus n times another such sum; the factors are measured.
 
     Attributes:
         prefix_length: P, the length of the prefix, the longest where there are several.
         factors: bytes, in the order of the terms.
-        prompt: bytes of the prompt's own pass, its prefix and the prefix's gradients: they stay until the step's end.
-        layers: how many layers the model has.
-        width: bytes of one position between two layers.
-        logit: bytes that one logit takes while its gradient is found.
+        prompt: bytes of the prompt's own pass, its prefix and the prefix's gradients, until the step's end.
+        layers: the number of the model's layers.
+        width: bytes of one position's hidden state.
+        logit: bytes of one logit while its gradient is computed.
         vocabulary: V.
-        pads: whether the way pads a micro-batch's texts to its longest.
-        max_length_ratio: how unlike in length texts may be whose attention is computed together, where it does not.
-        cached: bytes that a position takes in the cache of all layers, 0 where the way has none.
+        pads: whether the backend pads a micro-batch's texts to its longest.
+        max_length_ratio: where it does not, the largest ratio of lengths of texts whose attention is computed together.
+        cached: bytes of a position in the cache of all layers, 0 where the backend has none.
         activation_checkpointing: whether the layers run again in the backward pass.
-        prefixes: how many different ones stand before a micro-batch's texts; measured is one.
+        prefixes: how many different prefixes the micro-batch has; one is measured.
     """
 
     prefix_length: int
@@ -79,104 +83,99 @@ class MemoryEstimate:
             lengths: tokens of each text behind the prefix, in their order.
             targets: target tokens of all of them.
         """
-        stays, layer = self.prefixes * self.prompt + targets * self.width, self.kept(lengths) / self.layers
-        if (
-            self.activation_checkpointing
-        ):  # a layer is there as a whole when its gradients are found; nothing is lost (`trim_allocator`)
-            return stays + self._inputs(lengths) + max(3 * layer, self._logits(targets))
-        return _ALLOCATOR * stays + self._held(lengths) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
+        constant = self.prefixes * self.prompt + targets * self.width
+        layer = self.saved(lengths) / self.layers
+        if self.activation_checkpointing:  # a whole layer at a time; the allocator has no holes (`trim_allocator`)
+            return constant + self._inputs(lengths) + max(3 * layer, self._logits(targets))
+        return _ALLOCATOR * constant + self._allocated(lengths) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
 
     def scoring(self, lengths: Sequence[int], targets: float) -> float:
-        """Predict the bytes that some texts take where nothing is kept for a backward pass."""
-        layer = 2 * self.kept(lengths) / self.layers
-        stays = self.prefixes * self.prompt + self.cached * len(lengths) * (self.prefix_length + max(lengths))
-        return _ALLOCATOR * stays + max(_ALLOCATOR * layer, self._logits(targets))
+        """Predict the bytes of some texts where nothing is saved for a backward pass."""
+        layer = 2 * self.saved(lengths) / self.layers
+        constant = self.prefixes * self.prompt + self.cached * len(lengths) * (self.prefix_length + max(lengths))
+        return _ALLOCATOR * constant + max(_ALLOCATOR * layer, self._logits(targets))
 
-    def kept(self, lengths: Sequence[int]) -> float:
-        """Return the bytes that are kept for the backward pass."""
-        sizes = self._groups(lengths)
+    def saved(self, lengths: Sequence[int]) -> float:
+        """Return the bytes that are saved for the backward pass."""
+        sizes = self._buckets(lengths)
         return float(sum(np.dot(self.factors, _terms(count, longest, self.prefix_length)) for count, longest in sizes))
 
-    def _held(self, lengths: Sequence[int]) -> float:
-        """Return what the process comes to hold for what is kept; masks are large enough for pages of their own."""
-        masks = self.factors[0] * sum(longest * (self.prefix_length + longest) for _, longest in self._groups(lengths))
-        return masks + _ALLOCATOR * (self.kept(lengths) - masks)
+    def _allocated(self, lengths: Sequence[int]) -> float:
+        """Return the bytes that the process holds for what is saved; masks are large: they get pages of their own."""
+        masks = self.factors[0] * sum(longest * (self.prefix_length + longest) for _, longest in self._buckets(lengths))
+        return masks + _ALLOCATOR * (self.saved(lengths) - masks)
 
-    def _groups(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
-        """Return how many texts have their attention computed together, and the length of the longest of them.
+    def _buckets(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Return, for texts whose attention is computed together, their number and the length of the longest.
 
-        Behind several prefixes a text may have a mask of its own, and stand beside any other that is like it.
+        Behind several prefixes, each text may have a mask of its own, as long as a similar text's.
         """
         if self.prefixes > 1:
-            longest = max(lengths)
-            return [
-                (1, longest if self.pads else min(longest, int(self.max_length_ratio * length))) for length in lengths
-            ]
-        groups = (
-            [(0, len(lengths))]
-            if self.pads
-            else length_buckets(lengths, [self.prefix_length] * len(lengths), self.max_length_ratio)
-        )
-        return [(end - begin, max(lengths[begin:end])) for begin, end in groups]
+            longest, ratio = max(lengths), self.max_length_ratio
+            return [(1, longest if self.pads else min(longest, int(ratio * length))) for length in lengths]
+        if self.pads:
+            return [(len(lengths), max(lengths))]
+        buckets = length_buckets(lengths, [self.prefix_length] * len(lengths), self.max_length_ratio)
+        return [(end - begin, max(lengths[begin:end])) for begin, end in buckets]
 
     def _inputs(self, lengths: Sequence[int]) -> float:
         """Return the bytes of all layers' inputs, and of the masks that the layers share."""
-        masks = 4.0 * sum(longest * (self.prefix_length + longest) for _, longest in self._groups(lengths))
+        masks = 4.0 * sum(longest * (self.prefix_length + longest) for _, longest in self._buckets(lengths))
         return self.layers * sum(lengths) * self.width + masks
 
     def _logits(self, rows: float) -> float:
-        """Return the bytes of so many rows of logits; a piece is held at a time."""
-        return self.logit * min(rows * self.vocabulary, max(LOGITS_AT_ONCE, self.vocabulary))
+        """Return the bytes of so many rows of logits, which are computed in chunks."""
+        return self.logit * min(rows * self.vocabulary, max(MAX_LOGITS, self.vocabulary))
 
 
 def _terms(count: int, length: int, prefix_length: int) -> list[int]:
-    """Return what memory grows with: scores, tokens and nothing, of all texts together and of each."""
+    """Return the terms that memory is linear in: scores, tokens and 1, of all texts together and of each."""
     shared = [length * (prefix_length + length), length, 1]
     return [*shared, *(count * term for term in shared)]
 
 
 def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
-    """Run a few tokens on the loaded model and count the bytes that autograd keeps for the backward pass.
+    """Run a few tokens on the loaded model and count the bytes that autograd saves for the backward pass.
 
-    What is counted are the tensors' storages, the model's own and the prefix's left out, so it is the same on every
-    device and not disturbed by other programs.
+    It counts the tensors' storages without the model's own and the prefix's: the same on every device, and independent
+    of other programs.
 
     Args:
         model: the frozen model.
-        prefix_length: P, the positions that stand before the texts.
+        prefix_length: P, the length of the prefix.
     """
-    longest, most = _TRIED, model.context_length
-    if most is not None:  # where the prompt takes nearly all positions, it is measured a little shorter
+    longest, most = _LONGEST_MEASURED, model.context_length
+    if most is not None:  # a prompt that takes nearly all positions is measured a little shorter
         longest = min(longest, most // 2)
         prefix_length = min(prefix_length, most - longest)
-    tried = [(count, length) for count in (2, 3) for length in (2, max(3, longest // 4), longest)]
+    measured = [(count, length) for count in (2, 3) for length in (2, max(3, longest // 4), longest)]
     own = [*model.hf_model.parameters(), *model.hf_model.buffers()]
     prompt = model.embed([0] * max(1, prefix_length)).float().requires_grad_()
     with torch.enable_grad():
-        with _counted(own) as kept:
+        with _count_saved(own) as saved:
             leaves = model.prefix(prompt).leaves()
-        # A prefix is there twice, the second time cut off from the graph, and has a gradient.
+        # A prefix is in memory twice, once detached from the graph, and has a gradient.
         prefix = [*leaves.keys, *leaves.values]
-        of_prompt = kept.total + 2.0 * sum(tensor.nbytes for tensor in prefix)
-        seen = []
-        for count, length in tried:
-            with _counted([*own, *prefix]) as kept:
+        prompt_bytes = saved.total + 2.0 * sum(tensor.nbytes for tensor in prefix)
+        totals = []
+        for count, length in measured:
+            with _count_saved([*own, *prefix]) as saved:
                 text = torch.zeros(length, dtype=torch.long)
                 hidden = model.backend.text_pass(leaves, [text] * count, [torch.tensor([length - 1])] * count).hidden
-            seen.append(kept.total)
-        with _counted(own) as kept:
+            totals.append(saved.total)
+        with _count_saved(own) as saved:
             logits = model.backend.lm_head.logits(hidden[:1].detach().requires_grad_())
-    terms = [_terms(count, length, leaves.length) for count, length in tried]
-    factors = np.linalg.solve(np.array(terms), np.array(seen, dtype=float)).clip(min=0)
+    terms = [_terms(count, length, leaves.length) for count, length in measured]
+    factors = np.linalg.solve(np.array(terms), np.array(totals, dtype=float)).clip(min=0)
     config = model.hf_model.config.get_text_config()
     return MemoryEstimate(
         prefix_length=leaves.length,
         factors=tuple(factors.tolist()),
-        prompt=of_prompt,
+        prompt=prompt_bytes,
         layers=int(config.num_hidden_layers),
         width=int(config.hidden_size) * hidden.element_size(),
-        # Three copies in float32, and what soft-capping keeps, with its gradient.
-        logit=3 * 4 + 2 * kept.total / logits.numel(),
+        # Three copies in float32, and what soft-capping saves, with its gradient.
+        logit=3 * 4 + 2 * saved.total / logits.numel(),
         vocabulary=logits.shape[-1],
         pads=model.backend.pads,
         max_length_ratio=model.backend.max_length_ratio,
@@ -184,18 +183,18 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
     )
 
 
-class _Kept:
-    """Bytes of the storages that autograd was seen to keep."""
+class _SavedTensors:
+    """Counts the bytes of the storages that autograd saves."""
 
     def __init__(self, own: Sequence[Tensor]) -> None:
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         self._sizes: dict[int, int] = {}
 
-    def note(self, tensor: Tensor) -> Tensor:
-        """Note a tensor; what it is a view of is kept whole.
+    def add(self, tensor: Tensor) -> Tensor:
+        """Count a tensor's storage, all of it for a view.
 
         Returns:
-            What is to be kept instead: an operation's own result would hold the operation, and neither was ever freed.
+            What is saved instead: an operation's own result would refer to the operation, and neither would be freed.
         """
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._own:
@@ -208,11 +207,11 @@ class _Kept:
 
 
 @contextmanager
-def _counted(own: Sequence[Tensor]) -> Iterator[_Kept]:
-    """Count what is kept for the backward pass, without what is there anyway."""
-    kept = _Kept(own)
-    with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
-        yield kept
+def _count_saved(own: Sequence[Tensor]) -> Iterator[_SavedTensors]:
+    """Count what is saved for the backward pass, without tensors that exist anyway."""
+    saved = _SavedTensors(own)
+    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+        yield saved
 
 
 def micro_batch_tokens(
@@ -223,14 +222,14 @@ def micro_batch_tokens(
     target_share: float,
     scoring: bool = False,
 ) -> int:
-    """Predict how many text tokens can be run at once in half of the free memory.
+    """Predict how many text tokens fit at once in half of the available memory.
 
     Args:
-        device: where the model is.
-        memory_estimate: what they take.
-        shortest, longest: tokens of a text: many short ones have a prefix each, long ones many scores.
+        device: the model's.
+        memory_estimate: of a micro-batch.
+        shortest, longest: tokens of a text; many short texts take memory for their prefixes, long ones for scores.
         target_share: target tokens per token; each takes a row of logits for a while.
-        scoring: nothing is kept for a backward pass.
+        scoring: nothing is saved for a backward pass.
     """
     free = available_memory(device) * _SHARE / (local_world_size() if device.type == "cpu" else 1)
     needed = memory_estimate.scoring if scoring else memory_estimate.step
@@ -247,7 +246,7 @@ def available_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device; a container's and a shell's limits count."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what PyTorch keeps
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own cache
     free = psutil.virtual_memory().available
     if resource is not None:
         allowed = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
@@ -258,20 +257,20 @@ def available_memory(device: torch.device) -> int:
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
-            allowed, held = (int(Path(folder, name).read_text()) for name in (limit, used))
-            found = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            allowed, in_use = (int(Path(folder, name).read_text()) for name in (limit, used))
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such control group, or "max": no limit
             continue
-        # Files that were read stay in memory until something else needs the room.
-        cached = sum(int(found.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
-        free = min(free, allowed - held + cached)
+        # Linux caches files that were read, and drops them when memory is needed.
+        cached = sum(int(statistics.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
+        free = min(free, allowed - in_use + cached)
     return max(free, 0)
 
 
 def trim_allocator() -> None:
-    """Have glibc return freed memory to the system, now and from now on, where it keeps holes between tensors.
+    """Make glibc return freed memory to the system, now and from now on, instead of keeping holes between tensors.
 
-    With pages of their own, freed large tensors leave none; that their pages are made anew each time costs some time.
+    Large tensors then get pages of their own, which leave no holes and cost some time to allocate.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)

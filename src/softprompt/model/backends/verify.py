@@ -15,7 +15,7 @@ from softprompt.model.backends.packed import PackedBackend
 from softprompt.model.backends.padded import PaddedBackend, PaddedByLengthBackend
 from softprompt.model.backends.reference import Reference
 from softprompt.model.backends.tiny_copy import shows_all_attention, tiny_copy
-from softprompt.model.finite import what_is_not_finite
+from softprompt.model.finite import describe_non_finite
 from softprompt.model.frozen import FrozenModel
 from softprompt.private_interfaces import input_device
 
@@ -132,7 +132,7 @@ def subjects(hf_model: PreTrainedModel) -> list[Subject]:
         reason = _first_line(error)
         raise ModelError(f"{_kind(hf_model)} cannot run on the embeddings of a prompt ({reason})") from error
     if not reference.finite:
-        raise ModelError(f"{_kind(hf_model)} gives numbers that are not finite: {what_is_not_finite(hf_model)}")
+        raise ModelError(f"{_kind(hf_model)} gives numbers that are not finite: {describe_non_finite(hf_model)}")
     allowed = _ROUNDING.get(hf_model.dtype, _ROUNDING[torch.float32])
     own = Subject(reference, hf_model, allowed, whole=small is None)
     return [own] if small is None else [small, own]
