@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, SHORT, Command, as_prompt, frozen, tiny_model, tiny_tokenizer
+from references import relative
 from softprompt import Callback, SoftPrompt, TuneConfig, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig
 from softprompt.data.example import Example
@@ -16,8 +16,10 @@ from softprompt.generation import continue_ids
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from test_generation import TEXTS, prompt_for
-from test_gradient import examples_of, relative
+from tiny_data import TEXTS, examples_of
+from tiny_models import ARCHITECTURES, as_prompt, frozen, tiny_model, tiny_prompt
+from tiny_runs import SHORT, Command
+from tiny_tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
@@ -31,7 +33,7 @@ def on_gpu(architecture: str) -> FrozenModel:
 def test_loss_and_gradient_are_those_of_the_cpu(architecture: str, deep: bool) -> None:
     here, there = frozen(architecture), on_gpu(architecture)
     assert type(here.backend) is type(there.backend)
-    prompt = prompt_for(here)
+    prompt = tiny_prompt(here)
     prompt = here.prefix(prompt).stacked().detach() if deep else prompt
     examples: list[list[Example]] = [examples_of("mixed lengths")]
     loss, gradient = prompt_gradient(here, prompt, (), examples)
@@ -44,7 +46,7 @@ def test_loss_and_gradient_are_those_of_the_cpu(architecture: str, deep: bool) -
 def test_generated_text_is_that_of_the_cpu(architecture: str) -> None:
     here, there = frozen(architecture), on_gpu(architecture)
     inputs = [here.tokenizer(text)["input_ids"] for text in TEXTS]
-    config, prompt = GenerateConfig(), prompt_for(here)
+    config, prompt = GenerateConfig(), tiny_prompt(here)
     made = [continue_ids(model, as_prompt(prompt), inputs, [12, 3, 12, 7], config) for model in (here, there)]
     assert made[0] == made[1]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, as_prompt, frozen
 from softprompt.config import GenerateConfig, read_settings
 from softprompt.decoding import continue_ids
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
+from tiny_models import ARCHITECTURES, as_prompt, frozen
 
 TEXTS = ["what a fine film", "the parcel", "I want my money back please", "a"]
 ROOM = 12

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from conftest import SHORT, Command
 from softprompt.cli.main import main
 from softprompt.model.bundled import SMOLLM2, fetch, kept_folder
+from tiny_runs import SHORT, Command
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ARCHITECTURES, as_prompt, frozen, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import load_data
 from softprompt.data.templates import DEFAULT_TEMPLATE
@@ -21,6 +20,8 @@ from softprompt.model.prefix import Prefix
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_models import ARCHITECTURES, as_prompt, frozen
+from tiny_tokenizers import tiny_tokenizer
 
 TEXTS = ["the parcel never came and", "a fine film", "what", "hello world I want my money back please"]
 NEW = 12

@@ -19,7 +19,6 @@ import filelock
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import SHORT, Command
 from softprompt import Callback, TuneConfig, compare, load_data, tune
 from softprompt.errors import InputError, StorageError
 from softprompt.evaluation.scores import perplexity
@@ -27,6 +26,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.storage import LOCK_FILE, lock_folder, require_unlocked
 from softprompt.training.ensemble import tune_ensemble
 from softprompt.training.run_folder import RunFolder
+from tiny_runs import SHORT, Command
 
 BUSY = "another command is at work in run; wait until it has ended, or give another folder"
 _HOLDER = """

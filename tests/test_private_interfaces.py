@@ -13,12 +13,13 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conftest import tiny_model, tiny_tokenizer
 from softprompt import private_interfaces
 from softprompt.model.backends import onednn
 from softprompt.model.backends.bloom import alibi_slopes
 from softprompt.model.backends.verify import freeze
 from softprompt.private_interfaces import PRIVATE, onednn_product
+from tiny_models import tiny_model
+from tiny_tokenizers import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "softprompt"

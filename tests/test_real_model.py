@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 
 import softprompt as sp
-from conftest import shared_data
 from softprompt.cli.demo import demo_rows
 from softprompt.model import bundled
+from tiny_data import shared_data
 
 pytestmark = pytest.mark.real
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import Command
 from softprompt.errors import PromptError
 from softprompt.prompt.ensemble import Ensemble
 from softprompt.prompt.loading import load_prompt
+from tiny_runs import Command
 
 KEPT = Path(__file__).parent / "fixtures" / "version-1"
 PROMPTS = ("prompt", "deep-prefix", "ensemble")

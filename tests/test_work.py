@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from conftest import ARCHITECTURES, as_prompt, prepared_run, tiny_tokenizer
+from counting import LargestTensor, counted
 from softprompt import Callback, Rows, TuneConfig, load_data
 from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Encoder
@@ -31,6 +27,9 @@ from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import RunFolder
+from tiny_models import ARCHITECTURES, as_prompt
+from tiny_runs import prepared_run
+from tiny_tokenizers import tiny_tokenizer
 
 BACKENDS = {"llama": "packed", "bloom": "packed", "falcon-alibi": "padded"}
 VOCABULARY = 12_000
@@ -84,38 +83,6 @@ def step(model: FrozenModel, prepared: PreparedRun, folder: Path) -> list[Exampl
     run.begin(prepared.config, {})
     PromptTrainer(model, prepared, run, Callback()).step()
     return [prepared.examples[i] for i in batch_indices(len(prepared.examples), 6, 0, prepared.config.seed)]
-
-
-class Work:
-    """What went through a model: the positions of each pass through its layers, and rows of logits."""
-
-    def __init__(self) -> None:
-        self.passes: list[int] = []
-        self.logits = 0
-
-
-@contextmanager
-def counted(model: FrozenModel) -> Iterator[Work]:
-    work = Work()
-    layers = [module for module in model.hf_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    each: list[list[int]] = [[] for _ in layers]
-
-    def ran(index: int) -> Any:
-        return lambda _module, args: each[index].append(args[0].shape[0] * args[0].shape[1])
-
-    def projected(_module: object, _args: object, out: torch.Tensor) -> None:
-        work.logits += out.numel() // VOCABULARY
-
-    handles = [layer.register_forward_pre_hook(ran(i)) for i, layer in enumerate(layers)]
-    handles.append(model.hf_model.get_output_embeddings().register_forward_hook(projected))
-    try:
-        yield work
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert len(each) == model.hf_model.config.num_hidden_layers
-    assert all(passes == each[0] for passes in each)
-    work.passes = each[0]
 
 
 @pytest.mark.parametrize("task", ["classification", "text"])
@@ -249,23 +216,6 @@ def test_several_prompts_at_once_run_the_sum_of_what_each_runs(model: FrozenMode
         assert len(texts) < sum(map(len, each))  # fuller: texts of all prompts are in them
 
 
-class Made(TorchDispatchMode):
-    """Notes the most numbers that a tensor made while it is on holds; the model's own tensors are not made."""
-
-    def __init__(self, model: FrozenModel) -> None:
-        super().__init__()
-        kept = [*model.hf_model.parameters(), *model.hf_model.buffers()]
-        self.kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.kept:
-                self.most = max(self.most, each.numel())
-        return out
-
-
 @pytest.mark.parametrize("task", ["classification", "text"])
 @pytest.mark.parametrize("what", ["training", "evaluation"])
 def test_no_tensor_of_tokens_by_vocabulary_is_made(
@@ -276,7 +226,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(
     monkeypatch.setattr(lm_head, "MAX_LOGITS", at_once)
     prepared = plan_of(model, task, 10_000)
     assert prepared.scorer is not None
-    with Made(model) as made, counted(model) as work:
+    with LargestTensor(model) as made, counted(model) as work:
         if what == "training":
             step(model, prepared, tmp_path)
         else:

@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from conftest import SHORT, Command, tiny_tokenizer
+from tiny_runs import SHORT, Command
+from tiny_tokenizers import tiny_tokenizer
 
 GOOD = "".join(f"a fine film {i},positive\na dull film {i},negative\n" for i in range(20))
 

@@ -20,11 +20,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import SHORT, Command, tiny_model, tiny_tokenizer
 from softprompt.cli.main import main, softprompt
 from softprompt.cli.tables import confusion_table
 from softprompt.evaluation.scores import Confusion
 from softprompt.model.frozen import FrozenModel
+from tiny_models import tiny_model
+from tiny_runs import SHORT, Command
+from tiny_tokenizers import tiny_tokenizer
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -12,9 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from conftest import Command
 from softprompt.cli.tables import print_json
 from softprompt.errors import StorageError
+from tiny_runs import Command
 
 LABELS = ("جيد", "سيئ 😀")
 

@@ -13,7 +13,6 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from conftest import SHORT, Command, prepared_run
 from softprompt.cli import progress
 from softprompt.cli.demo import gain
 from softprompt.cli.progress import ProgressLine, TerminalCallback
@@ -25,6 +24,7 @@ from softprompt.formatting import clock, short_metric
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.throughput import RenderedRow
+from tiny_runs import SHORT, Command, prepared_run
 
 LINES, COLUMNS = 24, 80
 Made = Callable[..., tuple[PreparedRun, dict[str, str]]]

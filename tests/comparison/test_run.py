@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import softprompt as sp
-from conftest import Command
 from softprompt.comparison import USUAL
 from softprompt.comparison import run as comparing
 from softprompt.comparison.costs import general_perplexity, measure, weights_hash
@@ -36,7 +35,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.training.search import FACTORS
 from softprompt.training.settings import CLASSIFICATION_STEPS
 from softprompt.training.trainer import Throughput, Trainer
-from test_training import short
+from tiny_runs import Command, short
 
 
 def films(count: int) -> Rows:

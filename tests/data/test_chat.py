@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import transformers.utils.chat_template_utils
-from transformers import PreTrainedTokenizerFast
 
-from conftest import Command, frozen, tiny_tokenizer
 from softprompt import TuneConfig, evaluate, generate, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig, make_config
 from softprompt.data.chat import USUAL_DATE, Chat
@@ -18,20 +16,11 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError, SettingsError
 from softprompt.model.frozen import FrozenModel
-from test_examples import bos_tokenizer
+from tiny_models import frozen
+from tiny_runs import Command
+from tiny_tokenizers import CHAT, tiny_tokenizer, with_chat
 
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 ROWS = [{"text": "a fine film", "label": "good"}, {"text": "a dull film, what a waste", "label": "bad"}]
-
-
-def with_chat() -> PreTrainedTokenizerFast:
-    """A tokenizer that puts BOS before every text, with a chat template that brings its own."""
-    tokenizer = bos_tokenizer()
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from conftest import SHORT, Command
 from softprompt import Ensemble, Rows, TuneConfig, compare, evaluate, load_data, load_prompt, tune
 from softprompt.data.rows import as_rows
 from softprompt.data.split import split_rows
 from softprompt.errors import DataError, InputError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.ensemble import tune_ensemble
+from tiny_runs import SHORT, Command
 
 ALPACA = {"instruction": "Name it", "input": "sky", "output": "blue"}
 QUICK = TuneConfig(max_steps=2, num_virtual_tokens=3, batch_size=4, threads=1, eval_rows=5)

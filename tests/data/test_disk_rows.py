@@ -22,7 +22,6 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import SHORT, Command, prepared_run
 from softprompt import TuneConfig, load_data, tune
 from softprompt.cli.settings_tables import rows_line
 from softprompt.data import disk_rows
@@ -35,6 +34,7 @@ from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.errors import DataError, StorageError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.throughput import estimate_run
+from tiny_runs import SHORT, Command, prepared_run
 
 FEW, MANY = 5_000, 25_000
 ODD = ["a fine film", " Ä 日本 😀 ", "two\nlines\u2028\x85", 'a "quote", \\', "{{ x }}"]

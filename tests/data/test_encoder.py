@@ -2,71 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_tokenizer
 from softprompt.data.encoder import Encoder, bos_token_ids
 from softprompt.data.example import Example, common_start, shared_text
 from softprompt.data.rows import Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, ModelError, SettingsError
-from softprompt.model.bundled import SMOLLM2, kept_folder
+from tiny_data import random_text
+from tiny_tokenizers import TOKENIZERS, bos_tokenizer, straddling_tokenizer, tiny_tokenizer
 
 LONG = 10_000
-WORDS = ["the", "parcel", "never", "came", "film", "naïve", "日本語", "😀", "1234", "a,b", "x\ny", "  ", "(?)", "fine"]
-
-
-def with_post_processor(processor: Any) -> PreTrainedTokenizerFast:
-    copy = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
-    copy.post_processor = processor
-    return PreTrainedTokenizerFast(tokenizer_object=copy, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-
-
-def bos_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that puts BOS before every text, as Llama's and Gemma's do."""
-    return with_post_processor(processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)]))
-
-
-def trimmed_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose offsets leave out the space that a token begins with, as Pythia's do."""
-    return with_post_processor(processors.ByteLevel(trim_offsets=True))
-
-
-@functools.cache
-def straddling_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens reach over words, and over the place where input and target meet."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["Label: good", "Label: bad", "Label:\ngood", "e:\nL"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-
-
-def bundled_tokenizer() -> PreTrainedTokenizerFast:
-    if not kept_folder(SMOLLM2).exists():
-        pytest.skip("the bundled model is not kept here")
-    return AutoTokenizer.from_pretrained(kept_folder(SMOLLM2))
-
-
-TOKENIZERS = {
-    "tiny": tiny_tokenizer,
-    "bos": bos_tokenizer,
-    "trimmed": trimmed_tokenizer,
-    "straddling": straddling_tokenizer,
-    "bundled": bundled_tokenizer,
-}
 
 
 @pytest.fixture(params=list(TOKENIZERS))
@@ -101,10 +52,6 @@ def boundary(tokenizer: PreTrainedTokenizerFast, text: str, target: str) -> int:
         if len(begun) <= len(text) and text.startswith(begun):
             inside = count
     return inside
-
-
-def random_text(draw: random.Random, words: int) -> str:
-    return " ".join(draw.choices(WORDS, k=words)) + draw.choice(["", "", "\n", "!"])
 
 
 def labelled(*pairs: tuple[str, str]) -> Rows:

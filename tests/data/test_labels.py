@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SHORT, Command
 from softprompt import TuneConfig, evaluate, load_data, load_prompt, tune
 from softprompt.data.labels import clean_label
 from softprompt.data.templates import make_format
 from softprompt.errors import DataError
 from softprompt.model.frozen import FrozenModel
+from tiny_runs import SHORT, Command
 
-FIXTURES = Path(__file__).parent / "fixtures" / "version-1"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "version-1"
 
 
 def labels_of(*labels: str) -> list[str]:

@@ -8,14 +8,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import frozen, tiny_tokenizer
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
 from softprompt.data.encoder import Encoder, plain_ids, token_ids
 from softprompt.data.special_tokens import SpecialTokens, Written
 from softprompt.data.templates import make_format
-from test_chat_template import CHAT, with_chat
-from test_examples import TOKENIZERS, bos_tokenizer, bundled_tokenizer, random_text
+from tiny_data import random_text
+from tiny_models import frozen
+from tiny_tokenizers import CHAT, TOKENIZERS, bos_tokenizer, bundled_tokenizer, tiny_tokenizer, with_chat
 
 SPECIAL = ["<eos>", "<bos>", "<pad>"]
 LONG = 10_000

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment, StrictUndefined
 
-from conftest import Command, tiny_tokenizer
 from softprompt import load_prompt
 from softprompt.data.encoder import Encoder
 from softprompt.data.rendering import MOST_BYTES, MOST_WORK, Rendering, TooMuchError
@@ -21,6 +20,8 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_runs import Command
+from tiny_tokenizers import tiny_tokenizer
 
 REFUSED = {
     "{{ 'a' * 300000000 }}": r"\* is not allowed; compute it beforehand",

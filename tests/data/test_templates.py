@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Command
 from softprompt import load_data, load_prompt
 from softprompt.comparison.methods.base import Predictor
 from softprompt.data.rows import Task
@@ -16,6 +15,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_runs import Command
 
 LABELS = ["bad", "good"]
 

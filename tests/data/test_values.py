@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import Command
 from softprompt import TuneConfig, evaluate, load_data, tune
 from softprompt.data.values import scalar_text
 from softprompt.errors import DataError
 from softprompt.model.frozen import FrozenModel
+from tiny_runs import Command
 
 
 class Stars(enum.Enum):

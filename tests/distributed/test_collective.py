@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import several_processes
-from conftest import Command
 from several_processes import CASES, tuned
 from softprompt import Rows, TuneConfig, load_data, tune
 from softprompt.cli import main as cli
@@ -30,6 +29,7 @@ from softprompt.model import bundled
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.load import resolve_device, resolve_threads
 from softprompt.prompt.registry import names
+from tiny_runs import Command
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--nproc-per-node", "2"]

@@ -18,7 +18,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from conftest import Command
 from softprompt import Callback, Rows, TuneConfig, evaluate, load_data, tune
 from softprompt.distributed.signals import defer_signals, raise_on_termination
 from softprompt.errors import RunError
@@ -28,6 +27,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.training import prompt_trainer
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import Checkpoint, RunFolder
+from tiny_runs import Command
 
 SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 100, "num_virtual_tokens": 5}
 OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."

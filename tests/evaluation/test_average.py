@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conftest import as_prompt, frozen
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
@@ -20,7 +19,8 @@ from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scorer import Scorer
 from softprompt.evaluation.scores import LabelScores, TextScores, average_scores
 from softprompt.model.frozen import FrozenModel
-from test_evaluation import TEXTS, prompt_for
+from tiny_data import TEXTS
+from tiny_models import as_prompt, frozen, tiny_prompt
 
 LABELS = {"one token": ["good", "bad", "dull"], "several tokens": ["a good film", "a good waste", "a dull film", "12"]}
 
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> FrozenModel:
 
 def prompts_for(model: FrozenModel) -> list[Tensor | None]:
     """Two of one length, as an ensemble has them; a longer one; and the untouched model."""
-    return [prompt_for(model), -prompt_for(model), prompt_for(model, 19), None]
+    return [tiny_prompt(model), -tiny_prompt(model), tiny_prompt(model, 19), None]
 
 
 def scorer_for(model: FrozenModel, kind: str, at_once: int) -> Scorer:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import SHORT, Command, as_prompt, frozen
+from counting import counted
+from references import token_losses
 from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows, load_data
@@ -33,8 +34,9 @@ from softprompt.prompt.ensemble import make_ensemble
 from softprompt.prompt.loading import load_prompt, load_soft_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.tune import tune
-from test_evaluation import ONE_TOKEN, SEVERAL_TOKENS, TEXTS, labelled, prompt_for, soft_prompt, token_losses
-from test_work import counted
+from tiny_data import ONE_TOKEN, SEVERAL_TOKENS, TEXTS, labelled
+from tiny_models import as_prompt, frozen, soft_prompt, tiny_prompt
+from tiny_runs import SHORT, Command
 
 
 def encoder(model: FrozenModel, labels: list[str], template: str | None = None) -> Encoder:
@@ -54,7 +56,7 @@ def test_likelihoods_are_less_their_mean_behind_texts_without_content(
     architecture: str, labels: list[str], with_prompt: bool
 ) -> None:
     model, rows = frozen(architecture), labelled(labels)
-    prompt = prompt_for(model) if with_prompt else None
+    prompt = tiny_prompt(model) if with_prompt else None
 
     def plain(text: str) -> list[float]:
         losses = [token_losses(model, prompt, f"{text}\nLabel:", f" {label}").sum() for label in labels]
@@ -110,12 +112,12 @@ def test_the_prompt_and_a_common_beginning_are_run_once_for_rows_and_texts_witho
     template = "please classify this text as good or bad or fine or dull: {{ text }} ="
     made, rows = encoder(llama, ONE_TOKEN, template), labelled(ONE_TOKEN)
     with counted(llama) as work:
-        CalibratedScorer(made, rows, 1024).score(llama, as_prompt(prompt_for(llama)))
+        CalibratedScorer(made, rows, 1024).score(llama, as_prompt(tiny_prompt(llama)))
     with counted(llama) as plain:
-        LabelScorer(made, rows, 1024).score(llama, as_prompt(prompt_for(llama)))
+        LabelScorer(made, rows, 1024).score(llama, as_prompt(tiny_prompt(llama)))
     assert len(work.passes) == len(plain.passes) == 3
     assert work.passes[:2] == plain.passes[:2]
-    assert work.passes[0] == len(prompt_for(llama))
+    assert work.passes[0] == len(tiny_prompt(llama))
     assert plain.passes[2] < work.passes[2] < plain.passes[2] + 30
 
 

@@ -10,7 +10,6 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from conftest import as_prompt, frozen
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
 from softprompt.data.encoder import Encoder
@@ -22,6 +21,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_models import as_prompt, frozen
 
 WORDS = ["the", "parcel", "never", "came", "and", "I", "want", "my", "money", "back"]
 ROWS = [
@@ -94,13 +94,13 @@ def llama() -> FrozenModel:
     return frozen("llama")
 
 
-def prompt_for(model: FrozenModel) -> SoftPrompt:
+def tiny_prompt(model: FrozenModel) -> SoftPrompt:
     record = Record(base_model=base_model_record(model), task="completion", template="{{ input }}\n")
     return SoftPrompt(model.embed([5, 6, 7, 8]).float(), record)
 
 
 def test_each_input_is_written_once_and_judged_by_all_its_right_answers(llama: FrozenModel) -> None:
-    data, prompt = load_data(ROWS), prompt_for(llama)
+    data, prompt = load_data(ROWS), tiny_prompt(llama)
     done = evaluate(llama, data, prompt)
     longest = max(len(ids) for ids in llama.tokenizer([row["target"] for row in ROWS])["input_ids"])
     config = GenerateConfig(max_new_tokens=longest + 1)
@@ -115,14 +115,14 @@ def test_each_input_is_written_once_and_judged_by_all_its_right_answers(llama: F
 
 
 def test_the_loss_of_a_completion_counts_every_row(llama: FrozenModel) -> None:
-    done = evaluate(llama, load_data(ROWS), prompt_for(llama))
+    done = evaluate(llama, load_data(ROWS), tiny_prompt(llama))
     assert [record["tokens"] for record in done.predictions] == [
         len(llama.tokenizer(row["target"])["input_ids"]) + 1 for row in ROWS
     ]
 
 
 def test_a_long_right_answer_leaves_other_inputs_whole(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt, given = prompt_for(llama), list[tuple[int, ...]]()
+    prompt, given = tiny_prompt(llama), list[tuple[int, ...]]()
 
     def noted(model: object, prompts: object, inputs: list[tuple[int, ...]], *_: object) -> list[str]:
         given.extend(inputs)
@@ -139,7 +139,7 @@ def test_a_long_right_answer_leaves_other_inputs_whole(llama: FrozenModel, monke
 
 
 def test_inputs_that_are_cut_to_the_same_tokens_are_not_one(llama: FrozenModel) -> None:
-    prompt = prompt_for(llama)
+    prompt = tiny_prompt(llama)
     rows = load_data(
         [{"input": f"{word} " * 60 + end, "target": end} for word in ("parcel",) for end in ("one", "two")]
     )

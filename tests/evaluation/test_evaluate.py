@@ -11,13 +11,11 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.metrics import confusion_matrix, f1_score
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from conftest import ARCHITECTURES, as_prompt, frozen
+from references import token_losses
 from softprompt.data.encoder import Encoder
-from softprompt.data.rows import Rows, load_data
-from softprompt.data.templates import DEFAULT_TEMPLATE, make_format
+from softprompt.data.rows import load_data
+from softprompt.data.templates import make_format
 from softprompt.errors import DataError, PromptError, SettingsError
 from softprompt.evaluation.calibration import make_scorer
 from softprompt.evaluation.evaluate import evaluate
@@ -26,14 +24,10 @@ from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scores import LabelScores
 from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.model.frozen import FrozenModel
-from softprompt.prompt.base_model import base_model_record
-from softprompt.prompt.record import Record
-from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_data import ONE_TOKEN, SEVERAL_TOKENS, TEXTS, labelled
+from tiny_models import ARCHITECTURES, as_prompt, frozen, soft_prompt, tiny_prompt
 
 BACKENDS = {"llama": "packed", "gptj": "padded", "gpt2": "packed"}
-TEXTS = ["a fine film", "what a waste of time and money", "the parcel never came", "hello", "good? bad!", "naïve ☕"]
-ONE_TOKEN = ["good", "bad", "dull"]
-SEVERAL_TOKENS = ["good", "very bad indeed", "I want my money back", "12"]
 ONE_BEGINS_ANOTHER = ["good", "good film", "bad"]
 
 
@@ -44,37 +38,6 @@ def model(request: pytest.FixtureRequest) -> FrozenModel:
     return made
 
 
-def prompt_for(model: FrozenModel, length: int = 7) -> Tensor:
-    return torch.randn(length, model.embedding_width, generator=torch.Generator().manual_seed(5)) * 0.3
-
-
-def soft_prompt(model: FrozenModel, labels: list[str]) -> SoftPrompt:
-    record = Record(
-        base_model=base_model_record(model),
-        task="classification",
-        template=DEFAULT_TEMPLATE["classification"],
-        verbalizers={label: label for label in labels},
-    )
-    return SoftPrompt(prompt_for(model), record)
-
-
-def labelled(labels: list[str], texts: list[str] = TEXTS) -> Rows:
-    return load_data([{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts)])
-
-
-def token_losses(model: FrozenModel, prompt: Tensor | None, text: str, target: str) -> Tensor:
-    """Nats of the target's tokens: one forward pass of the whole model on prompt, text and target."""
-    tokenizer = model.tokenizer
-    ids = torch.tensor(tokenizer(text)["input_ids"] + tokenizer(target)["input_ids"])
-    assert ids.tolist() == tokenizer(text + target)["input_ids"], "the test's own texts have to split cleanly"
-    embeds = model.hf_model.get_input_embeddings()(ids)
-    ahead = 0 if prompt is None else len(prompt)
-    embeds = embeds if prompt is None else torch.cat([prompt, embeds])
-    logits = model.hf_model(inputs_embeds=embeds.unsqueeze(0), use_cache=False).logits[0, ahead:].float()
-    start = len(tokenizer(text)["input_ids"])
-    return cross_entropy(logits[start - 1 : -1], ids[start:], reduction="none")
-
-
 @pytest.mark.parametrize("with_prompt", [True, False])
 @pytest.mark.parametrize("labels", [ONE_TOKEN, SEVERAL_TOKENS, ONE_BEGINS_ANOTHER])
 def test_label_scores_are_those_of_one_plain_pass_a_row_and_label(
@@ -82,7 +45,7 @@ def test_label_scores_are_those_of_one_plain_pass_a_row_and_label(
 ) -> None:
     rows = labelled(labels)
     encoder = Encoder(model.tokenizer, make_format("classification", labels), 512)
-    prompt = prompt_for(model) if with_prompt else None
+    prompt = tiny_prompt(model) if with_prompt else None
     scores = LabelScorer(encoder, rows).score(model, as_prompt(prompt))
     end = "<eos>" if labels is ONE_BEGINS_ANOTHER else ""
     losses = [
@@ -109,7 +72,7 @@ def test_labels_that_begin_alike_are_run_as_a_tree(architecture: str) -> None:
     model, labels = frozen(architecture), ["a good film", "a good waste", "a dull film", "money", "a good"]
     rows = labelled(labels, [*TEXTS, "what a waste of time and money and time again"])
     scorer = LabelScorer(Encoder(model.tokenizer, make_format("classification", labels), 512), rows)
-    prompt = prompt_for(model)
+    prompt = tiny_prompt(model)
     expected = [
         [
             -float(token_losses(model, prompt, f"{row['text']}\nLabel:", f" {label}<eos>").sum().detach())
@@ -127,7 +90,7 @@ def test_more_rows_than_are_run_at_once_keep_their_order(model: FrozenModel) -> 
     encoder = Encoder(model.tokenizer, make_format("classification", SEVERAL_TOKENS), 512)
     rows = labelled(SEVERAL_TOKENS, texts)
     assert sum(len(choice.input_ids) for choice in encoder.choices(rows)) > 2048
-    prompt = prompt_for(model)
+    prompt = tiny_prompt(model)
     scores = LabelScorer(encoder, rows).score(model, as_prompt(prompt))
     for i in (0, 1, 77, 179):
         alone = LabelScorer(encoder, rows.pick([i])).score(model, as_prompt(prompt))
@@ -137,7 +100,7 @@ def test_more_rows_than_are_run_at_once_keep_their_order(model: FrozenModel) -> 
 @pytest.mark.parametrize("opening", ["", "please classify this text as good or bad: "])
 def test_rows_that_begin_alike_are_scored_like_others(model: FrozenModel, opening: str) -> None:
     made = make_format("classification", SEVERAL_TOKENS, opening + "{{ text }} =")
-    prompt = prompt_for(model)
+    prompt = tiny_prompt(model)
     rows = labelled(SEVERAL_TOKENS, ["a film", "a film", "a", "a film and more"])
     scores = LabelScorer(Encoder(model.tokenizer, made, 512), rows).score(model, as_prompt(prompt))
     expected = [
@@ -170,7 +133,7 @@ def test_the_loss_of_completions_is_transformers_own(model: FrozenModel, with_pr
         )
     ]
     rows = load_data(records)
-    prompt = prompt_for(model) if with_prompt else None
+    prompt = tiny_prompt(model) if with_prompt else None
     scores = TokenScorer(Encoder(model.tokenizer, make_format("completion", []), 512), rows).score(
         model, as_prompt(prompt)
     )
@@ -195,7 +158,7 @@ def test_the_loss_of_plain_text_is_transformers_own(model: FrozenModel) -> None:
 def test_the_same_tokens_of_plain_text_count_with_a_prompt_and_without(model: FrozenModel) -> None:
     rows = load_data([{"text": text} for text in TEXTS])
     scorer = TokenScorer(Encoder(model.tokenizer, make_format("text", []), 512), rows)
-    prompt = prompt_for(model)
+    prompt = tiny_prompt(model)
     assert list(scorer.score(model, as_prompt(prompt)).tokens) == list(scorer.score(model, as_prompt(None)).tokens)
     first = model.tokenizer.decode(model.tokenizer(TEXTS[0])["input_ids"][:1])
     expected = token_losses(model, prompt, first, TEXTS[0].removeprefix(first))

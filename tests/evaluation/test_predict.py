@@ -18,7 +18,6 @@ import pytest
 from pyarrow import parquet
 
 import softprompt as sp
-from conftest import Command
 from softprompt.data.templates import DEFAULT_TEMPLATE
 from softprompt.errors import DataError, SettingsError
 from softprompt.evaluation import predict_file
@@ -29,6 +28,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_runs import Command
 
 LABELS = {"gut": "good", "schlecht": "bad"}
 TEXTS = ["a fine film", "what a waste of time", 'it said "no", twice', "ein Satz – mit Strich", "two\nlines"]

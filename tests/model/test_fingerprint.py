@@ -15,10 +15,12 @@ from pydantic import ValidationError
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import ARCHITECTURES, Command, frozen, tiny_model, tiny_tokenizer
 from softprompt.model.fingerprint import Fingerprint, difference, fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.load import load_model
+from tiny_models import ARCHITECTURES, frozen, tiny_model
+from tiny_runs import Command
+from tiny_tokenizers import tiny_tokenizer
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from conftest import Command, as_prompt, tiny_model, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import load_data
 from softprompt.decoding import continue_ids
@@ -19,6 +18,9 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.backends import decode
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
+from tiny_models import as_prompt, tiny_model
+from tiny_runs import Command
+from tiny_tokenizers import tiny_tokenizer
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 RULES = [{}, {"do_sample": True}, {"do_sample": True, "temperature": 0.5, "top_k": 5}, {"num_beams": 3}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from conftest import ARCHITECTURES, frozen, tiny_model, tiny_tokenizer
+from references import candidate_loss, relative
 from softprompt.data.batching import micro_batches
 from softprompt.data.example import Example, shared_text
 from softprompt.errors import ModelError
@@ -33,6 +32,9 @@ from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.load import load_model
+from tiny_data import examples_of
+from tiny_models import ARCHITECTURES, frozen, model_by, tiny_model
+from tiny_tokenizers import tiny_tokenizer
 
 AMONG = [
     Example((9, 8, 7, 40, 41), 3, ((40, 50, 60), (41, 42))),
@@ -54,45 +56,8 @@ BACKENDS = [
 TEXTS = ["mixed lengths", "first token is a target", "common beginning", "one example"]
 
 
-def examples_of(kind: str) -> list[Example]:
-    draw = random.Random(7)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(3, 400) for _ in range(length))
-
-    if kind == "first token is a target":
-        return [Example(ids(length), 0) for length in (5, 1, 9, 3)]
-    if kind == "common beginning":
-        lead = ids(6)
-        return [Example(lead + ids(length), 6 + first) for length, first in ((4, 0), (7, 3), (1, 0), (4, 2))]
-    if kind == "one example":
-        return [Example(ids(8), 4)]
-    return [Example(ids(length), length - targets) for length, targets in ((12, 1), (3, 2), (25, 4), (12, 3), (7, 1))]
-
-
-def model_by(architecture: str, backend: type[PackedBackend] | type[PaddedBackend]) -> FrozenModel:
-    hf_model = tiny_model(architecture)
-    return FrozenModel(hf_model, tiny_tokenizer(), backend(hf_model), architecture)
-
-
 def start(model: FrozenModel, length: int) -> Tensor:
     return torch.randn(length, model.embedding_width, generator=torch.Generator().manual_seed(1)) * 0.1
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def told_apart(logits: list[Tensor], examples: list[Example]) -> Tensor:
-    """Return the mean loss of targets, half among all tokens and half among their own, from logits row by row."""
-    losses = []
-    for row, example in zip(logits, examples, strict=True):
-        for place, others in zip(range(example.start, len(example.ids)), example.candidate_ids, strict=True):
-            before, target = row[place - 1].float(), example.ids[place]
-            there = torch.full_like(before, -torch.inf)
-            there[list(others)] = before[list(others)]
-            losses.append(-(before.softmax(dim=0)[target].log() + there.softmax(dim=0)[target].log()) / 2)
-    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("at_once", [2**25, 400], ids=["one piece", "a piece a row"])
@@ -112,7 +77,7 @@ def test_targets_are_told_from_what_other_labels_go_on_with(
     loss, gradient = prompt_gradient(model, prompt, (9,), cut)
     learned = prompt.clone().requires_grad_()
     whole = [torch.cat([learned, model.embed(e.ids)]).unsqueeze(0) for e in AMONG]
-    expected = told_apart([model.hf_model(inputs_embeds=each).logits[0, 4:] for each in whole], AMONG)
+    expected = candidate_loss([model.hf_model(inputs_embeds=each).logits[0, 4:] for each in whole], AMONG)
     expected.backward()
     assert learned.grad is not None
     assert loss == pytest.approx(float(expected.detach()), rel=1e-4)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_tokenizer
 from softprompt.errors import ModelError
 from softprompt.model import bundled
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.load import load_model, resolve_device, resolve_dtype, resolve_threads
+from tiny_tokenizers import tiny_tokenizer
 
 CUSTOM_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

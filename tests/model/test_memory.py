@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import ARCHITECTURES, SHORT, frozen, prepared_run, tiny_tokenizer
+from counting import LiveBytes, saved_bytes
 from softprompt import Callback, TuneConfig, load_data, tune
 from softprompt.data.example import Example
 from softprompt.model import memory
@@ -29,53 +27,12 @@ from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.training import prompt_trainer
 from softprompt.training.prepare import PreparedRun
+from tiny_models import ARCHITECTURES, frozen
+from tiny_runs import SHORT, prepared_run
+from tiny_tokenizers import tiny_tokenizer
 
 CPU = torch.device("cpu")
 SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
-
-
-def kept_bytes(model: FrozenModel, ahead: int, lengths: list[int], activation_checkpointing: bool = False) -> int:
-    """What autograd keeps of a pass of some texts, counted."""
-    prefix = model.prefix(torch.randn(ahead, model.embedding_width)).leaves()
-    there = [*model.hf_model.parameters(), *model.hf_model.buffers(), *prefix.keys, *prefix.values]
-    known = {tensor.untyped_storage().data_ptr() for tensor in there}
-    sizes: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    texts = [torch.arange(length) + 5 for length in lengths]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        wanted = [torch.tensor([length - 1]) for length in lengths]
-        done = model.backend.text_pass(prefix, texts, wanted, activation_checkpointing=activation_checkpointing)
-    assert done.hidden.requires_grad
-    return sum(size for place, size in sizes.items() if place not in known)
-
-
-class Live(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made while it is on, and notes the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now = self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given | self.sizes.keys():
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.gone, storage._cdata)
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-        return out
-
-    def gone(self, place: int) -> None:
-        self.now -= self.sizes.pop(place)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -84,7 +41,7 @@ def test_what_many_tokens_keep_is_told_from_what_few_keep(architecture: str) -> 
     for ahead in (3, 40):
         memory_estimate = measure(model, ahead)
         for texts, tokens in SIZES:
-            counted = kept_bytes(model, ahead, [tokens] * texts)
+            counted = saved_bytes(model, ahead, [tokens] * texts)
             # Some attentions of their own keep views of a single text where they keep copies of several.
             near = 0.1 if model.backend.pads and texts == 1 else 0.01
             assert memory_estimate.saved([tokens] * texts) == pytest.approx(counted, rel=near)
@@ -93,7 +50,7 @@ def test_what_many_tokens_keep_is_told_from_what_few_keep(architecture: str) -> 
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "falcon-alibi"])
 def test_texts_of_unlike_length_keep_no_more_than_is_predicted(architecture: str) -> None:
     model, lengths = frozen(architecture), [7, 8, 9, 10, 30, 31, 44, 90]
-    counted = kept_bytes(model, 20, lengths)
+    counted = saved_bytes(model, 20, lengths)
     assert counted <= 1.001 * measure(model, 20).saved(lengths) < 1.3 * counted
 
 
@@ -107,7 +64,7 @@ def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
     memory_estimate = replace(measure(model, max(prefix_lengths)), prefixes=3)
     for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [2, 1, 2]):
         examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
-        with Live() as live:
+        with LiveBytes() as live:
             leaves = []
             for ahead in prefix_lengths:
                 prefix = model.prefix(torch.randn(ahead, model.embedding_width).requires_grad_())
@@ -128,7 +85,7 @@ def test_a_steps_peak_is_predicted(architecture: str, ahead: int, loss: str, mon
     memory_estimate, prompt = measure(model, ahead), torch.randn(ahead, model.embedding_width)
     for texts, tokens in SIZES:
         examples = [Example(tuple(range(5, 6 + tokens)), tokens if loss == "target" else 0)] * texts
-        with Live() as live:
+        with LiveBytes() as live:
             prompt_gradient(model, prompt, (), [examples])
         predicted = memory_estimate.step([tokens] * texts, sum(e.targets for e in examples))
         assert 0.97 * live.most < predicted < 1.6 * live.most  # few layers: one of them counts for much
@@ -137,7 +94,7 @@ def test_a_steps_peak_is_predicted(architecture: str, ahead: int, loss: str, mon
 def test_scoring_takes_far_less_than_training(llama: FrozenModel) -> None:
     memory_estimate, prompt = measure(llama, 5), torch.randn(5, 32)
     examples = [Example(tuple(range(5, 106)), 100)] * 9
-    with torch.no_grad(), Live() as live:
+    with torch.no_grad(), LiveBytes() as live:
         llama.loss(llama.prefix(prompt), examples)
     predicted = memory_estimate.scoring([100] * 9, 9)
     assert live.most < predicted < 0.7 * memory_estimate.step([100] * 9, 9)
@@ -155,7 +112,7 @@ def test_scoring_takes_no_more_than_is_predicted(
     prefixes = [model.prefix(torch.randn(ahead, model.embedding_width)).leaves() for ahead in prefix_lengths]
     for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [1] * 200):
         examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
-        with torch.no_grad(), Live() as live:
+        with torch.no_grad(), LiveBytes() as live:
             model.loss([prefixes[i % count] for i in range(len(lengths))], examples)
         assert 0.95 * live.most < memory_estimate.scoring(lengths, len(lengths))
 
@@ -183,7 +140,7 @@ def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
 def test_a_context_that_the_prompt_fills_is_measured_too() -> None:
     gpt2 = frozen("gpt2")
     memory_estimate = measure(gpt2, 254)  # of 256 positions
-    assert memory_estimate.saved([2]) == pytest.approx(kept_bytes(gpt2, 254, [2]), rel=0.2)
+    assert memory_estimate.saved([2]) == pytest.approx(saved_bytes(gpt2, 254, [2]), rel=0.2)
 
 
 class Sizes(Callback):

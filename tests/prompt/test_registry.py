@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 
-from conftest import SHORT, Command, tiny_model
 from softprompt import load_prompt
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
@@ -21,6 +20,8 @@ from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.ensemble import make_ensemble
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tiny_models import tiny_model
+from tiny_runs import SHORT, Command
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import softprompt as sp
-from conftest import SHORT, Command, as_prompt
 from softprompt.config import GenerateConfig
 from softprompt.data.rows import Rows, load_data
 from softprompt.decoding import continue_ids
@@ -29,7 +28,8 @@ from softprompt.training.ensemble import tune_ensemble
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.trainer import Throughput
 from softprompt.training.tune import TuneResult, tune
-from test_training import prompt_bytes, short
+from tiny_models import as_prompt
+from tiny_runs import SHORT, Command, prompt_bytes, short
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from conftest import ARCHITECTURES, frozen, tiny_model
 from softprompt import TrainablePrompt, load_prompt
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
+from tiny_models import ARCHITECTURES, frozen, tiny_model
 
 TEXTS = ["what a fine film", "the parcel never came and I want my money back please", "a dull film", "hello world"] * 4
 
@@ -224,7 +224,7 @@ def test_the_example_runs(llama_folder: Path, tmp_path: Path, monkeypatch: pytes
     arguments = ["prompts.csv", "--column", "prompt", "--model", str(llama_folder), "--rows", "12", "--epochs", "2"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["trainer.py", *arguments])
-    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "trainer.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "trainer.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "loss on 8 rows" in printed
     assert "tuned:" in printed

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from conftest import ARCHITECTURES, Command, as_prompt, frozen, prepared_run, tiny_model
+from references import relative
 from softprompt.config import GenerateConfig, TuneConfig
 from softprompt.data.batching import micro_batches
 from softprompt.data.example import Example, shared_text
@@ -30,8 +30,9 @@ from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import Callback
 from softprompt.training.tune import tune
-from test_gradient import examples_of, relative
-from test_training import log_without_times, prompt_bytes, short, weights_hash
+from tiny_data import examples_of
+from tiny_models import ARCHITECTURES, as_prompt, frozen, tiny_model
+from tiny_runs import Command, log_without_times, prepared_run, prompt_bytes, short, weights_hash
 
 DEEP = {"method": "prefix-tuning"}
 
@@ -164,7 +165,7 @@ def test_a_prefix_goes_on_from_a_prompt_and_from_a_prefix_but_not_the_other_way(
         torch.testing.assert_close(from_soft, llama.prefix(soft.weights).stacked())
     from_deep = prepared_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'deep'}")).start
     assert torch.equal(from_deep, deep.weights)
-    with pytest.raises(SettingsError, match="cannot start from a deep prefix"):
+    with pytest.raises(SettingsError, match="cannot start from a prefix"):
         prepared_run(llama, rows, TuneConfig(init=f"prompt:{tmp_path / 'deep'}"))
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from conftest import as_prompt, frozen, prepared_run, tiny_model, tiny_tokenizer
 from softprompt import SoftPrompt, TuneConfig, load_data, tune
 from softprompt.data.encoder import Encoder
 from softprompt.data.lazy_examples import LazyExamples
@@ -26,6 +25,9 @@ from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.nearest_tokens import nearest_tokens
 from softprompt.prompt.record import Record
 from softprompt.training import prepare as planning
+from tiny_models import as_prompt, frozen, tiny_model
+from tiny_runs import prepared_run
+from tiny_tokenizers import tiny_tokenizer
 
 SHORT = {"max_steps": 4, "batch_size": 4, "num_virtual_tokens": 3}
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import prepared_run
 from softprompt.config import TuneConfig
 from softprompt.data.batching import batch_indices
 from softprompt.data.rows import Rows, Task, load_data
@@ -24,7 +23,7 @@ from softprompt.training.search import candidates, search
 from softprompt.training.throughput import RunEstimate, estimate_run
 from softprompt.training.trainer import Throughput, measure_throughput
 from softprompt.training.tune import tune
-from test_training import prompt_bytes, short
+from tiny_runs import prepared_run, prompt_bytes, short
 
 OPEN = {"max_steps": 40, "eval_every": None, "num_virtual_tokens": None}
 

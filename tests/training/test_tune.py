@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_model, tiny_tokenizer
 from softprompt.cli.main import main
 from softprompt.config import TuneConfig
 from softprompt.data.rows import load_data
@@ -27,28 +25,9 @@ from softprompt.prompt.loading import load_prompt
 from softprompt.training import prompt_trainer
 from softprompt.training.trainer import learning_rate
 from softprompt.training.tune import tune
-
-SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 2, "num_virtual_tokens": 5}
-
-
-def short(**settings: object) -> TuneConfig:
-    return TuneConfig(**{**SHORT, **settings})  # type: ignore[arg-type]
-
-
-def weights_hash(model: FrozenModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.hf_model.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def prompt_bytes(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run / "prompt").iterdir())}
-
-
-def log_without_times(run: Path) -> list[dict[str, object]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "step_seconds"} for record in records]
+from tiny_models import tiny_model
+from tiny_runs import SHORT_SETTINGS, log_without_times, prompt_bytes, short, weights_hash
+from tiny_tokenizers import tiny_tokenizer
 
 
 def test_a_prompt_learns_what_the_rows_say(llama: FrozenModel, reviews: Path) -> None:
@@ -87,7 +66,7 @@ def test_two_runs_with_one_seed_are_the_same_and_another_seed_is_not(
 def test_a_killed_run_ends_as_one_that_was_not(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from softprompt.cli.main import main; main()"]
     command += ["tune", str(reviews), "--model", str(llama_folder), "--json"]
-    for name, value in {**SHORT, "max_steps": 60, "eval_every": 10, "save_every": 3}.items():
+    for name, value in {**SHORT_SETTINGS, "max_steps": 60, "eval_every": 10, "save_every": 3}.items():
         command += ["--set", f"{name}={value}"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
 
@@ -133,7 +112,7 @@ def test_resuming_after_any_step_gives_the_same_prompt(
     with pytest.raises(StopError):
         tune(llama, rows, short(), out=tmp_path / "cut", callback=Stopping())
     result = tune(llama, rows, short(), out=tmp_path / "cut", resume=True)
-    assert result.steps == SHORT["max_steps"]
+    assert result.steps == SHORT_SETTINGS["max_steps"]
     assert prompt_bytes(tmp_path / "cut") == prompt_bytes(tmp_path / "whole")
     assert log_without_times(tmp_path / "cut") == log_without_times(tmp_path / "whole")
 
@@ -189,7 +168,7 @@ def test_the_best_prompt_is_kept_not_the_last(llama: FrozenModel, reviews: Path,
 
 def test_without_validation_rows_the_last_prompt_is_kept(llama: FrozenModel, reviews: Path) -> None:
     result = tune(llama, load_data(reviews), short(eval_rows=0))
-    assert result.best_step == result.steps == SHORT["max_steps"]
+    assert result.best_step == result.steps == SHORT_SETTINGS["max_steps"]
     assert result.metrics == {}
 
 

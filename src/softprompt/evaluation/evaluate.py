@@ -203,5 +203,5 @@ class ScoredRows:
         return [scores.labels[best] for best in scores.predicted] if isinstance(scores, LabelScores) else []
 
     def statistics(self) -> list[list[float]]:
-        """Return what the metric that ranks is made from, for each row or distinct input (`evaluation.ranking`)."""
+        """Return what the ranking metric is made from, by row or distinct input (see `evaluation.primary_metric`)."""
         return self.completions.statistics() if self.completions else self.scores.statistics()

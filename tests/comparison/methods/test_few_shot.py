@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import as_prompt, frozen
+from counting import counted
+from references import token_losses
 from softprompt.comparison.methods import prompting
 from softprompt.comparison.methods.prompting import SearchResult, Trial, choose_calibration, search_demonstrations
 from softprompt.data.encoder import Encoder
@@ -24,10 +25,9 @@ from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scores import LabelScores, add_label_bias
 from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.model.frozen import FrozenModel
-from test_chat_template import with_chat
-from test_evaluation import TEXTS, prompt_for, token_losses
-from test_examples import bos_tokenizer
-from test_work import counted
+from tiny_data import TEXTS
+from tiny_models import as_prompt, frozen, tiny_prompt
+from tiny_tokenizers import bos_tokenizer, with_chat
 
 LABELS = ["bad", "good"]
 SHOWN = ({"text": "a fine film", "label": "good"}, {"text": "what a waste", "label": "bad"})
@@ -118,7 +118,7 @@ def test_a_demonstration_needs_the_templates_columns() -> None:
 @pytest.mark.parametrize("with_prompt", [True, False])
 def test_labels_behind_demonstrations_are_scored_like_the_written_text(architecture: str, with_prompt: bool) -> None:
     model, rows = frozen(architecture), labelled(5)
-    prompt = prompt_for(model) if with_prompt else None
+    prompt = tiny_prompt(model) if with_prompt else None
     scores = LabelScorer(Encoder(model.tokenizer, labels_format(), 512), rows).score(model, as_prompt(prompt))
     expected = [
         [-float(token_losses(model, prompt, f"{WRITTEN}{row['text']}\nLabel:", f" {label}").sum()) for label in LABELS]
@@ -151,10 +151,10 @@ def test_demonstrations_are_run_once_a_scoring(llama: FrozenModel, calibrated: b
     encoder = Encoder(llama.tokenizer, labels_format(SHOWN * 3), 512)
     shown = len(llama.tokenizer(WRITTEN * 3)["input_ids"])
     with counted(llama) as work:
-        (CalibratedScorer if calibrated else LabelScorer)(encoder, rows, 60).score(llama, as_prompt(prompt_for(llama)))
+        (CalibratedScorer if calibrated else LabelScorer)(encoder, rows, 60).score(llama, as_prompt(tiny_prompt(llama)))
     prefix, common, *texts = work.passes
     assert shown > 60
-    assert prefix == len(prompt_for(llama))
+    assert prefix == len(tiny_prompt(llama))
     assert shown <= common <= shown + 2
     assert len(texts) > 3
     alone = LabelScorer(Encoder(llama.tokenizer, labels_format(()), 512), rows)

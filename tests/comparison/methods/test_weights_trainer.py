@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from conftest import frozen, prepared_run, tiny_model
+from counting import LargestTensor
+from references import candidate_loss
 from softprompt.comparison.methods.weights import RANK, WeightsTrainer, lora, unfreeze_copy
 from softprompt.data.batching import batch_indices
 from softprompt.data.example import Example
@@ -20,9 +21,8 @@ from softprompt.errors import RunError
 from softprompt.model import lm_head
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-from test_gradient import told_apart
-from test_training import short, weights_hash
-from test_work import Made
+from tiny_models import frozen, tiny_model
+from tiny_runs import prepared_run, short, weights_hash
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_peft_and_transformers(
             ids = torch.tensor([example.ids])
             logits = reference(input_ids=ids).logits[0]
             if loss_of == "labels":
-                total = total + told_apart([logits], [example]) * example.targets
+                total = total + candidate_loss([logits], [example]) * example.targets
                 continue
             total = total + cross_entropy(logits[example.start - 1 : -1], ids[0, example.start :], reduction="sum")
         expected = total / sum(example.targets for example in batch)
@@ -179,7 +179,7 @@ def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
 
     for others in (None, candidate_ids):
         whole = found(others)
-        with monkeypatch.context() as patch, Made(copy) as made:
+        with monkeypatch.context() as patch, LargestTensor(copy) as made:
             patch.setattr(lm_head, "MAX_LOGITS", 2 * copy.vocabulary_size)
             pieces = found(others)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(pieces, whole, strict=True))

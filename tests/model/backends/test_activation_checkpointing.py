@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, SHORT, Command, frozen, prepared_run, tiny_tokenizer
+from counting import LiveBytes, saved_bytes
 from softprompt import TuneConfig, load_data, tune
 from softprompt.data.example import Example
 from softprompt.errors import SettingsError
@@ -23,8 +23,10 @@ from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure
 from softprompt.training import prepare as planning
 from softprompt.training import prompt_trainer
-from test_gradient import examples_of, start
-from test_memory import Live, kept_bytes
+from tiny_data import examples_of
+from tiny_models import ARCHITECTURES, frozen, tiny_prompt
+from tiny_runs import SHORT, Command, prepared_run
+from tiny_tokenizers import tiny_tokenizer
 
 PACKED = [name for name, (backend, _) in ARCHITECTURES.items() if backend == "packed"]
 
@@ -35,7 +37,7 @@ def test_the_gradient_is_the_same_to_the_bit(architecture: str) -> None:
     model = frozen(architecture)
     assert model.backend.can_checkpoint
     for kind, text in (("mixed lengths", 0), ("common beginning", 6)):
-        examples, prompt = examples_of(kind), start(model, 20)
+        examples, prompt = examples_of(kind), tiny_prompt(model, 20)
         for parts in ([examples], [examples[:1], examples[1:3], examples[3:]]):
             once = prompt_gradient(model, prompt, examples[0].ids[:text], parts)
             twice = prompt_gradient(model, prompt, examples[0].ids[:text], parts, activation_checkpointing=True)
@@ -49,7 +51,7 @@ def test_the_layers_inputs_alone_are_kept(architecture: str) -> None:
     layers, width = model.hf_model.config.num_hidden_layers, model.hf_model.config.hidden_size
     lengths = [40, 41, 42]
     recomputed, all_of_it = (
-        kept_bytes(model, 20, lengths, activation_checkpointing) for activation_checkpointing in (True, False)
+        saved_bytes(model, 20, lengths, activation_checkpointing) for activation_checkpointing in (True, False)
     )
     inputs = layers * sum(lengths) * width * 4
     # Beside them the final norm's, and what the layers share: angles of rotary embeddings, a map of windows.
@@ -60,10 +62,10 @@ def test_the_layers_inputs_alone_are_kept(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "gpt2"])
 def test_a_steps_peak_is_lower_and_predicted(architecture: str) -> None:
     model = frozen(architecture)
-    examples, prompt = [Example(tuple(range(5, 125)), 119)] * 6, start(model, 20)
+    examples, prompt = [Example(tuple(range(5, 125)), 119)] * 6, tiny_prompt(model, 20)
     memory_estimate, peaks = measure(model, 20), []
     for activation_checkpointing in (False, True):
-        with Live() as live:
+        with LiveBytes() as live:
             prompt_gradient(model, prompt, (), [examples], activation_checkpointing)
         peaks.append(live.most)
     predicted = replace(memory_estimate, activation_checkpointing=True).step([119] * 6, 6)
@@ -76,8 +78,8 @@ def test_of_many_layers_their_inputs_are_most_of_what_is_predicted() -> None:
     config.num_hidden_layers = 24
     torch.manual_seed(0)
     model = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
-    examples, prompt = [Example(tuple(range(5, 125)), 119)] * 6, start(model, 4)
-    with Live() as live:
+    examples, prompt = [Example(tuple(range(5, 125)), 119)] * 6, tiny_prompt(model, 4)
+    with LiveBytes() as live:
         prompt_gradient(model, prompt, (), [examples], activation_checkpointing=True)
     assert live.most < replace(measure(model, 4), activation_checkpointing=True).step([119] * 6, 6) < 1.4 * live.most
 
@@ -86,7 +88,8 @@ def test_nothing_is_left_on_the_model(llama: FrozenModel) -> None:
     for architecture in ("llama", "bloom"):
         model = frozen(architecture)
         implementation = model.hf_model.config._attn_implementation
-        prompt_gradient(model, start(model, 4), (), [examples_of("mixed lengths")], activation_checkpointing=True)
+        prompt = tiny_prompt(model, 4)
+        prompt_gradient(model, prompt, (), [examples_of("mixed lengths")], activation_checkpointing=True)
         assert model.hf_model.config._attn_implementation == implementation
         assert not any("forward" in module.__dict__ for module in model.hf_model.modules())
 
@@ -108,7 +111,7 @@ def test_the_backward_pass_may_run_in_another_thread(architecture: str) -> None:
     model, examples = frozen(architecture), examples_of("mixed lengths")
     gradients = []
     for activation_checkpointing in (False, True):
-        leaves = model.prefix(start(model, 20)).leaves()
+        leaves = model.prefix(tiny_prompt(model, 20)).leaves()
         loss = model.loss(leaves, examples, activation_checkpointing).sum()
         in_a_thread(loss.backward) if activation_checkpointing else loss.backward()
         gradients.append([leaf.grad for leaf in [*leaves.keys, *leaves.values]])
@@ -121,13 +124,16 @@ def test_the_backward_pass_may_run_in_another_thread(architecture: str) -> None:
 def test_threads_that_share_a_model_do_not_disturb_each_other(architecture: str) -> None:
     model = frozen(architecture)
     kinds = ["mixed lengths", "first token is a target", "one example"]
-    expected = {kind: prompt_gradient(model, start(model, 20), (), [examples_of(kind)]) for kind in kinds}
+    expected = {kind: prompt_gradient(model, tiny_prompt(model, 20), (), [examples_of(kind)]) for kind in kinds}
     found: list[tuple[str, float, torch.Tensor]] = []
 
     def learn(kind: str, activation_checkpointing: bool) -> None:
         for _ in range(4):
             found.append(
-                (kind, *prompt_gradient(model, start(model, 20), (), [examples_of(kind)], activation_checkpointing))
+                (
+                    kind,
+                    *prompt_gradient(model, tiny_prompt(model, 20), (), [examples_of(kind)], activation_checkpointing),
+                )
             )
 
     def all_at_once() -> None:

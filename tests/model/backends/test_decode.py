@@ -11,7 +11,6 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from conftest import Command, as_prompt, tiny_tokenizer
 from softprompt.config import GenerateConfig
 from softprompt.decoding import continue_ids
 from softprompt.errors import ModelError
@@ -23,6 +22,9 @@ from softprompt.model.backends.packed import PackedBackend
 from softprompt.model.backends.reference import Reference
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
+from tiny_models import as_prompt
+from tiny_runs import Command
+from tiny_tokenizers import tiny_tokenizer
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}

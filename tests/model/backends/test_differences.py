@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import JambaConfig, JambaForCausalLM, PreTrainedModel, RobertaConfig, RobertaForCausalLM
 
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError
 from softprompt.model.backends import attention, padded, verify
 from softprompt.model.backends.attention import LengthBucket
@@ -21,6 +20,8 @@ from softprompt.model.backends.reference import Reference
 from softprompt.model.backends.tiny_copy import tiny_copy
 from softprompt.model.backends.verify import freeze, subjects
 from softprompt.model.frozen import FrozenModel
+from tiny_models import ARCHITECTURES, tiny_model
+from tiny_tokenizers import tiny_tokenizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PACKED = [name for name, (backend, _) in ARCHITECTURES.items() if backend == "packed"]

@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import ARCHITECTURES, frozen
 from softprompt.data.example import Example
 from softprompt.model.backends import onednn
 from softprompt.model.gradient import prompt_gradient
+from tiny_models import ARCHITECTURES, frozen
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 EXAMPLES = [Example((5, 6, 7, 8, 9, 10, 11), 5), Example((12, 13, 14), 2)]

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from conftest import ARCHITECTURES, frozen
 from softprompt.data.example import Example
 from softprompt.model.backends.attention import MAX_LENGTH_RATIO, PackedBatch, length_buckets
 from softprompt.model.backends.padded import PaddedBackend
 from softprompt.model.backends.reference import reference_loss
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
-from test_gradient import model_by
+from tiny_models import ARCHITECTURES, frozen, model_by
 
 # Each architecture on its own way, and a few on the cached one too: with a sliding window of 6, soft-capping, ALiBi.
 MODELS = [*ARCHITECTURES, *(f"{name}, padded" for name in ("llama", "gpt2", "bloom", "mistral", "gemma2"))]

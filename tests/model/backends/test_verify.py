@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoConfig, PreTrainedModel
 
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from softprompt.errors import ModelError
 from softprompt.model.backends.attention import LengthBucket
 from softprompt.model.backends.differences import largest_difference
@@ -14,6 +13,8 @@ from softprompt.model.backends.packed import PackedBackend
 from softprompt.model.backends.tiny_copy import WINDOW, sliding_window, tiny_copy
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
+from tiny_models import ARCHITECTURES, tiny_model
+from tiny_tokenizers import tiny_tokenizer
 
 WINDOWED = ["mistral", "qwen2-window", "gemma2", "gemma3", "phi3", "gpt-oss", "phimoe"]
 LONG = 64  # no text of the load check is so long
