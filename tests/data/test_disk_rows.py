@@ -7,7 +7,9 @@ import gc
 import hashlib
 import json
 import os
+import pickle
 import random
+import subprocess
 import sys
 import tempfile
 import tracemalloc
@@ -69,7 +71,7 @@ def growth(work: Callable[[Path], object], folder: Path, suffix: str) -> float:
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let so few rows stay in memory that the figures are about all the others."""
-    monkeypatch.setattr(disk_rows, "_MOST_HELD", 2**20)
+    monkeypatch.setattr(disk_rows, "_MAX_IN_MEMORY", 2**20)
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -98,12 +100,12 @@ def test_rows_stay_in_memory_up_to_some_megabytes() -> None:
 
 
 @pytest.fixture
-def spooled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Rows]:
-    """Load rows as many rows are loaded."""
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Rows]:
+    """Load rows to disk, as many rows are."""
 
     def load(source: Any) -> Rows:
         with monkeypatch.context() as patch:
-            patch.setattr(disk_rows, "_MOST_HELD", 0)
+            patch.setattr(disk_rows, "_MAX_IN_MEMORY", 0)
             rows = load_data(source)
         assert isinstance(rows.rows, DiskRows)
         return rows
@@ -121,12 +123,57 @@ def odd_rows(task: str, count: int = 120) -> list[Row]:
     return rows
 
 
+_READER = """
+import pickle, sys, pathlib
+rows = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+print(rows.sha256, rows.where(2), *rows.labels, type(rows.rows).__name__)
+"""
+
+
+def test_rows_on_disk_are_pickled_as_their_content(on_disk: Callable[[Any], Rows], tmp_path: Path) -> None:
+    """A worker reads them when the process that pickled them, and its temporary file, are gone."""
+    records = odd_rows("classification")
+    in_memory, rows = load_data(records), on_disk(records)
+    train, validation = split_rows(rows, None, 15, 0)
+    assert validation is not None
+    for whole, part in {
+        "all": (in_memory, rows),
+        "pick": (in_memory.pick([7, 3, 3, 100]), rows.pick([7, 3, 3, 100])),
+        "slice": (in_memory[10:50:3], rows[10:50:3]),
+        "reversed": (in_memory[::-1], rows[::-1]),
+        "training": (split_rows(in_memory, None, 15, 0)[0], train),
+        "pick of a pick": (in_memory.pick(range(40)).pick([5, 6]), rows.pick(range(40)).pick([5, 6])),
+        "none": (in_memory[:0], rows[:0]),
+    }.values():
+        assert isinstance(part.rows, DiskRows)
+        again: Rows = pickle.loads(pickle.dumps(part))
+        assert list(again) == list(part) == list(whole)
+        assert [list(row) for row in again] == [list(row) for row in part]  # columns in the same order
+        assert (again.name, again.task, again.labels) == (part.name, part.task, part.labels)
+        assert [again.where(i) for i in range(len(again))] == [part.where(i) for i in range(len(part))]
+    (tmp_path / "rows.pickle").write_bytes(pickle.dumps(validation))
+    expected = [validation.sha256, *validation.where(2).split(), *validation.labels, "tuple"]
+    del rows, train, validation
+    command = [sys.executable, "-c", _READER, str(tmp_path / "rows.pickle")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == expected
+
+
+def test_many_rows_are_on_disk_again_after_pickling(little_memory: None, tmp_path: Path) -> None:
+    rows = load_data(write_rows(tmp_path / "rows.jsonl", 5_000))
+    pickled = pickle.dumps(rows)
+    assert len(pickled) < (tmp_path / "rows.jsonl").stat().st_size / 5  # compressed
+    assert len(pickle.dumps(rows.pick([4_000, 7]))) < 2_000  # its rows alone
+    again: Rows = pickle.loads(pickled)
+    assert isinstance(again.rows, DiskRows)
+    assert again.sha256 == rows.sha256
+
+
 @pytest.mark.parametrize("task", ["classification", "completion", "text"])
-def test_rows_in_a_temporary_file_are_the_rows_in_memory(task: str, spooled: Callable[[Any], Rows]) -> None:
+def test_rows_in_a_temporary_file_are_the_rows_in_memory(task: str, on_disk: Callable[[Any], Rows]) -> None:
     records = odd_rows(task)
     if task == "text":
         records = [{"text": row["text"]} for row in records]
-    held, rows = load_data(records), spooled(records)
+    held, rows = load_data(records), on_disk(records)
     assert isinstance(held.rows, tuple)
     assert list(rows) == [rows[i] for i in range(len(rows))] == list(held)
     assert [list(row) for row in rows] == [list(row) for row in held]  # columns in the same order
@@ -141,10 +188,10 @@ def test_rows_in_a_temporary_file_are_the_rows_in_memory(task: str, spooled: Cal
 
 
 def test_a_plan_is_the_same_for_rows_in_a_temporary_file(
-    llama: FrozenModel, reviews: Path, spooled: Callable[[Any], Rows]
+    llama: FrozenModel, reviews: Path, on_disk: Callable[[Any], Rows]
 ) -> None:
     config = TuneConfig(max_steps=3, batch_size=4, max_length=20, init="vocabulary")
-    one, other = prepared_run(llama, load_data(reviews), config), prepared_run(llama, spooled(reviews), config)
+    one, other = prepared_run(llama, load_data(reviews), config), prepared_run(llama, on_disk(reviews), config)
     assert list(one.examples) == list(other.examples)
     assert one.config == other.config
     assert one.length_stats == other.length_stats
@@ -152,17 +199,17 @@ def test_a_plan_is_the_same_for_rows_in_a_temporary_file(
     assert torch.equal(one.start, other.start)
 
 
-def test_a_file_that_changes_later_changes_no_rows(reviews: Path, spooled: Callable[[Any], Rows]) -> None:
-    before, rows = list(load_data(reviews)), spooled(reviews)
+def test_a_file_that_changes_later_changes_no_rows(reviews: Path, on_disk: Callable[[Any], Rows]) -> None:
+    before, rows = list(load_data(reviews)), on_disk(reviews)
     reviews.write_text("text,label\n")
     assert list(rows) == before
 
 
-def test_slices_and_picks_of_a_temporary_file_are_those_of_a_tuple(spooled: Callable[[Any], Rows]) -> None:
+def test_slices_and_picks_of_a_temporary_file_are_those_of_a_tuple(on_disk: Callable[[Any], Rows]) -> None:
     generate = random.Random(0)
     records = [{"text": str(i)} for i in range(50)]
     for _ in range(200):
-        rows: Rows = spooled(records)
+        rows: Rows = on_disk(records)
         expected = list(records)
         for _ in range(3):
             if generate.random() < 0.5:
@@ -180,11 +227,11 @@ def test_slices_and_picks_of_a_temporary_file_are_those_of_a_tuple(spooled: Call
 
 
 @pytest.mark.parametrize("pread", [True, False])
-def test_threads_may_read_at_once(pread: bool, spooled: Callable[[Any], Rows], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_may_read_at_once(pread: bool, on_disk: Callable[[Any], Rows], monkeypatch: pytest.MonkeyPatch) -> None:
     if not pread:
         monkeypatch.delattr(os, "pread")  # as on Windows
     interval = sys.getswitchinterval()
-    rows = spooled([{"text": f"{i} " * (1 + i % 50)} for i in range(500)])
+    rows = on_disk([{"text": f"{i} " * (1 + i % 50)} for i in range(500)])
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as pool:
@@ -215,7 +262,7 @@ def test_a_full_disk_ends_the_command_with_the_cure(
 ) -> None:
     ignored: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
-    monkeypatch.setattr(disk_rows, "_MOST_HELD", 1000)
+    monkeypatch.setattr(disk_rows, "_MAX_IN_MEMORY", 1000)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
     rows = write_rows(Path("rows.jsonl"), count)
     done = fails("tune", rows, "--model", llama_folder, "--out", "run", *SHORT, code=1)
@@ -227,14 +274,14 @@ def test_a_full_disk_ends_the_command_with_the_cure(
 
 
 def test_no_folder_for_temporary_files_is_an_error_with_the_cure(
-    spooled: Callable[[Any], Rows], monkeypatch: pytest.MonkeyPatch
+    on_disk: Callable[[Any], Rows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none_usable() -> None:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", none_usable)
     with pytest.raises(StorageError, match=r"No usable temporary directory .*set TMPDIR"):
-        spooled([{"text": "a"}])
+        on_disk([{"text": "a"}])
 
 
 def plain_split(data: Rows, wanted: int, seed: int) -> list[int]:

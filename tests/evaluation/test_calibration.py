@@ -298,7 +298,7 @@ def test_the_base_gets_a_bias_by_the_same_rule_where_validation_rows_are_at_hand
     assert matched.predicted.tolist() != plain.predicted.tolist()
     for right, has_bias in ((matched, True), (plain, False)):
         rows = load_data([{**row, "label": MANY[i]} for row, i in zip(asked, right.predicted, strict=True)])
-        rows = replace(rows, known=tuple(MANY[:3]))
+        rows = replace(rows, known_labels=tuple(MANY[:3]))
         done = evaluate(llama, rows, prompt, bias_rows=(train, rows))
         assert done.without_prompt is not None
         assert done.without_prompt["accuracy"].value == 1

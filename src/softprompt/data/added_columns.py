@@ -1,4 +1,4 @@
-"""Files of rows that get columns: all else that a row holds is kept to the byte."""
+"""Adds columns to files of rows; everything else in a row stays the same to the byte."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from softprompt.data.csv_reader import CsvFile
-from softprompt.data.lines import BYTE_ORDER_MARK, text_lines
-from softprompt.data.readers import Record, existing_file, json_record, read_records, split_range
+from softprompt.data.readers import Kind, kind_of, read_records, require_file, split_range
+from softprompt.data.text_files import (
+    BYTE_ORDER_MARK,
+    Record,
+    has_byte_order_mark,
+    json_lines,
+    parse_json_line,
+    text_lines,
+)
 from softprompt.errors import DataError
 from softprompt.extras import require_package
 
-Kind = Literal["csv", "jsonl", "parquet", "lines"]
-
-OURS = "softprompt_"  # what a column of ours is called by where a row has one of its name
+PREFIX = "softprompt_"  # of an added column whose name a row already has
 STDIN = "-"
-_KINDS: dict[str, Kind] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _LINE_END = re.compile(r"(\r\n|\n|\r)?\Z")
 
 
@@ -30,8 +34,8 @@ class SourceRow(NamedTuple):
     """A row as it was read.
 
     Attributes:
-        record: its values by their columns.
-        raw: how it stands in its text file, with the line end; empty where there is none.
+        record: values by column.
+        raw: its text in the file, with the line end; empty if the file is no text.
         where: its place, for messages.
     """
 
@@ -42,14 +46,14 @@ class SourceRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows that are read one after the other.
+    """Rows of a source, read one by one.
 
     Attributes:
-        kind: of the file; `lines` are plain texts on stdin.
+        kind: of the source.
         name: for messages.
         rows: the rows.
-        header: a CSV's first line as it stands there.
-        columns: of a CSV.
+        header: the first line of a CSV file, unchanged.
+        columns: of a CSV file.
     """
 
     kind: Kind
@@ -59,32 +63,21 @@ class RowSource:
     columns: tuple[str, ...] = ()
 
 
-def with_columns(row: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with what was found for it; columns that it has already are kept, and ours called otherwise."""
-    return {**row, **{_name(name, row): value for name, value in found.items()}}
+def add_columns(row: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with more columns. Existing columns stay; an added one of the same name gets a prefix."""
+    return {**row, **{_name(name, row): value for name, value in added.items()}}
 
 
 def _name(name: str, taken: Iterable[str]) -> str:
-    return f"{OURS}{name}" if name in taken else name
-
-
-def kind_of(path: Path) -> Kind:
-    """Return a file's kind by its ending.
-
-    Raises:
-        DataError: it is none that can be written.
-    """
-    if path.suffix.lower() not in _KINDS:
-        raise DataError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(_KINDS)}")
-    return _KINDS[path.suffix.lower()]
+    return f"{PREFIX}{name}" if name in taken else name
 
 
 def open_rows(source: str, stdin: Iterable[str] = ()) -> RowSource:
-    """Open rows to be read one after the other.
+    """Open a source of rows, to be read one by one.
 
     Args:
         source: what `load_data` takes, with or without targets; or `-` for JSON lines or plain lines.
-        stdin: the lines that `-` means.
+        stdin: the lines of `-`.
 
     Raises:
         DataError: no such file; or, when the rows are read, a line that cannot be.
@@ -92,35 +85,23 @@ def open_rows(source: str, stdin: Iterable[str] = ()) -> RowSource:
     if source == STDIN:
         return _open_lines(iter(stdin))
     name, start, stop = split_range(source)
-    kind = "jsonl" if name.startswith("hub:") else kind_of(existing_file(name))
+    kind = "jsonl" if name.startswith("hub:") else kind_of(require_file(name))
     if kind == "csv":
         table = CsvFile(Path(name))
-        mark = BYTE_ORDER_MARK if _has_mark(Path(name)) else ""
+        mark = BYTE_ORDER_MARK if has_byte_order_mark(Path(name)) else ""
         records: Iterator[tuple[str, Record]] = ((raw, record) for raw, record in table)
         header, columns = mark + table.header, tuple(table.names)
     else:
         header, columns = "", ()
         text = kind == "jsonl" and not name.startswith("hub:")
-        records = _json_lines(name) if text else (("", record) for record in read_records(name))
+        records = json_lines(Path(name)) if text else (("", record) for record in read_records(name))
     numbered = islice(enumerate(records, start=1), start, stop)
     rows = (SourceRow(record, raw, f"{name}, row {number}") for number, (raw, record) in numbered)
     return RowSource(kind, source, rows, header, columns)
 
 
-def _has_mark(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(3) == BYTE_ORDER_MARK.encode()
-
-
-def _json_lines(name: str) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(text_lines(Path(name)), start=1):
-        record = json_record(line, f"{name}, line {number}")
-        if record is not None:
-            yield line.lstrip(BYTE_ORDER_MARK), record
-
-
 def _open_lines(lines: Iterator[str]) -> RowSource:
-    """Return what stands on stdin: JSON lines where the first one is an object, else a text a line."""
+    """Return the rows on stdin: JSON lines if the first one begins with a brace, else a text per line."""
     filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     first = next(filled, None)
     every = filled if first is None else chain([first], filled)
@@ -131,33 +112,33 @@ def _open_lines(lines: Iterator[str]) -> RowSource:
 
     def rows() -> Iterator[SourceRow]:
         for number, line in every:
-            record = json_record(line, f"stdin, line {number}")
+            record = parse_json_line(line, f"stdin, line {number}")
             assert record is not None
             yield SourceRow(record, f"{line}\n", f"stdin, line {number}")
 
     return RowSource("jsonl", "stdin", rows())
 
 
-class RowText:
-    """Writes rows with columns added as the lines of a file.
+class RowWriter:
+    """Writes rows with added columns as lines of a file.
 
     Args:
-        source: where the rows come from; of a file of the same kind they are written as they stand there.
-        kind: of the file that is written.
-        added: the names of the columns.
+        source: the rows; those of a file of the same kind are written unchanged.
+        kind: of the file to write.
+        added: the names of the added columns.
     """
 
     def __init__(self, source: RowSource, kind: Kind, added: Sequence[str]) -> None:
-        self._kind, self._as_it_stands = kind, kind == source.kind
+        self._kind, self._unchanged = kind, kind == source.kind
         self._source, self._added = source, added
-        self._columns: list[str] | None = None  # of a CSV that is made from another kind
+        self._columns: list[str] | None = None  # of a CSV file, if the source is of another kind
 
     def begin(self, first: SourceRow | None) -> str:
-        """Return what stands before the first row: the first line of a CSV."""
+        """Return the first line of a CSV file; an empty text for other kinds."""
         if self._kind != "csv":
             return ""
-        if self._as_it_stands:
-            body, end = _ended(self._source.header)
+        if self._unchanged:
+            body, end = _split_line_end(self._source.header)
             self._width = len(next(csv.reader(io.StringIO(body, newline=""), skipinitialspace=True), []))
             return f"{body},{_csv_line([_name(name, self._source.columns) for name in self._added])}{end}"
         self._columns = list(first.record) if first is not None else []
@@ -165,21 +146,21 @@ class RowText:
         return f"{_csv_line(names)}\n"
 
     def row(self, row: SourceRow, found: Mapping[str, Any]) -> str:
-        """Return a row with what was found for it, and its line end."""
+        """Return a row with its added values, and the line end."""
         if self._kind == "lines":
             return f"{_one_line(found)}\n"
         if self._kind == "csv":
             return self._csv_row(row, found)
-        if not self._as_it_stands or not row.raw:
-            return _json(with_columns(_plain(row.record), found)) + "\n"
-        body, end = _ended(row.raw)
+        if not self._unchanged or not row.raw:
+            return _json(add_columns(_plain(row.record), found)) + "\n"
+        body, end = _split_line_end(row.raw)
         own = _json({_name(name, row.record): value for name, value in found.items()})
         return f"{body.rstrip()[:-1].rstrip()}{', ' if row.record else ''}{own[1:]}{end or chr(10)}"
 
     def _csv_row(self, row: SourceRow, found: Mapping[str, Any]) -> str:
         values = ["" if found.get(name) is None else _cell(found[name]) for name in self._added]
         if self._columns is None:
-            body, end = _ended(row.raw)
+            body, end = _split_line_end(row.raw)
             given = len(next(csv.reader(io.StringIO(body, newline=""), skipinitialspace=True), []))
             return f"{body}{',' * (self._width - given)},{_csv_line(values)}{end or chr(10)}"
         unknown = next((column for column in row.record if column not in self._columns), None)
@@ -191,14 +172,14 @@ class RowText:
         return f"{_csv_line([*(_cell(row.record.get(column)) for column in self._columns), *values])}\n"
 
 
-def write_parquet(path: Path, source: RowSource, found: Iterable[Mapping[str, Any]], aside: Path) -> None:
-    """Write a Parquet file of rows with what was found for them; `aside` is renamed into place.
+def write_parquet(path: Path, source: RowSource, found: Iterable[Mapping[str, Any]], temporary: Path) -> None:
+    """Write a Parquet file of rows with added columns, atomically.
 
     Args:
         path: the file.
-        source: where the rows come from; columns of a Parquet file keep their types.
-        found: for each row to be written.
-        aside: a file beside it.
+        source: the rows; columns of a Parquet file keep their types.
+        found: the added values, for each row to write.
+        temporary: a file beside it to write first, which is renamed to it.
     """
     require_package("pyarrow", str(path))
     import pyarrow as pa
@@ -213,17 +194,19 @@ def write_parquet(path: Path, source: RowSource, found: Iterable[Mapping[str, An
             table = table.append_column(_name(name, table.column_names), column)
     else:
         rows = (_plain(row.record) for row in source.rows)
-        table = pa.Table.from_pylist([with_columns(row, result) for row, result in zip(rows, results, strict=False)])
-    parquet.write_table(table, aside)
-    aside.replace(path)
+        table = pa.Table.from_pylist([add_columns(row, result) for row, result in zip(rows, results, strict=False)])
+    parquet.write_table(table, temporary)
+    temporary.replace(path)
 
 
 def complete_rows(path: Path, kind: Kind) -> list[int]:
-    """Return where each complete row ends in a file that may break off, in bytes, after where its header ends."""
+    """Return the byte offsets of the ends of a file's header and complete rows; its last row may be cut off."""
     ends, at = [], 0
     if kind == "csv":
         table = CsvFile(path)
-        ends.append(at := len((BYTE_ORDER_MARK if _has_mark(path) else "").encode()) + len(table.header.encode()))
+        ends.append(
+            at := len((BYTE_ORDER_MARK if has_byte_order_mark(path) else "").encode()) + len(table.header.encode())
+        )
         raws: Iterator[str] = (raw for raw, _ in table)
     else:
         ends.append(0)
@@ -233,13 +216,13 @@ def complete_rows(path: Path, kind: Kind) -> list[int]:
             at += len(raw.encode())
             if raw.endswith(("\n", "\r")):
                 ends.append(at)
-    except DataError:  # a row that was written by half
+    except DataError:  # a row that is incomplete
         pass
     return ends
 
 
-def _ended(line: str) -> tuple[str, str]:
-    """Return a line and its end, each for itself."""
+def _split_line_end(line: str) -> tuple[str, str]:
+    """Split a line into its text and its line end."""
     end = _LINE_END.search(line)
     assert end is not None
     return line[: end.start()], end.group()
@@ -247,7 +230,7 @@ def _ended(line: str) -> tuple[str, str]:
 
 def _csv_line(values: Sequence[str]) -> str:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\r\n").writerow(values)  # values with either character of it stand in quotes
+    csv.writer(text, lineterminator="\r\n").writerow(values)  # so values with \r or \n are quoted
     return text.getvalue().removesuffix("\r\n")
 
 
@@ -262,11 +245,11 @@ def _json(value: Any) -> str:
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record whose bytes, as of pictures, are text."""
+    """Return a record with bytes, of pictures for example, as text."""
     texts = {name: v.decode("utf-8", "backslashreplace") for name, v in record.items() if isinstance(v, bytes)}
     return {**record, **texts}
 
 
 def _one_line(found: Mapping[str, Any]) -> str:
-    """Return the prediction alone, in one line."""
+    """Return the prediction in one line."""
     return str(found["prediction"]).replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

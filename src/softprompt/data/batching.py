@@ -1,4 +1,4 @@
-"""Batches: which examples a step takes, and how they are dealt to processes and cut into micro-batches."""
+"""The rows of each step, their distribution over processes, and micro-batches."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from softprompt.data.example import Example
 
 
 def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Return the rows of a step (counted from 0): every row once before any row again, in a new order each time.
+    """Return the rows of a step (counted from 0): every row once per epoch, in a new random order in each.
 
-    It depends on nothing but its arguments, so that a resumed run needs no saved random state.
+    The result depends only on the arguments, so that a resumed run needs no random state.
     """
     first, last = step * batch_size, (step + 1) * batch_size
-    return [int(_order(rows, seed, place // rows)[place % rows]) for place in range(first, last)]
+    return [int(_order(rows, seed, position // rows)[position % rows]) for position in range(first, last)]
 
 
 def indices_seen(rows: int, batch_size: int, steps: int, seed: int) -> NDArray[np.int64]:
-    """Return the rows that so many steps take, in ascending order."""
+    """Return the rows of the first `steps` steps, in ascending order."""
     total = batch_size * steps
     return np.arange(rows) if total >= rows else np.sort(_order(rows, seed, 0)[:total])
 
 
-@lru_cache(maxsize=2)  # a step's rows are of one pass, or of two that follow each other
+@lru_cache(maxsize=2)  # a step's rows come from one epoch, or from two consecutive ones
 def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def shard_by_length(examples: Sequence[Example], ranks: int) -> list[list[int]]:
-    """Deal a batch, the longest first and to and fro, so that all hands get about as many tokens.
+    """Sort a batch by length and assign it to processes in snake order, so that each gets about as many tokens.
 
     Returns:
-        For each hand, rising indices into `examples`.
+        For each process, ascending indices into `examples`.
     """
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
-    dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for place, index in enumerate(order):
-        turn, seat = divmod(place, ranks)
-        dealt[seat if turn % 2 == 0 else ranks - 1 - seat].append(index)
-    return [sorted(rank) for rank in dealt]
+    shards: list[list[int]] = [[] for _ in range(ranks)]
+    for position, index in enumerate(order):
+        turn, rank = divmod(position, ranks)
+        shards[rank if turn % 2 == 0 else ranks - 1 - rank].append(index)
+    return [sorted(shard) for shard in shards]
 
 
 def micro_batches(
     examples: Sequence[Example], budget: int, shared_text_len: int = 0, padded: bool = False
 ) -> list[list[int]]:
-    """Cut a batch, ordered by length, into runs of at most `budget` tokens each.
+    """Sort a batch by length and cut it into micro-batches of at most `budget` tokens.
 
     Args:
         examples: the batch.
-        budget: text tokens that are run at once; a single longer example is run alone.
-        shared_text_len: tokens of each example that the prefix already holds.
-        padded: every text counts as long as the run's longest.
+        budget: text tokens of a micro-batch; a longer example is a micro-batch of its own.
+        shared_text_len: tokens of each example that are in the prefix already.
+        padded: whether every text counts as long as the longest of its micro-batch.
 
     Returns:
         Indices into `examples`.
@@ -63,7 +63,7 @@ def micro_batches(
     cut: list[list[int]] = []
     total = 0
     for index in order:
-        length = len(examples[index].ids) - shared_text_len  # lengths only rise
+        length = len(examples[index].ids) - shared_text_len  # lengths ascend
         total = (len(cut[-1]) + 1) * length if cut and padded else total + length
         if not cut or total > budget:
             cut.append([])

@@ -1,4 +1,4 @@
-"""Columns: which task rows are for, and which of their columns hold what."""
+"""The task of rows, and the columns that it uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Task = Literal["classification", "completion", "text"]
 
 TARGET_COLUMN: dict[Task, str | None] = {"classification": "label", "completion": "target", "text": None}
 INPUT_COLUMN: dict[Task, str] = {"classification": "text", "completion": "input", "text": "text"}
-INSTRUCTED = ("instruction", "input")  # what Alpaca's rows ask, with `output` as the answer; `input` may be empty
+INSTRUCTED = ("instruction", "input")  # the inputs in Alpaca's format; the target is `output`, `input` may be empty
 _ANSWER = "output"
 _MAPPABLE = ("text", "label", "input", "target")
 _CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -21,13 +21,13 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows hold what a task needs.
+    """The columns that a task uses.
 
     Attributes:
-        task: what is to be learned.
-        names: each of the task's columns to the one that holds it.
-        inputs: the columns that make up a row's input, as the rows are to call them.
-        alone: whether a column was taken for the text because there was no other.
+        task: what is learned.
+        names: from the task's columns to those of the source.
+        inputs: the columns of an input, by their names in `Rows`.
+        alone: whether a column is the text because it is the only one.
     """
 
     task: Task
@@ -36,15 +36,15 @@ class Layout:
     alone: bool = False
 
     def hidden(self, columns: Collection[str]) -> str | None:
-        """Return one of these columns that another takes the name of, though it is read for nothing itself."""
-        held = set(self.names.values())
-        return next((c for c, source in self.names.items() if c != source and c in columns and c not in held), None)
+        """Return a column that the map would hide: another one gets its name, and it is not used itself."""
+        used = set(self.names.values())
+        return next((c for c, source in self.names.items() if c != source and c in columns and c not in used), None)
 
     def require_none_hidden(self, columns: Collection[str], name: str) -> None:
-        """Make sure that no column is lost: a template that names it would show the other one.
+        """Make sure that no column is hidden: a template that names it would show another one.
 
         Raises:
-            DataError: one is.
+            DataError: one is hidden.
         """
         hidden = self.hidden(columns)
         if hidden is None:
@@ -58,22 +58,22 @@ class Layout:
 
 
 def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task | None, name: str) -> Layout:
-    """Find out what rows with these columns are for.
+    """Find the task of rows with these columns.
 
     Args:
         columns: of the rows.
-        mapping: the task's column names to the columns that hold them, where they are called otherwise.
-        task: None to find it from the columns.
+        mapping: from the task's column names to other names in the source.
+        task: None to derive it from the columns.
         name: of the rows, for messages.
 
     Raises:
-        DataError: a column is missing, or it cannot be told what they are for.
+        DataError: a column is missing, or the task is ambiguous.
     """
     for target, column in mapping.items():
         if target not in _MAPPABLE:
             raise DataError(f"cannot map {target!r}{nearest(target, _MAPPABLE)}; allowed are {', '.join(_MAPPABLE)}")
         if column not in columns:
-            raise DataError(f"{name} has no column {column!r}{nearest(column, columns)}; it has {_listed(columns)}")
+            raise DataError(f"{name} has no column {column!r}{nearest(column, columns)}; it has {_names(columns)}")
     names = {**{c: c for c in columns if c in _MAPPABLE}, **mapping}
     instructed = _is_instructed(columns, names, task)
     if instructed:
@@ -82,12 +82,12 @@ def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task |
     if alone:
         names["text"] = columns[0]
     if task is None:
-        # What the user maps says what is wanted; a target column that bears its own name need not be mapped.
+        # The map decides; a target column with its own name need not be mapped.
         wanted = set(mapping) | ({"label", "target"} & set(names))
         task = (_task_of(wanted) if mapping else None) or _task_of(set(names))
     if task is None:
         raise DataError(
-            f"{name} has the columns {_listed(columns)}: "
+            f"{name} has the columns {_names(columns)}: "
             + _conversations(columns)
             + "say what is in them, with --map text=… --map label=… "
             "for classification, --map input=… --map target=… for completion, or --map text=… for plain text"
@@ -95,23 +95,23 @@ def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task |
     needed = [column for column in (INPUT_COLUMN[task], TARGET_COLUMN[task]) if column]
     for column in needed:
         if column not in names:
-            raise DataError(f"{task} needs a column {column!r}: {name} has {_listed(columns)}; add --map {column}=…")
-    held = {column: names[column] for column in needed}
-    found = Layout(task, held, INSTRUCTED if instructed else (INPUT_COLUMN[task],), alone)
-    found.require_none_hidden(columns, name)
-    if len(set(held.values())) < len(held):
+            raise DataError(f"{task} needs a column {column!r}: {name} has {_names(columns)}; add --map {column}=…")
+    sources = {column: names[column] for column in needed}
+    layout = Layout(task, sources, INSTRUCTED if instructed else (INPUT_COLUMN[task],), alone)
+    layout.require_none_hidden(columns, name)
+    if len(set(sources.values())) < len(sources):
         warn(
-            f"{name}: the column {names[needed[0]]!r} is both {' and '.join(needed)}, so the answer stands in the "
-            "question; map another one",
+            f"{name}: the column {names[needed[0]]!r} is both {' and '.join(needed)}, so the input contains the "
+            "answer; map another one",
         )
-    return found
+    return layout
 
 
 def _is_instructed(columns: Sequence[str], names: Mapping[str, str], task: Task | None) -> bool:
-    """Tell whether these are Alpaca's columns: instruction, input (where there is one) and output."""
-    as_they_are = names.get("input", "input") == "input" and names.get("target", _ANSWER) == _ANSWER
-    ours = task == "completion" or (task is None and ("target" in names or not {"text", "label"} & set(names)))
-    return {"instruction", _ANSWER} <= set(columns) and as_they_are and ours
+    """Tell whether these are Alpaca's columns: instruction, input (optional) and output."""
+    unmapped = names.get("input", "input") == "input" and names.get("target", _ANSWER) == _ANSWER
+    fits = task == "completion" or (task is None and ("target" in names or not {"text", "label"} & set(names)))
+    return {"instruction", _ANSWER} <= set(columns) and unmapped and fits
 
 
 def _task_of(names: set[str]) -> Task | None:
@@ -126,5 +126,5 @@ def _conversations(columns: Sequence[str]) -> str:
     return f"{NO_CONVERSATIONS}. Or " if set(_CONVERSATIONS) & set(columns) else ""
 
 
-def _listed(columns: Sequence[str]) -> str:
+def _names(columns: Sequence[str]) -> str:
     return ", ".join(column or "(one without a name)" for column in columns)

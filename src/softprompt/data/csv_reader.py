@@ -1,4 +1,4 @@
-"""CSV files: with commas, quotes and column names, and what spreadsheets and other programs make of that."""
+"""CSV files with commas, quotes and column names, in the variants that spreadsheets and other programs write."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from softprompt.data.lines import BYTE_ORDER_MARK, text_lines
+from softprompt.data.text_files import BYTE_ORDER_MARK, text_lines
 from softprompt.errors import DataError
 
-_NAMED_SEPARATOR = re.compile(r'"?sep=(.?)"?[\r\n]*', re.IGNORECASE)  # a first line that spreadsheets understand
+_NAMED_SEPARATOR = re.compile(r'"?sep=(.?)"?[\r\n]*', re.IGNORECASE)  # a first line for spreadsheets
 _QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
 _BLANK_BEFORE_QUOTE = re.compile(r'(?:^|,)[^\S\r\n]+"')
 _UNSEEN = f"{BYTE_ORDER_MARK}\u200b\u200e\u200f"
 
 
 class _Lines(Iterator[str]):
-    """A file's lines, as the csv module wants them; those of the record that is being read are kept.
+    """The lines of a file for the csv module, which also remembers those of the current record.
 
     Attributes:
         number: of the last line.
-        record: the lines since the last record was done.
+        record: the lines of the current record.
     """
 
     def __init__(self, path: Path) -> None:
-        # The module wants every line by itself, and a carriage return alone ends one too.
+        # A carriage return alone ends a line too.
         self._lines = chain.from_iterable(io.StringIO(line, newline="") for line in text_lines(path))
         self.number, self.record = 0, list[str]()
 
@@ -42,7 +42,7 @@ class _Lines(Iterator[str]):
 
     @property
     def raw(self) -> str:
-        """The record as it stands in the file."""
+        """The record's text in the file."""
         return "".join(self.record)
 
     @property
@@ -51,24 +51,24 @@ class _Lines(Iterator[str]):
         first = self.number - len(self.record) + 1
         return f"line {self.number}" if first == self.number else f"line {first} (and on to line {self.number})"
 
-    def opened(self) -> str:
-        """Name the line in which the quote was opened that spoils the record."""
+    def unclosed_quote(self) -> str:
+        """Name the line with the opening quote that is never closed."""
         ends, open_at = list(accumulate(map(len, self.record))), _open_quote(self.raw)
-        behind = sum(end > open_at for end in ends[:-1])  # lines of the record behind that one
-        if not behind:
+        after = sum(end > open_at for end in ends[:-1])  # lines of the record after that one
+        if not after:
             return f"line {self.number}"
-        return f"line {self.number - behind}: the quote that opens here does not end before line {self.number}"
+        return f"line {self.number - after}: the quote that opens here does not end before line {self.number}"
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What the first line says.
+    """The first line.
 
     Attributes:
         names: of the columns.
-        raw: the line as it stands in the file.
-        blanks: whether a blank follows every comma, and so belongs to none of the values.
-        unnamed: columns at the end of the line without names, as spreadsheets leave them behind.
+        raw: its text in the file.
+        blanks: whether a space follows every comma, so that it belongs to no value.
+        unnamed: the number of columns without names at the end, which some spreadsheets write.
     """
 
     names: list[str]
@@ -77,7 +77,7 @@ class _Header:
     unnamed: int = 0
 
     def record(self, values: list[str], where: str) -> dict[str, str]:
-        """Return a row's values by their columns' names."""
+        """Return the values of a row by column name."""
         width = len(self.names)
         over = [value for value in values[width:] if value.strip()]
         if len(values) not in (width, width + self.unnamed):
@@ -106,18 +106,18 @@ class _Header:
 
 
 class CsvFile:
-    """A CSV file: its first line, and then its records one after the other, each as it stands there and by names.
+    """A CSV file. Iterating over it gives each record's text in the file, and its values by column name.
 
     Attributes:
-        header: the first line as it stands in the file.
+        header: the text of the first line.
         names: of the columns.
 
     Raises:
-        DataError: the file is not as it must be; the message says in which line.
+        DataError: the file is malformed; the message names the line.
     """
 
     def __init__(self, path: Path) -> None:
-        csv.field_size_limit(2**31 - 1)  # texts can be longer than the module's 131,072 characters
+        csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
         self._path, self._lines = path, _Lines(path)
         with self._quotes_checked():
             self._header = _read_header(path, self._lines)
@@ -138,14 +138,14 @@ class CsvFile:
         try:
             yield
         except csv.Error as error:
-            raise DataError(f"{self._path}, {self._lines.opened()}: {error}; check the quotes") from error
+            raise DataError(f"{self._path}, {self._lines.unclosed_quote()}: {error}; check the quotes") from error
 
 
 def read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Give a record a row.
+    """Yield a record per row.
 
     Raises:
-        DataError: the file is not as it must be; the message says in which line.
+        DataError: the file is malformed; the message names the line.
     """
     for _, record in CsvFile(path):
         yield record
@@ -173,7 +173,7 @@ def _read_header(path: Path, lines: _Lines) -> _Header:
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise DataError(f"{path}: the first line names a column twice: {', '.join(twice)}")
-    if names.count("") < 2:  # one may be: data frames are written with an index that has no name
+    if names.count("") < 2:  # one is allowed: data frames are written with an index that has no name
         return _Header(names, raw, blanks)
     named = len(names)
     while named and not names[named - 1]:
@@ -186,7 +186,7 @@ def _read_header(path: Path, lines: _Lines) -> _Header:
 
 
 def _first_values(lines: _Lines) -> list[str]:
-    """Return the values of the next line that has any."""
+    """Return the values of the next line that is not blank."""
     lines.record.clear()
     for values in csv.reader(lines, strict=True):
         if values:
@@ -196,14 +196,14 @@ def _first_values(lines: _Lines) -> list[str]:
 
 
 def _name(value: str) -> str:
-    """Return a column's name without what is beside it: blanks, and marks that nobody sees."""
+    """Return a column's name without spaces and invisible characters around it."""
     return value.strip().strip(_UNSEEN).strip()
 
 
 def _require_no_blank_before_quote(raw: str, blanks: bool, where: str) -> None:
-    """Make sure that no quote was meant to open a value and stands behind a blank, where it is a part of the value.
+    """Make sure that no opening quote follows a space: it would be read as a part of the value.
 
-    Where the first line has a blank behind every comma (`blanks`), so may others.
+    If a space follows every comma of the first line (`blanks`), other lines may have them too.
     """
     if not _BLANK_BEFORE_QUOTE.search(raw):
         return
@@ -218,28 +218,26 @@ def _require_no_blank_before_quote(raw: str, blanks: bool, where: str) -> None:
 
 
 def _plain_values(raw: str) -> Iterator[str]:
-    """Give those of a record's values that do not begin with a quote."""
+    """Yield the values of a record that do not begin with a quote."""
+    return (raw[start:end] for start, end, quoted in _values(raw) if not quoted)
+
+
+def _open_quote(raw: str) -> int:
+    """Return where the first value begins whose opening quote is not closed at its end."""
+    for start, _, quoted in _values(raw):
+        if raw.startswith('"', start) and not (
+            quoted and raw[quoted.end() : quoted.end() + 1] in (",", "\r", "\n", "")
+        ):
+            return start
+    return 0
+
+
+def _values(raw: str) -> Iterator[tuple[int, int, re.Match[str] | None]]:
+    """Yield where each value of a record begins and ends, and its part in quotes."""
     start = 0
     while start < len(raw):
         quoted = _QUOTED.match(raw, start)
         end = raw.find(",", quoted.end() if quoted else start)
         end = len(raw) if end < 0 else end
-        if not quoted:
-            yield raw[start:end]
+        yield start, end, quoted
         start = end + 1
-
-
-def _open_quote(raw: str) -> int:
-    """Return where the first value in quotes begins that does not end with its quote."""
-    start = 0
-    while start < len(raw):
-        quoted = _QUOTED.match(raw, start)
-        if raw.startswith('"', start) and not (
-            quoted and raw[quoted.end() : quoted.end() + 1] in (",", "\r", "\n", "")
-        ):
-            return start
-        comma = raw.find(",", quoted.end() if quoted else start)
-        if comma < 0:
-            break
-        start = comma + 1
-    return 0

@@ -1,7 +1,9 @@
-"""Many rows, kept in a temporary file: a data file of a million rows does not need memory in proportion."""
+"""Rows in a temporary file, if they are many: the memory of a data set does not grow with its rows."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import tempfile
@@ -11,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,30 +21,32 @@ from numpy.typing import NDArray
 from softprompt.errors import StorageError
 
 Index = range | NDArray[np.int64]
-_MOST_HELD = 2**24  # bytes of rows that stay in memory, by a rough count
-_EACH = 400  # bytes that a row takes besides its characters
+_MAX_IN_MEMORY = 2**24  # bytes of rows that stay in memory, estimated
+_ROW_OVERHEAD = 400  # bytes that a row takes besides its characters
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def kept(rows: Iterable[dict[str, str]]) -> Sequence[dict[str, str]]:
-    """Return rows that are read one after the other as a sequence: a tuple, or spooled where they are many.
+def store_rows(rows: Iterable[dict[str, str]]) -> Sequence[dict[str, str]]:
+    """Return rows as a tuple, or on disk if they are many.
 
     Raises:
         StorageError: there is no room for a temporary file.
     """
-    rest, held, size = iter(rows), [], 0
+    rest, in_memory, size = iter(rows), [], 0
     for row in rest:
-        held.append(row)
-        size += _EACH + sum(map(len, row.values()))
-        if size > _MOST_HELD:
-            return DiskRows.of(chain(held, rest))
-    return tuple(held)
+        in_memory.append(row)
+        size += _ROW_OVERHEAD + sum(map(len, row.values()))
+        if size > _MAX_IN_MEMORY:
+            return DiskRows.of(chain(in_memory, rest))
+    return tuple(in_memory)
 
 
 class DiskRows(Sequence[dict[str, str]]):
-    """Rows in a temporary file, or some of them in some order; they are read when they are asked for.
+    """Rows in a temporary file, or some of them in any order; each is read when it is used.
 
-    Rows that came out of a slice or a pick share the file. It may be read from several threads at once.
+    Slices and picks share the file. Several threads may read it at once. They are pickled as their content, compressed,
+    since another machine cannot read the file; only the rows of a slice or pick are pickled. Few rows are unpickled as
+    a tuple (`store_rows`).
     """
 
     def __init__(self, row_file: _RowFile, index: Index) -> None:
@@ -72,21 +76,32 @@ class DiskRows(Sequence[dict[str, str]]):
     def __iter__(self) -> Iterator[dict[str, str]]:
         return map(self._row_file.read, self._index)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        compressed = io.BytesIO()
+        with gzip.GzipFile(fileobj=compressed, mode="wb", compresslevel=1, mtime=0) as file:
+            file.writelines(map(self._row_file.read_line, self._index))
+        return _unpickle, (compressed.getvalue(),)
+
     def pick(self, indices: Iterable[int]) -> DiskRows:
         """Return the rows at some indices, in that order."""
         return DiskRows(self._row_file, np.asarray(self._index)[np.fromiter(indices, np.int64)])
 
 
+def _unpickle(compressed: bytes) -> Sequence[dict[str, str]]:
+    with gzip.GzipFile(fileobj=io.BytesIO(compressed)) as lines:
+        return store_rows(map(json.loads, lines))
+
+
 class _RowFile:
-    """A temporary file without a name, gone with its last reader: a line of JSON a row.
+    """A temporary file without a name, deleted with its last reader: a line of JSON per row.
 
     Attributes:
-        offsets: where each row begins, and where the last one ends; 8 bytes a row.
+        offsets: where each row begins, and where the last one ends; 8 bytes per row.
     """
 
     def __init__(self) -> None:
         self.offsets = array("q", [0])
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         try:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
         except OSError as error:
@@ -98,30 +113,31 @@ class _RowFile:
         try:
             self._file.write(line)
         except OSError as error:
-            self._give_up(error)
+            self._fail(error)
         self.offsets.append(self.offsets[-1] + len(line))
 
     def flush(self) -> None:
         try:
             self._file.flush()
         except OSError as error:
-            self._give_up(error)
+            self._fail(error)
 
-    def _give_up(self, error: OSError) -> None:
-        with suppress(OSError):  # closing tries to write what is left once more
+    def _fail(self, error: OSError) -> None:
+        with suppress(OSError):  # closing tries once more to write the buffer
             self._file.close()
         raise _no_room(error) from error
 
     def read(self, number: int) -> dict[str, str]:
-        start, end = self.offsets[number], self.offsets[number + 1]
-        if hasattr(os, "pread"):  # leaves the file's position alone, which threads and forked processes share
-            line = os.pread(self._file.fileno(), end - start, start)
-        else:  # Windows
-            with self._turn:
-                self._file.seek(start)
-                line = self._file.read(end - start)
-        row: dict[str, str] = json.loads(line.decode())
+        row: dict[str, str] = json.loads(self.read_line(number).decode())
         return row
+
+    def read_line(self, number: int) -> bytes:
+        start, end = self.offsets[number], self.offsets[number + 1]
+        if hasattr(os, "pread"):  # does not move the file's position, which threads and forked processes share
+            return os.pread(self._file.fileno(), end - start, start)
+        with self._lock:  # Windows
+            self._file.seek(start)
+            return self._file.read(end - start)
 
 
 def _no_room(error: OSError) -> StorageError:

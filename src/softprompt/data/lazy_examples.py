@@ -1,4 +1,4 @@
-"""The examples of a run: encoded when a step asks for them, and what has to be known of them before the first."""
+"""Examples that are encoded when they are used, and statistics of their lengths."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from softprompt.errors import DataError
 
 @dataclass(frozen=True)
 class LazyExamples(Sequence[Example]):
-    """An example for each row, encoded when it is asked for: of a million rows, a short run takes a few thousand.
+    """An example for each row, encoded when it is used: of a million rows, a short run uses a few thousand.
 
     Attributes:
-        encoder: rows to token ids; it counts what it cuts each time.
+        encoder: from rows to token ids; it counts an example that it cuts each time.
         rows: the rows.
-        learn_all: whether all tokens are targets, up to those that come before every text.
-        first: the first token that can be one: 1 where nothing predicts a text's very first token.
-        candidate_ids: whether targets are also to be told from other labels.
+        learn_all: whether all tokens are targets, except BOS.
+        first: the first token that can be a target: 1 if nothing predicts the first token of a text.
+        candidate_ids: whether examples have candidate tokens.
     """
 
     encoder: Encoder
@@ -55,12 +55,12 @@ class LazyExamples(Sequence[Example]):
 
 @dataclass(frozen=True)
 class LengthStats:
-    """How much there is to run, over some examples.
+    """Lengths of examples.
 
     Attributes:
-        rows, tokens, targets: how many there are.
+        rows, tokens, targets: their numbers.
         shortest, longest: tokens of the shortest and of the longest example.
-        shared_text_ids: the ids that all begin with, up to their first targets: they can belong to the prefix.
+        shared_text_ids: the ids that all examples begin with, before their first targets; they can be in the prefix.
     """
 
     rows: int
@@ -72,7 +72,7 @@ class LengthStats:
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> LengthStats:
-        """Go through examples, one or more, and keep none of them."""
+        """Compute them in one pass, without storing the examples."""
         rows = tokens = targets = shortest = longest = 0
         shared: tuple[int, ...] | None = None
         for example in examples:

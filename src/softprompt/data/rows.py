@@ -1,4 +1,4 @@
-"""Rows of a task, read from files, data sets, data frames and dictionaries."""
+"""The rows of a task, read from files, data sets, data frames and dictionaries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.data.columns import INPUT_COLUMN, TARGET_COLUMN, Layout, Task, find_layout
-from softprompt.data.disk_rows import DiskRows, kept
-from softprompt.data.labels import clean_label, is_blank, warn_of_labels
-from softprompt.data.readers import Record, read_records
-from softprompt.data.values import NoScalarError, loose_text, require_characters, scalar_text, spelled
+from softprompt.data.disk_rows import DiskRows, store_rows
+from softprompt.data.labels import clean_label, is_blank, warn_about_labels
+from softprompt.data.readers import read_records
+from softprompt.data.text_files import Record
+from softprompt.data.values import NoScalarError, loose_text, require_characters, scalar_text, to_text
 from softprompt.errors import DataError
 
 __all__ = [
@@ -43,24 +44,24 @@ class Rows(Sequence[Row]):
 
     Attributes:
         rows: each a dictionary of strings; the task's own columns are named `text` and `label`, or `input` and
-            `target`, or `text`. Many rows lie in a temporary file.
-        task: what is to be learned from them.
-        name: where they come from, for messages and reports.
-        known: labels that occur in what these rows are a part of.
-        numbers: as which these rows were counted where they were read, from 1 on; None where they are all of them.
-        inputs: the columns that make up a row's input; none where it is the task's own column alone.
-        gaps: whether the task's own input column is empty somewhere, so that a template has to name others.
-        nested: columns that hold lists or dictionaries, each with the number of the first such row.
+            `target`, or `text`. Many rows are on disk.
+        task: what is learned from them.
+        name: of their source, for messages and reports.
+        known_labels: the labels of all rows that these are a part of.
+        row_numbers: the numbers of these rows in their source, from 1; None if they are all of it.
+        input_columns: the columns of an input; none if it is the task's own column alone.
+        has_blank_inputs: whether the task's own input column is empty in some row, so that a template must name others.
+        nested_columns: columns with lists or dictionaries, each with the number of the first such row.
     """
 
     rows: Sequence[Row]
     task: Task
     name: str
-    known: tuple[str, ...] = ()
-    numbers: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
-    inputs: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    gaps: bool = field(default=False, compare=False, repr=False)
-    nested: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    known_labels: tuple[str, ...] = ()
+    row_numbers: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    input_columns: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    has_blank_inputs: bool = field(default=False, compare=False, repr=False)
+    nested_columns: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -76,48 +77,52 @@ class Rows(Sequence[Row]):
         return iter(self.rows)
 
     def normalized_input(self, row: Row) -> str:
-        """What a row asks, in lower case and with single spaces: rows that share one are the same question."""
-        columns = self.inputs or (INPUT_COLUMN[self.task],)
+        """Return a row's input in lower case and with single spaces, by which duplicates are found."""
+        columns = self.input_columns or (INPUT_COLUMN[self.task],)
         return " ".join(" ".join(row[column] for column in columns).lower().split())
 
     def pick(self, indices: Iterable[int]) -> Rows:
         """Return the rows at some indices, in that order."""
-        places = np.fromiter(indices, np.int64)
-        picked = self.rows.pick(places) if isinstance(self.rows, DiskRows) else tuple(self.rows[i] for i in places)
-        return replace(self, rows=picked, numbers=places + 1 if self.numbers is None else self.numbers[places])
+        chosen = np.fromiter(indices, np.int64)
+        rows = self.rows.pick(chosen) if isinstance(self.rows, DiskRows) else tuple(self.rows[i] for i in chosen)
+        numbers = chosen + 1 if self.row_numbers is None else self.row_numbers[chosen]
+        return replace(self, rows=rows, row_numbers=numbers)
 
     def where(self, index: int) -> str:
-        """Name a row in a message, by its number where it was read."""
-        return f"{self.name}, row {index + 1 if self.numbers is None else self.numbers[index]}"
+        """Name a row in a message, by its number in the source."""
+        return f"{self.name}, row {index + 1 if self.row_numbers is None else self.row_numbers[index]}"
 
     def require_inputs(self, columns: Collection[str]) -> None:
-        """Make sure that a template that names these columns makes text of every row.
+        """Make sure that a template with these columns gives a text for every row.
 
         Raises:
-            DataError: a row has nothing in any of them, or one of them holds something else than texts.
+            DataError: a row is empty in all of them, or one of them holds lists or dictionaries.
         """
         for column in columns:
-            if column in self.nested:
+            if column in self.nested_columns:
                 raise DataError(
-                    f"{self.name}, row {self.nested[column]}: the column {column!r}, which the template names, holds a "
-                    "list or a dictionary; give one text or one number"
+                    f"{self.name}, row {self.nested_columns[column]}: the column {column!r}, which the template names, "
+                    "holds a list or a dictionary; give one text or one number"
                 )
-        for index, row in enumerate(self.rows) if self.gaps else ():
-            there = [column for column in columns if column in row]
-            if there and all(is_blank(row[column]) for column in there):
-                which = f"the column {there[0]!r} is" if len(there) == 1 else f"the columns {', '.join(there)} are"
+        for index, row in enumerate(self.rows) if self.has_blank_inputs else ():
+            present = [column for column in columns if column in row]
+            if present and all(is_blank(row[column]) for column in present):
+                several = f"the columns {', '.join(present)} are"
+                which = f"the column {present[0]!r} is" if len(present) == 1 else several
                 raise DataError(f"{self.where(index)}: {which} empty, and the template names no other")
 
     @property
     def labels(self) -> list[str]:
-        """The labels that occur, or are known, sorted; empty unless this is classification."""
-        return sorted({row["label"] for row in self.rows}.union(self.known)) if self.task == "classification" else []
+        """The labels of these rows and the known ones, sorted; empty unless the task is classification."""
+        if self.task != "classification":
+            return []
+        return sorted({row["label"] for row in self.rows}.union(self.known_labels))
 
     @property
     def sha256(self) -> str:
-        """A hash of what the rows say, whichever file format they came in."""
+        """A hash of the content of the rows, whatever the file format."""
         encode = json.JSONEncoder(sort_keys=True).encode
-        digest = hashlib.sha256(f"[{encode(self.task)}, [".encode())  # of [task, rows], a row after the other
+        digest = hashlib.sha256(f"[{encode(self.task)}, [".encode())  # of [task, rows], row by row
         for number, row in enumerate(self.rows):
             digest.update(f"{', ' if number else ''}{encode(row)}".encode())
         digest.update(b"]]")
@@ -125,101 +130,109 @@ class Rows(Sequence[Row]):
 
 
 def load_data(source: Source, map: Mapping[str, str] | None = None, task: Task | None = None) -> Rows:
-    """Read rows and find out which task they are for.
+    """Read the rows of a task.
 
     Args:
         source: a `.csv`, `.jsonl`, `.ndjson` or `.parquet` file, `hub:ID[:SPLIT]` for a data set of the hub (or a
             folder that `datasets` can load), each with an optional row range as in `prompts.csv[:50]`; or dictionaries.
         map: the task's column names to the columns that hold them, `{"text": "review", "label": "stars"}`.
-        task: `classification`, `completion` or `text`; found from the columns where it is not given.
+        task: `classification`, `completion` or `text`; None to derive it from the columns.
 
     Returns:
-        The rows, all values as text; labels are composed (NFC), and without characters that nobody sees.
+        The rows, all values as text; labels are normalized (NFC), without invisible characters.
 
     Raises:
-        DataError: no such file, a line that cannot be read, a column that is missing, no rows, an empty value.
-        StorageError: there are many rows, and no room for a temporary file.
+        DataError: a missing file or column, a malformed line, no rows, an empty value.
+        StorageError: there are many rows and no room for a temporary file.
     """
     name = str(source) if isinstance(source, (str, Path)) else "rows"
     records = read_records(source)
     first = next(records, None)
     if first is None:
         raise DataError(f"{name} has no rows; give at least one, with the column names in the first line of a CSV")
-    layout = _layout(first, records, dict(map or {}), task, name)
-    reading = _Reading(layout, name, list(first), told=task is not None)
-    rows = kept(reading.rows(chain([first], records)))
+    layout = _find_layout(first, records, dict(map or {}), task, name)
+    reader = _RowReader(layout, name, list(first), task_given=task is not None)
+    rows = store_rows(reader.rows(chain([first], records)))
     if layout.task == "classification":
-        warn_of_labels(reading.labels, len(rows), name)
-    inputs = layout.inputs if len(layout.inputs) > 1 else ()
-    return Rows(rows, layout.task, name, inputs=inputs, gaps=reading.gaps, nested=reading.nested)
+        warn_about_labels(reader.label_counts, len(rows), name)
+    return Rows(
+        rows,
+        layout.task,
+        name,
+        input_columns=layout.inputs if len(layout.inputs) > 1 else (),
+        has_blank_inputs=reader.has_blank_inputs,
+        nested_columns=reader.nested_columns,
+    )
 
 
 def as_rows(source: Source, task: Task | None = None) -> Rows:
-    """Return rows as they are, and read what `load_data` reads: a file's name, dictionaries, a data frame."""
+    """Return `Rows` unchanged, and load any other source of `load_data`."""
     return source if isinstance(source, Rows) else load_data(source, task=task)
 
 
-def _layout(first: Record, records: Iterator[Record], mapping: dict[str, str], task: Task | None, name: str) -> Layout:
-    """Find out what the rows are for, mostly from the first one's columns.
+def _find_layout(
+    first: Record, records: Iterator[Record], mapping: dict[str, str], task: Task | None, name: str
+) -> Layout:
+    """Find the task and its columns from the columns of the first row.
 
-    Where those do not do, a column is there if any row has it, and then the first row lacks it.
+    If a column is missing there, an error names the first row that has it.
     """
     try:
         return find_layout(list(first), mapping, task, name)
     except DataError:
         columns = dict.fromkeys(first, 1)
         for number, record in enumerate(records, start=2):
-            new = [column for column, value in record.items() if column not in columns and _is_there(value)]
+            new = [column for column, value in record.items() if column not in columns and _has_value(value)]
             columns.update(dict.fromkeys(new, number))
         if len(columns) == len(first):
             raise
         layout = find_layout(list(columns), mapping, task, name)
         late = next(c for c in (*layout.inputs, *layout.names.values()) if columns.get(c, 1) > 1)
-        raise DataError(_lacks(name, late, columns[late])) from None
+        raise DataError(_missing_in_first(name, late, columns[late])) from None
 
 
-def _lacks(name: str, column: str, number: int) -> str:
+def _missing_in_first(name: str, column: str, number: int) -> str:
     return f"{name}, row 1: it has no {column!r}, which row {number} has; give all rows the same columns"
 
 
-class _Reading:
-    """Turns records into rows, and notes on the way what is to be known of all of them.
+class _RowReader:
+    """Converts records into rows, and collects facts about them.
 
     Attributes:
-        labels: how many rows have each.
-        gaps, nested: as in `Rows`.
+        label_counts: the number of rows of each label.
+        has_blank_inputs, nested_columns: as in `Rows`.
     """
 
-    def __init__(self, layout: Layout, name: str, columns: Sequence[str], *, told: bool) -> None:
-        self.layout, self.name, self.told = layout, name, told
+    def __init__(self, layout: Layout, name: str, columns: Sequence[str], *, task_given: bool) -> None:
+        self.layout, self.name, self.task_given = layout, name, task_given
         self.columns = frozenset(columns)
-        self.labels = Counter[str]()
-        self.gaps = False
-        self.nested: dict[str, int] = {}
+        self.label_counts = Counter[str]()
+        self.has_blank_inputs = False
+        self.nested_columns: dict[str, int] = {}
 
     def rows(self, records: Iterable[Record]) -> Iterator[Row]:
-        """Give a row of texts for each record."""
+        """Yield a row of texts for each record."""
         for number, record in enumerate(records, start=1):
             if not record.keys() <= self.columns:
-                self._require_known(record, number)
+                self._check_new_columns(record, number)
             row = self._row(record, f"{self.name}, row {number}", number)
             if "label" in self.layout.names:
-                self.labels[row["label"]] += 1
+                self.label_counts[row["label"]] += 1
             yield row
 
-    def _require_known(self, record: Record, number: int) -> None:
-        """Make sure that a column that the first row has not changes nothing of what the first row's said.
+    def _check_new_columns(self, record: Record, number: int) -> None:
+        """Make sure that columns that the first row lacks do not change the task.
 
         Raises:
-            DataError: it has a target, say, where all seemed to be plain text.
+            DataError: one is a target, for example, while the first row is plain text.
         """
-        new = [column for column in record if column not in self.columns and _is_there(record[column])]
+        new = [column for column in record if column not in self.columns and _has_value(record[column])]
         self.layout.require_none_hidden(new, self.name)
-        if self.told or self.layout.task != "text":
+        if self.task_given or self.layout.task != "text":
             return
         late = next((column for column in new if self.layout.alone or column in ("label", "target")), None)
         if late is not None:
-            raise DataError(f"{_lacks(self.name, late, number)}, or say --task text")
+            raise DataError(f"{_missing_in_first(self.name, late, number)}, or say --task text")
 
     def _row(self, record: Record, where: str, number: int) -> Row:
         names = self.layout.names
@@ -229,12 +242,12 @@ class _Reading:
             if type(value) is str:
                 row[column] = value
             elif column in needed:
-                row[column] = "" if not _is_there(value) else scalar_text(value, column, where)
+                row[column] = "" if not _has_value(value) else scalar_text(value, column, where)
             else:
                 row[column], is_text = loose_text(value)
                 if not is_text:
-                    self.nested.setdefault(column, number)
-        row.update({column: row.get(held, "") for column, held in names.items()})
+                    self.nested_columns.setdefault(column, number)
+        row.update({column: row.get(source, "") for column, source in names.items()})
         row.update({column: "" for column in self.layout.inputs if column not in row})
         require_characters(row, where)
         if "label" in names:
@@ -243,28 +256,28 @@ class _Reading:
         return row
 
     def _require_values(self, row: Row, where: str) -> None:
-        """Make sure that a row has a target, and something that a template can make its input of."""
+        """Make sure that a row has a target, and a value that a template can use as input."""
         names = self.layout.names
-        for column, held in names.items():
+        for column, source in names.items():
             if not is_blank(row[column]):
                 continue
-            taken = {*names, *names.values()}
-            if column in ("label", "target") or all(is_blank(row[c]) for c in row.keys() - taken):
+            own = {*names, *names.values()}
+            if column in ("label", "target") or all(is_blank(row[c]) for c in row.keys() - own):
                 inputs = ", ".join(self.layout.inputs)
                 several = column == "input" and len(self.layout.inputs) > 1
-                raise DataError(f"{where}: the column{f's {inputs} are' if several else f' {held!r} is'} empty")
-            self.gaps = True
-        if len(names) > 1 and all(row[column].strip() == held for column, held in names.items()):
+                raise DataError(f"{where}: the column{f's {inputs} are' if several else f' {source!r} is'} empty")
+            self.has_blank_inputs = True
+        if len(names) > 1 and all(row[column].strip() == source for column, source in names.items()):
             raise DataError(
                 f"{where}: it has the column names for values, as where two tables were joined; leave it out"
             )
 
 
-def _is_there(value: object) -> bool:
-    """Tell whether a value is one: 0 and False are, an empty text and NaN are not."""
+def _has_value(value: object) -> bool:
+    """Tell whether a cell has a value: 0 and False are values, an empty text and NaN are not."""
     if isinstance(value, str):
         return not is_blank(value)
     try:
-        return spelled(value) is not None
+        return to_text(value) is not None
     except NoScalarError:
         return True

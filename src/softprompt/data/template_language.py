@@ -8,18 +8,17 @@ listed here; `rendering` runs the tree.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 
 from softprompt.data.rendering import FILTERS, ROW, MissingColumnError, Piece, Rendering, TooMuchError, column_of
+from softprompt.data.values import SURROGATE
 from softprompt.errors import SettingsError, nearest
 
 MOST_CHARACTERS = 200_000  # of a template; parsing so many takes a second or little more
 MOST_NESTED = 150  # expressions or conditions inside each other; Python's own stack ends at about a thousand calls
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no tokenizer takes one
 _PARSER = Environment(keep_trailing_newline=True)
 _TESTS = ("defined", "undefined")
 _ALLOWED = 'columns, row["column"], constants, if, comparisons, and, or, not, and the filters ' + ", ".join(FILTERS)

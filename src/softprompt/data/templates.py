@@ -11,7 +11,8 @@ from softprompt.data.columns import INSTRUCTED
 from softprompt.data.labels import clean_label
 from softprompt.data.rendering import Piece
 from softprompt.data.rows import INPUT_COLUMN, TARGET_COLUMN, Row, Rows, Task
-from softprompt.data.template_language import SURROGATE, ParsedTemplate, parse_template, shown
+from softprompt.data.template_language import ParsedTemplate, parse_template, shown
+from softprompt.data.values import SURROGATE
 from softprompt.errors import SettingsError, nearest
 
 DEFAULT_TEMPLATE: dict[Task, str] = {
@@ -149,7 +150,7 @@ def _stripped(pieces: Sequence[Piece], chars: str | None = None) -> list[Piece]:
 
 def default_template(rows: Rows) -> str:
     """Return the template that rows get where none is given."""
-    return INSTRUCTION_TEMPLATE if rows.inputs == INSTRUCTED else DEFAULT_TEMPLATE[rows.task]
+    return INSTRUCTION_TEMPLATE if rows.input_columns == INSTRUCTED else DEFAULT_TEMPLATE[rows.task]
 
 
 def make_format(

@@ -1,4 +1,4 @@
-"""Values: what a cell of a row may hold, and how it is written as text."""
+"""The values of cells, and how they are written as text."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ import numpy as np
 
 from softprompt.errors import DataError
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one; JSON can name it, arguments hold odd bytes so
-_MOST_WHOLE = 1e21  # from here on, a number is written with an exponent, as JSON's writers do
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no tokenizer accepts one; JSON can contain it
+_MAX_WITHOUT_EXPONENT = 1e21  # as in JSON
 _SCALARS = (Number, date, time, timedelta, np.datetime64, np.timedelta64, UUID, PurePath)
 
 
 class NoScalarError(Exception):
-    """A value that is not one text or one number; says what it is instead."""
+    """A value is not one text or one number; the message says what it is."""
 
 
 def scalar_text(value: object, column: str, where: str) -> str:
-    """Return a value as text. Equal values have one spelling, wherever they come from: `1` and `1.0`, `true`.
+    """Return a value as text. Equal values give the same text, whatever their type: `1` and `1.0`, `true`.
 
     Args:
-        value: a text or a number, or what holds one: an enum, a NumPy scalar, a tensor of no dimensions.
+        value: a text or a number, also in an enum, a NumPy scalar or a 0-dimensional tensor.
         column: its column, for the message.
-        where: its row, for the message, as `rows.csv, row 3`.
+        where: its row, for the message: `rows.csv, row 3`.
 
     Raises:
         DataError: it is missing (None, NaN, `pandas.NA`, NaT), not finite, or a list, a dictionary, an array.
     """
     try:
-        text = spelled(value)
+        text = to_text(value)
     except NoScalarError as error:
         raise DataError(f"{where}: the column {column!r} holds {error}") from error
     if text is None:
@@ -48,27 +48,27 @@ def scalar_text(value: object, column: str, where: str) -> str:
 
 
 def loose_text(value: object) -> tuple[str, bool]:
-    """Return the text of a value that no task needs, whatever it is, and whether a template may name its column."""
-    if isinstance(value, bytes):  # a picture, perhaps
+    """Return any value of a column that the task does not need as text, and whether a template may use it."""
+    if isinstance(value, bytes):  # a picture, for example
         return value.decode("utf-8", "backslashreplace"), True
     try:
-        return spelled(value) or "", True
+        return to_text(value) or "", True
     except NoScalarError:
         return str(value), False
 
 
-def spelled(value: object) -> str | None:
-    """Return a value as text, None where it is missing.
+def to_text(value: object) -> str | None:
+    """Return a value as text, None if it is missing.
 
     Raises:
-        NoScalarError: it is none.
+        NoScalarError: it is not one text or one number.
     """
-    value = _held(value)
+    value = _unwrap(value)
     if _is_missing(value):
         return None
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, (bytes, bytearray)):  # of a Parquet file whose texts are not declared as such
+    if isinstance(value, (bytes, bytearray)):  # of a Parquet file whose texts are not declared as texts
         return bytes(value).decode("utf-8", "surrogateescape")
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
@@ -77,19 +77,19 @@ def spelled(value: object) -> str | None:
     if isinstance(value, _SCALARS) or (not isinstance(value, Iterable) and _is_pandas_scalar(value)):
         try:
             return str(value)
-        except ValueError as error:  # Python writes no more than 4,300 digits
+        except ValueError as error:  # Python refuses more than 4,300 digits
             raise NoScalarError("a number of too many digits; give it as text") from error
-    raise NoScalarError(_described(value))
+    raise NoScalarError(_describe(value))
 
 
-def _held(value: Any) -> Any:
-    """Return what an enum, a NumPy scalar, or an array or a tensor of no dimensions holds."""
+def _unwrap(value: Any) -> Any:
+    """Return the value of an enum, a NumPy scalar, or a 0-dimensional array or tensor."""
     while isinstance(value, Enum):
         value = value.value
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    torch = sys.modules.get("torch")  # imported if the value is a tensor
     if torch is not None and isinstance(value, torch.Tensor) and value.dim() == 0:
         number = value.item()
-        # As short as its own precision is: 0.1, not 0.10000000149011612.
+        # Not more digits than its precision: 0.1, not 0.10000000149011612.
         return np.float32(number) if isinstance(number, float) and value.dtype != torch.float64 else number
     if isinstance(value, np.ndarray) and value.ndim == 0 and value is not np.ma.masked:
         return value[()]
@@ -101,7 +101,7 @@ def _is_missing(value: object) -> bool:
         return True
     if isinstance(value, Decimal):
         return value.is_nan()
-    if isinstance(value, (float, np.floating)):  # data frames have NaN for nothing
+    if isinstance(value, (float, np.floating)):  # a missing value in a data frame is NaN
         return math.isnan(value)
     if isinstance(value, (np.datetime64, np.timedelta64)):
         return bool(np.isnat(value))
@@ -110,26 +110,26 @@ def _is_missing(value: object) -> bool:
 
 
 def _number(value: Any) -> str:
-    """Write a number; whole ones without a fraction, for a column with a gap is one of floats in a data frame."""
+    """Write a number. Whole ones get no fraction: in a data frame, a column with a missing value has floats."""
     if not math.isfinite(value):
         raise NoScalarError(f"{value}, which is no number that can be learned; give it as text")
-    if abs(value) < _MOST_WHOLE and value == int(value):
+    if abs(value) < _MAX_WITHOUT_EXPONENT and value == int(value):
         return str(int(value))
     return format(value.normalize(), "f") if isinstance(value, Decimal) else str(value)
 
 
 def _is_pandas_scalar(value: object) -> bool:
-    """Tell whether it is a period, an interval or the like."""
+    """Tell whether a value is a scalar of pandas, such as a period or an interval."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and bool(pandas.api.types.is_scalar(value))
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     if is_conversation(value):
-        return f"a conversation, {_short(value)}; {NO_CONVERSATIONS}"
+        return f"a conversation, {_shorten(value)}; {NO_CONVERSATIONS}"
     kind = "a list" if isinstance(value, (list, tuple)) else "a dictionary" if isinstance(value, dict) else None
     kind = kind or f"a value of type {type(value).__name__}"
-    return f"{kind}, {_short(value)}; give one text or one number"
+    return f"{kind}, {_shorten(value)}; give one text or one number"
 
 
 NO_CONVERSATIONS = (
@@ -138,7 +138,7 @@ NO_CONVERSATIONS = (
 
 
 def is_conversation(value: object) -> bool:
-    """Tell whether a value is a list of messages, as chats are kept."""
+    """Tell whether a value is a chat: a list of messages."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         return False
     return isinstance(value[0], Mapping) and (
@@ -146,19 +146,19 @@ def is_conversation(value: object) -> bool:
     )
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def require_characters(row: Mapping[str, object], where: str) -> None:
-    """Make sure that all characters of a row's texts are whole.
+    """Make sure that a row has no surrogates.
 
     Raises:
-        DataError: one is not.
+        DataError: it has one.
     """
     for column, value in row.items():
-        if surrogate := _SURROGATE.search(str(value)):
+        if surrogate := SURROGATE.search(str(value)):
             raise DataError(
                 f"{where}: the {column} has half of a character, or a byte that is not UTF-8 ({surrogate.group()!a}); "
                 "repair it where it comes from"

@@ -56,8 +56,8 @@ class CalibratedScorer(LabelScorer):
         if rows.task != "classification":
             raise SettingsError(f"calibration is for labels, and {rows.task} has none; leave calibration out")
         free = content_free(encoder.format)
-        numbers = None if rows.numbers is None else np.append(rows.numbers, np.zeros(len(free), np.int64))
-        super().__init__(encoder, replace(rows, rows=[*rows, *free], numbers=numbers), micro_batch_tokens)
+        numbers = None if rows.row_numbers is None else np.append(rows.row_numbers, np.zeros(len(free), np.int64))
+        super().__init__(encoder, replace(rows, rows=[*rows, *free], row_numbers=numbers), micro_batch_tokens)
         self.rows = rows
 
     def combine(self, scores: Sequence[Scores], prompt: AnyPrompt) -> Scores:

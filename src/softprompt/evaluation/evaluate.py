@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt.config import Calibration
-from softprompt.data.added_columns import with_columns
+from softprompt.data.added_columns import add_columns
 from softprompt.data.chat import dated
 from softprompt.data.encoder import Encoder
 from softprompt.data.labels import clean_label
@@ -192,7 +192,7 @@ class ScoredRows:
         records = self.scores.predictions()
         if self.completions:
             written = zip(records, self.answers(), strict=True)
-            records = [with_columns(record, {"prediction": text}) for record, text in written]
+            records = [add_columns(record, {"prediction": text}) for record, text in written]
         return records
 
     def answers(self) -> list[str]:

@@ -13,15 +13,14 @@ from typing import Any, Protocol
 
 from softprompt.config import GenerateConfig, Mode
 from softprompt.data.added_columns import (
-    Kind,
     RowSource,
-    RowText,
+    RowWriter,
     SourceRow,
     complete_rows,
-    kind_of,
     open_rows,
     write_parquet,
 )
+from softprompt.data.readers import Kind, kind_of
 from softprompt.data.rows import Row
 from softprompt.errors import DataError, InputError
 from softprompt.evaluation.predict import AT_ONCE, predict_inputs
@@ -186,7 +185,7 @@ class _Sink(Protocol):
 
 class _Stdout:
     def __init__(self, source: RowSource, added: Sequence[str]) -> None:
-        self._text, self._begun = RowText(source, source.kind, added), False
+        self._text, self._begun = RowWriter(source, source.kind, added), False
 
     def begin(self) -> int:
         return 0
@@ -214,7 +213,7 @@ class _TextFile:
         self, source: RowSource, added: Sequence[str], out: Path, kind: Kind, identity: str, resume: bool
     ) -> None:
         self._source, self._out, self._kind = source, out, kind
-        self._text = RowText(source, kind, added)
+        self._text = RowWriter(source, kind, added)
         self._identity, self._resume = identity, resume
         self._grows, self._note = self._place(), out.with_name(f".{out.name}.unfinished")
         self._begun = False

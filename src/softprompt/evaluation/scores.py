@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from softprompt.data.added_columns import with_columns
+from softprompt.data.added_columns import add_columns
 from softprompt.data.rows import Rows
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
 
@@ -86,7 +86,7 @@ class TextScores(Scores):
     def predictions(self) -> list[dict[str, Any]]:
         each = zip(self.rows, self.losses, self.tokens, strict=True)
         return [
-            with_columns(row, {"loss": float(loss / tokens) if tokens else None, "tokens": int(tokens)})
+            add_columns(row, {"loss": float(loss / tokens) if tokens else None, "tokens": int(tokens)})
             for row, loss, tokens in each
         ]
 
@@ -168,7 +168,7 @@ class LabelScores(Scores):
         made = []
         for row, best, shares in zip(self.rows, self.predicted, self.probabilities(), strict=True):
             probabilities = {label: float(share) for label, share in zip(self.labels, shares, strict=True)}
-            made.append(with_columns(row, {"prediction": self.labels[best], "probabilities": probabilities}))
+            made.append(add_columns(row, {"prediction": self.labels[best], "probabilities": probabilities}))
         return made
 
 

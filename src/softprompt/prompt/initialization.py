@@ -20,7 +20,7 @@ from softprompt.config import MANY_LABELS, MAX_VIRTUAL_TOKENS, MIN_VIRTUAL_TOKEN
 from softprompt.data.encoder import plain_ids, require_embeddings, token_ids
 from softprompt.data.rows import Row, Rows
 from softprompt.data.special_tokens import SpecialTokens
-from softprompt.data.split import labels_in_turn, sample
+from softprompt.data.split import interleave_labels, sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
@@ -267,7 +267,7 @@ def examples_text(
     """
     text, shown = _CLASSIFY if len(format.verbalizers) > MANY_LABELS else task_text(format), 0
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    for i in labels_in_turn(rows, order) if format.task == "classification" else order:
+    for i in interleave_labels(rows, order) if format.task == "classification" else order:
         longer = text + format.demonstration(rows[i])
         if shown == max_rows or (shown and len(token_ids(model.tokenizer, longer)) > max_tokens):
             break

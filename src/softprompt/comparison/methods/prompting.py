@@ -16,7 +16,7 @@ from softprompt.comparison.methods.base import FitResult, Method, Predictor
 from softprompt.config import Calibration
 from softprompt.data.encoder import Encoder, plain_ids
 from softprompt.data.rows import Rows
-from softprompt.data.split import labels_in_turn, sample
+from softprompt.data.split import interleave_labels, sample
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 from softprompt.evaluation.calibration import CalibratedScores, make_scorer, prior_matching
@@ -180,7 +180,7 @@ def _sample_demonstrations(
         k, by_label = sizes[number % len(sizes)], number // len(sizes) % 2 == 0
         order = generator.permutation(len(pool)).tolist()
         if by_label and form.task == "classification":
-            order = labels_in_turn(pool, order)
+            order = interleave_labels(pool, order)
         shown = tuple(pool[i] for i in generator.permutation(order[:k]))
         while scorer.tokens((candidate := replace(form, demonstrations=shown)).demonstrated) > room:
             shown = shown[: len(shown) // 2]
