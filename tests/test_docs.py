@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from softprompt.cli.main import main
-from softprompt.model.bundled import SMOLLM2, fetch, kept_folder
+from softprompt.model.bundled import SMOLLM2, cached_folder, fetch
 from tiny_runs import SHORT, Command
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("name", WITH_COMMANDS)
 def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     """In order, in an empty folder with a third of the demo's rows; training is cut to two steps."""
-    kept = kept_folder(SMOLLM2)
+    kept = cached_folder(SMOLLM2)
     fetch(SMOLLM2)
     (tmp_path / "home" / "models").mkdir(parents=True)
     (tmp_path / "home" / "models" / kept.name).symlink_to(kept)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from softprompt.model.bundled import SMOLLM2, kept_folder
+from softprompt.model.bundled import SMOLLM2, cached_folder
 
 WORDS = (
     "the parcel never came and I want my money back please classify this text as good or bad label sentiment "
@@ -66,9 +66,9 @@ def straddling_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bundled_tokenizer() -> PreTrainedTokenizerFast:
-    if not kept_folder(SMOLLM2).exists():
+    if not cached_folder(SMOLLM2).exists():
         pytest.skip("the bundled model is not kept here")
-    return AutoTokenizer.from_pretrained(kept_folder(SMOLLM2))
+    return AutoTokenizer.from_pretrained(cached_folder(SMOLLM2))
 
 
 TOKENIZERS = {

@@ -1,4 +1,4 @@
-"""What of other packages is used although they promise nothing about it, and what happens when it goes.
+"""Private names of other packages that are used, and what happens when one is missing.
 
 `pyproject.toml` bounds these packages' versions; a test finds private names that `PRIVATE` does not list.
 """
@@ -21,10 +21,10 @@ class Private(NamedTuple):
     """A private name.
 
     Attributes:
-        package: whose it is.
+        package: the package that has it.
         used_in: the modules that name it.
-        why: what it is for, and why nothing public does it.
-        without: what happens when it is gone, or does something else.
+        why: what it is for, and why no public name does it.
+        without: what happens when it is missing, or does something else.
     """
 
     package: str
@@ -37,20 +37,20 @@ PRIVATE: dict[str, Private] = {
     "_linear_pointwise": Private(
         "torch",
         ("private_interfaces",),
-        "multiplies float32 matrices in oneDNN; `linear` takes MKL, and no setting changes that",
-        "PyTorch's own choice is taken, which is slower on AMD's processors; that is logged once",
+        "multiplies float32 matrices in oneDNN; `linear` uses MKL, and no setting changes that",
+        "PyTorch chooses the library, which is slower on AMD's processors; that is logged once",
     ),
     "_attn_implementation": Private(
         "transformers",
         ("model.backends.packed", "model.backends.tiny_copy"),
         "the name of the attention that a pass uses; `set_attn_implementation` is public, but looks through the whole "
         "model and may ask a hub for kernels, twice a pass",
-        "the packed way's attention is not called; the load check refuses that way, and the cached way is taken",
+        "the packed attention is not called; the load check refuses that backend, and the padded one is used",
     ),
     "_hf_hook": Private(
         "accelerate",
         ("private_interfaces",),
-        "the device that a module's inputs are brought to, on a model that is split over devices",
+        "the device that a module's inputs are moved to, on a model that is split over devices",
         "inputs are put where the embedding's weights are; a model whose weights are offloaded fails to load",
     ),
     "_extract_corpus_statistics": Private(
@@ -70,14 +70,14 @@ PRIVATE: dict[str, Private] = {
 
 @cache
 def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """Return PyTorch's product in oneDNN of inputs `[…, in]`, a weight `[out, in]` and a bias; None where it has none.
+    """Return PyTorch's product in oneDNN of inputs `[…, in]`, a weight `[out, in]` and a bias; None if there is none.
 
-    It is tried once: an operator that means something else by now is none.
+    It is tried once: an operator with other results does not count.
     """
 
     def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-        return made
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return result
 
     inputs, weight, bias = (torch.arange(1.0, 1 + n).reshape(shape) for n, shape in ((6, (2, 3)), (12, (4, 3)), (4, 4)))
     try:

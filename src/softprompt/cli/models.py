@@ -6,7 +6,7 @@ import click
 
 from softprompt.cli.options import json_option, quiet, say
 from softprompt.errors import ModelError, nearest
-from softprompt.model.bundled import BUNDLED, fetch, kept_folder
+from softprompt.model.bundled import BUNDLED, cached_folder, fetch
 
 
 @click.group()
@@ -26,7 +26,7 @@ def list_models(as_json: bool) -> None:
             "original": model.original,
             "license": model.license,
             "download_bytes": model.download,
-            "folder": str(kept_folder(model)) if kept_folder(model).exists() else None,
+            "folder": str(cached_folder(model)) if cached_folder(model).exists() else None,
         }
         for model in BUNDLED.values()
     ]
@@ -34,7 +34,7 @@ def list_models(as_json: bool) -> None:
         print_json({"models": records})
         return
     for model in BUNDLED.values():
-        folder = kept_folder(model)
+        folder = cached_folder(model)
         where = str(folder) if folder.exists() else f"not fetched yet, {model.download / 1e6:.0f} MB"
         click.echo(f"{model.name}  ({model.original}, {model.license})  {where}")
 

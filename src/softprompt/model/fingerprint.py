@@ -28,24 +28,24 @@ _NO_ANSWER = re.compile(
     r"|tie_word_embeddings|quantization_config|id2label|label2id|num_labels|problem_type|finetuning_task"
     r"|task_specific_params|summary_.*|pruned_heads|.*(bos|eos|pad|sep|cls|mask|unk|decoder_start)_token_id"
 )
-# These scale positions by the length that a model is said to take; for others it is a limit and no more.
+# These scale positions by the configured maximum length; for others it is only a limit.
 _SCALED_BY_LENGTH = ("dynamic", "longrope", "yarn")
-# What a model of another architecture or size differs in.
+# Settings that differ between architectures and sizes.
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _NAMED = 3  # differences in a message
 _TOKENIZERS: WeakKeyDictionary[FrozenModel, dict[str, Any]] = WeakKeyDictionary()
 
 
 class Fingerprint(BaseModel):
-    """What tells one base model from another, in what changes its answers.
+    """What identifies a base model: everything that changes its answers.
 
     Attributes:
         version: of the fingerprint.
-        configuration: all settings but those that are known to change no answer.
-        tokenizer: what turns a text into ids.
-        chat_template: a hash of it, None where there is none.
-        weights: values of each weight, see `weight_sample`.
-        skipped: how many weights are not among them, because they are quantized or not on the device.
+        configuration: all settings except those that are known to change no answer.
+        tokenizer: what determines the token ids of a text.
+        chat_template: its hash, None without one.
+        weights: some values of each weight, see `weight_sample`.
+        skipped: how many weights are left out, because they are quantized or not on the device.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,14 +70,14 @@ class Fingerprint(BaseModel):
 
         Args:
             other: of the model that is loaded now.
-            chat_template: whether that plays a part.
+            chat_template: whether the prompt uses it.
         """
         return ", ".join(self.differences(other, chat_template)) or None
 
     def differences(self, other: Fingerprint, chat_template: bool = False) -> dict[str, list[str]]:
-        """Return what differs as `mismatch` calls it, and what in it."""
+        """Return what differs, by the names of `mismatch`, with the details of each."""
         settings, shape = list[str](), list[str]()
-        for name, before, now in _apart(self.configuration, other.configuration):
+        for name, before, now in _differing(self.configuration, other.configuration):
             (shape if name in _SHAPE else settings).append(f"{name} was {before!r} and is {now!r}")
         found = {
             "its architecture or size": shape,
@@ -97,7 +97,7 @@ AnyFingerprint: TypeAlias = Fingerprint | FirstFingerprint
 
 
 def fingerprint(model: FrozenModel) -> Fingerprint:
-    """Take the fingerprint of a loaded model, as it is now: its weights may have been changed since."""
+    """Compute the fingerprint of a loaded model, as it is now: its weights may have been changed since loading."""
     weights, skipped = sample_weights(model.hf_model)
     template = model.tokenizer.chat_template
     return Fingerprint(
@@ -111,21 +111,21 @@ def fingerprint(model: FrozenModel) -> Fingerprint:
 
 
 def difference(before: AnyFingerprint, model: FrozenModel, chat_template: bool = False) -> str | None:
-    """Say what differs in a loaded model from the one that a fingerprint was taken of; None where it is the same.
+    """Say how a loaded model differs from the one that a fingerprint is of; None where it is the same.
 
-    What could not be compared is said in a warning.
+    Warns of what could not be compared.
 
     Args:
-        before: of either version.
-        model: the model as it is now.
-        chat_template: whether that plays a part.
+        before: the fingerprint, of either version.
+        model: the loaded model.
+        chat_template: whether the prompt uses it.
     """
     if isinstance(before, FirstFingerprint):
         changed = before.mismatch(first_fingerprint(model))
         if changed is None:
             warnings.warn(
                 f"the record of the base model is of format version 1: whether {model.source} is the same model in its "
-                "layers, its head, its RoPE settings and its way of splitting text could not be checked",
+                "layers, its head, its RoPE settings and how it splits text could not be checked",
                 stacklevel=2,
             )
         return f"{changed} differs" if changed else None
@@ -141,27 +141,27 @@ def difference(before: AnyFingerprint, model: FrozenModel, chat_template: bool =
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the settings that may change answers, as JSON holds them."""
-    kept = {name: value for name, value in config.to_dict().items() if not _NO_ANSWER.fullmatch(name)}
-    positions = json.dumps(kept.get("rope_parameters"), default=str)
+    """Return the settings that may change answers, as JSON values."""
+    settings = {name: value for name, value in config.to_dict().items() if not _NO_ANSWER.fullmatch(name)}
+    positions = json.dumps(settings.get("rope_parameters"), default=str)
     if not any(kind in positions for kind in _SCALED_BY_LENGTH):
-        kept.pop("max_position_embeddings", None)
-    loaded: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+        settings.pop("max_position_embeddings", None)
+    loaded: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return loaded
 
 
 def _tokenizer(model: FrozenModel) -> dict[str, Any]:
-    """Return what is known of the tokenizer; it is kept, because a vocabulary takes some tenths of a second."""
+    """Return the facts of the tokenizer; they are cached: hashing a vocabulary takes some tenths of a second."""
     if model not in _TOKENIZERS:
         _TOKENIZERS[model] = tokenizer_facts(model.tokenizer)
     return _TOKENIZERS[model]
 
 
-def _apart(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the names and values of settings that both sides have and that differ."""
+def _differing(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the names and both values of settings that both sides have and that differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() & now.keys() if before != now else ():
-            yield from _apart(before[key], now[key], f"{name}.{key}" if name else key)
+            yield from _differing(before[key], now[key], f"{name}.{key}" if name else key)
     elif before != now:
         yield name, before, now
 

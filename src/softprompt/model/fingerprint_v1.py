@@ -1,4 +1,4 @@
-"""Version 1 of the fingerprint, which older prompts, runs and comparisons hold."""
+"""Version 1 of the fingerprint, in older prompts, runs and comparisons."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _TOKENIZERS: WeakKeyDictionary[FrozenModel, str] = WeakKeyDictionary()
 
 
 class FirstFingerprint(BaseModel):
-    """What version 1 knew of a base model; nothing of its layers, its head, its RoPE settings, or how text is split.
+    """Version 1 of a base model's fingerprint: without its layers, its head, its RoPE settings and how it splits text.
 
     Attributes:
-        configuration: a hash of the model's kind and shape.
+        configuration: a hash of the model's type and shape.
         tokenizer: a hash of its vocabulary and special tokens.
         embeddings: 64 values of the input embedding.
     """
@@ -39,7 +39,7 @@ class FirstFingerprint(BaseModel):
     embeddings: list[float]
 
     def mismatch(self, other: FirstFingerprint) -> str | None:
-        """Return what differs in `other`, or None where nothing does that version 1 knew."""
+        """Return what differs in `other`, or None where nothing does."""
         if self.configuration != other.configuration:
             return "its architecture or size"
         if self.tokenizer != other.tokenizer:
@@ -53,7 +53,7 @@ class FirstFingerprint(BaseModel):
 
 
 def first_fingerprint(model: FrozenModel) -> FirstFingerprint:
-    """Take version 1's fingerprint of a loaded model, to compare an older one with."""
+    """Compute version 1's fingerprint of a loaded model, to compare an older one with."""
     config = model.hf_model.config.get_text_config()
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     sample = model.embed([i * model.vocabulary_size // 64 for i in range(64)]).float().cpu()
@@ -62,7 +62,7 @@ def first_fingerprint(model: FrozenModel) -> FirstFingerprint:
 
 
 def _tokenizer(model: FrozenModel) -> str:
-    """Return the tokenizer's hash; it is kept, because a vocabulary takes a tenth of a second."""
+    """Return the tokenizer's hash; it is cached: hashing a vocabulary takes a tenth of a second."""
     if model not in _TOKENIZERS:
         special = {name: str(token) for name, token in model.tokenizer.special_tokens_map.items()}
         _TOKENIZERS[model] = _hash([model.tokenizer.get_vocab(), special])

@@ -15,7 +15,14 @@ import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from softprompt.distributed.launch import local_rank, local_world_size
 from softprompt.errors import ModelError, nearest
@@ -27,9 +34,9 @@ from softprompt.model.model_folder import require_model_folder
 
 logger = logging.getLogger(__name__)
 
-# Buffers that follow from the configuration: older checkpoints hold them.
+# Buffers that are computed from the configuration; older checkpoints contain them.
 _COMPUTED = re.compile(r"inv_freq$|position_ids$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$")
-# Those, and parts of a larger model that text never goes through: images, sound, and heads that guess tokens ahead.
+# Those, and parts of a larger model that text does not use: images, sound, and heads for multi-token prediction.
 _UNUSED = re.compile(_COMPUTED.pattern + r"|vision|visual|image|audio|speech|multi_modal|multimodal|mm_|(^|\.)mtp\.")
 _SHOWN = 3  # weights in a message
 _LONGEST_REASON = 400
@@ -47,20 +54,20 @@ def load_model(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = logger.info,
 ) -> FrozenModel:
-    """Load a causal language model and its tokenizer, and find the fastest way of running it that is exact.
+    """Load a causal language model and its tokenizer, with the fastest backend that is exact.
 
     Args:
         model: a bundled name (see `softprompt models list`), a folder, a `.gguf` file, or a hub id.
         revision: branch, tag or commit of a hub id.
         device: `auto` takes a GPU where there is one; of several processes, each takes its own.
         dtype: `auto` is float32 on a CPU; on a GPU bfloat16, or float16 where it has none.
-        quantization: `8bit`, or on a GPU `4bit`, loads the weights so, with bitsandbytes; a model that was saved
+        quantization: `8bit`, or on a GPU `4bit`, quantizes the weights with bitsandbytes; a model that was saved
             quantized is loaded as it is.
         device_map: splits the model over several devices, by transformers' own rules (`auto`, `balanced`,
             `sequential`, or a dictionary of modules); `device` is then not used.
         trust_remote_code: run the Python code that comes with the model. It can do whatever you can: read the
             files, and send them. Only for repositories whose code you have read.
-        say: told what is going on, a line at a time.
+        say: called with lines about the progress.
 
     Raises:
         ModelError: no such model, or one that cannot run prompts exactly.
@@ -72,40 +79,46 @@ def load_model(
             stacklevel=2,
         )
     place = resolve_device(device)
-    source, extra = _locate(name, revision, say)
-    extra["trust_remote_code"] = trust_remote_code
+    source, options = _locate(name, revision, say)
+    options["trust_remote_code"] = trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(source, **extra)
+        config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
             raise ModelError(
                 f"{name} is an encoder-decoder model: its prompt sees the input, so it is not the same for every "
                 "example. softprompt runs decoder-only (causal) models"
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        extra |= _quantized(quantization, place, resolve_dtype(dtype, place))
-        split = device_map != "none"
-        if split or quantization != "none":
-            extra["device_map"] = device_map if split else {"": place}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=resolve_dtype(dtype, place),
-            use_safetensors=None if "gguf_file" in extra else True,  # a pickle can run code
-            output_loading_info=True,
-            **extra,
-        )
-        hf_model: PreTrainedModel = loaded[0]
-        require_complete(name, loaded[1], bool(getattr(hf_model, "is_quantized", False)))
-        if "gguf_file" in extra:
-            hf_model = plain_model(hf_model, config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        options["dtype"] = resolve_dtype(dtype, place)
+        options |= _quantized(quantization, place, options["dtype"])
+        if device_map != "none" or quantization != "none":
+            options["device_map"] = device_map if device_map != "none" else {"": place}
+        hf_model = _load_weights(name, source, config, options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load {name!r}: {_reason(error)}") from error
-    if "device_map" not in extra and not getattr(hf_model, "is_quantized", False):
+    if "device_map" not in options and not _is_quantized(hf_model):
         torch.nn.Module.to(hf_model, place)
     return freeze(hf_model, tokenizer, name, _commit(name, revision) or revision)
 
 
+def _load_weights(name: str, source: str, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a model and make sure that its checkpoint is complete."""
+    gguf = "gguf_file" in options
+    # A pickle can run code.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=None if gguf else True, output_loading_info=True, **options
+    )
+    hf_model: PreTrainedModel = loaded[0]
+    require_complete(name, loaded[1], _is_quantized(hf_model))
+    return plain_model(hf_model, config) if gguf else hf_model
+
+
+def _is_quantized(hf_model: PreTrainedModel) -> bool:
+    return bool(getattr(hf_model, "is_quantized", False))
+
+
 def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
-    """Return what `from_pretrained` takes for a model's name."""
+    """Return the source and the options with which `from_pretrained` loads a model."""
     if name in BUNDLED:
         return str(fetch(BUNDLED[name], say)), {}
     path = Path(name).expanduser()
@@ -128,12 +141,12 @@ def _locate(name: str, revision: str | None, say: Callable[[str], None]) -> tupl
 
 
 def looks_local(name: str) -> bool:
-    """Tell whether a name can be that of a folder or file alone: a hub id is `NAME` or `TEAM/NAME`."""
+    """Tell whether a name can only be that of a folder or file: a hub id is `NAME` or `TEAM/NAME`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def _reason(error: Exception) -> str:
-    """Return what an error says, in its first sentences: transformers writes whole pages."""
+    """Return the first sentences of an error's message: transformers writes whole pages."""
     said = " ".join(str(error).split()) or type(error).__name__
     if len(said) <= _LONGEST_REASON:
         return said
@@ -142,14 +155,14 @@ def _reason(error: Exception) -> str:
 
 
 def require_complete(name: str, report: Mapping[str, Collection[Any]], quantized: bool) -> None:
-    """Make sure that a checkpoint has the weights that its architecture needs, and no others that would play a part.
+    """Make sure that a checkpoint has the weights that its architecture needs, and no others that change answers.
 
-    Missing weights are made up at random: each time that the model is loaded it gives other answers.
+    transformers initializes missing weights at random: the answers would differ each time the model is loaded.
 
     Args:
-        name: of the model.
-        report: transformers' own, of what it loaded.
-        quantized: then a checkpoint holds scales and maps that no parameter is called after.
+        name: the model's.
+        report: transformers' loading report.
+        quantized: whether the checkpoint may have scales and maps that are no parameters.
 
     Raises:
         ModelError: some are missing or unused.
@@ -171,7 +184,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """Return the commit of a model that the hub's cache holds: a branch may be another model next month."""
+    """Return the commit of a model in the hub's cache: a branch may point to another one later."""
     if Path(name).exists() or looks_local(name):
         return None
     file = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -179,7 +192,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def _quantized(quantization: str, place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what `from_pretrained` takes to quantize a model as it is loaded."""
+    """Return the options with which `from_pretrained` quantizes a model."""
     if quantization == "none":
         return {}
     if quantization not in ("8bit", "4bit"):
@@ -190,8 +203,8 @@ def _quantized(quantization: str, place: torch.device, dtype: torch.dtype) -> di
         raise ModelError("bitsandbytes cannot train through 4-bit weights on a CPU; take quantization=8bit, or a GPU")
     if quantization == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": four}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -204,11 +217,11 @@ def resolve_device(device: str) -> torch.device:
         place = None
     if place is None or place.type not in ("cpu", "cuda", "mps"):
         raise ModelError(f"unknown device {device!r}; allowed are auto, cpu, cuda, cuda:N and mps")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[place.type]
-    if (place.index or 0) >= there:
-        raise ModelError(f"device {device}: PyTorch sees {there} {place.type} devices here; use --set device=cpu")
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[place.type]
+    if (place.index or 0) >= available:
+        raise ModelError(f"device {device}: PyTorch sees {available} {place.type} devices here; use --set device=cpu")
     if place == torch.device("cuda") and local_world_size() > 1:
-        return torch.device("cuda", local_rank() % there)
+        return torch.device("cuda", local_rank() % available)
     return place
 
 
@@ -224,14 +237,14 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """Return how many CPU threads a setting names; None is one a core, but no more than a container may keep busy.
+    """Return the number of CPU threads that a setting means; None is one per core, within a container's CPU limit.
 
-    Several processes share the cores, unless OMP_NUM_THREADS says how many each takes.
+    Several processes share the cores, unless OMP_NUM_THREADS sets the threads of each.
     """
     if threads is not None:
         return threads
     sharing, most = local_world_size(), torch.get_num_threads()
-    # 1 is what torchrun and accelerate launch set where nobody has set anything.
+    # torchrun and accelerate launch set it to 1 if it is not set.
     if sharing > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         most = (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // sharing
     try:

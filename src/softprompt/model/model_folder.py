@@ -1,4 +1,4 @@
-"""What a folder that is given as a model holds, and what to do where that is something else."""
+"""Whether a folder contains a base model, and what to do where it contains something else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def require_model_folder(path: Path) -> None:
     """Make sure that a folder holds a model's configuration, its weights as safetensors, and a tokenizer.
 
     Raises:
-        ModelError: it does not; the message says what it holds, and what to do.
+        ModelError: it does not; the message says what it contains, and what to do.
     """
     if not any(path.iterdir()):
         raise ModelError(
@@ -47,7 +47,7 @@ def require_model_folder(path: Path) -> None:
 
 
 def _require_no_prompt(path: Path) -> None:
-    """Refuse folders of prompts, runs and adapters by what they are."""
+    """Refuse folders of prompts, runs and adapters, each with its own message."""
     adapter = _read(path / _ADAPTER)
     base = adapter.get("base_model_name_or_path") or "its base model"
     if any((path / name).is_file() for name in _PROMPT) or adapter.get("peft_type") in _PROMPT_KINDS:

@@ -1,4 +1,4 @@
-"""A package index's simple interface (PEP 503 and 691), where neither pip nor uv is there to ask it."""
+"""A package index's simple interface (PEP 503 and 691), for machines without pip and uv."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _LARGEST_PAGE, _AT_ONCE = 20_000_000, 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Sources:
-    """Where packages come from, as the environment and pip's configuration say.
+    """Where packages come from, by the environment and pip's configuration.
 
     Attributes:
-        indexes: URLs of simple interfaces, in the order in which they are asked.
+        indexes: URLs of simple interfaces, in the order of use.
         find_links: further folders and pages with links to files.
         certificates: a file of authorities to trust, None for the system's.
-        proxy: None for the one that the environment names.
+        proxy: None for the environment's.
     """
 
     indexes: tuple[str, ...]
@@ -46,22 +46,22 @@ class Sources:
 
 def sources(environment: Mapping[str, str] = os.environ) -> Sources:
     """Read where packages come from: pip's variables and uv's, then pip's files."""
-    kept = _pip_files(environment)
+    configured = _pip_files(environment)
 
-    def said(option: str, *more: str) -> list[str]:
+    def values(option: str, *more: str) -> list[str]:
         names = (f"PIP_{option.upper().replace('-', '_')}", *more)
-        found = next((environment[name] for name in names if environment.get(name, "").strip()), kept.get(option, ""))
-        return found.split()
+        default = configured.get(option, "")
+        return next((environment[name] for name in names if environment.get(name, "").strip()), default).split()
 
-    main = said("index-url", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
-    further = said("extra-index-url", "UV_INDEX", "UV_EXTRA_INDEX_URL")
-    if (environment.get("PIP_NO_INDEX") or kept.get("no-index") or "0").lower() in ("1", "true", "yes", "on"):
+    main = values("index-url", "UV_DEFAULT_INDEX", "UV_INDEX_URL")
+    further = values("extra-index-url", "UV_INDEX", "UV_EXTRA_INDEX_URL")
+    if (environment.get("PIP_NO_INDEX") or configured.get("no-index") or "0").lower() in ("1", "true", "yes", "on"):
         main, further = [], []
-    certificates = said("cert", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-    proxy = said("proxy")
+    certificates = values("cert", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+    proxy = values("proxy")
     return Sources(
         tuple(dict.fromkeys(re.sub(r"^[\w.-]+=(?=\w+:)", "", url) for url in (*main, *further))),  # uv: NAME=URL
-        tuple(said("find-links", "UV_FIND_LINKS")),
+        tuple(values("find-links", "UV_FIND_LINKS")),
         certificates[0] if certificates else None,
         proxy[0] if proxy else None,
     )
@@ -96,9 +96,9 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, most: 
     Args:
         package: its name.
         version: exactly.
-        sha256: of the file; a page that tells another is not followed.
+        sha256: of the file; a link with another hash is not followed.
         folder: where the file is written.
-        most: bytes that are read.
+        most: the largest size in bytes.
         where: the sources.
 
     Raises:
@@ -113,28 +113,28 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, most: 
         try:
             for link in _links(opener, url):
                 name = unquote(urlsplit(link).path).rsplit("/", 1)[-1]
-                told = re.search(r"sha256=([0-9a-f]{64})", urlsplit(link).fragment)
-                if wanted.fullmatch(name) and (told is None or told[1] == sha256):
+                digest = re.search(r"sha256=([0-9a-f]{64})", urlsplit(link).fragment)
+                if wanted.fullmatch(name) and (digest is None or digest[1] == sha256):
                     return _fetched(opener, link, folder / Path(name).name, sha256, most)
             failed.append(f"{at} does not have it")
         except HTTPError as error:
             failed.append(f"{at} does not have it" if error.code in (404, 410) else f"{at}: {error}")
         except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
             failed.append(f"{at}: {getattr(error, 'reason', None) or error}")
-    raise LookupError("; ".join(failed) or "no package index is named")
+    raise LookupError("; ".join(failed) or "no package index is configured")
 
 
 def _pages(package: str, where: Sources) -> Iterator[tuple[str, str]]:
-    """Yield the pages that may link to a package's files, and what they are called in a message."""
+    """Yield the pages that may link to a package's files, and their names for messages."""
     normal = re.sub(r"[-_.]+", "-", package).lower()  # PEP 503
     for index in where.indexes:
-        yield f"{index.rstrip('/')}/{normal}/", shown(index)
+        yield f"{index.rstrip('/')}/{normal}/", without_password(index)
     for link in where.find_links:
-        yield (link if "://" in link else Path(link).expanduser().absolute().as_uri()), shown(link)
+        yield (link if "://" in link else Path(link).expanduser().absolute().as_uri()), without_password(link)
 
 
-def shown(url: str) -> str:
-    """Return a URL without a password in it."""
+def without_password(url: str) -> str:
+    """Return a URL without its user name and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else url
 
@@ -208,7 +208,7 @@ def _request(url: str) -> Request:
     """Return a request without its fragment; a name and a password go into a header."""
     parts = urlsplit(url)
     if parts.scheme not in ("https", "http", "file"):
-        raise ValueError(f"{shown(url)} is no http, https or file address")
+        raise ValueError(f"{without_password(url)} is no http, https or file address")
     headers = {"Accept": _ACCEPT}
     user, at, host = parts.netloc.rpartition("@")
     if at:

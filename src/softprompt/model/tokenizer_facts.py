@@ -1,4 +1,4 @@
-"""What in a tokenizer decides which ids a text becomes, so that two can be compared."""
+"""Everything in a tokenizer that determines token ids, so that two can be compared."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# Accents, ligatures, case, digits, white space, signs, other scripts and what has no letter: each is where normalizers
-# and pre-tokenizers part ways.
+# Accents, ligatures, case, digits, white space, punctuation, other scripts and emoji: normalizers and pre-tokenizers
+# differ in these.
 _TEXT = (
     "Hello World, don't  stop\u2026 caf\u00e9 cafe\u0301 \ufb01ne \u00bd 1234567 3.14\t(tab)\n\n  line <x> [y]_z "
     "\u6211\u559c\u6b22 \u0645\u0631\u062d\u0628\u0627 \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600 ``quote'' END "
 )
-_LONGEST = 200  # characters that are kept as they are
+_LONGEST = 200  # characters; a longer text is replaced by its hash
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return hashes and settings of what changes ids, as JSON holds them.
+    """Return hashes and settings of what changes token ids, as JSON values.
 
     Padding and truncation change none. A padding token changes none either, so the hashes of the vocabulary and of the
-    added tokens are taken with and without it.
+    added tokens are computed with and without it.
     """
     padding = tokenizer.pad_token
     if padding in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token):
@@ -33,7 +33,7 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "ids of a sample text": _ids(tokenizer),
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # written in Python, so the sample has to tell
+    if backend is None:  # written in Python, so only the sample text shows differences
         return facts
     parts = json.loads(backend.to_str())
     model = parts["model"]
@@ -57,7 +57,7 @@ def different_tokenizer(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Compare what both sides have: a newer tokenizers library writes more settings down."""
+    """Compare what both sides have: a newer tokenizers library saves more settings."""
     if isinstance(before, dict) and isinstance(now, dict):
         if "without_padding" in before:
             return bool(set(before.values()) & set(now.values()))
@@ -70,7 +70,7 @@ def _same(before: Any, now: Any) -> bool:
 def _ids(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
         return _hash(list(tokenizer(_TEXT)["input_ids"]))
-    except Exception:  # one of whole words, without a token for others, raises its library's own error
+    except Exception:  # a word-level tokenizer without an unknown token raises its library's own error
         return None
 
 
