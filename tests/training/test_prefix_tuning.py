@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> Non
     prompt = SoftPrompt(learned_keys(llama, 3), Record(base_model=base_model_record(llama)))
     with pytest.raises(PromptError, match="tiny-gpt2 has 3 with 4 of 8"):
         evaluate(frozen("gpt2"), load_data([{"text": "a fine film"}]), prompt)
-    with pytest.raises(SettingsError, match="behind a deep prefix there is nothing to continue"):
+    with pytest.raises(SettingsError, match="after a learned prefix there is nothing to continue"):
         generate(llama, [""], prompt)
     with pytest.raises(PromptError, match="no embeddings"):
         nearest_tokens(llama, prompt)
