@@ -123,7 +123,7 @@ def test_rules_of_writing_are_refused_where_labels_are_chosen_whatever_their_val
 ) -> None:
     prompt, config = label_prompt(llama), GenerateConfig(**rules)  # type: ignore[arg-type]
     for mode in (None, "choose"):
-        with pytest.raises(SettingsError, match=rf"{min(rules)}: decoding rules are for writing.*--mode write"):
+        with pytest.raises(SettingsError, match=rf"{min(rules)}: decoding settings are for writing.*--mode write"):
             generate(llama, ["the parcel"], prompt, config, mode=mode)  # type: ignore[arg-type]
     assert generate(llama, ["the parcel"], prompt, config, mode="write")
 
@@ -138,8 +138,8 @@ def test_a_label_prompt_writes_freely_where_it_is_asked_to(llama: FrozenModel) -
 @pytest.mark.parametrize(
     ("kind", "raw", "mode", "message"),
     [
-        (None, False, "choose", "only a prompt of labels can"),
-        ("completion", False, "choose", "only a prompt of labels can"),
+        (None, False, "choose", "only a prompt with labels can"),
+        ("completion", False, "choose", "only a prompt with labels can"),
         ("classification", True, "choose", "read raw has no template"),
         ("classification", False, "draw", "mode 'draw' is unknown; allowed are choose and write"),
     ],

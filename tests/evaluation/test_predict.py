@@ -82,7 +82,7 @@ def test_a_prompt_that_writes_predicts_texts(llama: FrozenModel) -> None:
     assert {(each.label, each.probability, each.probabilities) for each in made} == {(None, None, None)}
     labels = predict(llama, TEXTS[:1], prompt_of(llama), mode="write", config=config)
     assert labels[0].text == generate(llama, TEXTS[:1], prompt_of(llama), config, mode="write")[0]
-    with pytest.raises(SettingsError, match="decoding rules are for writing"):
+    with pytest.raises(SettingsError, match="decoding settings are for writing"):
         predict(llama, TEXTS, prompt_of(llama), config=config)
 
 
@@ -222,7 +222,7 @@ def test_what_a_prompt_writes_stays_in_its_line(command: Command, writing_prompt
         (["rows.csv", "--resume", "--out", "out.csv"], "not the beginning of a file that was stopped"),
         (["rows.csv", "--json"], "give it with --out"),
         (["nowhere.csv"], "no such file: nowhere.csv"),
-        (["rows.csv", "--set", "seed=1"], "decoding rules are for writing"),
+        (["rows.csv", "--set", "seed=1"], "decoding settings are for writing"),
         (["rows.csv", "--mode", "write", "--probabilities"], "this prompt writes"),
         (["rows.csv", "--map", "text=txt"], "row 1: it has no column 'txt'"),
         (["rows.csv", "--map", "label=x"], "--map label=x: the prompt reads text"),

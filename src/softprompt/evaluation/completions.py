@@ -1,4 +1,4 @@
-"""Completions: what a prompt writes, compared with what is right."""
+"""Completions: what a prompt writes, compared with the right answers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from softprompt.prompt.ensemble import AnyPrompt
 
 @dataclass(frozen=True)
 class Completions:
-    """What was written for each distinct input; rows that share one are several right answers to it.
+    """One output for each distinct input; rows that share an input are several right answers to it.
 
     Attributes:
-        outputs: one a distinct input.
-        references: for each of them, the right answers.
-        place: for each row, which output is its own.
+        outputs: one for each distinct input.
+        references: for each output, the right answers.
+        place: for each row, the index of its output.
     """
 
     outputs: list[str]
@@ -42,7 +42,7 @@ class Completions:
     def metrics(self) -> dict[str, Metric]:
         """Return exact match, BLEU (Papineni et al. 2002), chrF (Popović 2015) and ROUGE-L (Lin 2004).
 
-        The best-matching right answer counts, or all of them together (BLEU). Intervals are over distinct inputs.
+        The best-matching right answer counts; for BLEU all of them together. Intervals are over distinct inputs.
         """
         overlap = self._rouge_l
         return {
@@ -54,11 +54,11 @@ class Completions:
 
     @cached_property
     def ranked_by(self) -> str:
-        """The metric that methods are ranked by on these inputs, see `ranking_metric`."""
+        """The metric that ranks methods on these inputs, see `ranking_metric`."""
         return ranking_metric("completion", self._right)
 
     def statistics(self) -> list[list[float]]:
-        """Return what the metric that ranks is made from, per distinct input, see `statistic`."""
+        """Return what `ranked_by` is computed from, for each distinct input, see `statistic`."""
         statistics: list[list[float]] = self._statistics(self.ranked_by).tolist()
         return statistics
 
@@ -71,17 +71,17 @@ class Completions:
         return Words(self._right)
 
     def _statistics(self, metric: str) -> NDArray[np.float64]:
-        """Return `[N, …]`, for each distinct input what a metric is made from, see `statistic`."""
+        """Return what a metric is computed from, for each distinct input, `[N, …]`, see `statistic`."""
         if metric == "exact_match":
             pairs = zip(self.outputs, self.references, strict=True)
             return np.array([[float(output in right), 1.0] for output, right in pairs])
         if metric == "chrf":
-            return _counted(chrf(), self.outputs, self.references)
+            return _sacrebleu_statistics(chrf(), self.outputs, self.references)
 
         def cut(texts: Sequence[str]) -> list[str]:
             return [" ".join(self._words.tokens(text)) for text in texts]
 
-        return _counted(bleu(), cut(self.outputs), [cut(right) for right in self.references])
+        return _sacrebleu_statistics(bleu(), cut(self.outputs), [cut(right) for right in self.references])
 
     def _corpus(self, metric: str) -> Metric:
         """Return a corpus metric with its interval.
@@ -106,20 +106,22 @@ class Completions:
         )
 
 
-def _counted(metric: BLEU | CHRF, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Return sacrebleu's statistics of each output; it takes the first right answers, then the second, and so on."""
+def _sacrebleu_statistics(
+    metric: BLEU | CHRF, outputs: Sequence[str], references: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
+    """Return sacrebleu's statistics of each output; sacrebleu takes all first right answers, then all second ones."""
     most = max(map(len, references))
     by_rank = [[right[k] if k < len(right) else None for right in references] for k in range(most)]
     return np.array(metric._extract_corpus_statistics(outputs, by_rank))  # type: ignore[arg-type]
 
 
 def judge(form: Format, rows: Rows, written: Sequence[str]) -> Completions:
-    """Judge what was written before.
+    """Compare outputs that were written before with the right answers.
 
     Args:
         form: how rows become text.
         rows: of a completion task.
-        written: for each row, what was written; the same for rows with the same input.
+        written: each row's output; the same for rows with the same input.
     """
     _, references, place = _by_input(form, rows)
     first = np.unique(place, return_index=True)[1]
@@ -127,8 +129,8 @@ def judge(form: Format, rows: Rows, written: Sequence[str]) -> Completions:
 
 
 def _by_input(form: Format, rows: Rows) -> tuple[list[Row], list[list[str]], list[int]]:
-    """Return the first row of every distinct input, the right answers to each, and which input each row has."""
-    order: dict[str, int] = {}  # by the whole text: inputs that are cut to the same tokens are not the same
+    """Return the first row of every distinct input, the right answers to each, and the index of each row's input."""
+    order: dict[str, int] = {}  # by the whole text: inputs that are cut to the same tokens stay different
     distinct: list[Row] = []
     references: list[list[str]] = []
     place: list[int] = []
@@ -148,7 +150,7 @@ def complete(model: FrozenModel, prompt: AnyPrompt, encoder: Encoder, rows: Rows
 
     Args:
         model: the frozen model.
-        prompt: what is before the text.
+        prompt: a prompt, or the base model.
         encoder: how rows become token ids.
         rows: of a completion task.
 
@@ -167,13 +169,13 @@ def complete(model: FrozenModel, prompt: AnyPrompt, encoder: Encoder, rows: Rows
         )
     inputs = Encoder(encoder.tokenizer, encoder.format, room, encoder.vocabulary).inputs(distinct)
     outputs = continue_ids(model, prompt, inputs, [longest] * len(inputs), GenerateConfig(stop=stop))
-    return Completions([_as_given(*each) for each in zip(outputs, references, strict=True)], references, place)
+    return Completions([_strip_like(*each) for each in zip(outputs, references, strict=True)], references, place)
 
 
-def _as_given(output: str, references: Sequence[str]) -> str:
-    """Return an output with its white space at an end where a right answer has some there; elsewhere it says nothing.
+def _strip_like(output: str, references: Sequence[str]) -> str:
+    """Strip an output at each end where no right answer has white space.
 
-    An indentation is a part of the answer; the space before a word is not.
+    Indentation is a part of an answer; the space before its first word is not.
     """
     if not any(right[:1].isspace() for right in references):
         output = output.lstrip()

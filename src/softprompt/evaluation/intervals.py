@@ -17,7 +17,7 @@ _Z = NormalDist().inv_cdf(0.975)
 class Metric(BaseModel):
     """A figure and its 95 % interval over the rows."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # of a run that diverged
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # infinite losses of a run that diverged
 
     value: float
     low: float
@@ -27,9 +27,11 @@ class Metric(BaseModel):
 def proportion(right: NDArray[np.bool_] | NDArray[np.float64]) -> Metric:
     """Return a share of rows with Wilson's interval (Wilson 1927).
 
+    `scipy.stats.binomtest` gives the same interval, but takes whole counts only.
+
     Args:
-        right: `[N]`, which rows; or of each row the share of several runs, which then count as one: the interval is
-            on the safe side, for it takes rows to differ as much as those of a single run.
+        right: `[N]`, whether each row is right, or in which share of several runs it is. The interval is then that of a
+            single run, which is wider.
     """
     share, rows = float(right.mean()), len(right)
     middle, spread = share + _Z**2 / (2 * rows), _Z * math.sqrt(share * (1 - share) / rows + (_Z / (2 * rows)) ** 2)
@@ -40,13 +42,15 @@ def proportion(right: NDArray[np.bool_] | NDArray[np.float64]) -> Metric:
 def bootstrap(statistic: Callable[[NDArray[np.int64]], float], rows: int, resamples: int = _RESAMPLES) -> Metric:
     """Return a statistic with the percentile interval of a bootstrap over rows (Efron 1979).
 
+    `scipy.stats.bootstrap` would refuse a single row, and give published intervals other last digits.
+
     Args:
         statistic: computes the figure from row indices, some of which occur repeatedly.
         rows: how many rows there are.
-        resamples: how often they are drawn.
+        resamples: how many samples of rows are drawn, with replacement.
     """
     generator = np.random.default_rng(0)
-    drawn = [statistic(generator.integers(rows, size=rows)) for _ in range(resamples)]
-    with np.errstate(invalid="ignore"):  # between infinite ones there is no number
-        low, high = np.percentile(drawn, [2.5, 97.5])
+    resampled = [statistic(generator.integers(rows, size=rows)) for _ in range(resamples)]
+    with np.errstate(invalid="ignore"):  # interpolation between infinite values gives NaN
+        low, high = np.percentile(resampled, [2.5, 97.5])
     return Metric(value=statistic(np.arange(rows)), low=float(low), high=float(high))

@@ -16,19 +16,19 @@ from softprompt.generation import answer_mode, generate, input_columns, input_ro
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Prompt
 
-AT_ONCE = 256  # rows; what is predicted together is the same in every run, so that rounding is, too
+AT_ONCE = 256  # rows; the same rows are run together in every run, so that rounding is the same
 _DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a prompt says of a row.
+    """The prediction for a row: a label, or a text.
 
     Attributes:
-        label: the chosen label's name; None where the prompt writes.
-        text: what it wrote; None where it chose.
-        probability: the label's share among all labels; None of a text.
-        probabilities: every label's; None of a text.
+        label: the chosen label's name; None for a text.
+        text: what was written; None for a label.
+        probability: the label's probability; those of all labels add up to 1. None for a text.
+        probabilities: every label's; None for a text.
     """
 
     label: str | None = None
@@ -37,7 +37,7 @@ class Prediction:
     probabilities: dict[str, float] | None = None
 
     def columns(self, *, probabilities: bool) -> dict[str, Any]:
-        """Return what a file of predictions says of the row: `prediction`, and of labels `probability`."""
+        """Return the columns of a file of predictions: `prediction`, and for labels `probability`."""
         if self.label is None:
             return {"prediction": self.text}
         every = {"probabilities": self.probabilities} if probabilities else {}
@@ -57,18 +57,18 @@ def predict(
 
     Args:
         model: the frozen model.
-        rows: texts, dictionaries, a data frame, or what else `load_data` reads; they need no targets.
+        rows: texts, dictionaries, a data frame, or anything else that `load_data` reads; they need no targets.
         prompt: None for the base model, which continues texts as they are.
         map: the template's column names to the columns that hold them, `{"text": "review"}`.
         mode: `choose` or `write`, as of `generate`.
-        config: decoding rules, where it writes.
+        config: decoding settings, for writing.
 
     Returns:
         A prediction a row, in order.
 
     Raises:
         PromptError: the prompt was trained on another model.
-        DataError: a row lacks a column or is empty; those before it were predicted in vain.
+        DataError: a row lacks a column or is empty.
         SettingsError: the settings do not fit the prompt.
     """
     answer_mode(prompt, mode, config)
@@ -102,9 +102,9 @@ def predict_inputs(
         return [Prediction(text=text) for text in generate(model, texts, prompt, config, mode=mode)]
     assert prompt is not None
     scores = choose(model, prompt, inputs)
-    made = []
+    predictions = []
     for best, shares in zip(scores.predicted, scores.probabilities().tolist(), strict=True):
         probabilities = {label: round(share, _DIGITS) for label, share in zip(scores.labels, shares, strict=True)}
         label = scores.labels[best]
-        made.append(Prediction(label=label, probability=probabilities[label], probabilities=probabilities))
-    return made
+        predictions.append(Prediction(label=label, probability=probabilities[label], probabilities=probabilities))
+    return predictions

@@ -1,4 +1,4 @@
-"""Predicting a file: its rows are written again with their predictions, some at a time, and so that it can go on."""
+"""Predicting a file: rows are written with their predictions, 256 at a time, and a run can be resumed."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def predict_file(
 ) -> int:
     """Predict rows and write each with its prediction; return how many there are.
 
-    Rows are predicted by 256, counted from the first one, and written when these are done. A run that goes on begins
-    with the first row of such a group, so that it ends with the same file as one that was never stopped.
+    Rows are predicted and written in groups of 256, counted from the first row. A resumed run starts with the first row
+    of a group, so that it ends with the same file as a run that was never stopped.
 
     Args:
         model: the frozen model.
@@ -56,12 +56,13 @@ def predict_file(
         prompt: None for the base model.
         out: the file; None for stdout, in the source's kind.
         map, mode, config: as of `predict`.
-        probabilities: also write every label's.
-        resume: go on with the file of a run that was stopped.
-        progress: told how many rows are written.
+        probabilities: whether to write every label's probability.
+        resume: continue the file of a run that was stopped.
+        progress: called with the number of rows that are written.
 
     Raises:
-        InputError: a row cannot be predicted; those before it are in the file. Or the file cannot be gone on with.
+        InputError: a row cannot be predicted; those before it are in the file. Or the file cannot be
+            continued.
         StorageError: the file cannot be written.
     """
     require_columns(prompt, map)
@@ -103,7 +104,7 @@ def predict_file(
 
 
 def _next_rows(rows: Iterator[SourceRow]) -> tuple[list[SourceRow], InputError | None]:
-    """Return the next rows, and why no more can be read if so."""
+    """Return the next rows, and the error of the row after them if it cannot be read."""
     read: list[SourceRow] = []
     try:
         for row in islice(rows, AT_ONCE):
@@ -116,7 +117,7 @@ def _next_rows(rows: Iterator[SourceRow]) -> tuple[list[SourceRow], InputError |
 def _up_to_the_bad_one(
     rows: Sequence[SourceRow], predicted: Callable[[Sequence[SourceRow]], list[Found]]
 ) -> tuple[list[SourceRow], list[Found], InputError | None]:
-    """Return the rows before the first that cannot be predicted, what was found for them, and what is wrong with it."""
+    """Return the rows before the first that cannot be predicted, their predictions, and that row's error."""
     good: list[SourceRow] = []
     found: list[Found] = []
     for row in rows:
@@ -133,7 +134,7 @@ def _up_to_the_bad_one(
 def _identity(
     model: FrozenModel, prompt: Prompt | None, mode: Mode | None, config: GenerateConfig | None, added: Sequence[str]
 ) -> str:
-    """Return a hash of what makes predictions what they are."""
+    """Return a hash of all that predictions depend on."""
     digest = hashlib.sha256()
     for member in prompt.members if prompt is not None else ():
         digest.update(member.weights.numpy().tobytes())
@@ -168,19 +169,19 @@ def _sink(source: RowSource, out: Path | None, added: Sequence[str], identity: s
 
 
 class _Sink(Protocol):
-    """Where rows go with what was found for them."""
+    """Where rows and their predictions are written."""
 
     def begin(self) -> int:
-        """Make ready, and return how many rows are there already."""
+        """Open it, and return how many rows it has already."""
 
     def write(self, rows: Sequence[SourceRow], found: Sequence[Found]) -> None:
         """Write rows."""
 
     def stop(self) -> None:
-        """No more rows come, though there are some: the next one cannot be predicted."""
+        """Close it before the end of the rows: the next one cannot be predicted."""
 
     def finish(self) -> None:
-        """All rows were written."""
+        """Close it after the last row."""
 
 
 class _Stdout:
@@ -191,7 +192,7 @@ class _Stdout:
         return 0
 
     def write(self, rows: Sequence[SourceRow], found: Sequence[Found]) -> None:
-        if not rows:  # the first one may be a bad one
+        if not rows:  # the first row may be at fault
             return
         if not self._begun:
             sys.stdout.write(self._text.begin(rows[0]))
@@ -207,7 +208,7 @@ class _Stdout:
 
 
 class _TextFile:
-    """A CSV or JSONL file that grows, and beside it, while it does, a note of what it is the beginning of."""
+    """A CSV or JSONL file, and beside it, until it is finished, a file with the identity of the run."""
 
     def __init__(
         self, source: RowSource, added: Sequence[str], out: Path, kind: Kind, identity: str, resume: bool
@@ -219,21 +220,21 @@ class _TextFile:
         self._begun = False
 
     def _place(self) -> Path:
-        """Return the file that grows."""
+        """Return the file that is appended to."""
         return self._out
 
     def begin(self) -> int:
-        noted = self._note.read_text(encoding="utf-8").strip() if self._note.exists() else None
+        before = self._note.read_text(encoding="utf-8").strip() if self._note.exists() else None
         if self._resume:
-            if noted is None:
+            if before is None:
                 raise InputError(f"{self._out} is not the beginning of a file that was stopped; leave --resume out")
-            if noted != self._identity:
+            if before != self._identity:
                 raise InputError(
                     f"{self._out} was begun with another prompt, precision or settings; give the same ones to go on, "
                     f"or delete it and {self._note}"
                 )
             return self._cut_back()
-        if noted is not None and self._grows.exists():
+        if before is not None and self._grows.exists():
             raise InputError(
                 f"{self._out} was begun and not finished; --resume goes on with it. To begin anew, delete {self._note}"
             )
@@ -242,14 +243,14 @@ class _TextFile:
         return 0
 
     def _cut_back(self) -> int:
-        """Cut off what is not a whole group of rows, and return how many are left."""
+        """Truncate the file to whole groups of rows, and return how many rows are left."""
         with storage_errors(self._grows):
             if not self._grows.exists() or not self._grows.stat().st_size:
                 return 0
             ends = complete_rows(self._grows, self._kind)
             done = (len(ends) - 1) // AT_ONCE * AT_ONCE
             os.truncate(self._grows, ends[done] if done else 0)
-        if not done:  # what stands before the first row may have been written by half, too
+        if not done:  # the header may be incomplete too
             return 0
         self._begun = True
         first = None if self._source.kind == self._kind else next(open_rows(self._source.name).rows, None)
@@ -273,7 +274,7 @@ class _TextFile:
 
 
 class _ParquetFile(_TextFile):
-    """A Parquet file cannot grow: what is found is kept in a file of JSON lines beside it until all is."""
+    """A Parquet file, which cannot be appended to: predictions are collected in a JSON Lines file beside it."""
 
     def __init__(
         self, source: RowSource, added: Sequence[str], out: Path, kind: Kind, identity: str, resume: bool

@@ -1,4 +1,4 @@
-"""Which metric methods are ranked by, and how it is made from statistics that add up over rows."""
+"""The metric that methods are ranked by, and how it follows from statistics that are summed over rows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-# Of completions it depends on the right answers, see `ranking_metric`; results that do not name it are ranked by BLEU.
+# For completions it depends on the right answers (`ranking_metric`); results that do not name it are ranked by BLEU.
 PRIMARY: dict[Task, str] = {"classification": "accuracy", "completion": "bleu", "text": "loss"}
-_BLEU_ORDER = 4  # words in a row, at most, that BLEU counts
+_BLEU_ORDER = 4  # the longest n-grams that BLEU counts
 
 
 def ranking_metric(task: Task, right: Sequence[str] = ()) -> str:
-    """Return the metric that methods are ranked by: one that can tell them apart on these right answers.
+    """Return the metric that methods are ranked by: one that distinguishes them on these right answers.
 
     Classification is ranked by accuracy, plain text by the loss. A completion's right answer is *short* if fewer than
     four of its words have a letter or a digit. Where more than half of the right answers are short, exact match ranks:
     an answer such as `42` is right or wrong. Where more than half are not short and have at least four words between
-    spaces, BLEU ranks. Otherwise chrF does, which counts characters: text without spaces, or answers of both kinds. In
-    scripts without spaces every character counts as a word.
+    spaces, BLEU ranks. Otherwise chrF ranks, which counts characters: for text without spaces, or a mixture. In scripts
+    without spaces every character counts as a word.
 
     Args:
         task: the task's kind.
-        right: the right answers of a completion task. What methods write plays no part, so that all of them are ranked
-            by the same metric.
+        right: the right answers of a completion task. What methods write has no influence, so that all of them are
+            ranked by the same metric.
     """
     if task != "completion":
         return PRIMARY[task]
@@ -54,9 +54,9 @@ def _fitting(text: str) -> str:
 
 @cache
 def bleu() -> BLEU:
-    """Return BLEU of text that is cut into words already.
+    """Return BLEU for text that is tokenized already.
 
-    Its order is the effective one: where no output has four words, it counts runs of as many as there are.
+    With sacrebleu's effective order: where no output has four words, only shorter n-grams count.
     """
     from sacrebleu.metrics.bleu import BLEU
 
@@ -72,11 +72,11 @@ def chrf() -> CHRF:
 
 
 def statistic(metric: str, sums: NDArray[np.float64]) -> float:
-    """Return a metric of rows whose statistics add up to `sums`.
+    """Return a metric from its statistics, summed over rows.
 
-    Accuracy and exact match have `[right, 1]` for each row, the loss `[nats, tokens]`, BLEU and chrF what sacrebleu
-    sums up: of BLEU both lengths, then how many n-grams were right and how many there are; of chrF for each length of
-    n-grams how many were written, how many are right, and how many are both.
+    Accuracy and exact match have `[right, 1]` for each row, the loss `[nats, tokens]`. BLEU and chrF have sacrebleu's:
+    for BLEU both lengths, then the numbers of right and of all n-grams; for chrF and each order, the numbers of n-grams
+    in the output, in the reference and in both.
     """
     if metric in ("bleu", "chrf"):
         corpus = bleu() if metric == "bleu" else chrf()
@@ -85,10 +85,10 @@ def statistic(metric: str, sums: NDArray[np.float64]) -> float:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Tell whether the method with the lowest figure is the best."""
+    """Tell whether lower values of a metric are better."""
     return metric == "loss"
 
 
 def can_be_best(metric: str, value: float) -> bool:
-    """Tell whether a figure can be the best one: it is a finite number, and not that of a method with nothing right."""
+    """Tell whether a value can be the best: it is finite, and something is right."""
     return bool(np.isfinite(value)) and (lower_is_better(metric) or value > 0)

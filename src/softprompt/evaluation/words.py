@@ -1,4 +1,4 @@
-"""What counts as a word of a completion: characters too, in scripts that are written without spaces."""
+"""Words of completions; in scripts that are written without spaces, every character is one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _TOKENIZER = Tokenizer13a()  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Words:
-    """How texts become words, the same way for all outputs and right answers of a task.
+    """How texts become words: the same for all outputs and right answers of a task.
 
     Attributes:
         right: the right answers. If one of them has a character of a script without spaces, each such character is a
-            word of its own, in every text. Otherwise texts are cut as sacrebleu and ROUGE cut them.
+            word in every text. Otherwise texts are split as sacrebleu and ROUGE split them.
     """
 
     right: Sequence[str]
@@ -34,13 +34,13 @@ class Words:
         return any(NO_SPACES.search(text) for text in self.right)
 
     def plain(self, text: str) -> list[str]:
-        """Return what stands between spaces."""
+        """Split a text at its spaces."""
         return (NO_SPACES.sub(r" \g<0> ", text) if self._characters else text).split()
 
     def tokens(self, text: str) -> list[str]:
-        """Return the tokens of BLEU (sacrebleu's tokenizer 13a), which also sets punctuation apart.
+        """Split a text into the tokens of BLEU: sacrebleu's tokenizer 13a also separates punctuation.
 
-        The tokenizer drops some markup. A text of nothing else is cut at its spaces.
+        The tokenizer drops some markup. A text of markup alone is split at its spaces.
         """
         apart = NO_SPACES.sub(r" \g<0> ", text) if self._characters else text
         return _TOKENIZER(apart.rstrip()).split() or text.split()
