@@ -52,5 +52,5 @@ def test_the_direct_parameterization_of_an_old_file_is_dropped(tmp_path: Path) -
 
 @pytest.mark.parametrize("assignments", [["parameterization=residual"]])
 def test_the_residual_parameterization_is_refused_by_name(assignments: list[str]) -> None:
-    with pytest.raises(SettingsError, match="parameterization=residual was taken out"):
+    with pytest.raises(SettingsError, match="parameterization=residual was removed"):
         read_settings(TuneConfig, None, assignments)

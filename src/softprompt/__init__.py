@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives: imported on first use, so that `softprompt --help` does not wait for torch.
-_HOMES = {
+# The module of each public name: imported on first use, so that `softprompt --help` does not wait for torch.
+_MODULES = {
     "softprompt.comparison.run": ("Comparison", "ComparisonCallback", "compare"),
     "softprompt.config": ("GenerateConfig", "TuneConfig"),
     "softprompt.data.rows": ("Rows", "load_data"),
@@ -67,19 +67,19 @@ _HOMES = {
     "softprompt.prompt.ensemble": ("Ensemble",),
     "softprompt.prompt.loading": ("load_prompt",),
     "softprompt.prompt.soft_prompt": ("SoftPrompt",),
-    "softprompt.training.ensemble": ("EnsembleResult", "tune_ensemble"),
-    "softprompt.training.tune": ("TuneResult", "tune"),
-    "softprompt.training.hf_module": ("TrainablePrompt",),
     "softprompt.training.callbacks": ("Callback",),
+    "softprompt.training.ensemble": ("EnsembleResult", "tune_ensemble"),
+    "softprompt.training.hf_module": ("TrainablePrompt",),
+    "softprompt.training.tune": ("TuneResult", "tune"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

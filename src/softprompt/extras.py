@@ -1,4 +1,4 @@
-"""Packages that only some of the work needs, and the extras that bring them."""
+"""Optional packages, and the extras that install them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from softprompt.errors import InputError
 
-# Package: the extra that brings it, what it is for.
+# Package: its extra, its purpose.
 OPTIONAL = {
     "matplotlib": ("compare", "reports of compare"),
     "peft": ("compare", "LoRA in compare"),
@@ -18,15 +18,15 @@ OPTIONAL = {
 
 
 def installed(package: str) -> bool:
-    """Tell whether a package is there, without importing it."""
+    """Tell whether a package is installed, without importing it."""
     return find_spec(package) is not None
 
 
 def require_package(package: str, needed_by: str) -> None:
-    """Make sure that a package is there, before work begins that needs it.
+    """Make sure that a package is installed, before the work that needs it.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not.
     """
     if not installed(package):
         extra, _ = OPTIONAL[package]

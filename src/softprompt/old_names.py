@@ -1,4 +1,4 @@
-"""Names of earlier versions that commands and files may still hold, translated in this one place."""
+"""Translates names of earlier versions in commands and files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _METHODS = {"soft-prompt": "prompt-tuning", "deep-prefix": "prefix-tuning"}
 
 
 def current_method(name: str, *, quiet: bool = False) -> str:
-    """Return today's name of a method; an old one is warned about once.
+    """Return the current name of a method; warn once about an old one.
 
     Args:
-        name: a method's, an ensemble's of a comparison included: `soft-prompt-ensemble`.
-        quiet: say nothing, for files that nobody can be asked to change.
+        name: of a method, also with a suffix: `soft-prompt-ensemble`.
+        quiet: do not warn, for files that are not edited by hand.
     """
     for old, new in _METHODS.items():
         if name == old or name.startswith(f"{old}-"):
@@ -27,21 +27,20 @@ def current_method(name: str, *, quiet: bool = False) -> str:
 
 
 def current_settings(values: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
-    """Return settings by today's names; `parameterization=direct` is dropped, which is how every prompt learns.
+    """Return settings with current names, without `parameterization=direct`.
 
     Raises:
-        SettingsError: they ask for the residual parameterization, which was taken out.
+        SettingsError: they contain the residual parameterization, which was removed.
     """
-    kept = dict(values)
-    parameterization = kept.pop("parameterization", "direct")
+    current = dict(values)
+    parameterization = current.pop("parameterization", "direct")
     if parameterization != "direct":
         raise SettingsError(
-            f"parameterization={parameterization} was taken out: it learned no better than the prompt itself; leave "
-            "it out"
+            f"parameterization={parameterization} was removed: it was no better than direct; leave it out"
         )
-    if isinstance(kept.get("method"), str):
-        kept["method"] = current_method(kept["method"], quiet=quiet)
-    return kept
+    if isinstance(current.get("method"), str):
+        current["method"] = current_method(current["method"], quiet=quiet)
+    return current
 
 
 @cache

@@ -173,7 +173,7 @@ def test_a_prompt_without_a_date_reads_todays_and_says_so(monkeypatch: pytest.Mo
     tokenizer.chat_template = DATED
     form = make_format("classification", ["bad", "good"], chat_template=True)
     on(monkeypatch, "2026-02-01")
-    with pytest.warns(UserWarning, match="was tuned before dates were kept: it reads today's"):
+    with pytest.warns(UserWarning, match="was tuned before dates were recorded: it reads today's"):
         ids = Encoder(tokenizer, form, 512).inputs([ROWS[0]])[0]
     assert "Today is 01 Feb 2026, 13:37" in tokenizer.decode(ids)
 

@@ -56,7 +56,7 @@ def test_spaces_before_a_target_are_dropped_and_line_breaks_are_not(task: Task, 
     ("text", "whole"), [("x:", "x: good"), ("x:\n", "x:\ngood"), ("x\t", "x\tgood"), ("", "good"), ("x", "x good")]
 )
 def test_a_target_follows_after_a_space_or_a_line_break(text: str, whole: str) -> None:
-    assert text + make_format("completion", []).joined(text, "good") == whole
+    assert text + make_format("completion", []).join_target(text, "good") == whole
 
 
 def test_a_completion_is_as_the_row_gives_it_and_a_label_has_no_spaces_around_it() -> None:
@@ -255,7 +255,7 @@ def test_half_a_character_in_a_verbalizer_is_refused() -> None:
 )
 def test_what_is_learned_is_what_is_compared(text: str, target: str, whole: str, compared: str | None) -> None:
     form = make_format("completion", [])
-    assert form.joined(text, target) == whole
+    assert form.join_target(text, target) == whole
     assert form.answer(text, target) == (whole if compared is None else compared)
     chat = make_format("completion", [], chat_template=True)
-    assert chat.joined(text, target) == chat.answer(text, target) == target
+    assert chat.join_target(text, target) == chat.answer(text, target) == target

@@ -1,4 +1,4 @@
-"""The model's chat template around a message, on a day that does not move on."""
+"""The model's chat template, with a fixed date."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from transformers import PreTrainedTokenizerBase
 from softprompt.data.templates import Format
 from softprompt.errors import SettingsError
 
-USUAL_DATE = "2024-07-26"  # the day that Llama 3.1's template falls back to; any will do that stays the same
-_CLOCK = "strftime_now"  # transformers' function, by which a chat template asks for the day
+USUAL_DATE = "2024-07-26"  # the default of Llama 3.1's template; any fixed day would do
+_CLOCK = "strftime_now"  # the function of transformers with which a chat template gets the date
 _CODES = "aAbBcCdDeFgGhHIjmMnpRStTuUVwWxXyYzZf"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A message in the tokenizer's chat template, as transformers renders it.
+    """The chat template of a tokenizer.
 
     Attributes:
-        tokenizer: the one with the template.
-        day: what the template prints if it prints the day, None for today.
+        tokenizer: with a chat template.
+        day: the date that the template prints, if it prints one; None for today.
     """
 
     tokenizer: PreTrainedTokenizerBase
     day: str | None
 
     def around(self, message: str) -> str:
-        """Return a chat of one message, up to where the model answers.
+        """Return a chat of one user message, up to the model's answer.
 
         Raises:
-            SettingsError: the chat template cannot be read, or refuses such a chat.
+            SettingsError: the chat template fails.
         """
         chat = [{"role": "user", "content": message}]
         try:
@@ -42,7 +42,7 @@ class Chat:
                     chat, chat_template=self._dated, tokenize=False, add_generation_prompt=True
                 )
             )
-        except Exception as error:  # a template can fail in any way that Python can
+        except Exception as error:  # a template can raise anything
             raise SettingsError(
                 f"the chat template of this model's tokenizer fails on a user's message: {error}. Leave chat_template "
                 "out, or give the tokenizer another (chat_template.jinja in the model's folder)"
@@ -50,14 +50,14 @@ class Chat:
 
     @cached_property
     def _dated(self) -> str | None:
-        """The template with a clock that stands still; None where it asks for no time, and is taken as it is."""
+        """The template with a fixed date; None to use it unchanged, because it prints no date or today's."""
         if self.day is None or not prints_date(self.tokenizer):
             return None
         return _clock(self.day) + self.tokenizer.get_chat_template()
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the chat template asks for the day."""
+    """Tell whether the chat template prints the date."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -65,7 +65,7 @@ def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def dated(form: Format, tokenizer: PreTrainedTokenizerBase, asked: str | None) -> Format:
-    """Fix the day that the chat template prints, and say so where none was asked for; nothing where it prints none."""
+    """Fix the date that the chat template prints, if it prints one; warn if no date was given."""
     if not (form.chat_template and prints_date(tokenizer)):
         return form
     if asked is None:
@@ -78,7 +78,7 @@ def dated(form: Format, tokenizer: PreTrainedTokenizerBase, asked: str | None) -
 
 
 def _clock(day: str) -> str:
-    """Return a Jinja macro in the place of the clock: it formats a day, at midnight, as `strftime` does."""
+    """Return a Jinja macro that replaces the clock: it formats midnight of a day as `strftime` does."""
     midnight = datetime.combine(date.fromisoformat(day), datetime.min.time())
     values = {"%s": str(int(midnight.replace(tzinfo=UTC).timestamp()))}
     for code in _CODES:
@@ -88,7 +88,7 @@ def _clock(day: str) -> str:
             continue
         shortened = value.lstrip("0 ") or "0" if value.strip().isdigit() else value
         values |= {f"%{code}": value, f"%-{code}": shortened, f"%#{code}": shortened}
-    # The line break at its end is not printed, and what the template behind it begins with stays as it is.
+    # The line break at the end is not printed, so the template after it is unchanged.
     return (
         rf"{{% macro {_CLOCK}(format) %}}{{% set kept = namespace(text=format.replace('%%', '\x00')) %}}"
         f"{{% for code, value in {list(values.items())} %}}{{% set kept.text = kept.text.replace(code, value) %}}"

@@ -22,16 +22,15 @@ class Encoder:
     """Turns rows into token ids, the same way in training, evaluation and generation.
 
     Order in a row: BOS (if the tokenizer adds one; a chat template brings its own), input, target. Input and target
-    are tokenized together and split at the character where they meet; a token that straddles it counts as target.
-    A special token that stands in a row is text like any other: `<|endoftext|>` is these characters. In the template's
-    own words, and in the chat template's, it is what it says.
+    are tokenized together and split at the character where they meet; a token across it belongs to the target.
+    `<|endoftext|>` in a row is text; in the template and in the chat template it is the special token.
 
     Attributes:
         tokenizer: a fast tokenizer.
         format: how rows become text.
-        max_length: the most real tokens of an example; longer inputs are cut, targets never.
-        vocabulary: how many tokens the model has embeddings of, None where that is not known.
-        truncated: how many rows were cut so far.
+        max_length: the most text tokens of an example; longer inputs are truncated, targets never.
+        vocabulary: how many tokens the model has embeddings of; None if unknown.
+        truncated: how many rows have been truncated so far.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,21 +58,21 @@ class Encoder:
             )
 
     def _require_chat(self) -> None:
-        """Say what is wrong with a chat template before any row is read."""
+        """Check the chat template before any row is read."""
         if not self.tokenizer.chat_template:
             raise SettingsError("this model's tokenizer has no chat template; leave chat_template out")
         self._chat.around("a")
         if self.format.chat_date is None and prints_date(self.tokenizer):
             warnings.warn(
-                "the chat template prints the date, and this prompt was tuned before dates were kept: it reads "
+                "the chat template prints the date, and this prompt was tuned before dates were recorded: it reads "
                 "today's, and the same text gives other tokens on another day. Tune it again",
                 stacklevel=4,
             )
 
     def _one_begins_another(self) -> bool:
-        """Tell whether one label's tokens are how another's begin; then all labels end with the end-of-text token."""
+        """Tell whether one label is a token prefix of another; then all labels end with the end-of-text token."""
         texts = self.format.verbalizers.values()
-        # Behind a line break the tokens are others than behind a space.
+        # After a line break the tokens differ from those after a space.
         both = [Written.plain(f"{before}{text}") for before in (" ", "\n") for text in texts]
         encoded = [tuple(each.ids) for each in self._encode(both)]
         spaced, broken = encoded[: len(texts)], encoded[len(texts) :]
@@ -100,39 +99,39 @@ class Encoder:
         return [self.example(row, rows.where(i)) for i, row in enumerate(rows)]
 
     def example(self, row: Row, where: str) -> Example:
-        """Return the example of one row, whose label has a verbalizer; errors name it by `where`."""
+        """Return the example of one row, which errors call `where`; its label must have a verbalizer."""
         if self.format.task == "text":
             return self._text(row, where)
         target = self.format.target(row)
-        return self._fitted(row, lambda text: self._joined(text, [target]), where)[0]
+        return self._encode_to_fit(row, lambda text: self._with_targets(text, [target]), where)[0]
 
     def with_candidates(self, row: Row, example: Example) -> Example:
-        """Return a row's example along with what labels go on with, which is the same behind all inputs.
+        """Return the example of a row with its candidate tokens, which are the same after all inputs.
 
-        But for a token that straddles the border: of a target that is not known, no token is told from others.
+        A target that is not known, because of a token across the border, has its own tokens as only candidates.
         """
         target = example.ids[example.start :]
         if target not in self._candidate_ids:
-            variants = self._joined(self._input(row, "a row"), self.format.verbalizers.values())
-            _, tails = _parted(variants)
-            begun = defaultdict(set)
+            variants = self._with_targets(self._input(row, "a row"), self.format.verbalizers.values())
+            _, tails = _split_common(variants)
+            following = defaultdict(set)
             for tail in tails:
                 for place, token in enumerate(tail):
-                    begun[tail[:place]].add(token)
-            goes_on = {beginning: tuple(sorted(tokens)) for beginning, tokens in begun.items()}
+                    following[tail[:place]].add(token)
+            candidates = {beginning: tuple(sorted(tokens)) for beginning, tokens in following.items()}
             for variant, tail in zip(variants, tails, strict=True):
                 places = range(len(tail) - variant.targets, len(tail))
-                self._candidate_ids[variant.ids[variant.start :]] = tuple(goes_on[tail[:place]] for place in places)
+                self._candidate_ids[variant.ids[variant.start :]] = tuple(candidates[tail[:place]] for place in places)
             self._candidate_ids.setdefault(target, tuple((token,) for token in target))
         return example._replace(candidate_ids=self._candidate_ids[target])
 
     def choices(self, rows: Rows) -> list[Choices]:
-        """Return, for each row, its input and the tokens of every label behind it."""
+        """Return, for each row, its input and the tokens of every label after it."""
         rows.require_inputs(self.format.columns)
         self._check_labels(rows)
         made = []
         for i, row in enumerate(rows):
-            input_ids, tails = _parted(self._variants(row, rows.where(i)))
+            input_ids, tails = _split_common(self._variants(row, rows.where(i)))
             if not input_ids:
                 raise DataError(f"{rows.where(i)}: the template leaves no text before the label")
             self._require_different(tails)
@@ -140,16 +139,16 @@ class Encoder:
         return made
 
     def inputs(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
-        """Return the ids of each row's input alone, as they stand before a target."""
+        """Return the ids of each row's input, as they precede a target."""
 
         def alone(text: Written) -> list[Example]:
             ids = (*self.bos_ids, *self._encode([text])[0].ids)
             return [Example(ids, len(ids))]
 
-        return [self._fitted(row, alone, f"text {n}")[0].ids for n, row in enumerate(rows, start=1)]
+        return [self._encode_to_fit(row, alone, f"text {n}")[0].ids for n, row in enumerate(rows, start=1)]
 
     def _require_different(self, tails: Sequence[tuple[int, ...]]) -> None:
-        """Make sure that labels can be told apart by their tokens."""
+        """Make sure that labels differ in their tokens."""
         by_tokens: dict[tuple[int, ...], str] = {}
         for (label, text), tail in zip(self.format.verbalizers.items(), tails, strict=True):
             other = by_tokens.setdefault(tail, label)
@@ -173,26 +172,26 @@ class Encoder:
     def _text(self, row: Row, where: str) -> Example:
         (encoded,) = self._encode([self._input(row, where)])
         ids, start = (*self.bos_ids, *encoded.ids), len(self.bos_ids)
-        behind = start + encoded.inside(self._demonstrated)
+        after = start + encoded.inside(self._demonstrated)
         if self.format.demonstrations:
-            # Without them, nothing predicts a text's first token if no other leads; with them, the same tokens count.
-            start = behind if self.bos_ids else behind + 1
+            # Without BOS, nothing predicts the first token of a text; the targets are the same with demonstrations.
+            start = after if self.bos_ids else after + 1
             if start >= self.max_length:
                 raise DataError(
                     f"{where}: the demonstrations alone have {start} tokens, but max_length is {self.max_length}; "
                     "raise max_length, or show fewer"
                 )
         self.truncated += len(ids) > self.max_length
-        return self._embedded(Example(ids[: self.max_length], start), where)
+        return self._require_embeddings(Example(ids[: self.max_length], start), where)
 
     def _variants(self, row: Row, where: str) -> list[Example]:
-        """Return an example for every label, all behind the same input: the longest label says where it is cut."""
-        return self._fitted(row, lambda text: self._joined(text, self.format.verbalizers.values()), where)
+        """Return an example for every label, all after the same input, truncated for the longest label."""
+        return self._encode_to_fit(row, lambda text: self._with_targets(text, self.format.verbalizers.values()), where)
 
-    def _fitted(self, row: Row, encode: Callable[[Written], list[Example]], where: str) -> list[Example]:
-        """Encode a row's input in one way or several, and shorten its longest column until the longest of them fits.
+    def _encode_to_fit(self, row: Row, encode: Callable[[Written], list[Example]], where: str) -> list[Example]:
+        """Encode a row's input with one target or several, shortening its longest column until all fit.
 
-        The demonstrations, the template's own words and the target stay whole.
+        The demonstrations, the template's own text and the target stay whole.
         """
         examples = encode(self._input(row, where))
         for example in examples:
@@ -207,49 +206,49 @@ class Encoder:
             longest = max((c for c in self.format.columns if c in short), key=lambda column: len(short[column]))
             starts = [start for start, _ in self._encode([Written.plain(short[longest])])[0].offsets]
             if not starts:
-                ahead = ", behind the demonstrations," if self.format.demonstrations else ""
-                raise DataError(f"{where}: the template's own text{ahead} does not fit in max_length {self.max_length}")
+                note = ", after the demonstrations," if self.format.demonstrations else ""
+                raise DataError(f"{where}: the template's own text{note} does not fit in max_length {self.max_length}")
             cut = starts[max(len(starts) - excess, 0)]
-            # At least one letter: some offsets leave out the space that a token begins with.
+            # At least one character: some offsets leave out the space that a token begins with.
             short[longest] = short[longest][: min(cut, len(short[longest]) - 1)]
             examples = encode(self._input(short, where))
-        return [self._embedded(example, where) for example in examples]
+        return [self._require_embeddings(example, where) for example in examples]
 
-    def _joined(self, text: Written, targets: Iterable[str]) -> list[Example]:
-        """Return an example for each of several targets behind one input; all are tokenized in one call."""
+    def _with_targets(self, text: Written, targets: Iterable[str]) -> list[Example]:
+        """Return an example for each of several targets after one input; all are tokenized in one call."""
         end = self.format.end if self.ends else ""
         ending = [self.tokenizer.eos_token_id] if self.ends and not end else []
-        encoded = self._encode([text + (self.format.joined(text.text, target) + end) for target in targets])
+        encoded = self._encode([text + (self.format.join_target(text.text, target) + end) for target in targets])
         first = len(self.bos_ids)
         return [Example((*self.bos_ids, *each.ids, *ending), first + each.inside(text)) for each in encoded]
 
-    def _embedded(self, example: Example, where: str) -> Example:
-        """Return an example, after making sure that the model has an embedding of each of its tokens."""
+    def _require_embeddings(self, example: Example, where: str) -> Example:
+        """Make sure that the model has an embedding of each token of an example, and return it."""
         require_embeddings(self.tokenizer, example.ids, self.vocabulary, where)
         return example
 
 
-def _parted(variants: Sequence[Example]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Return what comes before all targets of one input, and what follows that in each variant."""
+def _split_common(variants: Sequence[Example]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Return the ids that all variants share before their targets, and the rest of each."""
     input_ids = common_start([variant.ids[: variant.start] for variant in variants])
     return input_ids, tuple(variant.ids[len(input_ids) :] for variant in variants)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return a text's tokens, without those that the tokenizer puts around texts."""
+    """Return a text's tokens, without BOS and EOS."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return a text's tokens, none of them special: a special token that it spells out is so many characters."""
+    """Return a text's tokens, none of them special: the text of a special token is characters."""
     return SpecialTokens.of(tokenizer).encode(tokenizer, [Written.plain(text)])[0].ids
 
 
 def require_embeddings(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], vocabulary: int | None, where: str
 ) -> None:
-    """Make sure that the model has an embedding of each token, of which it has `vocabulary`; None where nobody knows.
+    """Make sure that the model has an embedding of each token. It has `vocabulary` embeddings; None if unknown.
 
     Raises:
         DataError: it has none of a token that was added to the tokenizer.
@@ -265,8 +264,8 @@ def require_embeddings(
 
 
 def bos_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return what the tokenizer puts before every text: a BOS token mostly, or nothing."""
+    """Return the ids that the tokenizer puts before every text: usually a BOS token, or nothing."""
     plain = token_ids(tokenizer, "a")
     special: list[int] = tokenizer("a")["input_ids"]
-    ahead = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
-    return tuple(special[:ahead])
+    length = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
+    return tuple(special[:length])

@@ -1,4 +1,4 @@
-"""Rendering: a checked template is run for a row, and every text that is made on the way is counted."""
+"""Renders a checked template for a row, within limits on the text and the work."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import ClassVar, NamedTuple
 from jinja2 import nodes
 from jinja2.filters import do_title
 
-MOST_BYTES = 1_000_000  # of a rendered input, and of each text on the way to it
-MOST_WORK = 10 * MOST_BYTES  # characters that all filters and comparisons of one rendering may go through
-ROW = "row"  # `row["review text"]` is the column of that name; `row` by itself is a column that is called so
-FILTERS: dict[str, tuple[str, ...]] = {  # with the names of their arguments
+MOST_BYTES = 1_000_000  # of a rendered input, and of each intermediate text
+MOST_WORK = 10 * MOST_BYTES  # characters that the filters and comparisons of one rendering may process
+ROW = "row"  # `row["review text"]` is the column `review text`; `row` alone is the column `row`
+FILTERS: dict[str, tuple[str, ...]] = {  # names of their arguments
     "default": ("default_value", "boolean"),
     "trim": ("chars",),
     "upper": (),
@@ -34,15 +34,15 @@ _TOO_MUCH = f"it makes more than {MOST_BYTES:,} bytes of text; shorten the row o
 
 
 class TooMuchError(Exception):
-    """A rendering makes more text than is allowed."""
+    """A rendering exceeds its limits."""
 
 
 class MissingColumnError(Exception):
-    """A column is used that the row lacks."""
+    """The row lacks a column that is used."""
 
 
 class Piece(NamedTuple):
-    """A part of a rendered text; `own` where the template itself says it, and not a column."""
+    """A part of a rendered text; `own` if it is from the template itself, not from a column."""
 
     text: str
     own: bool
@@ -59,7 +59,7 @@ _Value = str | int | float | None | _Missing
 
 
 def column_of(node: nodes.Node | None) -> str | None:
-    """Return the column that an expression is, `text` or `row["review text"]`, or None."""
+    """Return the column of an expression such as `text` or `row["review text"]`; None for other expressions."""
     if isinstance(node, nodes.Name):
         return str(node.name)
     if not (isinstance(node, nodes.Getitem) and isinstance(node.node, nodes.Name) and node.node.name == ROW):
@@ -68,10 +68,10 @@ def column_of(node: nodes.Node | None) -> str | None:
 
 
 class Rendering:
-    """One row on its way through a template.
+    """The rendering of a template for one row.
 
     Attributes:
-        pieces: what has been written.
+        pieces: the output so far.
     """
 
     def __init__(self, row: Mapping[str, str]) -> None:
@@ -80,7 +80,7 @@ class Rendering:
         self._bytes = self._work = 0
 
     def run(self, body: Sequence[nodes.Node]) -> None:
-        """Write some nodes.
+        """Render nodes.
 
         Raises:
             MissingColumnError, TooMuchError, TypeError: the row does not fit the template.
@@ -100,7 +100,7 @@ class Rendering:
             if chosen is None:
                 return
             node = chosen
-        text = str(self._there(node))
+        text = str(self._present_value(node))
         self._bytes += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
         if self._bytes > MOST_BYTES:
             raise TooMuchError(_TOO_MUCH)
@@ -111,32 +111,32 @@ class Rendering:
             return self._row[column] if column in self._row else _Missing(column)
         return self._VALUES[type(node)](self, node)
 
-    def _there(self, node: nodes.Node) -> str | int | float | None:
-        """Return the value of an expression that is no missing column."""
+    def _present_value(self, node: nodes.Node) -> str | int | float | None:
+        """Return the value of an expression that must not be a missing column."""
         value = self._value(node)
         if isinstance(value, _Missing):
             raise MissingColumnError(value.column)
         return value
 
     def _is_true(self, node: nodes.Node) -> bool:
-        return bool(self._there(node))
+        return bool(self._present_value(node))
 
     def _constant(self, node: nodes.TemplateData | nodes.Const) -> _Value:
         value: _Value = node.data if isinstance(node, nodes.TemplateData) else node.value
         return value
 
     def _negative(self, node: nodes.Neg) -> _Value:
-        value = self._there(node.node)
+        value = self._present_value(node.node)
         assert isinstance(value, int | float)
         return -value
 
-    def _chosen(self, node: nodes.CondExpr) -> _Value:
+    def _condition(self, node: nodes.CondExpr) -> _Value:
         chosen = node.expr1 if self._is_true(node.test) else node.expr2
         return "" if chosen is None else self._value(chosen)
 
-    def _deciding(self, node: nodes.And | nodes.Or) -> _Value:
-        """Return the side that decides, as Python does."""
-        left = self._there(node.left)
+    def _logical(self, node: nodes.And | nodes.Or) -> _Value:
+        """Return the operand that decides, as in Python."""
+        left = self._present_value(node.left)
         return self._value(node.right) if bool(left) == isinstance(node, nodes.And) else left
 
     def _not(self, node: nodes.Not) -> _Value:
@@ -145,10 +145,10 @@ class Rendering:
     def _defined(self, node: nodes.Test) -> _Value:
         return isinstance(self._value(node.node), _Missing) == (node.name == "undefined")
 
-    def _compared(self, node: nodes.Compare) -> _Value:
-        left = self._there(node.expr)
-        for operand in node.ops:  # `a < b < c` is true where both are
-            right = self._there(operand.expr)
+    def _compare(self, node: nodes.Compare) -> _Value:
+        left = self._present_value(node.expr)
+        for operand in node.ops:  # `a < b < c` is true if both are
+            right = self._present_value(operand.expr)
             if isinstance(left, str) and isinstance(right, str):
                 self._count(len(right) if operand.op in ("in", "notin") else min(len(left), len(right)))
             if not _COMPARE[operand.op](left, right):
@@ -156,20 +156,20 @@ class Rendering:
             left = right
         return True
 
-    def _filtered(self, node: nodes.Filter) -> _Value:
+    def _filter(self, node: nodes.Filter) -> _Value:
         assert node.node is not None
         given: dict[str, nodes.Node] = dict(zip(FILTERS[node.name], node.args, strict=False))
         given |= {str(pair.key): pair.value for pair in node.kwargs}
         if node.name == "default":
             return self._default(self._value(node.node), given)
-        text = str(self._there(node.node))
+        text = str(self._present_value(node.node))
         self._count(len(text))
-        each = {name: self._there(argument) for name, argument in given.items()}
+        each = {name: self._present_value(argument) for name, argument in given.items()}
         if node.name == "trim":
-            return self._trimmed(text, each.get("chars"))
+            return self._trim(text, each.get("chars"))
         if node.name == "replace":
-            return self._replaced(text, str(each["old"]), str(each["new"]), each.get("count"))
-        return _bounded({"upper": str.upper, "lower": str.lower, "title": do_title}[node.name](text))
+            return self._replace(text, str(each["old"]), str(each["new"]), each.get("count"))
+        return _require_size({"upper": str.upper, "lower": str.lower, "title": do_title}[node.name](text))
 
     def _default(self, value: _Value, given: Mapping[str, nodes.Node]) -> _Value:
         false_too = "boolean" in given and self._is_true(given["boolean"])
@@ -177,19 +177,19 @@ class Rendering:
             return value
         return self._value(given["default_value"]) if "default_value" in given else ""
 
-    def _trimmed(self, text: str, chars: _Value) -> str:
+    def _trim(self, text: str, chars: _Value) -> str:
         if chars is None:
             return text.strip()
-        self._count(len(text) * len(str(chars)))  # each character is looked for among all of them
+        self._count(len(text) * len(str(chars)))  # each character is compared with all of them
         return text.strip(str(chars))
 
-    def _replaced(self, text: str, old: str, new: str, count: _Value) -> str:
+    def _replace(self, text: str, old: str, new: str, count: _Value) -> str:
         if not (count is None or isinstance(count, int)):
             raise TypeError("the count of |replace must be a whole number")
         times = text.count(old)
         if count is not None and count >= 0:
             times = min(times, count)
-        length = len(text) + times * (len(new) - len(old))  # known before it is made
+        length = len(text) + times * (len(new) - len(old))  # known before the text is made
         if length > MOST_BYTES:
             raise TooMuchError(f"|replace makes more than {MOST_BYTES:,} characters; replace by less")
         self._count(length)
@@ -204,17 +204,17 @@ class Rendering:
         nodes.TemplateData: _constant,
         nodes.Const: _constant,
         nodes.Neg: _negative,
-        nodes.CondExpr: _chosen,
-        nodes.And: _deciding,
-        nodes.Or: _deciding,
+        nodes.CondExpr: _condition,
+        nodes.And: _logical,
+        nodes.Or: _logical,
         nodes.Not: _not,
         nodes.Test: _defined,
-        nodes.Compare: _compared,
-        nodes.Filter: _filtered,
+        nodes.Compare: _compare,
+        nodes.Filter: _filter,
     }
 
 
-def _bounded(text: str) -> str:
+def _require_size(text: str) -> str:
     if len(text) > MOST_BYTES:
         raise TooMuchError(_TOO_MUCH)
     return text

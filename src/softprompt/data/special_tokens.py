@@ -1,4 +1,4 @@
-"""Special tokens: whoever types `<|endoftext|>` into a column means these characters, and no end of a text."""
+"""Special tokens: `<|endoftext|>` in a column of data is these characters, not the special token."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.data.rendering import Piece
 
-_FRAME = "\U0010fffd"  # for private use: no tokenizer has it, and none joins it with its neighbours
+_FRAME = "\U0010fffd"  # a private-use character: no tokenizer has it, or merges it with its neighbours
 
 
 @dataclass(frozen=True)
 class Written:
-    """A text of which it is known which special tokens are meant as such.
+    """A text in which real special tokens are marked.
 
     Attributes:
         text: as people read it.
-        spelled: the same with a stand-in for each special token that is one.
-        special: how many of these there are.
+        spelled: the same with a placeholder for each real special token.
+        special: the number of real special tokens.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Written:
 
     @classmethod
     def plain(cls, text: str) -> Written:
-        """Return a text without special tokens, whatever it says."""
+        """Return a text without real special tokens."""
         return cls(text, text)
 
     def __add__(self, text: str) -> Written:
@@ -44,25 +44,24 @@ class Written:
 
 
 class Encoded(NamedTuple):
-    """Ids and the characters that each stands for, in `spelled` where `twin` and in `text` otherwise."""
+    """Token ids and the characters of each: positions in `spelled` if `twin`, else in `text`."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
     twin: bool
 
     def inside(self, beginning: Written) -> int:
-        """Return how many tokens do not reach beyond the text's beginning."""
+        """Return how many tokens end within `beginning`."""
         border = len(beginning.spelled if self.twin else beginning.text)
         return sum(1 for _, end in self.offsets if end <= border)
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, told from characters that only look like them.
+    """Distinguishes the special tokens of a tokenizer from text that looks like them.
 
-    A tokenizer finds them wherever they are spelled out, and can look for all of them or for none. Which are meant is
-    known here, so these get another spelling that nobody can guess, and a twin of the tokenizer knows them by that one
-    alone; otherwise it is the same and gives the same ids. It is asked only where the tokenizer itself finds another
-    number of special tokens than are meant: for nearly all texts one call is enough.
+    A tokenizer finds special tokens wherever their text occurs. So the real ones are replaced by random placeholders,
+    and a twin of the tokenizer, otherwise the same, knows the special tokens by these. The twin is used only if the
+    tokenizer finds another number of special tokens than there are: for nearly all texts one call is enough.
     """
 
     _known: ClassVar[WeakKeyDictionary[PreTrainedTokenizerBase, SpecialTokens]] = WeakKeyDictionary()
@@ -81,7 +80,7 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-        """Return those of a fast tokenizer; they are kept, because the twin of a large one takes a second to make."""
+        """Return those of a fast tokenizer, cached: the twin of a large one takes a second to make."""
         contents = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         known = cls._known.get(tokenizer)
         if known is None or known.contents != contents:
@@ -89,11 +88,11 @@ class SpecialTokens:
         return known
 
     def in_text(self, text: str) -> bool:
-        """Tell whether a text spells one out."""
+        """Tell whether a text contains the text of one."""
         return self._pattern.search(text) is not None
 
     def written(self, pieces: Iterable[Piece]) -> Written:
-        """Join pieces; special tokens in the template's own words are meant, all others are characters."""
+        """Join pieces. Special tokens are real in the template's own text, and characters elsewhere."""
         texts, spelled, special = list[str](), list[str](), 0
         for own, group in groupby(pieces, key=lambda piece: piece.own):
             text = "".join(piece.text for piece in group)
@@ -104,7 +103,7 @@ class SpecialTokens:
         return Written("".join(texts), "".join(spelled), special)
 
     def in_chat(self, content: Written, chat: Callable[[str], str]) -> Written:
-        """Put a message into a chat, all of whose own special tokens are meant."""
+        """Put a message into a chat, whose own special tokens are all real."""
         if not self.in_text(content.spelled):
             text = chat(content.text)
             return Written(text, *self._spell(text))
@@ -114,7 +113,7 @@ class SpecialTokens:
         return Written(text, spelled, special)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Written]) -> list[Encoded]:
-        """Return the tokens of texts, without those that the tokenizer puts around them, in one call mostly."""
+        """Tokenize texts, without BOS and EOS."""
         found = tokenizer([each.text for each in texts], add_special_tokens=False, return_offsets_mapping=True)
         encoded = []
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
@@ -140,7 +139,7 @@ class SpecialTokens:
                 token["content"] = self._own.get(token["content"], token["content"])
         if isinstance(model["vocab"], dict):
             model["vocab"] = {self._own.get(piece, piece): number for piece, number in model["vocab"].items()}
-        else:  # a unigram model's, which would find `</s>` among its pieces
+        else:  # of a unigram model, which would find `</s>` among its pieces
             model["vocab"] = [[self._own.get(piece, piece), score] for piece, score in model["vocab"]]
         if "merges" in model:
             model["merges"] = [merge for merge in model["merges"] if not special.intersection(_parts(merge))]
@@ -153,6 +152,6 @@ class SpecialTokens:
 
 
 def _parts(merge: Any) -> tuple[str, str, str]:
-    """Return what a merge joins, and what comes of it."""
+    """Return the two parts of a merge, and its result."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second, first + second

@@ -1,8 +1,8 @@
 """The template language: a small part of Jinja, checked before anything is computed.
 
-Templates travel in prompt folders that other people made. Jinja computes constants while it compiles, sandbox or not:
-`{{ 'a' * 300000000 }}` would take its memory before the first row. So Jinja parses only, and what its tree may hold is
-listed here; `rendering` runs the tree.
+Templates are in prompt folders of other people. Jinja computes constants at compile time, even in its sandbox:
+`{{ 'a' * 300000000 }}` would take its memory before the first row. So Jinja only parses; this module lists what its
+tree may contain, and `rendering` evaluates it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from softprompt.data.rendering import FILTERS, ROW, MissingColumnError, Piece, R
 from softprompt.data.values import SURROGATE
 from softprompt.errors import SettingsError, nearest
 
-MOST_CHARACTERS = 200_000  # of a template; parsing so many takes a second or little more
-MOST_NESTED = 150  # expressions or conditions inside each other; Python's own stack ends at about a thousand calls
+MOST_CHARACTERS = 200_000  # of a template; they take about a second to parse
+MOST_NESTED = 150  # nested expressions or conditions; Python's stack ends at about a thousand calls
 _PARSER = Environment(keep_trailing_newline=True)
 _TESTS = ("defined", "undefined")
 _ALLOWED = 'columns, row["column"], constants, if, comparisons, and, or, not, and the filters ' + ", ".join(FILTERS)
-_INSTEAD = {  # filters of the same kind, by the names that Python and Jinja give to what is not there
+_INSTEAD = {  # the filter to use instead of a method of Python or another filter of Jinja
     **dict.fromkeys(("strip", "lstrip", "rstrip"), "trim"),
     **{name: name for name in ("upper", "lower", "title", "replace")},
     **dict.fromkeys(("capitalize", "capwords"), "title"),
@@ -68,12 +68,12 @@ _REFUSED: dict[type[nodes.Node], tuple[str, str]] = {  # what it looks like, and
 
 @dataclass(frozen=True)
 class ParsedTemplate:
-    """A template that may be rendered.
+    """A checked template.
 
     Attributes:
-        source: as it was written.
+        source: its text.
         body: the checked tree.
-        columns: the columns that it names, sorted.
+        columns: the columns that it uses, sorted.
     """
 
     source: str
@@ -81,10 +81,10 @@ class ParsedTemplate:
     columns: tuple[str, ...]
 
     def render(self, row: Mapping[str, str]) -> list[Piece]:
-        """Put a row in.
+        """Render the template for a row.
 
         Raises:
-            SettingsError: the row lacks a column, cannot be compared, or gives more text than is allowed.
+            SettingsError: the row lacks a column, cannot be compared, or exceeds the limits.
         """
         rendering = Rendering(row)
         try:
@@ -92,32 +92,34 @@ class ParsedTemplate:
         except MissingColumnError as error:
             column = error.args[0]
             raise SettingsError(
-                f"the template {shown(self.source)} names the column {column!r}{nearest(column, row)}; "
+                f"the template {quote_template(self.source)} names the column {column!r}{nearest(column, row)}; "
                 f"the rows have {', '.join(row)}"
             ) from error
         except (TooMuchError, TypeError) as error:
-            raise SettingsError(f"the template {shown(self.source)} fails on a row: {error}") from error
+            raise SettingsError(f"the template {quote_template(self.source)} fails on a row: {error}") from error
         return rendering.pieces
 
 
 def parse_template(source: str) -> ParsedTemplate:
-    """Read a template, and make sure that it holds nothing but what is allowed.
+    """Parse a template and check it.
 
     Raises:
-        SettingsError: it holds something else, which is named with what to write instead, or cannot be read.
+        SettingsError: a syntax error, or a construct that is not allowed; the message says what to write instead.
     """
     try:
         if len(source) > MOST_CHARACTERS:
             raise _RefusedError(f"it has {len(source):,} characters; at most {MOST_CHARACTERS:,} are allowed")
         body = _PARSER.parse(source).body
-        columns = _checked(body)
+        columns = _check(body)
     except (_RefusedError, TemplateSyntaxError) as error:
         reason = _syntax(error) if isinstance(error, TemplateSyntaxError) else str(error)
-        raise SettingsError(f"the template {shown(source)} cannot be read: {reason}") from error
+        raise SettingsError(f"the template {quote_template(source)} cannot be read: {reason}") from error
     except RecursionError as error:
-        raise SettingsError(f"the template {shown(source)} cannot be read: {_RefusedError.DEEP}") from error
-    except (ValueError, OverflowError) as error:  # Python reads no integer of more than 4,300 digits
-        raise SettingsError(f"the template {shown(source)} cannot be read: a number in it is too long") from error
+        raise SettingsError(f"the template {quote_template(source)} cannot be read: {_RefusedError.DEEP}") from error
+    except (ValueError, OverflowError) as error:  # Python refuses integers of more than 4,300 digits
+        raise SettingsError(
+            f"the template {quote_template(source)} cannot be read: a number in it is too long"
+        ) from error
     return ParsedTemplate(source, tuple(body), tuple(sorted(columns)))
 
 
@@ -126,19 +128,19 @@ def _syntax(error: TemplateSyntaxError) -> str:
     return f"{message}; {_ODD_NAME}" if "expected token 'end of print statement'" in message else message
 
 
-def shown(source: str) -> str:
-    """Return a template for a message, in quotes and not longer than a message should be."""
+def quote_template(source: str) -> str:
+    """Quote a template for a message, shortened."""
     return repr(source) if len(source) <= 300 else f"{source[:300]!r}…"
 
 
 class _RefusedError(Exception):
-    """What a template may not hold, and what to write instead."""
+    """A template has a construct that is not allowed; the message says what to write instead."""
 
     DEEP = f"it nests deeper than {MOST_NESTED} expressions or conditions; take it apart"
 
 
-def _checked(body: Sequence[nodes.Node]) -> set[str]:
-    """Walk a tree without recursion, refuse what is not allowed, and return the columns that it names."""
+def _check(body: Sequence[nodes.Node]) -> set[str]:
+    """Check a tree, without recursion, and return the columns that it uses."""
     columns: set[str] = set()
     waiting = [(node, 1) for node in reversed(body)]
     while waiting:
@@ -149,23 +151,23 @@ def _checked(body: Sequence[nodes.Node]) -> set[str]:
             columns.add(column)
             continue
         try:
-            inside = list(_inside(node))
+            children = list(_children(node))
         except _RefusedError as refused:
             raise _RefusedError(f"line {node.lineno}: {refused}" if node.lineno else str(refused)) from None
-        waiting.extend((child, depth + 1) for child in reversed(inside))
+        waiting.extend((child, depth + 1) for child in reversed(children))
     return columns
 
 
-def _inside(node: nodes.Node) -> Iterator[nodes.Node]:
-    """Give the parts of an allowed construct that are to be checked too.
+def _children(node: nodes.Node) -> Iterator[nodes.Node]:
+    """Yield the parts of an allowed construct, which are checked too.
 
     Raises:
-        _RefusedError: it is not allowed.
+        _RefusedError: the construct is not allowed.
     """
     if isinstance(node, nodes.TemplateData | nodes.Const):
         _require_constant(node.data if isinstance(node, nodes.TemplateData) else node.value)
     elif isinstance(node, nodes.Filter):
-        yield from _filtered(node)
+        yield from _filter_children(node)
     elif isinstance(node, nodes.Test):
         if node.name not in _TESTS or column_of(node.node) is None:
             raise _RefusedError(
@@ -177,7 +179,7 @@ def _inside(node: nodes.Node) -> Iterator[nodes.Node]:
     elif isinstance(node, _WITHOUT_CONDITIONS):
         yield from node.iter_child_nodes()
     else:
-        raise _RefusedError("{} is not allowed; {}".format(*_told(node)))
+        raise _RefusedError("{} is not allowed; {}".format(*_describe(node)))
 
 
 def _is_number(value: object) -> bool:
@@ -191,7 +193,7 @@ def _require_constant(value: object) -> None:
         raise _RefusedError("a number is too large; at most 19 digits are allowed")
 
 
-def _filtered(node: nodes.Filter) -> Iterator[nodes.Node]:
+def _filter_children(node: nodes.Filter) -> Iterator[nodes.Node]:
     if node.name not in FILTERS:
         close = _INSTEAD.get(node.name)
         cure = f"; write |{close}" if close else nearest(node.name, FILTERS)
@@ -209,10 +211,10 @@ def _filtered(node: nodes.Filter) -> Iterator[nodes.Node]:
     yield from (pair.value for pair in node.kwargs)
 
 
-def _told(node: nodes.Node) -> tuple[str, str]:
-    """Return what a refused construct looks like, and what to write instead."""
+def _describe(node: nodes.Node) -> tuple[str, str]:
+    """Return how a refused construct looks, and what to write instead."""
     if isinstance(node, nodes.Call):
-        return _told_of_call(node.node)
+        return _describe_call(node.node)
     if isinstance(node, nodes.Getattr):
         whole = node.attr if _name(node.node) == ROW else f"{_name(node.node)}.{node.attr}"
         return f"the attribute .{node.attr}", f"if it is a column's name, write {{{{ row[{_quoted(whole)}] }}}}"
@@ -223,7 +225,7 @@ def _told(node: nodes.Node) -> tuple[str, str]:
     return _REFUSED.get(type(node), (type(node).__name__.lower(), f"a template may hold {_ALLOWED}"))
 
 
-def _told_of_call(called: nodes.Node) -> tuple[str, str]:
+def _describe_call(called: nodes.Node) -> tuple[str, str]:
     if not isinstance(called, nodes.Getattr):
         return f"the call {_name(called)}()", "leave it out, and write the columns that you want"
     instead = _INSTEAD.get(called.attr)

@@ -191,9 +191,7 @@ def test_a_long_row_is_cut_and_demonstrations_stay_whole(llama: FrozenModel) -> 
 
 
 def test_demonstrations_that_leave_no_room_are_refused(llama: FrozenModel) -> None:
-    with pytest.raises(
-        DataError, match="template's own text, behind the demonstrations, does not fit in max_length 20"
-    ):
+    with pytest.raises(DataError, match="template's own text, after the demonstrations, does not fit in max_length 20"):
         Encoder(llama.tokenizer, labels_format(), 20).examples(labelled(1))
     texts = replace(make_format("text", []), demonstrations=({"text": "hello world"},))
     with pytest.raises(DataError, match=r"the demonstrations alone have .* max_length is 4; raise max_length, or show"):
