@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -24,10 +24,11 @@ from softprompt.errors import RunError
 from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scores import Scores
 from softprompt.model.frozen import FrozenModel
+from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training import prompt_trainer
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.run_folder import Checkpoint, RunFolder
-from tiny_runs import Command
+from tiny_runs import Command, Done
 
 SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 100, "num_virtual_tokens": 5}
 OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
@@ -53,21 +54,21 @@ def contents(run: Path) -> dict[str, Any]:
     return {"log": log, "predictions": (run / "predictions.jsonl").read_bytes(), **files}
 
 
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+def interrupt(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
 
 
-def once(right: Callable[..., Any], at: int, before: bool = True) -> Callable[..., Any]:
-    """A function that presses Ctrl-C in its call number `at`."""
+def once(right: Callable[..., Any], at: int, before: bool = True, number: int = signal.SIGINT) -> Callable[..., Any]:
+    """A function that sends this process a signal, Ctrl-C's for one, in its call number `at`."""
     calls = iter(range(10_000))
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         now = next(calls) == at
         if now and before:
-            interrupt()
+            interrupt(number)
         result = right(*args, **kwargs)
         if now and not before:
-            interrupt()
+            interrupt(number)
         return result
 
     return wrapped
@@ -139,58 +140,52 @@ def test_an_interrupted_save_leaves_the_state_before(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_the_command_says_how_to_go_on(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from softprompt.cli.main import main; main()"]
-    command += ["tune", str(reviews), "--model", str(llama_folder), "--out", str(tmp_path / "run")]
+# What is sent, what the command exits with, and the words it says.
+STOPS = [
+    (signal.SIGINT, 130, "stopped; the same command with --resume goes on from here"),
+    (signal.SIGHUP, 129, "stopped; the same command with --resume goes on from here"),
+]
+
+
+def interrupted_command(command: Command, at: int, number: int, *arguments: object) -> Done:
+    """Run a command in this process, and send it a signal after its optimizer step number `at`."""
+    with patch.object(torch.optim.AdamW, "step", once(torch.optim.AdamW.step, at, before=False, number=number)):
+        return command(*arguments)
+
+
+@pytest.mark.parametrize(("number", "code", "message"), STOPS, ids=["INT", "HUP"])
+def test_tune_command_that_gets_a_signal_saves_and_says_how_to_go_on(
+    number: int, code: int, message: str, command: Command, llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    settings = ["--set", "max_steps=20", "--set", "eval_rows=0", "--set", "save_every=5000"]
+    arguments = ["tune", reviews, "--model", llama_folder, "--out", tmp_path / "run", *settings]
+    done = interrupted_command(command, 4, number, *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert done.err.splitlines()[-1] == message
+    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["step-5"]
+
+
+def test_tune_command_that_gets_two_signals_from_outside_saves_once(
+    llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "softprompt", "tune", reviews, "--model", llama_folder, "--out", tmp_path / "run"]
     command += ["--set", "max_steps=2000", "--set", "eval_rows=0", "--set", "save_every=5000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
         assert process.stderr is not None
         said = []
         for line in process.stderr:  # the log says how far it is: no clock
             said.append(line)
             if line.startswith("step 200/2000"):
-                process.send_signal(signal.SIGINT)
-    text = "".join(said)
-    assert process.returncode == 130
-    assert "stopped; the same command with --resume goes on from here" in text
-    assert "Traceback" not in text
-    assert len(list((tmp_path / "run" / "state").glob("step-*"))) == 1
-
-
-# What is sent, what the command exits with, and the words it says.
-STOPS = [
-    ([signal.SIGHUP], 129, "stopped; the same command"),
-    ([signal.SIGTERM, signal.SIGTERM], 143, "stopped; the same command"),
-]
-
-
-def stopped(arguments: list[object], at: str, signals: Sequence[int]) -> tuple[int, str, str]:
-    """Run a command, and send it signals when it says something; return exit code, stdout and stderr."""
-    command = [sys.executable, "-m", "softprompt", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert process.stdout is not None
-        said = []
-        for line in process.stderr:  # it says how far it is: no clock
-            said.append(line)
-            if at in line:
-                for number in signals:
-                    process.send_signal(number)
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
         out = process.stdout.read()
-    return process.returncode, out, "".join(said)
-
-
-@pytest.mark.parametrize(("signals", "code", "message"), STOPS, ids=["HUP", "TERM,TERM"])
-def test_a_signal_to_end_saves_as_ctrl_c_does(
-    signals: list[int], code: int, message: str, llama_folder: Path, reviews: Path, tmp_path: Path
-) -> None:
-    settings = ["--set", "max_steps=2000", "--set", "eval_rows=0", "--set", "save_every=5000"]
-    arguments = ["tune", reviews, "--model", llama_folder, "--out", tmp_path / "run", *settings]
-    returned, out, said = stopped(arguments, "step 200/2000", signals)
-    assert (returned, out) == (code, "")
-    assert said.splitlines()[-1].startswith(message)
-    assert said.count("stopped") == 1
-    assert "Traceback" not in said
+    assert (process.returncode, out) == (143, "")
+    assert said[-1].startswith("stopped; the same command with --resume goes on from here")
+    assert "".join(said).count("stopped") == 1
+    assert "Traceback" not in "".join(said)
     (state,) = (tmp_path / "run" / "state").iterdir()
     assert int(state.name.removeprefix("step-")) >= 200
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -201,29 +196,34 @@ def test_a_signal_to_end_saves_as_ctrl_c_does(
     }
 
 
-def test_an_ensemble_that_is_terminated_goes_on(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
-    settings = ["--set", "max_steps=60", "--set", "eval_rows=0", "--set", "save_every=5000"]
+def test_tune_command_of_an_ensemble_that_is_terminated_goes_on(
+    command: Command, llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    settings = ["--set", "max_steps=6", "--set", "eval_rows=0", "--set", "save_every=5000"]
     arguments = ["tune", reviews, "--model", llama_folder, "--out", tmp_path / "run", "--ensemble", 2, *settings]
-    code, _, said = stopped(arguments, "step 18/60", [signal.SIGTERM])
-    assert code == 143
-    assert said.count("stopped; the same command with --resume goes on from here") == 1
+    done = interrupted_command(command, 2, signal.SIGTERM, *arguments)
+    assert done.code == 143
+    assert done.err.count("stopped; the same command with --resume goes on from here") == 1
     assert [path.parent.parent.name for path in tmp_path.rglob("step-*")] == ["member-1"]
-    code, out, said = stopped([*arguments, "--resume", "--json"], "never", [])
-    assert code == 0
-    assert "resuming after step" in said
-    assert json.loads(out)["steps"] == 120
+    done = command(*arguments, "--resume", "--json")
+    assert done.code == 0
+    assert "resuming after step 3" in done.err
+    assert done.record["steps"] == 12
 
 
-def test_a_comparison_that_is_terminated_has_a_report(llama_folder: Path, reviews: Path, tmp_path: Path) -> None:
-    settings = ["--set", "max_steps=2000", "--equal", "examples", "--no-search"]
+def test_compare_command_that_is_terminated_has_a_report_and_goes_on(
+    command: Command, llama_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    settings = ["--set", "max_steps=20", "--equal", "examples", "--no-search"]
     arguments = ["compare", reviews, "--model", llama_folder, "--out", tmp_path / "out", *settings]
-    code, out, said = stopped([*arguments, "--methods", "zero-shot,prompt-tuning"], "step 200/2000", [signal.SIGTERM])
-    assert (code, out) == (143, "")
-    assert said.count("stopped; the same command goes on with the method that was interrupted") == 1
+    methods = ["--methods", "zero-shot,prompt-tuning"]
+    done = interrupted_command(command, 4, signal.SIGTERM, *arguments, *methods)
+    assert (done.code, done.out) == (143, "")
+    assert done.err.count("stopped; the same command goes on with the method that was interrupted") == 1
     assert [path.name for path in (tmp_path / "out" / "results").iterdir()] == ["zero-shot-0.json"]
     assert (tmp_path / "out" / "report.html").exists()
-    code, out, _ = stopped([*arguments, "--methods", "zero-shot", "--json"], "never", [])
-    assert (code, len(json.loads(out)["results"])) == (0, 1)
+    done = command(*arguments, "--methods", "zero-shot", "--json")
+    assert (done.code, len(done.record["results"])) == (0, 1)
 
 
 @pytest.mark.parametrize("verb", ["check", "evaluate"])
@@ -240,52 +240,65 @@ def test_a_verb_that_saves_nothing_ends_at_once(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+# Imports once, and forks for every case: the child is the script, in a folder of its own.
 _SCRIPT = """
-import signal, sys
+import os, signal, sys
+import transformers.models.llama.modeling_llama
 import softprompt as sp
+from softprompt.model import load
+from softprompt.training import tune
 
 class Ended(sp.Callback):
     def step(self, step, loss):
         if step == 3:
-            signal.raise_signal(int(sys.argv[3]))
+            signal.raise_signal(number)
 
-{before}
-model, rows = sp.load_model(sys.argv[1]), sp.load_data(sys.argv[2])
+model_folder, data, *folders = sys.argv[1:]
+for folder in folders:
+    if os.fork() == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+else:
+    sys.exit()
+
+os.chdir(folder)
+sys.stdout = open("stdout", "w", buffering=1)
+name, _, ending = folder.partition("-")
+number = getattr(signal, f"SIG{name}")
+handlers = {
+    "": signal.SIG_DFL, "ignored": signal.SIG_IGN, "exits": lambda *_: sys.exit(7), "handled": lambda *_: print("noted")
+}
+signal.signal(number, handlers[ending])
 config = sp.TuneConfig(max_steps=6, batch_size=4, eval_rows=0, save_every=100)
 try:
-    sp.tune(model, rows, config, out="run", callback=Ended())
+    sp.tune(sp.load_model(model_folder), sp.load_data(data), config, out="run", callback=Ended())
     print("went on")
 finally:
     print("unwound")
 """
+# Each case with its exit code, what it prints, and the step that is saved.
+ENDINGS = {
+    "TERM": (-signal.SIGTERM, "", 3),  # ended by it, as without us
+    "HUP": (-signal.SIGHUP, "", 3),
+    "TERM-exits": (7, "unwound\n", 3),
+    "TERM-handled": (0, "noted\nwent on\nunwound\n", 6),
+    "HUP-ignored": (0, "went on\nunwound\n", 6),  # nohup
+}
 
 
-@pytest.mark.parametrize(
-    ("before", "number", "code", "out", "saved"),
-    [
-        ("", signal.SIGTERM, -signal.SIGTERM, "", True),  # ended by it, as without us
-        ("", signal.SIGHUP, -signal.SIGHUP, "", True),
-        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))", signal.SIGTERM, 7, "unwound\n", True),
-        (
-            "signal.signal(signal.SIGTERM, lambda *_: print('noted'))",
-            signal.SIGTERM,
-            0,
-            "noted\nwent on\nunwound\n",
-            None,
-        ),
-        ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", signal.SIGHUP, 0, "went on\nunwound\n", None),  # nohup
-    ],
-    ids=["TERM", "HUP", "TERM-exits", "TERM-handled", "HUP-ignored"],
-)
-def test_a_script_that_is_terminated_saves_and_ends_as_it_would_have(
-    before: str, number: int, code: int, out: str, saved: bool | None, llama_folder: Path, reviews: Path, tmp_path: Path
+def test_script_that_gets_a_signal_in_tune_saves_and_ends_as_it_would_without_tune(
+    llama_folder: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    script = [sys.executable, "-c", _SCRIPT.format(before=before), llama_folder, reviews, str(int(number))]
-    done = subprocess.run(list(map(str, script)), cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (code, out), done.stderr
-    steps = [path.name for path in (tmp_path / "run" / "state").iterdir()]
-    assert steps == ["step-3" if saved else "step-6"]
-    assert not (tmp_path / "run" / ".lock").exists()
+    for name in ENDINGS:
+        (tmp_path / name).mkdir()
+    script = [sys.executable, "-c", _SCRIPT, str(llama_folder), str(reviews), *ENDINGS]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for (name, (code, out, step)), returned in zip(ENDINGS.items(), done.stdout.split(), strict=True):
+        found = int(returned), (tmp_path / name / "stdout").read_text()
+        assert found == (code, out), (name, done.stderr)
+        assert [path.name for path in (tmp_path / name / "run" / "state").iterdir()] == [f"step-{step}"], name
+        assert not (tmp_path / name / "run" / ".lock").exists(), name
 
 
 def test_in_another_thread_signals_are_left_as_they_are(llama: FrozenModel, reviews: Path) -> None:
@@ -476,9 +489,9 @@ def falling_until(step: int, rows: Rows) -> Callable[..., Any]:
     """Scores whose loss falls until a step and rises afterwards; one call an evaluation."""
     calls = iter(range(1000))
 
-    def score(self: LabelScorer, model: FrozenModel, prompt: object) -> Any:
+    def score(self: LabelScorer, model: FrozenModel, prompt: SoftPrompt) -> Any:
         number = next(calls)
-        (made,) = LabelScorer._score(self, model, [prompt])  # type: ignore[list-item]
+        (made,) = LabelScorer._score(self, model, [prompt.weights])
         made.losses[:] = abs(step - number) + 1.0
         return made
 
