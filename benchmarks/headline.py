@@ -1,4 +1,4 @@
-"""Write the table of the README from the files in `results/quality`; `results_page.py` calls it."""
+"""Write the table of `docs/quality.md` from the files in `results/quality`; `results_page.py` calls it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from origins import OLDER, ON_GPU, Runs, machines, marks
 from paired import differences, points
 from quality import SETS, SHIPPED
 
-README = Path(__file__).parents[1] / "README.md"
+QUALITY = Path(__file__).parents[1] / "docs" / "quality.md"
 BEGIN, END = "<!-- Written by benchmarks/results_page.py. -->", "<!-- Until here. -->"
 METHODS = {
-    "zero-shot": "untouched",
-    "few-shot": "best prompt with examples",
+    "zero-shot": "base model",
+    "few-shot": "best few-shot prompt",
     SHIPPED: "PEFT's prompt tuning, as its guide has it",
-    "prompt-tuning": "soft prompt",
-    "prefix-tuning": "deep prefix",
+    "prompt-tuning": "prompt tuning",
+    "prefix-tuning": "prefix tuning",
     "lora": "LoRA",
 }
 TASKS = {
@@ -45,7 +45,7 @@ def table(runs: Runs) -> list[str]:
 
 
 def caption(runs: Runs) -> list[str]:
-    """Say what is bold, and that the runs are not all of one kind."""
+    """Return what is bold, and which runs differ in version or machine."""
     gpu, cpu = ("; ".join(machines(runs, gpu)) for gpu in (True, False))
     return [
         "Bold: the best, or not significantly worse (paired bootstrap, 95 %). Where a whole row is bold, its test rows",
@@ -53,18 +53,18 @@ def caption(runs: Runs) -> list[str]:
         "",
         "The table mixes runs of different versions of the program and of different machines:",
         "",
-        f"- {OLDER} at least one run is from before [prior matching](docs/concepts.md#figures) was tried.",
+        f"- {OLDER} at least one run is from before [prior matching](concepts.md#figures) was tried.",
         f"- {ON_GPU} at least one run was made on a GPU ({gpu}), with the steps that fit into eight minutes of the CPU;"
         f" all others ran on a CPU ({cpu}).",
         "",
-        "Which run is of which kind is in the [results](docs/results.md#runs).",
+        "Which run is of which kind is in the [results](results.md#runs).",
     ]
 
 
 def write_headline(runs: Runs) -> None:
-    """Put the table and what is said of it into the README, between two comments."""
-    text = README.read_text(encoding="utf-8")
+    """Put the table and its caption into `docs/quality.md`, between two comments."""
+    text = QUALITY.read_text(encoding="utf-8")
     block = "\n".join([BEGIN, "", *table(runs), "", *caption(runs), "", END])
     found, count = re.subn(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL)
-    assert count == 1, "the README has no place for the table"
-    README.write_text(found, encoding="utf-8")
+    assert count == 1, "docs/quality.md has no place for the table"
+    QUALITY.write_text(found, encoding="utf-8")

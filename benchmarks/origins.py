@@ -1,6 +1,6 @@
-"""Where the runs of the quality benchmark come from: on which machine, and before prior matching or after.
+"""The origin of the quality benchmark's runs: which machine, and before or after prior matching.
 
-All of it is read from the result files: their environment, their settings and their dates.
+It is read from the result files: environment, settings and dates.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Runs = dict[str, dict[str, list[Result]]]  # by set, by method
 
 
 def machine(result: Result) -> str:
-    """Return the machine and the versions that a run was made with."""
+    """Return the machine and the versions of a run."""
     keys = ("gpu", "processor", "torch", "transformers")
     there = {key: result.environment[key] for key in keys if key in result.environment}
     return ", ".join(value if key in keys[:2] else f"{key} {value}" for key, value in there.items())
 
 
 def every(runs: Runs) -> list[Result]:
-    """Return all runs; what was put together from several of them is none."""
+    """Return all runs, without ensembles of several."""
     return [r for by_method in runs.values() for method in ORDER for r in by_method.get(method, [])]
 
 
@@ -32,9 +32,9 @@ def machines(runs: Runs, gpu: bool) -> list[str]:
 
 
 def matched(result: Result) -> bool | None:
-    """Tell whether labels were matched to their frequency; None where that was not tried.
+    """Tell whether prior matching was applied; None where it was not tried.
 
-    It is for labels, and PEFT's prompt tuning as shipped goes without.
+    It is for labels, and PEFT's prompt tuning as shipped does not use it.
     """
     if result.task != "classification" or result.method == SHIPPED:
         return None
@@ -42,17 +42,17 @@ def matched(result: Result) -> bool | None:
 
 
 def is_older(result: Result) -> bool:
-    """Tell whether a run is from before prior matching was tried, though it is of a kind that tries it today."""
+    """Tell whether a run is from before prior matching, though its method tries it today."""
     return result.task == "classification" and result.method != SHIPPED and matched(result) is None
 
 
 def marks(results: Sequence[Result]) -> str:
-    """Return what has to stand beside the mean of some runs."""
+    """Return the marks beside the mean of some runs."""
     return OLDER * any(map(is_older, results)) + ON_GPU * any("gpu" in r.environment for r in results)
 
 
 def mixture(runs: Runs) -> str:
-    """Say what the marks mean, and how many runs have them."""
+    """Return what the marks mean, and how many runs have them."""
     found = every(runs)
     tried = [r for r in found if matched(r) is not None]
     older, gpu = sum(map(is_older, found)), sum("gpu" in r.environment for r in found)
@@ -68,7 +68,7 @@ def mixture(runs: Runs) -> str:
 
 
 def runs_table(runs: Runs) -> list[str]:
-    """Return a table of where every run comes from, seed by seed."""
+    """Return a table of the origin of every run."""
     methods = [m for m in ORDER if any(m in runs[name] for name in SETS)]
     lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for name in SETS:

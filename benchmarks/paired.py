@@ -19,7 +19,7 @@ def points(results: Sequence[Result]) -> float:
 
 
 def _points(results: Sequence[Result]) -> Callable[[np.ndarray | slice], float]:
-    """Return what gives the figure on some of the rows."""
+    """Return a function that computes the figure from row indices."""
     metric, statistics = results[0].ranking, [np.array(r.statistics) for r in results]
     scale = 100.0 if metric == "accuracy" else 1.0
     return lambda drawn: scale * float(np.mean([statistic(metric, rows[drawn].sum(axis=0)) for rows in statistics]))

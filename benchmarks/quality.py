@@ -1,13 +1,12 @@
 """The quality of every method on seven tasks, in the same time on the same rows; `docs/results.md` is its table.
 
-Every method gets eight minutes of one core of a Zen 5. What learns takes as many steps as fit into them, which
-`quality_steps.py` counts; so its runs can be made on any machine, a GPU too, and with more seeds. Prompts are searched
-for (few-shot) by the clock: before it a fixed piece of learning is timed, and where that takes longer than on the
-reference machine, so does the search; `throughput` in the result says by how much.
+Every method gets eight minutes of one core of a Zen 5. A method that learns takes as many steps as fit into them,
+which `quality_steps.py` counts; so it can run on any machine, a GPU too, and with more seeds. Few-shot prompts are
+searched for by the clock: a fixed amount of training is timed first, and where that takes longer than on the reference
+machine, the search gets more time in proportion; `pace` in the result is the factor.
 
-Every result is one file below `results/quality`, and what is there is not run again, so this can be stopped at any
-time and goes on with what is missing; several processes share the work. The texts of the data sets are not kept, nor
-what was written from them.
+Every result is one file below `results/quality`. Existing results are not computed again, so the program can be
+stopped at any time; several processes share the work. Neither texts of the data sets nor completions are stored.
 
     python benchmarks/quality.py --data FOLDER                           # what is missing
     python benchmarks/quality.py --data FOLDER sst2 cb --methods lora prompt-tuning --seeds 1
@@ -15,7 +14,7 @@ what was written from them.
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/quality.py --data FOLDER --methods few-shot --seeds 1
     python benchmarks/results_page.py                                    # write docs/results.md from what is there
 
-With `--keep`, prompts are kept there, and those of three seeds are also scored as an ensemble, which then had three
+With `--keep`, prompts are saved there, and those of three seeds are also scored as an ensemble, which then took three
 times the time (`prompt-tuning-of-3`).
 
 FOLDER holds a folder of `train.jsonl`, `validation.jsonl` and `test.jsonl` for each set: sst2 (Socher et al. 2013),
@@ -55,6 +54,7 @@ from softprompt.evaluation.scorer import Scorer
 from softprompt.evaluation.scores import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
+from softprompt.old_names import current_method
 from softprompt.prompt.ensemble import make_ensemble
 from softprompt.prompt.loading import load_soft_prompt
 from softprompt.prompt.record import Record
@@ -77,7 +77,7 @@ _EARLY = 0.1  # of the time
 
 
 def rows_of(name: str, data: Path) -> tuple[sp.Rows, sp.Rows, sp.Rows]:
-    """Return the rows of a set to learn from, to choose by, and to be scored on."""
+    """Return the training, validation and test rows of a set."""
 
     def read(part: str, most: int | None) -> sp.Rows:
         file = data / name / f"{part}.jsonl"
@@ -87,14 +87,14 @@ def rows_of(name: str, data: Path) -> tuple[sp.Rows, sp.Rows, sp.Rows]:
 
 
 def apart(validation: sp.Rows) -> tuple[sp.Rows, sp.Rows]:
-    """Return the validation rows that methods choose by, and the others, to choose among methods by."""
+    """Return the validation rows for a method's own choices, and the others, for choices between methods."""
     some = sample(validation, VALIDATION, 0)
-    chosen = list(some)
-    return some, sp.Rows([row for row in validation if row not in chosen], validation.task, validation.name)
+    own = list(some)
+    return some, sp.Rows([row for row in validation if row not in own], validation.task, validation.name)
 
 
 def work(model: FrozenModel, times: int = 1) -> float:
-    """Return how many seconds a step of 16 rows of 40 tokens behind a prompt of 20 takes, the median of some."""
+    """Return the time of a step of 16 rows of 40 tokens with a prompt of 20, in seconds, the median of some."""
     rows = [Example(tuple((7919 * row + 104_729 * place) % 40_000 for place in range(40)), 38) for row in range(16)]
     prompt = torch.randn(20, model.embedding_width, generator=torch.Generator().manual_seed(0))
     taken = []
@@ -106,7 +106,7 @@ def work(model: FrozenModel, times: int = 1) -> float:
 
 
 class PeftTrainer(Trainer):
-    """Learns a prompt from noise through PEFT's own model, with rows padded on the right."""
+    """Trains a prompt from noise with PEFT's own model, rows padded on the right."""
 
     def __init__(self, model: FrozenModel, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> None:
         torch.manual_seed(prepared.config.seed)
@@ -139,8 +139,8 @@ class PeftTrainer(Trainer):
 class PeftAsShipped(Prompts):
     """PEFT's prompt tuning with the settings of its own example (its guide on prompt tuning a causal model).
 
-    8 virtual tokens drawn from N(0, 1), batches of 8, AdamW with a learning rate of 0.03 that falls to zero, the last
-    prompt kept. Scored by our scorer, with the same template.
+    8 virtual tokens from N(0, 1), batches of 8, AdamW with a learning rate of 0.03 that falls to zero, the last
+    prompt. Scored by our scorer, with the same template.
     """
 
     rate = 0.03
@@ -164,7 +164,7 @@ class PeftAsShipped(Prompts):
 SHIPPED = "peft-prompt-tuning"
 EARLY: dict[str, type[Method]] = {"prompt-tuning-early": PromptTuning, "prefix-tuning-early": PrefixTuning}
 ALL: dict[str, type[Method]] = {**METHODS, SHIPPED: PeftAsShipped, **EARLY}
-# What is timed; the others take steps of the same kind.
+# What is timed; the others take the same steps.
 LEARNING: dict[str, type[Trained]] = {
     "prompt-tuning": PromptTuning,
     "prefix-tuning": PrefixTuning,
@@ -172,7 +172,7 @@ LEARNING: dict[str, type[Trained]] = {
     "full": Full,
     SHIPPED: PeftAsShipped,
 }
-# In the order in which they tell most, should there be no time for all.
+# The most informative first. The ensembles can no longer be run; their results are still shown.
 ORDER = (
     "zero-shot",
     "lora",
@@ -189,32 +189,32 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Timed:
-    """What a method takes on a set, in seconds of the reference machine.
+    """The costs of a method on a set, in seconds of the reference machine.
 
     Attributes:
-        step: for a step.
-        evaluation: for the validation rows.
-        prepared: to make ready.
-        row: to answer a validation row.
+        step: a step.
+        evaluation: scoring the validation rows.
+        preparation: before the first step.
+        row: scoring a validation row.
         peak_bytes: memory above the loaded model.
-        throughput: how many times as long it took where it was timed.
-        last: to score all of many labels of the validation rows, at the end.
+        pace: the factor by which the machine that timed it is slower.
+        last: scoring the validation rows with all of many labels, at the end.
     """
 
     step: float
     evaluation: float
-    prepared: float
+    preparation: float
     row: float
     peak_bytes: int
-    throughput: float
+    pace: float
     last: float
 
     def length(self, method: str, rows: int = VALIDATION) -> dict[str, int]:
-        """Return the settings by which a method takes as many steps as fit into its time, choosing by so many rows."""
+        """Return the settings for as many steps as fit into the time, with so many validation rows."""
         seconds = 60 * MINUTES
-        if method == SHIPPED:  # it does not have to know how long it takes
+        if method == SHIPPED:  # it measures nothing
             return Throughput(self.step, 0).fit_to_budget(seconds)
-        if method in EARLY:  # no rows to choose by: they would take most of the time
+        if method in EARLY:  # no validation rows: they would take most of the time
             return {"max_steps": self._within(_EARLY * seconds, 0)["max_steps"], "eval_rows": 0}
         if method.endswith("-ensemble"):
             found = self._within(seconds, rows, MEMBERS)
@@ -222,39 +222,46 @@ class Timed:
         return self._within(seconds, rows)
 
     def _within(self, seconds: float, rows: int, members: int = 1) -> dict[str, int]:
-        """Return what fits beside making ready and measuring it (`measure_throughput`), for each member."""
+        """Return what fits beside preparation and measurement (`measure_throughput`), for each member."""
         steps = 1 + min(TIMED, int(TIMING * seconds / self.step) + 1)
         throughput = Throughput(self.step, self.evaluation, self.last, rows) if rows else Throughput(self.step, 0.0)
-        left = seconds - self.prepared - steps * self.step - throughput.evaluation
-        return throughput.fit_to_budget(left if members == 1 else left / members - self.prepared)
+        left = seconds - self.preparation - steps * self.step - throughput.evaluation
+        return throughput.fit_to_budget(left if members == 1 else left / members - self.preparation)
 
 
 def timed() -> dict[str, dict[str, Timed]]:
-    """Return what was timed, by set and method."""
+    """Return the measured times, by set and method."""
     found = json.loads(STEPS.read_text()) if STEPS.exists() else {}
-    return {name: {method: Timed(**record) for method, record in ways.items()} for name, ways in found.items()}
+    return {
+        name: {current_method(method, quiet=True): _read_timed(record) for method, record in by_method.items()}
+        for name, by_method in found.items()
+    }
+
+
+def _read_timed(record: dict[str, Any]) -> Timed:
+    return Timed(**{"preparation" if name == "plan" else name: value for name, value in record.items()})
 
 
 def protocol_of(name: str, method: str, model: FrozenModel, data: Path) -> tuple[Protocol, float | None]:
-    """Return what a method is given on a set, and the machine's pace where its time is a matter of the clock."""
+    """Return a method's protocol on a set, and the machine's pace where the method runs by the clock."""
     train, validation, test = rows_of(name, data)
     some, _ = apart(validation)
-    way = next((way for way in LEARNING if method.startswith(way)), None)
-    if way is None:
-        throughput = work(model, times=5) / REFERENCE
-        config = sp.TuneConfig(max_minutes=MINUTES * throughput, eval_rows=VALIDATION)
-        return Protocol(model, train, some, test, config, search=False), throughput
-    found = timed().get(name, {}).get(way)
+    single = next((single for single in LEARNING if method.startswith(single)), None)
+    if single is None:
+        pace = work(model, times=5) / REFERENCE
+        config = sp.TuneConfig(max_minutes=MINUTES * pace, eval_rows=VALIDATION)
+        return Protocol(model, train, some, test, config, search=False), pace
+    found = timed().get(name, {}).get(single)
     if found is None:
-        raise SystemExit(f"{way} on {name} was not timed; run quality_steps.py")
+        raise SystemExit(f"{single} on {name} was not timed; run quality_steps.py")
     config = sp.TuneConfig(**{"eval_rows": VALIDATION, **found.length(method, len(some))})
     return Protocol(model, train, some, test, config, "examples", search=False), None
 
 
-def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in: Path) -> None:
-    """Score the prompts of several seeds as an ensemble, where all of them are there."""
+def together(name: str, method: str, model: FrozenModel, test: sp.Rows, prompts: Path) -> None:
+    """Score the prompts of several seeds as an ensemble, where all of them exist."""
     found = [read(path_of(name, method, seed)) for seed in range(MEMBERS) if path_of(name, method, seed).exists()]
-    folders = [kept_in / TASKS / f"{method}-{seed}" for seed in range(MEMBERS)]
+    folders = [prompts / TASKS / f"{method}-{seed}" for seed in range(MEMBERS)]
     path = path_of(name, of_several(method), 0)
     if path.exists() or len(found) < MEMBERS or not all(folder.exists() for folder in folders):
         return
@@ -274,29 +281,35 @@ def together(name: str, method: str, model: FrozenModel, test: sp.Rows, kept_in:
             "curve": [],
         }
     )
-    path.write_text(json.dumps(kept(result)) + "\n")
+    path.write_text(json.dumps(shorten(result)) + "\n")
     print(path.stem, {metric: round(value.value, 3) for metric, value in result.metrics.items()}, flush=True)
 
 
 class Steps(MethodCallback):
-    """Prints the validation figures as they come."""
+    """Prints the validation figures."""
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         print(f"  step {step}:", ", ".join(f"{name} {value:.3f}" for name, value in values.items()), flush=True)
 
 
 def of_several(method: str) -> str:
-    """Return what an ensemble of a method's runs is called."""
+    """Return the name of an ensemble of a method's runs."""
     return f"{method}-of-{MEMBERS}"
 
 
 def path_of(name: str, method: str, seed: int) -> Path:
-    """Return where a result is kept."""
-    return FOLDER / name / f"{method}-{seed}.json"
+    """Return the path of a result; files of earlier versions keep the method's old name."""
+    files = (file for file in (FOLDER / name).glob(f"*-{seed}.json") if method_of(file) == method)
+    return next(files, FOLDER / name / f"{method}-{seed}.json")
 
 
-def kept(result: Result) -> dict[str, Any]:
-    """Return a result without what was written from the data sets, and with its statistics in short."""
+def method_of(file: Path) -> str:
+    """Return the method of a result's file."""
+    return current_method(file.stem.rpartition("-")[0], quiet=True)
+
+
+def shorten(result: Result) -> dict[str, Any]:
+    """Return a result without predictions, and with shorter statistics."""
     record = result.model_dump(exclude={"predictions", "confusion", "statistics"})
     if result.task == "classification":
         record["right"] = "".join(str(int(right)) for right, _ in result.statistics)
@@ -306,7 +319,7 @@ def kept(result: Result) -> dict[str, Any]:
 
 
 def read(path: Path) -> Result:
-    """Read what `kept` wrote."""
+    """Read what `shorten` returned."""
     record = json.loads(path.read_text())
     right = record.pop("right", None)
     if right is not None:
@@ -317,7 +330,7 @@ def read(path: Path) -> Result:
 def run(
     name: str, method: str, seed: int, model: FrozenModel, base: BaseMeasurements, data: Path, keep: Path | None
 ) -> None:
-    """Run a method on a set, unless its result is there or another process is at it."""
+    """Run a method on a set, unless its result exists or another process is computing it."""
     path = path_of(name, method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = Path(tempfile.gettempdir()) / f"softprompt-quality-{name}-{method}-{seed}.lock"
@@ -326,13 +339,13 @@ def run(
             if path.exists():
                 return
             began = time.monotonic()
-            protocol, throughput = protocol_of(name, method, model, data)
+            protocol, pace = protocol_of(name, method, model, data)
             print(f"{name} {method} {seed}", flush=True)
             place = keep / name if keep else Path(scratch)
             result = run_method(method, seed, protocol, base, place, Steps(), ALL)
-            if throughput is not None:
-                result.settings["pace"] = throughput
-            path.write_text(json.dumps(kept(result)) + "\n")
+            if pace is not None:
+                result.settings["pace"] = pace
+            path.write_text(json.dumps(shorten(result)) + "\n")
     except Timeout:
         return
     figures = ", ".join(f"{metric} {found.value:.3f}" for metric, found in result.metrics.items())
@@ -340,13 +353,13 @@ def run(
 
 
 def main() -> None:
-    """Run what is asked for and not there yet."""
+    """Run what is requested and missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", choices=[*SETS, []], help="default: all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
-    parser.add_argument("--methods", nargs="*", choices=list(ALL), default=ORDER)
+    parser.add_argument("--methods", nargs="*", choices=list(ALL), default=[m for m in ORDER if m in ALL])
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--keep", type=Path, help="a folder to keep prompts in; three seeds' become an ensemble")
+    parser.add_argument("--keep", type=Path, help="a folder for the prompts; those of three seeds become an ensemble")
     options = parser.parse_args()
     model = sp.load_model(dtype="float32")
     base = BaseMeasurements.of(model)

@@ -1,13 +1,13 @@
-"""Time the steps of every learning method: how many of them `quality.py` takes is what fits in its minutes.
+"""Time the steps of every method that learns, so that `quality.py` knows how many fit into its minutes.
 
-Timed here are a few steps and an evaluation of some validation rows, in one thread; before and after each of them a
-fixed piece of learning is timed too, and what that takes longer than on the reference machine, one core of a Zen 5, is
-taken off. `results/quality/steps.json` has what they took there. With the steps counted, the runs themselves can be
-made on any machine, and with more seeds; `docs/results.md` has its costs from here.
+A few steps and an evaluation of some validation rows are timed in one thread. Before and after each of them a fixed
+amount of training is timed too, and the times are divided by how much longer that takes than on the reference machine,
+one core of a Zen 5. `results/quality/steps.json` has the times. With fixed numbers of steps the runs can be made on any
+machine, and with more seeds; the costs in `docs/results.md` come from here.
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/quality_steps.py --data FOLDER [sets] [--methods …]
 
-What is there is not timed again.
+Existing times are not measured again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from softprompt.data.batching import batch_indices
 from softprompt.data.split import sample
 
 _STEPS = 3
-_EVALUATED = 50  # validation rows; the time is taken as many times as there are more of them
+_EVALUATED = 50  # validation rows; the time of more is in proportion
 
 
 class Clock:
-    """Tells how long something would take on the reference machine."""
+    """Measures how long something would take on the reference machine."""
 
     def __init__(self) -> None:
-        self.model = sp.load_model(dtype="float32", device="cpu")  # its own: LoRA changes the one that learns
+        self.model = sp.load_model(dtype="float32", device="cpu")  # its own: LoRA changes the other one
         self.before = work(self.model)
         self.paces: list[float] = []
 
@@ -51,18 +51,18 @@ class Clock:
         return taken / self.paces[-1]
 
 
-def measure(clock: Clock, model: sp.FrozenModel, name: str, way: str, data: Path) -> Timed:
+def measure(clock: Clock, model: sp.FrozenModel, name: str, method_name: str, data: Path) -> Timed:
     """Time a method on a set."""
-    gc.collect()  # the copy of the model that the method before had
+    gc.collect()  # the previous method's copy of the model
     train, validation, test = rows_of(name, data)
     some = sample(validation, _EVALUATED, 0)
     protocol = Protocol(model, train, some, test, sp.TuneConfig(eval_rows=len(some)), "examples", search=False)
-    method = LEARNING[way](protocol, 0, MethodCallback())
+    method = LEARNING[method_name](protocol, 0, MethodCallback())
     try:
         with measure_costs(model.device) as effort:
             began = time.monotonic()
             prepared = protocol.prepare(seed=0, learning_rate=method.rate, **method.settings)
-            planned = time.monotonic() - began
+            preparation = time.monotonic() - began
             loop = method.trainer(prepared)
             loop.optimizer.param_groups[0]["lr"] = 0.0
             assert prepared.config.batch_size
@@ -75,26 +75,26 @@ def measure(clock: Clock, model: sp.FrozenModel, name: str, way: str, data: Path
                 loop.optimizer.step()
 
             clock.paces.clear()
-            _, *steps = [clock(partial(step, rows)) for rows in batches]  # the first one sets things up
+            _, *steps = [clock(partial(step, rows)) for rows in batches]  # the first one is slower
             evaluation = clock(loop.evaluate) if prepared.scorer else 0.0
             labels = prepared.label_scorer()
             last = clock(partial(loop.evaluate, scorer=labels)) if labels else 0.0
     finally:
         method.close()
-    throughput = mean(clock.paces)
+    pace = mean(clock.paces)
     return Timed(
         step=mean(steps),
         evaluation=evaluation * min(VALIDATION, len(validation)) / len(some),
-        prepared=planned / throughput,
+        preparation=preparation / pace,
         row=evaluation / len(some),
         peak_bytes=effort.peak_bytes,
-        throughput=throughput,
+        pace=pace,
         last=last * min(VALIDATION, len(validation)) / len(some),
     )
 
 
 def main() -> None:
-    """Time what is asked for and not there yet."""
+    """Time what is requested and missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", choices=[*SETS, []], help="default: all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
@@ -102,15 +102,15 @@ def main() -> None:
     options = parser.parse_args()
     model, clock = sp.load_model(dtype="float32", device="cpu"), Clock()
     for name in options.sets or SETS:
-        for way in options.methods:
-            if way in timed().get(name, {}):
+        for method in options.methods:
+            if method in timed().get(name, {}):
                 continue
-            found = measure(clock, model, name, way, options.data)
-            record = {other: {w: asdict(t) for w, t in ways.items()} for other, ways in timed().items()}
-            record.setdefault(name, {})[way] = asdict(found)
+            found = measure(clock, model, name, method, options.data)
+            record = {other: {m: asdict(t) for m, t in by_method.items()} for other, by_method in timed().items()}
+            record.setdefault(name, {})[method] = asdict(found)
             STEPS.parent.mkdir(parents=True, exist_ok=True)
             STEPS.write_text(json.dumps(record, indent=1) + "\n")
-            print(name, way, found, found.length(way), flush=True)
+            print(name, method, found, found.length(method), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write `docs/results.md` and the README's table from the files in `results/quality`, which `quality.py` makes."""
+"""Write `docs/results.md` and the table of `docs/quality.md` from the results of `quality.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from headline import write_headline
 from origins import OLDER, Runs, marks, matched, mixture, runs_table
 from paired import differences, points
-from quality import EARLY, FOLDER, LEARNING, MINUTES, ORDER, SETS, SHIPPED, of_several, read, timed
+from quality import EARLY, FOLDER, LEARNING, MINUTES, ORDER, SETS, SHIPPED, method_of, of_several, read, timed
 from softprompt.comparison.results import Result
 from softprompt.formatting import count, duration, size
 
@@ -21,11 +21,11 @@ WHOLE = tuple(method for method in ORDER if method not in EARLY)
 
 
 def load() -> Runs:
-    """Return all results that are there."""
+    """Return all results."""
     found: Runs = {name: {} for name in SETS}
     for name in SETS:
         for method in (*ORDER, *map(of_several, SINGLE)):
-            files = sorted((FOLDER / name).glob(f"{method}-[0-9]*.json"))
+            files = sorted(file for file in (FOLDER / name).glob("*.json") if method_of(file) == method)
             if files:
                 found[name][method] = [read(file) for file in files]
     return found
@@ -61,7 +61,7 @@ def quality(runs: Runs) -> list[str]:
 
 
 def compared(runs: Runs, second: str, sets: Sequence[str]) -> list[str]:
-    """Return how far each method is from another one, set by set and in the mean."""
+    """Return the differences of all methods to one, by set and in the mean."""
     methods = [m for m in WHOLE if m != second and any(m in runs[n] and second in runs[n] for n in sets)]
     if not methods:
         return ["Not run yet."]
@@ -93,13 +93,13 @@ def over_sets(by_set: Sequence[list[Result]], cost: str, of: Callable[[float], f
 
 
 def costs(runs: Runs) -> list[str]:
-    """Return what each method takes, the mean over the sets; times and memory were measured on the reference machine.
+    """Return the costs of each method, the mean over the sets; times and memory are those of the reference machine.
 
-    Those of what learns are in `steps.json`; of prompts written by hand, which are searched for by the clock, in the
+    Those of methods that learn are in `steps.json`; those of prompting methods, which search by the clock, in the
     results.
     """
     lines = [
-        "| | learned numbers | stored | a step | memory | a test row | base weights | perplexity of unrelated text |",
+        "| | trainable parameters | stored | a step | memory | a test row | base weights | perplexity of unrelated text |",
         "|---" * 8 + "|",
     ]
     steps = timed()
@@ -129,7 +129,7 @@ def costs(runs: Runs) -> list[str]:
 
 
 def steps_taken(runs: Runs) -> list[str]:
-    """Return how many steps the runs of each method took, seed by seed."""
+    """Return the number of steps of each run."""
     methods = [m for m in (*WHOLE, *EARLY) if any("max_steps" in r.settings for n in SETS for r in runs[n].get(m, []))]
     lines = ["| | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for name in SETS:
@@ -139,9 +139,9 @@ def steps_taken(runs: Runs) -> list[str]:
 
 
 def steps_of(name: str, result: Result) -> str:
-    """Write how many steps a run took, of an ensemble each member; in brackets how many are counted today."""
-    way = next(way for way in LEARNING if result.method.startswith(way))
-    counted = timed()[name][way].length(result.method, result.rows["validation"])["max_steps"]
+    """Write the number of steps of a run, for an ensemble of each member; in brackets what it would be today."""
+    single = next(method for method in LEARNING if result.method.startswith(method))
+    counted = timed()[name][single].length(result.method, result.rows["validation"])["max_steps"]
     steps, members = result.settings["max_steps"], ""
     if isinstance(steps, list):
         members, counted, steps = f"{len(steps)} × ", counted // len(steps), steps[0]
@@ -149,7 +149,7 @@ def steps_of(name: str, result: Result) -> str:
 
 
 def sooner(runs: Runs) -> list[str]:
-    """Return how good prompts are after a tenth of the time, less PEFT's as shipped after all of it."""
+    """Return the quality after a tenth of the time, and the difference to PEFT as shipped after all of it."""
     there = [name for name in SETS if SHIPPED in runs[name]]
     methods = [m for m in EARLY if any(m in runs[name] for name in there)]
     if not methods:
@@ -166,7 +166,7 @@ def sooner(runs: Runs) -> list[str]:
 
 
 def longer(runs: Runs) -> list[str]:
-    """Return what an ensemble of whole runs, which takes as many times the time, has over one of them and LoRA."""
+    """Return the difference of ensembles of whole runs to one run and to LoRA."""
     there = [(name, method) for name in SETS for method in SINGLE if of_several(method) in runs[name]]
     if not there:
         return []
@@ -182,35 +182,35 @@ def longer(runs: Runs) -> list[str]:
         sets, several = [name for name, run in there if run == method], of_several(method)
         for part in [*([name] for name in sets), *([sets] if len(sets) > 1 else [])]:
             less = [signed(*differences(runs, several, other, part)[:3]) for other in (method, "lora")]
-            one, together = (np.mean([points(runs[name][way]) for name in part]) for way in (method, several))
+            one, together = (np.mean([points(runs[name][m]) for name in part]) for m in (method, several))
             called = part[0] if len(part) == 1 else f"**mean of {len(part)}**"
             lines.append(f"| {called} | {method} | {one:.1f} | {together:.1f} | {less[0]} | {less[1]} |")
     return [*lines, ""]
 
 
 def matching(runs: Runs) -> str:
-    """Say in which runs labels were matched to their frequency."""
-    taken = []
+    """Return in which runs prior matching was applied."""
+    applied = []
     for name in CLASSIFICATION:
-        kept = [method for method in WHOLE if any(map(matched, runs[name].get(method, ())))]
-        taken += [f"{name} ({', '.join(kept)})"] if kept else []
+        methods = [method for method in WHOLE if any(map(matched, runs[name].get(method, ())))]
+        applied += [f"{name} ({', '.join(methods)})"] if methods else []
     return (
-        "Prior matching makes labels as likely on average as they are frequent, where clearly more validation rows are"
-        f" right then ([why](decisions.md)): so it did on {', '.join(taken) or 'none of the sets'}."
+        "Prior matching, a bias per label, is applied if it raises validation accuracy by more than one standard error"
+        f" ([why](decisions/prior-matching.md)): it was on {', '.join(applied) or 'none of the sets'}."
         f" `{SHIPPED}` stays as PEFT has it."
     )
 
 
 def starts(runs: Runs) -> list[str]:
-    """Say which soft prompts started from words; of an ensemble its first member."""
-    ways = [method for method in (*WHOLE, *EARLY) if method.startswith("prompt-tuning")]
+    """Return which soft prompts started from words; of an ensemble its first member."""
+    methods = [method for method in (*WHOLE, *EARLY) if method.startswith("prompt-tuning")]
     found = [
         f"{method} on {name}"
         for name in CLASSIFICATION
-        for method in ways
+        for method in methods
         if any(r.settings["init"] == "text" for r in runs[name].get(method, ()))
     ]
-    why = "Soft prompts start from words where the rows that they learn from are too long to start from"
+    why = "Soft prompts start from words where the training rows are too long for a start"
     return [f"{why}: {', '.join(sorted(found))} (of ensembles the first member).", ""] if found else []
 
 
@@ -222,7 +222,7 @@ def page(runs: Runs) -> str:
             "",
             "<!-- Written by benchmarks/results_page.py. Do not edit. -->",
             "",
-            "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows to choose by, the test rows",
+            "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows, the test rows",
             "for the figures (of banking77 the first 1,000, of e2e the first 300).",
             f"{MINUTES:g} minutes of learning or searching each on one core of a Zen 5: what learns takes as many",
             "steps as fit into them there (`benchmarks/quality_steps.py` counts them), on whatever machine it runs;",
