@@ -1,7 +1,7 @@
-"""What the settings of each method were chosen by: short runs on three tasks, compared on validation rows alone.
+"""How the settings of each method were chosen: short runs on three tasks, compared on validation rows alone.
 
-Every run takes the same rows in the same order; the test rows play no part here. Results are appended to
-`results/choices.jsonl`, a run that is there is not made again, and `results/choices.md` is the table of what is there.
+Every run takes the same rows in the same order; test rows are not used. Results are appended to
+`results/choices.jsonl`, existing ones are not computed again, and `results/choices.md` is their table.
 
     python benchmarks/choices.py --data FOLDER                     # all variants on all three tasks
     python benchmarks/choices.py --data FOLDER sst2 --variants "prompt-tuning, learning rate 0.03" --steps 200
@@ -20,6 +20,7 @@ from typing import Any
 
 import softprompt as sp
 from quality import SETS, rows_of
+from records import read_records
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.methods.base import MethodCallback
 from softprompt.comparison.protocol import Protocol
@@ -53,7 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run(model: sp.FrozenModel, name: str, variant: str, seed: int, steps: int, data: Path) -> dict[str, Any]:
-    """Learn once, and return how the validation rows went."""
+    """Train once, and return the validation figures."""
     method, settings = VARIANTS[variant]
     train, validation, test = rows_of(name, data)
     if settings.get("init") == "a list of all labels":
@@ -90,8 +91,8 @@ def table(records: list[dict[str, Any]]) -> str:
         "# How the settings were chosen",
         "",
         "Made by `benchmarks/choices.py`, SmolLM2-135M-Instruct; at most 1,000 rows to learn from and 150 or 200 "
-        "validation rows. The figures are those of the best of the evaluations by validation loss. The test "
-        "rows play no part. What has a star was tried, and is none of the program's variants.",
+        "validation rows. The figures are those of the evaluation with the lowest validation loss. Test rows are "
+        "not used. A star marks variants that are no longer in the program.",
     ]
     for name in dict.fromkeys(r["set"] for r in records):
         mine = sorted((r for r in records if r["set"] == name), key=lambda r: (r["steps"], r["variant"]))
@@ -99,7 +100,7 @@ def table(records: list[dict[str, Any]]) -> str:
             "",
             f"## {name}",
             "",
-            "| variant | seed | steps | best | learned numbers | loss | accuracy |",
+            "| variant | seed | steps | best | trainable parameters | loss | accuracy |",
             "|---" * 7 + "|",
         ]
         for r in mine:
@@ -113,7 +114,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run what is asked for and not there yet."""
+    """Run what is requested and missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", choices=[*SETS, []], help=f"default: {', '.join(CHOSEN_ON)}")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
@@ -122,9 +123,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     file = RESULTS / "choices.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    asked = options.variants or ["*"]
-    chosen = [v for v in VARIANTS if any(v == a or (a.endswith("*") and v.startswith(a[:-1])) for a in asked)]
+    records = read_records(file)
+    patterns = options.variants or ["*"]
+    chosen = [v for v in VARIANTS if any(v == p or (p.endswith("*") and v.startswith(p[:-1])) for p in patterns)]
     model = sp.load_model()
     for seed in range(options.seeds):
         for variant in chosen:

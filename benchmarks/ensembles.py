@@ -1,8 +1,8 @@
-"""What an ensemble gives whose members share the time of one run, tried on validation rows alone.
+"""The quality of an ensemble whose members share the time of one run, on validation rows alone.
 
 Every variant takes about as many steps as fit into the eight minutes of `quality.py`. Of 500 validation rows, 200
-choose what is kept, and the other 300 are scored. Results are appended to `results/ensembles.jsonl`, where older ones
-are too, of variants that are no longer in the program.
+select the prompt, and the other 300 are scored. Results are appended to `results/ensembles.jsonl`, which also holds
+results of variants that are no longer in the program.
 
     python benchmarks/ensembles.py --data FOLDER                               # what is missing
     python benchmarks/ensembles.py --data FOLDER sst2 --methods prompt-tuning --variants one "60 % together"
@@ -22,6 +22,7 @@ from typing import Any
 
 import softprompt as sp
 from quality import MEMBERS, apart, rows_of, timed
+from records import read_records
 from softprompt.config import MANY_LABELS
 from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Rows
@@ -31,7 +32,7 @@ from softprompt.evaluation.token_scorer import TokenScorer
 from softprompt.prompt.ensemble import make_ensemble
 
 FILE = Path(__file__).parent / "results" / "ensembles.jsonl"
-# Name to the share of the steps that members take together, at a rate that does not fall, before each goes its own way.
+# Name to the share of the steps that members have in common, with a constant learning rate.
 VARIANTS: dict[str, float | None] = {"one": None, "three": 0.0, "60 % together": 0.6, "80 % together": 0.8}
 
 
@@ -55,7 +56,7 @@ def learned(
 
 
 def run(model: sp.FrozenModel, name: str, method: str, variant: str, data: Path) -> dict[str, Any]:
-    """Learn, and return how the rows that nothing was chosen by went."""
+    """Train, and return the figures on the rows that nothing was chosen by."""
     train, validation, _ = rows_of(name, data)
     some, others = apart(validation)
     steps = timed()[name][method].length(method)["max_steps"]
@@ -79,18 +80,18 @@ def run(model: sp.FrozenModel, name: str, method: str, variant: str, data: Path)
 
 
 def main() -> None:
-    """Run what is asked for and not there yet."""
+    """Run what is requested and missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", default=["sst2", "banking77", "e2e"], help="default: all three")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--methods", nargs="*", choices=["prompt-tuning", "prefix-tuning"], default=["prefix-tuning"])
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args()
-    found = [json.loads(line) for line in FILE.read_text().splitlines()]
+    found = read_records(FILE)
     done = {(record.get("variant"), record["set"], record.get("method")) for record in found}
     model = sp.load_model(dtype="float32")
-    asked = [(v, s, m) for s in options.sets for m in options.methods for v in options.variants]
-    for variant, name, method in asked:
+    requested = [(v, s, m) for s in options.sets for m in options.methods for v in options.variants]
+    for variant, name, method in requested:
         if (variant, name, method) in done:
             continue
         record = run(model, name, method, variant, options.data)

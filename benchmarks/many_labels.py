@@ -1,12 +1,12 @@
 """What helps where labels are many: starts and losses, tried on Banking77's validation rows alone.
 
-Soft prompts take as many steps as fit into the eight minutes of `quality.py`; deep prefixes and LoRA a third of that,
+Prompt tuning takes as many steps as fit into the eight minutes of `quality.py`; prefix tuning and LoRA a third of that,
 enough to see what a loss does, or all of them where the name says how many. Of 500 validation rows, 200 choose the best
 prompt and say how likely each label is to be made (prior matching); the other 300 are scored. Results are appended to
 `results/many_labels.jsonl`, where older ones are too, some of variants that lost and are no longer in the program.
 
     python benchmarks/many_labels.py --data FOLDER                # what is missing
-    python benchmarks/many_labels.py --data FOLDER "deep prefix*"
+    python benchmarks/many_labels.py --data FOLDER "prefix-tuning*"
 
 FOLDER is described in `quality.py`.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import softprompt as sp
 from quality import VALIDATION, apart, rows_of
+from records import read_records
 from softprompt.comparison.methods import METHODS
 from softprompt.comparison.methods.base import MethodCallback
 from softprompt.comparison.protocol import Protocol
@@ -31,30 +32,30 @@ FILE = Path(__file__).parent / "results" / "many_labels.jsonl"
 SET = "banking77"
 # Name to method and settings; those left open are the method's defaults.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "soft prompt, list, target": ("prompt-tuning", {"init": "text", "loss": "target", "max_steps": 117}),
-    "soft prompt, list, labels": ("prompt-tuning", {"init": "text", "loss": "labels", "max_steps": 117}),
-    "soft prompt, rows, target": ("prompt-tuning", {"init": "examples", "loss": "target", "max_steps": 180}),
-    "soft prompt, rows, labels": ("prompt-tuning", {"init": "examples", "loss": "labels", "max_steps": 180}),
-    "soft prompt, rows, labels, rate 0.005": (
+    "prompt-tuning, list, target": ("prompt-tuning", {"init": "text", "loss": "target", "max_steps": 117}),
+    "prompt-tuning, list, labels": ("prompt-tuning", {"init": "text", "loss": "labels", "max_steps": 117}),
+    "prompt-tuning, rows, target": ("prompt-tuning", {"init": "examples", "loss": "target", "max_steps": 180}),
+    "prompt-tuning, rows, labels": ("prompt-tuning", {"init": "examples", "loss": "labels", "max_steps": 180}),
+    "prompt-tuning, rows, labels, rate 0.005": (
         "prompt-tuning",
         {"init": "examples", "loss": "labels", "max_steps": 180, "learning_rate": 0.005},
     ),
-    "soft prompt, rows, labels, rate 0.02": (
+    "prompt-tuning, rows, labels, rate 0.02": (
         "prompt-tuning",
         {"init": "examples", "loss": "labels", "max_steps": 180, "learning_rate": 0.02},
     ),
-    "deep prefix, target": ("prefix-tuning", {"loss": "target", "max_steps": 93}),
-    "deep prefix, labels": ("prefix-tuning", {"loss": "labels", "max_steps": 93}),
+    "prefix-tuning, target": ("prefix-tuning", {"loss": "target", "max_steps": 93}),
+    "prefix-tuning, labels": ("prefix-tuning", {"loss": "labels", "max_steps": 93}),
     "lora, target": ("lora", {"loss": "target", "max_steps": 101}),
     "lora, labels": ("lora", {"loss": "labels", "max_steps": 101}),
-    "deep prefix, list, 279 steps": ("prefix-tuning", {"loss": "target", "max_steps": 279}),
-    "deep prefix, list, labels, 279 steps": ("prefix-tuning", {"loss": "labels", "max_steps": 279}),
+    "prefix-tuning, list, 279 steps": ("prefix-tuning", {"loss": "target", "max_steps": 279}),
+    "prefix-tuning, list, labels, 279 steps": ("prefix-tuning", {"loss": "labels", "max_steps": 279}),
     "lora, 302 steps": ("lora", {"loss": "target", "max_steps": 302}),
 }
 
 
 def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
-    """Learn once, and return how the validation rows went."""
+    """Train once, and return the validation figures."""
     method, settings = VARIANTS[variant]
     train, validation, test = rows_of(SET, data)
     some, others = apart(validation)
@@ -86,16 +87,16 @@ def run(model: sp.FrozenModel, variant: str, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is asked for and not there yet."""
+    """Run what is requested and missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=["*"], help="one that ends in * stands for all that begin so")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
     options = parser.parse_args()
-    done = {json.loads(line).get("variant") for line in FILE.read_text().splitlines()}
+    done = {record.get("variant") for record in read_records(FILE)}
     model = sp.load_model(dtype="float32")
     for name in VARIANTS:
-        asked = any(name == a or (a.endswith("*") and name.startswith(a[:-1])) for a in options.variants)
-        if asked and name not in done:
+        requested = any(name == p or (p.endswith("*") and name.startswith(p[:-1])) for p in options.variants)
+        if requested and name not in done:
             record = run(model, name, options.data)
             with FILE.open("a") as out:
                 out.write(json.dumps(record) + "\n")

@@ -26,6 +26,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import softprompt as sp
+from records import read_records
 from softprompt.data.example import Example
 from softprompt.model.backends.verify import freeze
 from softprompt.model.gradient import prompt_gradient
@@ -38,11 +39,10 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """A micro-batch: so many texts of so many tokens behind P virtual tokens.
+    """A micro-batch of texts of the same length, with P virtual tokens.
 
     Attributes:
-        loss: over one target a text, or all tokens.
-        recompute: with activation checkpointing.
+        loss: over one target per text, or all tokens.
     """
 
     model: str
@@ -50,7 +50,7 @@ class Case:
     texts: int
     tokens: int
     loss: str = "target"
-    recompute: bool = False
+    activation_checkpointing: bool = False
 
 
 CASES = (
@@ -67,9 +67,9 @@ CASES = (
     Case("bloom", 100, 32, 120),
     Case("bloom", 100, 8, 500),
     Case("smollm2", 20, 1, 4000),
-    Case("smollm2", 20, 1, 4000, recompute=True),
+    Case("smollm2", 20, 1, 4000, activation_checkpointing=True),
     Case("bloom", 20, 1, 2000),
-    Case("bloom", 20, 1, 2000, recompute=True),
+    Case("bloom", 20, 1, 2000, activation_checkpointing=True),
 )
 
 
@@ -83,7 +83,7 @@ def load(name: str) -> sp.FrozenModel:
 
 
 def measured(case: Case) -> dict[str, float]:
-    """Return the predicted and the seen peak of a case, above the loaded model, in this process."""
+    """Return the predicted and the measured peak of a case, above the loaded model, in this process."""
     model = load(case.model)
     prompt = model.embed(range(case.virtual_tokens)).float()
     start = case.tokens if case.loss == "target" else 0
@@ -91,17 +91,19 @@ def measured(case: Case) -> dict[str, float]:
         model.vocabulary_size, (case.texts, case.tokens + 1), generator=torch.Generator().manual_seed(0)
     )
     examples = [Example(tuple(row), start) for row in ids.tolist()]
-    memory_estimate = replace(measure(model, case.virtual_tokens), activation_checkpointing=case.recompute)
-    prompt_gradient(model, prompt, (), [[Example(examples[0].ids[:8], 7)]])  # what is set up once is not counted
-    if case.recompute:
-        trim_allocator()  # as the plan does
+    memory_estimate = replace(
+        measure(model, case.virtual_tokens), activation_checkpointing=case.activation_checkpointing
+    )
+    prompt_gradient(model, prompt, (), [[Example(examples[0].ids[:8], 7)]])  # one-time allocations are not counted
+    if case.activation_checkpointing:
+        trim_allocator()  # as a run does
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     began = time.perf_counter()
     for _ in range(2):
-        prompt_gradient(model, prompt, (), [examples], case.recompute)
+        prompt_gradient(model, prompt, (), [examples], case.activation_checkpointing)
     seconds = (time.perf_counter() - began) / 2
     predicted = memory_estimate.step([case.tokens] * case.texts, sum(e.targets for e in examples))
     return {"predicted": predicted / 1e9, "peak": (resident("VmHWM") - before) / 1e9, "seconds": seconds}
@@ -114,11 +116,18 @@ def table(records: list[dict[str, Any]]) -> str:
         "",
         "Made by `benchmarks/memory.py`, which says how. Gigabytes above the loaded model, in float32 on a CPU.",
         "",
-        "| model | P | texts | tokens each | loss | recomputation | predicted | peak | predicted/peak | a step |",
+        "| model | P | texts | tokens each | loss | checkpointing | predicted | peak | predicted/peak | a step |",
         "|---" * 10 + "|",
     ]
     for r in records:
-        cells = (r["model"], r["virtual_tokens"], r["texts"], r["tokens"], r["loss"], "yes" if r["recompute"] else "")
+        cells = (
+            r["model"],
+            r["virtual_tokens"],
+            r["texts"],
+            r["tokens"],
+            r["loss"],
+            "yes" if r["activation_checkpointing"] else "",
+        )
         figures = f"{r['predicted']:.2f} | {r['peak']:.2f} | **{r['predicted'] / r['peak']:.2f}**"
         seconds = f"{r['seconds']:.1f} s" if "seconds" in r else ""
         lines.append(f"| {' | '.join(map(str, cells))} | {figures} | {seconds} |")
@@ -132,14 +141,14 @@ def main() -> None:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--last", type=int, default=len(CASES), help="the last so many cases alone")
+    parser.add_argument("--last", type=int, default=len(CASES), help="only the last cases, so many")
     options = parser.parse_args()
     disable_progress_bar()
     if options.one:
         print(json.dumps(measured(Case(**json.loads(options.one)))))
         return
     file = RESULTS / "memory.jsonl"
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = read_records(file)
     about = {"cores": os.cpu_count(), "date": date.today().isoformat(), "environment": environment()}
     for case in CASES[-options.last :]:
         command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]

@@ -97,12 +97,12 @@ def work(model: FrozenModel, times: int = 1) -> float:
     """Return the time of a step of 16 rows of 40 tokens with a prompt of 20, in seconds, the median of some."""
     rows = [Example(tuple((7919 * row + 104_729 * place) % 40_000 for place in range(40)), 38) for row in range(16)]
     prompt = torch.randn(20, model.embedding_width, generator=torch.Generator().manual_seed(0))
-    taken = []
+    seconds = []
     for _ in range(times):
         began = time.monotonic()
         prompt_gradient(model, prompt, (), [rows], activation_checkpointing=False)
-        taken.append(time.monotonic() - began)
-    return median(taken)
+        seconds.append(time.monotonic() - began)
+    return median(seconds)
 
 
 class PeftTrainer(Trainer):
@@ -363,12 +363,12 @@ def main() -> None:
     options = parser.parse_args()
     model = sp.load_model(dtype="float32")
     base = BaseMeasurements.of(model)
-    asked = [(name, method) for method in options.methods for name in options.sets or SETS]
+    requested = [(name, method) for method in options.methods for name in options.sets or SETS]
     for seed in range(options.seeds):
-        for name, method in asked:
+        for name, method in requested:
             if not seed or method != "zero-shot":
                 run(name, method, seed, model, base, options.data, options.keep)
-    for name, method in asked if options.keep else ():
+    for name, method in requested if options.keep else ():
         together(name, method, model, rows_of(name, options.data)[2], options.keep / name)
 
 

@@ -45,10 +45,10 @@ class Clock:
     def __call__(self, run: Callable[[], object]) -> float:
         began = time.monotonic()
         run()
-        taken, after = time.monotonic() - began, work(self.model)
+        seconds, after = time.monotonic() - began, work(self.model)
         self.paces.append((self.before + after) / 2 / REFERENCE)
         self.before = after
-        return taken / self.paces[-1]
+        return seconds / self.paces[-1]
 
 
 def measure(clock: Clock, model: sp.FrozenModel, name: str, method_name: str, data: Path) -> Timed:

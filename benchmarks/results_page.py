@@ -99,7 +99,8 @@ def costs(runs: Runs) -> list[str]:
     results.
     """
     lines = [
-        "| | trainable parameters | stored | a step | memory | a test row | base weights | perplexity of unrelated text |",
+        "| | trainable parameters | stored | a step | memory | a test row | base weights "
+        "| perplexity of unrelated text |",
         "|---" * 8 + "|",
     ]
     steps = timed()
