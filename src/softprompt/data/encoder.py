@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt.data.chat import Chat, prints_date
 from softprompt.data.example import Choices, Example, common_start
+from softprompt.data.label_tree import label_tree
 from softprompt.data.rows import Row, Rows
 from softprompt.data.special_tokens import Encoded, SpecialTokens, Written
 from softprompt.data.templates import Format
@@ -114,14 +114,8 @@ class Encoder:
         if target not in self._candidate_ids:
             variants = self._with_targets(self._input(row, "a row"), self.format.verbalizers.values())
             _, tails = _split_common(variants)
-            following = defaultdict(set)
-            for tail in tails:
-                for place, token in enumerate(tail):
-                    following[tail[:place]].add(token)
-            candidates = {beginning: tuple(sorted(tokens)) for beginning, tokens in following.items()}
-            for variant, tail in zip(variants, tails, strict=True):
-                places = range(len(tail) - variant.targets, len(tail))
-                self._candidate_ids[variant.ids[variant.start :]] = tuple(candidates[tail[:place]] for place in places)
+            for variant, candidates in zip(variants, label_tree(tails).candidate_ids(), strict=True):
+                self._candidate_ids[variant.ids[variant.start :]] = candidates[len(candidates) - variant.targets :]
             self._candidate_ids.setdefault(target, tuple((token,) for token in target))
         return example._replace(candidate_ids=self._candidate_ids[target])
 

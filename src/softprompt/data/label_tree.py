@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +14,8 @@ class LabelTree:
     Attributes:
         ids: every token of a label that another token of a label follows; a label's last token is predicted, not run.
         parents: for each of `ids`, the index of the token before it; -1 for the input's last token.
-        positions: for each prediction, where it is made: 0 is the input's last token, then come `ids`.
+        positions: for each prediction, the index of the token that it is made at: 0 is the input's last token, 1 the
+            first of `ids`.
         tokens: for each prediction, the predicted token.
         paths: per label, the predictions whose log-probabilities it sums.
     """
@@ -28,8 +30,15 @@ class LabelTree:
         """Return, for each token of an input of this length and of `ids` behind it, the index of the one before it."""
         return [*range(-1, length - 1), *(length + parent for parent in self.parents)]
 
+    def candidate_ids(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Return, per label and for each of its tokens, the tokens that can continue some label there."""
+        candidates = defaultdict[int, set[int]](set)
+        for position, token in zip(self.positions, self.tokens, strict=True):
+            candidates[position].add(token)
+        return [tuple(tuple(sorted(candidates[self.positions[i]])) for i in path) for path in self.paths]
 
-@lru_cache(maxsize=32)  # the same tree stands behind nearly all rows
+
+@lru_cache(maxsize=32)  # nearly all rows have the same tree
 def label_tree(tails: tuple[tuple[int, ...], ...]) -> LabelTree:
     """Lay labels out as a tree.
 

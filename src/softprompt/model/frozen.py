@@ -87,8 +87,7 @@ class FrozenModel:
         if "longrope" in (rope.get("rope_type"), rope.get("type")):
             limits.append(rope.get("original_max_position_embeddings"))
             limits.append(getattr(config, "original_max_position_embeddings", None))
-        found = [int(limit) for limit in limits if limit]
-        return min(found) if found else None
+        return min((int(limit) for limit in limits if limit), default=None)
 
     @cached_property
     def prefix_shape(self) -> tuple[int, int, int]:

@@ -147,11 +147,11 @@ def looks_local(name: str) -> bool:
 
 def _reason(error: Exception) -> str:
     """Return the first sentences of an error's message: transformers writes whole pages."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    if len(said) <= _LONGEST_REASON:
-        return said
-    end = max(said.rfind(". ", 0, _LONGEST_REASON), said.rfind("? ", 0, _LONGEST_REASON))
-    return said[: end + 1] if end > 0 else said[: _LONGEST_REASON - 1] + "…"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if len(reason) <= _LONGEST_REASON:
+        return reason
+    end = max(reason.rfind(". ", 0, _LONGEST_REASON), reason.rfind("? ", 0, _LONGEST_REASON))
+    return reason[: end + 1] if end > 0 else reason[: _LONGEST_REASON - 1] + "…"
 
 
 def require_complete(name: str, report: Mapping[str, Collection[Any]], quantized: bool) -> None:
@@ -169,11 +169,11 @@ def require_complete(name: str, report: Mapping[str, Collection[Any]], quantized
     """
     missing = sorted(key for key in report["missing_keys"] if not _COMPUTED.search(key))
     unused = [] if quantized else sorted(key for key in report["unexpected_keys"] if not _UNUSED.search(key))
-    said = [f"lacks {_listed(missing)}"] if missing else []
-    said += [f"has {_listed(unused)}, which a causal language model of this kind does not use"] if unused else []
-    if said:
+    faults = [f"lacks {_listed(missing)}"] if missing else []
+    faults += [f"has {_listed(unused)}, which a causal language model of this kind does not use"] if unused else []
+    if faults:
         raise ModelError(
-            f"{name} {' and '.join(said)}: it was saved from another kind of model (a classifier, or one without its "
+            f"{name} {' and '.join(faults)}: it was saved from another kind of model (a classifier, or one without its "
             "head), in part, or with another configuration. Give the causal language model that it came from"
         )
 

@@ -17,7 +17,7 @@ def is_prefix(weights: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values, at every layer, of the positions that stand before the text.
+    """Keys and values, at every layer, of the positions before the text.
 
     Attributes:
         keys: per layer `[1, K, P, D]`, after any rotary embedding.
@@ -57,6 +57,11 @@ class Prefix:
             )
         stacked: Tensor = torch.stack(tensors).unflatten(0, (-1, 2))
         return stacked
+
+    def extended(self, keys: list[Tensor], values: list[Tensor], last: Tensor, text_ids: Tensor) -> Prefix:
+        """Return this prefix with a text added, from the keys and values of both."""
+        ids = (*self.shared_text_ids, *text_ids.tolist())
+        return Prefix(keys, values, last, self.length + len(text_ids), ids)
 
     def _tensors(self) -> list[Tensor]:
         last = [] if self.last is None else [self.last]

@@ -55,7 +55,7 @@ class Backend(ABC):
     pads: bool  # whether the shorter texts of a pass cost as much as the longest
     can_checkpoint = False  # whether the layers can run again in the backward pass
     can_fuse = False  # whether a prompt and texts can run in one pass
-    max_length_ratio = MAX_LENGTH_RATIO  # how unlike in length texts may be whose attention is computed together
+    max_length_ratio = MAX_LENGTH_RATIO  # the largest, of the lengths of texts whose attention is computed together
 
     def __init__(self, hf_model: PreTrainedModel, shares_cache: bool = True) -> None:
         self.hf_model, self.shares_cache = hf_model, shares_cache
@@ -64,7 +64,7 @@ class Backend(ABC):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Have the model alone: a pass hooks it, and may switch the attention of the one that all threads share."""
+        """Lock the model, which all threads share: a pass hooks it, and may switch its attention."""
         with self.lock, faster_matmuls():
             yield
 
@@ -133,7 +133,7 @@ class Backend(ABC):
 
         Args:
             weights: a soft prompt `[P, H]`; the loss is differentiable with respect to it.
-            text_ids, examples, activation_checkpointing: as there.
+            text_ids, examples, activation_checkpointing: as of `prefix` and `loss`.
         """
         texts, wanted, targets = _texts_and_targets(examples, [len(text_ids)] * len(examples))
         hidden = self.fused_pass(self._embedded(weights, text_ids), texts, wanted, activation_checkpointing)
@@ -213,7 +213,7 @@ class Backend(ABC):
             parents: per text, for each token the position of the token before it: a text that branches is a tree.
                 None where every token follows the one before.
             extend: also return, per text, the prefix that ends with it; not for trees.
-            activation_checkpointing: keep the layers' inputs alone for the backward pass, and run each layer again
+            activation_checkpointing: save only the layers' inputs for the backward pass, and run each layer again
                 there; only where the backend `can_checkpoint`.
         """
 
@@ -227,8 +227,8 @@ class Backend(ABC):
         """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where `can_fuse`.
 
         Args:
-            embeddings: what all texts stand behind.
-            texts, wanted, activation_checkpointing: as of a text's pass.
+            embeddings: of a prompt before all texts.
+            texts, wanted, activation_checkpointing: as of `text_pass`.
 
         Returns:
             `[R, H]`, the output head's input at each wanted position, text by text.

@@ -70,11 +70,6 @@ def decoding_differences(reference: Reference, model: FrozenModel) -> DecodingDi
     return DecodingDifferences(_largest([prefilled, own_prefixes]), _largest([prefilled, shared_cache]))
 
 
-def largest_difference(model: FrozenModel) -> float:
-    """Return the larger relative difference, of loss and of gradient, between a model's backend and the reference."""
-    return max(step_differences(Reference(model.hf_model), model))
-
-
 def _decoded_difference(reference: Reference, batch: DecodeBatch) -> float:
     first, second = reference.next_ids
     differences = [_logits_difference(reference, batch.step(first), 1, range(len(first)))]

@@ -171,10 +171,5 @@ def _extended(prefix: Prefix, batch: PackedBatch, where: slice, last: Tensor, te
         own = [states[:, :, where] for states in recorded]
         return [torch.cat([a.to(o.dtype), o], dim=2) for a, o in zip(before, own, strict=True)] if before else own
 
-    return Prefix(
-        keys=extend(prefix.keys, batch.recorded(0)),
-        values=extend(prefix.values, batch.recorded(1)),
-        last=last,
-        length=prefix.length + len(text),
-        shared_text_ids=prefix.shared_text_ids + tuple(text.tolist()),
-    )
+    keys, values = extend(prefix.keys, batch.recorded(0)), extend(prefix.values, batch.recorded(1))
+    return prefix.extended(keys, values, last, text)

@@ -1,6 +1,6 @@
 """The padded backend: the prefix of every row as its key-value cache, over padded rows.
 
-For causal models with an attention of their own (Bloom, Falcon, MPT, GPT-J). Padding stands only before the prefix or
+For causal models with an attention of their own (Bloom, Falcon, MPT, GPT-J). Padding is only before the prefix or
 behind the text, so that the two are contiguous in every row: sliding windows and ALiBi count cache slots.
 """
 
@@ -76,24 +76,17 @@ class PaddedBackend(Backend):
         in_prefix = torch.arange(batch.longest)[None, :] >= batch.longest - prefix_lengths
         mask = torch.cat([in_prefix, column[None, :] < text_lengths], dim=1).long().to(device)
         cache = filled_cache(batch, max(len(each.keys) for each in prefixes), self.hf_model.dtype)
-        states = self._hidden(cache, mask, (prefix_lengths + column).to(device), input_ids=ids)
-        hidden = gather_hidden(states, [i * longest for i in range(count)], wanted, prefixes)
+        hidden = self._hidden(cache, mask, (prefix_lengths + column).to(device), input_ids=ids)
+        gathered = gather_hidden(hidden, [i * longest for i in range(count)], wanted, prefixes)
         if not extend:
-            return TextPass(hidden)
+            return TextPass(gathered)
         keys, values = cached_tensors(cache)
         extended = []
         for i, (own, text) in enumerate(zip(prefixes, texts, strict=True)):
             begin, end = batch.longest - own.length, batch.longest + len(text)
-            extended.append(
-                Prefix(
-                    keys=[k[i : i + 1, :, begin:end] for k in keys],
-                    values=[v[i : i + 1, :, begin:end] for v in values],
-                    last=states[i, len(text) - 1].unsqueeze(0),
-                    length=end - begin,
-                    shared_text_ids=own.shared_text_ids + tuple(text.tolist()),
-                )
-            )
-        return TextPass(hidden, extended)
+            own_keys, own_values = ([s[i : i + 1, :, begin:end] for s in states] for states in (keys, values))
+            extended.append(own.extended(own_keys, own_values, hidden[i, len(text) - 1].unsqueeze(0), text))
+        return TextPass(gathered, extended)
 
     def _passes_by_length(
         self, prefixes: Sequence[Prefix], texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool

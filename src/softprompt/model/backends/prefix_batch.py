@@ -16,7 +16,7 @@ from softprompt.model.prefix import Prefix
 class PrefixBatch:
     """The prefixes of some texts, padded to one length.
 
-    Padding stands before a prefix, never between it and its text: some models count cache slots, not positions.
+    Padding is before a prefix, never between it and its text: some models count cache slots, not positions.
 
     Args:
         prefixes: one for each text.

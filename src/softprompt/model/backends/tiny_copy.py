@@ -39,8 +39,8 @@ def sliding_window(config: PretrainedConfig) -> int | None:
     text = config.get_text_config()
     if getattr(text, "use_sliding_window", True) is False:
         return None
-    found = [getattr(text, name, None) for name in _WINDOWS]
-    return min((window for window in found if isinstance(window, int) and window > 0), default=None)
+    windows = [getattr(text, name, None) for name in _WINDOWS]
+    return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
 
 
 def shows_all_attention(config: PretrainedConfig) -> bool:
