@@ -218,7 +218,7 @@ def test_what_a_prompt_writes_stays_in_its_line(command: Command, writing_prompt
         (["rows.csv", "--out", "rows.csv"], "is the file that is read"),
         (["rows.csv", "--out", "nowhere/out.csv"], "no such folder: nowhere"),
         (["rows.csv", "--out", "out.txt"], "ends in '.txt'; allowed are .csv, .jsonl, .ndjson, .parquet"),
-        (["rows.csv", "--resume"], "--resume goes on with a file"),
+        (["rows.csv", "--resume"], "--resume continues a file"),
         (["rows.csv", "--resume", "--out", "out.csv"], "not the beginning of a file that was stopped"),
         (["rows.csv", "--json"], "give it with --out"),
         (["nowhere.csv"], "no such file: nowhere.csv"),
@@ -254,7 +254,7 @@ def test_a_bad_row_stops_behind_those_before_it_and_can_be_gone_on_with(
     assert f"{bad} rows are in {out}; the same command with --resume goes on" in done.err
     assert len(sp.load_data(out, task="text")) == bad
     assert (
-        "was begun and not finished; --resume goes on with it"
+        "was begun and not finished; --resume continues it"
         in fails("predict", label_prompt, "rows.jsonl", "--out", out).err
     )
     other = fails("predict", label_prompt, "rows.jsonl", "--out", out, "--resume", "--probabilities")
