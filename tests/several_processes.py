@@ -1,4 +1,4 @@
-"""Run by torchrun, see test_processes.py: tunes in many ways, and writes what each process saw.
+"""Run by torchrun, see distributed/test_collective.py: tunes with several settings, and writes what each process saw.
 
 Each process has an output folder of its own, as on machines that share no file system.
 """

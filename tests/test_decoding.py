@@ -140,6 +140,6 @@ def test_stop_strings_on_the_command_line(text: str, stop: tuple[str, ...] | Non
         assert read_settings(GenerateConfig, assignments=[f"stop={text}"])[0].stop == stop
 
 
-def test_beams_are_not_drawn() -> None:
+def test_beams_are_refused_with_sampling() -> None:
     with pytest.raises(SettingsError, match="leave num_beams or do_sample out"):
         read_settings(GenerateConfig, assignments=["num_beams=2", "do_sample=true"])

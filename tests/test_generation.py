@@ -90,7 +90,7 @@ def test_without_a_prompt_it_is_transformers_generate(llama: FrozenModel) -> Non
     assert TEXTS[0] + made[0] == llama.tokenizer.decode(whole, skip_special_tokens=True)
 
 
-def test_text_typed_by_the_user_is_kept(llama: FrozenModel) -> None:
+def test_generate_leaves_text_typed_by_the_user_as_it_is(llama: FrozenModel) -> None:
     config = GenerateConfig(max_new_tokens=1)
     trailing = [llama.tokenizer("I want "), llama.tokenizer("I want")]
     assert trailing[0] != trailing[1]
@@ -306,7 +306,7 @@ def test_a_long_input_is_cut_so_that_new_tokens_fit(llama: FrozenModel) -> None:
     assert len(generate(llama, ["the parcel never came and " * 100], prompt, GenerateConfig(max_new_tokens=5))[0]) > 0
 
 
-def test_a_prompts_prefix_is_computed_once_and_the_last_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_of_a_prompt_is_computed_once_and_the_last_few_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = frozen("llama")
     runs: list[int] = []
     right = type(model.backend).prompt_pass

@@ -134,7 +134,7 @@ class Changed:
 
 
 @pytest.mark.parametrize("operators", [Gone(), Raising(), Changed()], ids=["gone", "raises", "changed"])
-def test_without_the_onednn_product_pytorchs_own_is_taken_and_said_once(
+def test_without_the_onednn_product_pytorchs_own_is_used_and_said_once(
     operators: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", operators)
@@ -149,7 +149,7 @@ def test_without_the_onednn_product_pytorchs_own_is_taken_and_said_once(
         onednn_product.cache_clear()
 
 
-def test_without_pluggable_attention_the_cached_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_without_pluggable_attention_gets_the_padded_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     kind = type(model.config)
 

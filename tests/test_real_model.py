@@ -68,7 +68,7 @@ def test_peft_gives_the_same_greedy_tokens_on_the_real_model(
     assert ours == smollm2.tokenizer.decode(whole[ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_the_untouched_model_writes_what_transformers_writes(smollm2: sp.FrozenModel) -> None:
+def test_base_model_writes_what_transformers_writes(smollm2: sp.FrozenModel) -> None:
     text = "I want you to act as a logistician. "  # the space at its end is a token of its own
     ids = smollm2.tokenizer(text, return_tensors="pt")
     whole = smollm2.hf_model.generate(**ids, max_length=40, repetition_penalty=1.5, do_sample=False)[0]

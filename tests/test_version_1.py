@@ -61,7 +61,7 @@ def test_prompts_load_evaluate_and_generate(name: str, kept: Path, command: Comm
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_they_are_refused_where_their_own_fields_differ(name: str, kept: Path, fails: Command) -> None:
+def test_prompts_of_version_1_are_refused_where_their_own_fields_differ(name: str, kept: Path, fails: Command) -> None:
     changed(kept, "model.embed_tokens.weight", 1.1)
     done = fails("evaluate", name, "rows.csv")
     assert "is another model: its weights differs" in done.err
@@ -124,7 +124,7 @@ def test_saved_again_a_prompt_keeps_what_is_known_of_its_model(kept: Path, tmp_p
 
 
 @pytest.mark.parametrize("version", [0, 3, "1", None, True])
-def test_other_versions_are_refused(version: object, kept: Path) -> None:
+def test_formats_of_other_versions_are_refused(version: object, kept: Path) -> None:
     file = kept / "prompt" / "softprompt.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps({**record, "format_version": version}))

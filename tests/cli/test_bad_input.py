@@ -90,7 +90,7 @@ def test_bad_rows_are_named_with_their_place(fails: Command, llama_folder: Path,
     assert sorted(path.name for path in Path().iterdir()) == [file.name]
 
 
-def test_an_unknown_label_among_the_validation_rows_is_named(fails: Command, llama_folder: Path) -> None:
+def test_unknown_label_in_the_validation_rows_is_named(fails: Command, llama_folder: Path) -> None:
     Path("rows.csv").write_text(f"text,label\n{GOOD}")
     Path("held.csv").write_text("text,label\nanother,positive\nb,positiv\n")
     done = fails("tune", "rows.csv", "--eval-data", "held.csv", "--model", llama_folder, "--out", "run", *SHORT)

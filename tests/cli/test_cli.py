@@ -145,13 +145,13 @@ def test_evaluate_json_is_one_object_with_the_keys_that_scripts_read(
     assert record["metrics"]["accuracy"]["value"] == sum(right) / 40
 
 
-def test_evaluate_of_the_untouched_model_has_nothing_to_compare_with(
+def test_evaluate_of_the_base_model_has_nothing_to_compare_with(
     command: Command, llama_folder: Path, prompt: Path, data: Path
 ) -> None:
-    untouched = command("evaluate", "none", data, "--model", llama_folder, "--json").record
-    assert untouched["without_prompt"] is None
+    base = command("evaluate", "none", data, "--model", llama_folder, "--json").record
+    assert base["without_prompt"] is None
     compared = command("evaluate", prompt, data, "--json", "--predictions", "p.jsonl").record
-    assert untouched["metrics"] == compared["without_prompt"]
+    assert base["metrics"] == compared["without_prompt"]
 
 
 def test_evaluate_of_plain_text_gives_loss_and_perplexity(command: Command, llama_folder: Path) -> None:
@@ -208,9 +208,7 @@ def test_generate_json_is_one_object_with_the_keys_that_scripts_read(
     assert alone == [{**output, "base": None} for output in compared["outputs"]]
 
 
-def test_generate_without_a_prompt_is_the_untouched_model(
-    command: Command, llama_folder: Path, llama: FrozenModel
-) -> None:
+def test_generate_without_a_prompt_is_the_base_model(command: Command, llama_folder: Path, llama: FrozenModel) -> None:
     done = command("generate", "none", "a fine film", "--model", llama_folder, "--set", "max_new_tokens=5")
     assert done.out == "a fine film" + plain_greedy(llama, "a fine film", 5) + "\n"
 

@@ -58,7 +58,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, llama: FrozenModel) -> tu
     return folder, done.results
 
 
-def test_every_method_is_scored_on_the_same_rows_and_kept(compared: tuple[Path, list[Result]]) -> None:
+def test_compare_scores_every_method_on_the_same_rows_and_saves_it(compared: tuple[Path, list[Result]]) -> None:
     folder, results = compared
     assert [r.method for r in results] == list(USUAL)
     assert {json.dumps(r.rows) for r in results} == {'{"train": 39, "validation": 9, "test": 12}'}
@@ -133,7 +133,7 @@ def test_all_trained_methods_learn_from_the_same_rows_in_the_same_order(
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
-def test_what_was_kept_answers_as_the_figures_say(
+def test_saved_method_answers_as_its_result_says(
     compared: tuple[Path, list[Result]], llama: FrozenModel, method: str
 ) -> None:
     folder, results = compared
@@ -331,7 +331,7 @@ class Notes(ComparisonCallback):
         self.told.append(f"{name} failed")
 
 
-def test_memory_is_the_peak_above_what_was_held() -> None:
+def test_measured_memory_is_the_peak_above_the_start() -> None:
     held = torch.ones(20_000_000)  # 80 MB that were there before
     with measure(torch.device("cpu")) as small:
         torch.ones(1000).sum()

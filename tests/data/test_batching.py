@@ -118,7 +118,7 @@ def test_every_label_keeps_its_share_to_within_a_row() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "text"])
-def test_the_seed_says_which_rows_are_held_back(task: str) -> None:
+def test_seed_decides_which_rows_validate(task: str) -> None:
     data = labelled(a=40, b=60) if task == "classification" else load_data([{"text": str(i)} for i in range(100)])
     held = [texts(split_rows(data, None, 10, seed)[1]) for seed in (0, 0, 1, 2)]
     assert held[0] == held[1]
@@ -126,7 +126,7 @@ def test_the_seed_says_which_rows_are_held_back(task: str) -> None:
     assert len(held[0]) == 10
 
 
-def test_rows_that_are_given_for_validation_are_used_and_none_is_held_back() -> None:
+def test_given_validation_rows_are_used_and_no_others_split_off() -> None:
     data, given = labelled(a=20, b=20), labelled(a=100, b=3)
     assert split_rows(data, given, 200, 0) == (data, given)
     train, validation = split_rows(data, given, 50, 0)
@@ -137,7 +137,7 @@ def test_rows_that_are_given_for_validation_are_used_and_none_is_held_back() -> 
     assert split_rows(data, given, 50, 1)[1] != validation
 
 
-def test_no_validation_rows_are_held_back_where_none_are_wanted() -> None:
+def test_no_validation_rows_are_split_off_where_none_are_wanted() -> None:
     data = labelled(a=2)
     assert split_rows(data, None, 0, 0) == (data, None)
     assert split_rows(data, labelled(a=9), 0, 0) == (data, None)

@@ -118,7 +118,7 @@ def on(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
 
 
 @pytest.mark.parametrize("day", ["2024-07-26", "2025-12-01"])
-def test_a_kept_date_reads_as_that_day_would(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+def test_recorded_date_renders_the_chat_template_of_that_day(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
     tokenizer = with_chat()
     codes = "aAbBcdDFHIjmMpSUwWxXyYZeGVu"
     tokenizer.chat_template = (

@@ -256,7 +256,7 @@ def test_what_is_no_rows_is_refused(llama: FrozenModel, source: Any) -> None:
             use(llama, source)  # type: ignore[operator]
 
 
-def test_given_validation_rows_are_drawn_so_that_labels_keep_their_share() -> None:
+def test_given_validation_rows_are_sampled_by_the_share_of_their_labels() -> None:
     data = load_data(labelled(40))
     held = load_data([{"text": f"a {i}", "label": "y" if i % 10 == 0 else "x"} for i in range(200)])
     for seed in range(20):

@@ -301,7 +301,7 @@ def plain_split(data: Rows, wanted: int, seed: int) -> list[int]:
     return sorted(drawn)
 
 
-def test_rows_are_held_back_as_a_plain_program_does_it() -> None:
+def test_split_rows_splits_as_a_plain_program_does() -> None:
     generate = random.Random(0)
     for seed in range(300):
         normalized_inputs = generate.choice([5, 40, 1000])
@@ -320,7 +320,7 @@ def test_rows_are_held_back_as_a_plain_program_does_it() -> None:
 
 
 @pytest.mark.parametrize(("rows", "batch_size", "steps"), [(100, 8, 5), (100, 8, 12), (100, 8, 13), (3, 8, 2)])
-def test_the_rows_that_steps_take_are_those_that_are_drawn(rows: int, batch_size: int, steps: int) -> None:
+def test_steps_take_the_rows_of_batch_indices(rows: int, batch_size: int, steps: int) -> None:
     for seed in range(5):
         drawn = [row for step in range(steps) for row in batch_indices(rows, batch_size, step, seed)]
         assert indices_seen(rows, batch_size, steps, seed).tolist() == sorted(set(drawn))
@@ -349,7 +349,7 @@ def long_and_short(count: int, task: str = "classification") -> Rows:
     return load_data([{names[0]: text, names[1]: "ab"[i % 2], "n": i} for i, text in enumerate(texts)])
 
 
-def test_a_plan_encodes_each_row_that_is_taken_once(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_run_encodes_each_sampled_row_once(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = Encoded(monkeypatch)
     config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
     prepared = prepared_run(llama, long_and_short(200), config)

@@ -178,7 +178,7 @@ def test_stem_and_tail_are_the_whole_text_for_every_label(tokenizer: PreTrainedT
 
 
 @pytest.mark.parametrize("template", ["{{ text }}\nLabel:", "{{ text }}\n", "{{ text }}"])
-def test_a_target_is_told_from_what_other_labels_go_on_with(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+def test_candidate_ids_are_what_other_labels_continue_with(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     draw = random.Random(4)
     labels = ["card lost", "card stolen", "card lost abroad", "top up", "want my money back"]
     rows = labelled(*(("x" + random_text(draw, draw.randint(2, 40)), draw.choice(labels)) for _ in range(40)))

@@ -76,7 +76,7 @@ def test_what_makes_a_difference_to_readers_stays(label: str) -> None:
 
 
 @pytest.mark.parametrize("label", ["\u200b", "\ufeff", "\u00ad \u200b", "\u200d", "\u2800"])
-def test_a_label_that_nobody_sees_is_none(label: str) -> None:
+def test_label_that_looks_empty_is_refused(label: str) -> None:
     with pytest.raises(DataError, match="row 1: the column 'label' is empty"):
         labels_of(label)
 

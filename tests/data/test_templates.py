@@ -228,7 +228,7 @@ def test_a_prompt_whose_template_shows_the_answer_is_not_loaded(llama: FrozenMod
 
 
 @pytest.mark.parametrize("template", ["{{ text.strip() }}", "{{ text }} {{ label }}"])
-def test_what_a_comparison_kept_is_checked_too(llama: FrozenModel, tmp_path: Path, template: str) -> None:
+def test_template_of_a_saved_method_is_checked_too(llama: FrozenModel, tmp_path: Path, template: str) -> None:
     form = Format("classification", template, {"a": "a", "b": "b"})
     Predictor(llama, form, 100).save(tmp_path / "task")
     with pytest.raises(SettingsError, match=r"write {{ text\|trim }}|shows the answer"):

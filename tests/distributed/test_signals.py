@@ -89,7 +89,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("what", "call", "before"), MOMENTS)
-def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(
+def test_tune_that_was_interrupted_anywhere_and_resumed_ends_as_a_run_that_was_not(
     what: str,
     call: int,
     before: bool,
@@ -119,7 +119,7 @@ def test_a_run_that_was_interrupted_anywhere_ends_as_one_that_was_not(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_an_interrupted_save_leaves_the_state_before(
+def test_interrupted_save_leaves_the_checkpoint_before(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = load_data(reviews)
@@ -450,7 +450,7 @@ def test_where_one_row_does_not_fit_the_run_says_what_to_try(
         tune(llama, load_data(reviews), short(), out=tmp_path / "run")
 
 
-def test_any_other_error_is_not_taken_for_a_lack_of_memory(
+def test_tune_does_not_take_another_error_for_a_lack_of_memory(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

@@ -31,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> FrozenModel:
 
 
 def prompts_for(model: FrozenModel) -> list[Tensor | None]:
-    """Two of one length, as an ensemble has them; a longer one; and the untouched model."""
+    """Two of one length, as an ensemble has them; a longer one; and the base model."""
     return [tiny_prompt(model), -tiny_prompt(model), tiny_prompt(model, 19), None]
 
 

@@ -215,7 +215,7 @@ def test_prior_matching_does_not_read_the_rows_own_labels() -> None:
     assert prior_matching(scores, train) == prior_matching(other, train)
 
 
-def test_a_label_that_no_row_is_taken_for_gets_a_bounded_bias() -> None:
+def test_prior_matching_bounds_the_bias_of_a_label_that_is_never_predicted() -> None:
     labels = ["a", "b", "c"]
     train = load_data([{"text": str(n), "label": labels[n % 3]} for n in range(30)])
     never = likelihoods(50, 3)
@@ -225,7 +225,7 @@ def test_a_label_that_no_row_is_taken_for_gets_a_bounded_bias() -> None:
     assert bias["c"] < 10 * np.log(51) + 1
 
 
-def test_a_bias_is_taken_where_clearly_more_rows_are_right() -> None:
+def test_label_bias_is_used_where_clearly_more_rows_are_right() -> None:
     wrong, right = np.eye(2)[np.arange(20) % 2][:, ::-1], np.eye(2)[np.arange(20) % 2]
 
     def scores(won: int, lost: int) -> tuple[LabelScores, LabelScores]:

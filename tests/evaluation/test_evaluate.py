@@ -280,7 +280,7 @@ def test_rows_may_lack_labels_that_were_learned(llama: FrozenModel) -> None:
     assert set(done.predictions[0]["probabilities"]) == set(ONE_TOKEN)
 
 
-def test_a_template_and_verbalizers_can_be_given_for_the_untouched_model(llama: FrozenModel) -> None:
+def test_evaluate_takes_a_template_and_verbalizers_for_the_base_model(llama: FrozenModel) -> None:
     rows = labelled(["1", "5"])
     verbalizers = {"1": "bad", "5": "good"}
     done = evaluate(llama, rows, template="say: {{ text }} =", verbalizers=verbalizers)
@@ -298,7 +298,7 @@ def test_cut_rows_are_counted_once(llama: FrozenModel) -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "text"])
-def test_rows_longer_than_the_model_reads_are_cut_for_the_untouched_model_too(task: str) -> None:
+def test_evaluate_cuts_rows_longer_than_the_base_model_reads(task: str) -> None:
     model = frozen("gpt2")
     assert model.context_length == 256
     records = [{"text": "the parcel never came " * 100, "label": "good"}, {"text": "a film", "label": "bad"}]
@@ -341,7 +341,7 @@ def test_the_better_of_two_prompts_is_the_one_with_the_lower_loss() -> None:
     assert not sure.better_than(sure)
 
 
-def test_the_untouched_model_can_be_given_labels_that_no_row_has(llama: FrozenModel) -> None:
+def test_evaluate_takes_labels_for_the_base_model_that_no_row_has(llama: FrozenModel) -> None:
     texts = {"a": "bad", "b": "good", "c": "a film"}
     with pytest.warns(UserWarning, match="no row has the label 'c'"):
         some, every = evaluate(llama, labelled(["a", "b"]), verbalizers=texts), labelled(["a", "b", "c"])

@@ -26,7 +26,7 @@ PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def held(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> FrozenModel:
-    """A model whose fingerprint alone is wanted: its way is not tested."""
+    """A model whose fingerprint alone is wanted: its backend is not checked."""
     backend: Any = None
     return FrozenModel(hf_model, tokenizer or tiny_tokenizer(), backend, "tiny")
 

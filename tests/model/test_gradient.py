@@ -63,7 +63,7 @@ def start(model: FrozenModel, length: int) -> Tensor:
 @pytest.mark.parametrize("at_once", [2**25, 400], ids=["one piece", "a piece a row"])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("architecture", "backend"), BACKENDS)
-def test_targets_are_told_from_what_other_labels_go_on_with(
+def test_loss_with_candidate_ids_is_that_of_plain_logits(
     architecture: str,
     backend: type[PackedBackend] | type[PaddedBackend],
     parts: int,
@@ -155,7 +155,7 @@ def test_loss_and_gradient_are_those_of_peft(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_way_is_found_on_the_model(architecture: str) -> None:
+def test_freeze_finds_the_backend_on_the_model(architecture: str) -> None:
     assert frozen(architecture).backend.name == ARCHITECTURES[architecture][0]
 
 
@@ -188,7 +188,7 @@ def test_how_many_texts_have_their_attention_computed_together_changes_nothing(a
 
 
 @pytest.mark.parametrize("run", ["text_pass", "fused_pass"])
-def test_a_way_that_is_wrong_is_not_taken(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freeze_does_not_choose_a_backend_that_is_wrong(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(PackedBackend, run)
 
     def shifted(self: PackedBackend, before, texts, wanted, *rest, **more):  # type: ignore[no-untyped-def]
@@ -253,7 +253,7 @@ class Logits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "gptj"])
-def test_logits_are_never_held_whole(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_never_in_memory_as_a_whole(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is computed in pieces of a few rows, each with its gradient."""
     model, examples = frozen(architecture), [Example(e.ids, 1) for e in examples_of("mixed lengths")] * 8
     prompt, vocabulary = start(model, 5), 400

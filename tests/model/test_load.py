@@ -132,7 +132,7 @@ def test_devices_and_precisions_are_checked() -> None:
         ("", 8),
     ],
 )
-def test_no_more_threads_are_taken_than_a_container_may_keep_busy(
+def test_no_more_threads_are_used_than_a_container_may_run(
     limit: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 threads that share the time of two cores wait for each other."""

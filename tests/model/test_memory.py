@@ -36,7 +36,7 @@ SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_many_tokens_keep_is_told_from_what_few_keep(architecture: str) -> None:
+def test_measured_bytes_of_many_tokens_predict_those_of_other_lengths(architecture: str) -> None:
     model = frozen(architecture)
     for ahead in (3, 40):
         memory_estimate = measure(model, ahead)

@@ -63,7 +63,7 @@ def test_a_quantized_model_is_the_same_model_and_learns(folder: Path, reviews: P
     model = load_model(folder, quantization="8bit")
     assert model.hf_model.is_quantized
     assert model.backend.name == expected_way(folder)
-    # Its own rows depend on their neighbours, so the way is tested on another model of the kind.
+    # Its own rows depend on their neighbours, so the backend is checked on another model of the kind.
     assert [getattr(one.hf_model, "is_quantized", False) for one in subjects(model.hf_model)] == [False]
     # What keeps its precision is compared, so that a prompt fits the model in any number of bits.
     assert fingerprint(plain).mismatch(fingerprint(model)) is None
@@ -107,7 +107,7 @@ def test_a_map_that_transformers_refuses_is_the_users_error(folder: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gptj"])
 def test_layers_that_are_brought_in_when_they_run_give_the_same(kind: str) -> None:
-    """accelerate moves a split model's tensors by hooks; the ways must leave that to it."""
+    """accelerate moves a split model's tensors by hooks; the backends must leave that to it."""
     from accelerate import cpu_offload
 
     plain, split = made(kind).eval().requires_grad_(False), made(kind).eval().requires_grad_(False)

@@ -43,7 +43,7 @@ def test_versions_count_up_and_the_name_alone_is_the_newest(llama: FrozenModel, 
     assert registry.find("film@1") == home / "prompts" / "film" / "1"
 
 
-def test_a_removed_version_is_gone_and_its_number_is_not_taken_again(llama: FrozenModel) -> None:
+def test_removed_version_is_gone_and_its_number_is_not_used_again(llama: FrozenModel) -> None:
     for n in (5, 6, 7):
         registry.register(prompt_of(llama, n), "film")
     registry.remove(["film@2"])
@@ -53,7 +53,7 @@ def test_a_removed_version_is_gone_and_its_number_is_not_taken_again(llama: Froz
     assert registry.names() == []
 
 
-def test_removing_a_kept_prompt_leaves_a_folder_of_its_name(
+def test_removing_a_registered_prompt_leaves_a_folder_of_its_name(
     llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -80,7 +80,7 @@ def test_a_name_that_could_leave_the_store_is_refused(name: str, llama: FrozenMo
 
 
 @pytest.mark.parametrize("name", ["../outside", "film/../../outside", "/etc"])
-def test_a_path_is_no_kept_prompt(name: str, llama: FrozenModel, home: Path) -> None:
+def test_path_is_not_taken_for_a_registered_name(name: str, llama: FrozenModel, home: Path) -> None:
     registry.register(prompt_of(llama, 5), "film")
     shutil.copytree(home / "prompts" / "film" / "1", home / "outside" / "1")
     with pytest.raises(PromptError, match="no such registered prompt"):
@@ -99,7 +99,7 @@ def test_a_folder_wins_over_a_name_unless_it_holds_no_prompt(
     assert torch.equal(load_prompt("film").weights, prompt_of(llama, 9).weights)
 
 
-def test_what_is_not_kept_is_named_with_the_nearest(llama: FrozenModel) -> None:
+def test_unknown_name_is_refused_with_the_nearest_registered_one(llama: FrozenModel) -> None:
     registry.register(prompt_of(llama, 5), "sentiment")
     with pytest.raises(PromptError, match=r"no such prompt: sentimet \(did you mean 'sentiment'"):
         load_prompt("sentimet")
@@ -107,7 +107,7 @@ def test_what_is_not_kept_is_named_with_the_nearest(llama: FrozenModel) -> None:
         load_prompt("sentiment@7")
 
 
-def test_the_verbs_of_a_kept_prompt(
+def test_commands_take_a_registered_prompt(
     command: Command,
     reviews: Path,
     llama_folder: Path,
@@ -147,7 +147,7 @@ def test_the_verbs_of_a_kept_prompt(
     assert registry.names() == ["copy"]
 
 
-def test_a_name_that_cannot_be_kept_is_said_before_the_run(
+def test_name_that_cannot_be_registered_is_refused_before_the_run(
     fails: Command,
     reviews: Path,
     tmp_path: Path,
@@ -247,12 +247,12 @@ def test_numbers_are_given_once(llama: FrozenModel) -> None:
     assert registry.register(prompt_of(llama, 7), "film") == "film@3"
 
 
-def test_no_prompt_is_called_as_the_untouched_model_is(llama: FrozenModel) -> None:
+def test_names_of_the_base_model_are_refused_for_prompts(llama: FrozenModel) -> None:
     with pytest.raises(PromptError, match="'none' stands for the base model"):
         registry.register(prompt_of(llama, 5), "none")
 
 
-def test_a_folder_that_is_given_is_the_one_that_is_kept(
+def test_add_registers_the_folder_that_is_given(
     command: Command, fails: Command, llama: FrozenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

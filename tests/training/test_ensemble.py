@@ -82,7 +82,7 @@ def test_members_learn_from_other_orders_and_are_chosen_by_the_same_rows(
     assert result.metrics["accuracy"] == pytest.approx(right)
 
 
-def test_members_share_the_rows_that_are_taken(
+def test_members_of_an_ensemble_share_the_sampled_rows(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from softprompt.training import ensemble as module

@@ -1,4 +1,4 @@
-"""Deep prefixes: learned keys and values, compared with transformers' own cache and with PEFT's prefix tuning."""
+"""Prefix tuning: learned keys and values, compared with transformers' own cache and with PEFT's prefix tuning."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_those_of_transformers_cache(architecture: str, ki
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
-def test_a_deep_prefix_starts_as_what_the_model_makes_of_the_text(architecture: str, reviews: Path) -> None:
+def test_prefix_starts_as_what_the_model_makes_of_the_text(architecture: str, reviews: Path) -> None:
     model, rows = frozen(architecture), load_data(reviews)
     soft, deep = (prepared_run(model, rows, short(method=method)) for method in ("prompt-tuning", "prefix-tuning"))
     assert soft.scorer is not None
@@ -84,7 +84,7 @@ def test_a_deep_prefix_starts_as_what_the_model_makes_of_the_text(architecture: 
 
 
 def test_plain_text_without_a_leading_token_is_learned_from_its_second_token_on(llama: FrozenModel) -> None:
-    """Nothing predicts the first: no token stands at a deep prefix's last position."""
+    """Nothing predicts the first: no token stands at a prefix's last position."""
     rows = load_data([{"text": f"the parcel never came {n}"} for n in range(30)])
     methods = ("prompt-tuning", "prefix-tuning")
     firsts = {m: {e.start for e in prepared_run(llama, rows, short(method=m)).examples} for m in methods}
@@ -152,7 +152,7 @@ def test_a_prefix_that_peft_saved_gives_the_same_logits(kind: type[PrefixTuningC
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_prefix_goes_on_from_a_prompt_and_from_a_prefix_but_not_the_other_way(
+def test_prefix_can_start_from_a_soft_prompt_but_no_soft_prompt_from_a_prefix(
     llama: FrozenModel, reviews: Path, tmp_path: Path
 ) -> None:
     rows = load_data(reviews)
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> Non
         load_prompt(tmp_path / "prefix")
 
 
-def test_the_command_learns_scores_and_shows_a_deep_prefix(command: Command, llama_folder: Path, reviews: Path) -> None:
+def test_commands_tune_evaluate_and_show_a_prefix(command: Command, llama_folder: Path, reviews: Path) -> None:
     settings = [x for s in ("method=prefix-tuning", "max_steps=2", "num_virtual_tokens=5") for x in ("--set", s)]
     assert command("tune", reviews, "--model", llama_folder, "--out", "run", *settings).code == 0
     assert command("evaluate", "run/prompt", reviews, "--json").record["metrics"]["accuracy"]["value"] >= 0

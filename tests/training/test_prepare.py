@@ -209,7 +209,7 @@ def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, mon
         assert [[token for token, _ in row] for row in nearest_tokens(llama, prompt)] == expected
 
 
-def test_a_deep_prefix_starts_from_a_text_that_lists_all_labels_while_they_fit(llama: FrozenModel) -> None:
+def test_prefix_starts_from_a_text_that_lists_all_labels_while_they_fit(llama: FrozenModel) -> None:
     """From the labels' mean embeddings a prompt learned 77 labels at half the pace: benchmarks/results/choices.md."""
     names = [f"team_{n}" for n in range(12)]
     rows = load_data([{"text": f"a parcel {n}", "label": names[n % 12]} for n in range(120)])
@@ -244,7 +244,7 @@ def test_a_soft_prompt_of_many_labels_starts_from_rows_of_some(words: int, rows:
 
 
 @pytest.mark.parametrize(("labels", "loss"), [(3, "target"), (10, "target"), (11, "labels"), (40, "labels")])
-def test_many_labels_are_told_from_each_other(llama: FrozenModel, labels: int, loss: str) -> None:
+def test_loss_labels_is_the_default_of_many_labels(llama: FrozenModel, labels: int, loss: str) -> None:
     rows = load_data([{"text": f"a parcel {n}", "label": f"team {n % labels}"} for n in range(max(60, 4 * labels))])
     prepared = prepared_run(llama, rows, TuneConfig(max_length=64))
     assert prepared.config.loss == loss
@@ -255,7 +255,7 @@ def test_many_labels_are_told_from_each_other(llama: FrozenModel, labels: int, l
     assert prepared_run(llama, rows, TuneConfig(max_length=64, method="prefix-tuning")).config.loss == "target"
 
 
-def test_what_has_no_labels_has_none_to_be_told_from(llama: FrozenModel) -> None:
+def test_loss_labels_is_refused_for_a_task_without_labels(llama: FrozenModel) -> None:
     rows = load_data([{"input": f"{i} and {i}", "target": str(2 * i)} for i in range(30)])
     with pytest.raises(SettingsError, match="loss=labels is for classification, and completion has none"):
         prepared_run(llama, rows, TuneConfig(max_length=64, loss="labels"))

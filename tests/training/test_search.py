@@ -155,7 +155,7 @@ def test_a_rate_whose_loss_is_not_finite_is_never_the_best(
     assert loop.tried(3) == float("inf")
 
 
-def test_as_many_steps_are_taken_as_fit_in_the_time() -> None:
+def test_search_takes_as_many_steps_as_fit_in_the_time() -> None:
     assert Throughput(step=0.5, evaluation=0).fit_to_budget(60) == {"max_steps": 120, "eval_every": 15}
     assert Throughput(step=0.5, evaluation=1).fit_to_budget(60) == {"max_steps": 102, "eval_every": 13}
     # Nine evaluations would take 90 of 60 seconds: there are as few as are needed to choose by.
@@ -209,7 +209,7 @@ def test_a_short_run_scores_fewer_rows_and_goes_on_with_those(
         tune(llama, rows, fewer, eval_data=asked, out=tmp_path / "run", resume=True)
 
 
-def test_passes_are_counted_before_fewer_rows_are_held_back(
+def test_passes_are_counted_before_fewer_validation_rows_are_split_off(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 300 rows 60 are held back; a pass over the other 240 is 60 steps, and 32 held back do not make it 67."""
@@ -299,7 +299,7 @@ def test_a_run_of_some_minutes_says_how_many_steps_it_took(
     assert tune(llama, rows, settings, out=tmp_path / "run", resume=True).steps == result.steps
 
 
-def test_of_steps_and_minutes_the_fewer_are_taken(
+def test_of_max_steps_and_minutes_the_fewer_steps_are_taken(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=10, evaluation=0))

@@ -151,7 +151,7 @@ def test_epochs_or_steps_whichever_is_sooner(llama: FrozenModel, reviews: Path) 
     assert tune(llama, rows, short(max_steps=3, epochs=0.5, eval_rows=0)).steps == 3
 
 
-def test_the_best_prompt_is_kept_not_the_last(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+def test_tune_returns_the_best_prompt_not_the_last(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     # A rate this high ruins the prompt after a while.
     config = short(max_steps=30, learning_rate=3.0, schedule="constant", eval_every=1, warmup_ratio=0)
     result = tune(llama, load_data(reviews), config, out=tmp_path / "run")
@@ -166,7 +166,7 @@ def test_the_best_prompt_is_kept_not_the_last(llama: FrozenModel, reviews: Path,
     assert again.metrics["accuracy"].value == pytest.approx(result.metrics["accuracy"])
 
 
-def test_without_validation_rows_the_last_prompt_is_kept(llama: FrozenModel, reviews: Path) -> None:
+def test_tune_without_validation_rows_returns_the_last_prompt(llama: FrozenModel, reviews: Path) -> None:
     result = tune(llama, load_data(reviews), short(eval_rows=0))
     assert result.best_step == result.steps == SHORT_SETTINGS["max_steps"]
     assert result.metrics == {}
@@ -256,7 +256,7 @@ def test_saving_a_prompt_does_not_replace_what_is_not_one(llama: FrozenModel, re
     assert (tmp_path / "prompt" / "notes.txt").read_text() == "mine"
 
 
-def test_train_rows_are_drawn_from_all_labels(llama: FrozenModel, reviews: Path) -> None:
+def test_train_rows_are_sampled_from_all_labels(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
     by_label = rows.pick(sorted(range(len(rows)), key=lambda i: rows[i]["label"]))
     result = tune(llama, by_label, short(max_steps=1, train_rows=6, eval_rows=0))

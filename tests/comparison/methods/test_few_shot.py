@@ -379,7 +379,7 @@ def test_zero_shot_decides_by_the_validation_rows_whether_to_calibrate(llama: Fr
 
 
 @pytest.mark.parametrize("count", [3, 12])
-def test_prior_matching_is_a_third_way_to_calibrate(llama: FrozenModel, count: int) -> None:
+def test_prior_matching_is_a_third_calibration(llama: FrozenModel, count: int) -> None:
     labels = [f"team {name}" for name in "abcdefghijkl"[:count]]
     form = make_format("classification", labels)
     train = load_data([{"text": text, "label": labels[0]} for text in TEXTS])

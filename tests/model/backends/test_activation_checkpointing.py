@@ -46,7 +46,7 @@ def test_the_gradient_is_the_same_to_the_bit(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", PACKED)
-def test_the_layers_inputs_alone_are_kept(architecture: str) -> None:
+def test_activation_checkpointing_saves_the_layers_inputs_alone(architecture: str) -> None:
     model = frozen(architecture)
     layers, width = model.hf_model.config.num_hidden_layers, model.hf_model.config.hidden_size
     lengths = [40, 41, 42]
@@ -203,7 +203,9 @@ def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path, monkeypa
     assert twice > 1.5 * once
 
 
-def test_a_way_that_cannot_says_so(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_checkpointing_is_refused_by_a_backend_that_cannot(
+    reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gptj, rows = frozen("gptj"), load_data(reviews)
     with pytest.raises(
         SettingsError, match=r"gradient_checkpointing: the .* backend cannot run this model's layers again"

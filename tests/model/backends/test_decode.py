@@ -73,7 +73,7 @@ def checked(name: str) -> FrozenModel:
 
 
 def plainly(model: FrozenModel, prompt: torch.Tensor | None, ids: list[int]) -> str:
-    """Decode greedily with the whole row through the untouched model for every token."""
+    """Decode greedily with the whole row through the base model for every token."""
     ahead = model.embed(ids)[:0] if prompt is None else prompt
     made = list(ids)
     while len(made) < len(ids) + ROOM:

@@ -136,7 +136,7 @@ def test_a_fault_that_was_planted_is_found_in_every_precision(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_model_whose_fast_way_is_wrong_gets_the_other_one(
+def test_model_whose_packed_backend_is_wrong_gets_the_padded_one(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LengthBucket, "positions", moved(1))
@@ -145,7 +145,9 @@ def test_a_model_whose_fast_way_is_wrong_gets_the_other_one(
 
 @pytest.mark.parametrize("fault", ["positions", "a hidden place", "padding seen"])
 @pytest.mark.parametrize("name", ["gptj", "falcon-rotary", "falcon-alibi", "mpt"])
-def test_faults_of_the_other_way_refuse_a_model(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_whose_padded_backend_is_wrong_too_is_refused(
+    name: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Planted in what a model is given along with a filled cache."""
     if fault == "positions" and name in ("falcon-alibi", "mpt"):
         pytest.skip("has no positions but those of the cache")
@@ -193,7 +195,7 @@ def test_what_is_right_is_far_within_the_bound(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_keeps_its_way_in_half_precision(name: str, dtype: torch.dtype) -> None:
+def test_every_architecture_gets_the_same_backend_in_half_precision(name: str, dtype: torch.dtype) -> None:
     model = freeze(tiny_model(name).to(dtype), tiny_tokenizer())
     assert (model.backend.name, model.backend.shares_cache) == (ARCHITECTURES[name][0], True)
 

@@ -90,7 +90,7 @@ def test_each_text_gives_what_it_gives_behind_its_prefix_alone(name: str) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_plain_transformers(name: str) -> None:
-    """One forward pass a text of the untouched model, on the embeddings of prompt and text."""
+    """One forward pass a text of the base model, on the embeddings of prompt and text."""
     model = made(name)
     prompts = [prompt(model, length) for length in VIRTUAL]
     prefixes = [model.prefix(each) for each in prompts]

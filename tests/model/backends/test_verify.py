@@ -26,12 +26,12 @@ def long_window(architecture: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)
-def test_a_model_with_a_long_window_gets_the_way_of_its_kind(architecture: str) -> None:
+def test_model_with_a_long_window_gets_the_backend_of_its_kind(architecture: str) -> None:
     assert freeze(long_window(architecture), tiny_tokenizer()).backend.name == ARCHITECTURES[architecture][0]
 
 
 @pytest.mark.parametrize("architecture", WINDOWED)
-def test_a_way_that_forgets_a_long_window_is_found_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_that_forgets_a_long_window_is_found_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = long_window(architecture)
     right = LengthBucket.mask
     # The packed attention, gone wrong: every token sees all that came before it.
