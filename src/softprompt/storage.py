@@ -156,7 +156,7 @@ def _create_temporary(destination: Path, folder: bool) -> Iterator[Path]:
         else:
             temporary.touch(exist_ok=False)
         lock = _lock(temporary, wait=True)
-        if temporary.exists():  # nobody has removed it as a leftover before it was locked
+        if temporary.exists():  # no other process has removed it as a leftover before it was locked
             break
         _unlock(lock)
     try:

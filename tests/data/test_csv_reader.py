@@ -62,7 +62,7 @@ def test_blanks_and_quotes_that_belong_to_a_value_stay(tmp_path: Path, line: str
 
 @pytest.mark.parametrize("row", ['"a", "x"', '"a", "x, y"', '"a", "x\ny"', ' "a",x', '"a",\t"x"', 'a, "x" '])
 def test_a_blank_before_a_quote_is_refused_where_the_first_line_has_none(tmp_path: Path, row: str) -> None:
-    with pytest.raises(DataError, match=r"rows\.csv, line 3: a blank stands before the quote.*delete the blanks"):
+    with pytest.raises(DataError, match=r"rows\.csv, line 3: a space before the quote.*delete the spaces"):
         load_data(written(tmp_path, f"text,label\na,x\n{row}\n"))
 
 
@@ -123,7 +123,7 @@ def test_a_row_that_a_quote_joined_is_named_with_its_lines(tmp_path: Path) -> No
             "first line says that ';' separates the columns; save it with commas, and without",
         ),
         ("sep=\t\ntext\tlabel\n", r"first line says that '\\t' separates the columns"),
-        ("text,label,,\na,x,,z\n", "line 2: 'z' stands in a column without a name: the first line ends in 2 commas"),
+        ("text,label,,\na,x,,z\n", "line 2: 'z' is in a column without a name: the first line ends in 2 commas"),
         ("text,,label,,\na,1,x,,\n", "columns 2 and some at its end have no name, only commas"),
         (",,,\na,x,,\n", "all columns have no name"),
         ("text,label,\na,x\n", "2 values where the first line names 3 columns; the first line ends in a comma"),

@@ -55,7 +55,7 @@ REFUSED = {
     "{% set x %}a{% endset %}": "{% set %} is not allowed",
     "{% macro m() %}{% endmacro %}": "{% macro %} is not allowed",
     "{% call m() %}{% endcall %}": "{% call %} is not allowed",
-    "{% filter upper %}a{% endfilter %}": r"{% filter %} is not allowed; put the filter behind each column",
+    "{% filter upper %}a{% endfilter %}": r"{% filter %} is not allowed; put the filter after each column",
     "{% with a = 1 %}{% endwith %}": "{% with %} is not allowed",
     "{% block b %}{% endblock %}": "{% block %} is not allowed",
     "{% extends 'x' %}": "{% extends %} is not allowed",

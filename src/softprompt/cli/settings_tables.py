@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from softprompt.training.prepare import PreparedRun
     from softprompt.training.throughput import RenderedRow
 
-RESUMED = "as the run was begun"  # the origin of all settings of a resumed run: it does not record which were given
+RESUMED = "as in the resumed run"  # the origin of all settings of a resumed run: it does not record which were given
 
 _MAIN = (
     "method",

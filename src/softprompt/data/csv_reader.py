@@ -81,7 +81,7 @@ class _Header:
         width = len(self.names)
         over = [value for value in values[width:] if value.strip()]
         if len(values) not in (width, width + self.unnamed):
-            hint = "a value with a comma or a quote in it must stand in quotes"
+            hint = "put a value with a comma or a quote in it in quotes"
             if len(values) > width and not over:
                 hint = "the line ends in a comma too many"
             elif len(values) < width and not self.names[-1]:
@@ -89,7 +89,7 @@ class _Header:
             raise DataError(f"{where}: {len(values)} values where the first line names {width} columns; {hint}")
         if over:
             raise DataError(
-                f"{where}: {over[0][:40]!r} stands in a column without a name: the first line ends in "
+                f"{where}: {over[0][:40]!r} is in a column without a name: the first line ends in "
                 f"{self.unnamed} commas; name the column there"
             )
         if self._is_again(values[:width]):
@@ -208,12 +208,12 @@ def _require_no_blank_before_quote(raw: str, blanks: bool, where: str) -> None:
     if not _BLANK_BEFORE_QUOTE.search(raw):
         return
     for value in _plain_values(raw):
-        begun = value.lstrip(" ") if blanks else value
-        meant = begun.strip()
-        if begun[:1].isspace() and meant.startswith('"') and (meant.endswith('"') or meant.count('"') % 2):
+        unspaced = value.lstrip(" ") if blanks else value
+        stripped = unspaced.strip()
+        if unspaced[:1].isspace() and stripped.startswith('"') and (stripped.endswith('"') or stripped.count('"') % 2):
             raise DataError(
-                f"{where}: a blank stands before the quote of {meant[:40]}, which would become part of the value; "
-                "delete the blanks behind the commas, or put one behind every comma, in the first line too"
+                f"{where}: a space before the quote of {stripped[:40]} would become part of the value; "
+                "delete the spaces after the commas, or put one after every comma, in the first line too"
             )
 
 

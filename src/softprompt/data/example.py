@@ -1,4 +1,4 @@
-"""Examples: token ids of an input and of the target to predict after it; and of all labels behind one input."""
+"""Examples: token ids of an input and of the target to predict after it; and of all labels after one input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Choices:
-    """The labels of a classification task behind a row's input.
+    """The labels of a classification task after a row's input.
 
     Attributes:
         input_ids: ids that all labels share, the input among them.

@@ -53,7 +53,7 @@ _REFUSED: dict[type[nodes.Node], tuple[str, str]] = {  # what it looks like, and
     nodes.For: ("the loop {% for %}", "write the columns one after the other"),
     nodes.Macro: ("{% macro %}", "write its text where it is needed"),
     nodes.CallBlock: ("{% call %}", "write its text where it is needed"),
-    nodes.FilterBlock: ("{% filter %}", "put the filter behind each column, {{ text|upper }}"),
+    nodes.FilterBlock: ("{% filter %}", "put the filter after each column, {{ text|upper }}"),
     nodes.Assign: ("{% set %}", "write the value where it is needed"),
     nodes.AssignBlock: ("{% set %}", "write the value where it is needed"),
     nodes.With: ("{% with %}", "write the value where it is needed"),

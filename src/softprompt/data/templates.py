@@ -120,10 +120,10 @@ class Format:
 
 
 def _follow(text: str, target: str) -> str:
-    begun = target.lstrip()
-    if not _continues_line(text) or "\n" in target[: len(target) - len(begun)]:
+    stripped = target.lstrip()
+    if not _continues_line(text) or "\n" in target[: len(target) - len(stripped)]:
         return target
-    return f" {begun}"
+    return f" {stripped}"
 
 
 def _continues_line(text: str) -> bool:
