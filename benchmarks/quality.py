@@ -61,8 +61,8 @@ from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
-from softprompt.training.run_folder import NOWHERE
-from softprompt.training.trainer import TIMED, TIMING, MicroBatchesByRank, Throughput, Trainer, Weights
+from softprompt.training.throughput import TIMED_STEPS, TIMING_SHARE, Throughput
+from softprompt.training.trainer import MicroBatchesByRank, Trainer, Weights
 
 SETS = ("sst2", "rte", "cb", "boolq", "banking77", "germeval18", "e2e")
 SEEDS = 3
@@ -113,7 +113,7 @@ class PeftTrainer(Trainer):
         config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(prepared.start))
         self.peft = get_peft_model(model.hf_model, config)
         self.prompt = virtual_tokens(self.peft)
-        super().__init__(model, prepared, NOWHERE, callback, {"prompt": self.prompt})
+        super().__init__(model, prepared, {"prompt": self.prompt}, callback=callback)
 
     def weights(self) -> Weights:
         """Return a copy of the prompt."""
@@ -223,7 +223,7 @@ class Timed:
 
     def _within(self, seconds: float, rows: int, members: int = 1) -> dict[str, int]:
         """Return what fits beside preparation and measurement (`measure_throughput`), for each member."""
-        steps = 1 + min(TIMED, int(TIMING * seconds / self.step) + 1)
+        steps = 1 + min(TIMED_STEPS, int(TIMING_SHARE * seconds / self.step) + 1)
         throughput = Throughput(self.step, self.evaluation, self.last, rows) if rows else Throughput(self.step, 0.0)
         left = seconds - self.preparation - steps * self.step - throughput.evaluation
         return throughput.fit_to_budget(left if members == 1 else left / members - self.preparation)

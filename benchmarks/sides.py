@@ -17,11 +17,10 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, Trainer
 import softprompt as sp
 from softprompt.data.example import Example
 from softprompt.model.backends.verify import freeze
-from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.prompt_trainer import PromptTrainer
-from softprompt.training.run_folder import RunFolder
-from softprompt.training.tune import reproducible
+from softprompt.training.run_log import RunLog
+from softprompt.training.trainer import reproducible
 
 
 def load(name: str) -> sp.FrozenModel:
@@ -38,9 +37,7 @@ class Softprompt:
     """Our side: the loop that `softprompt tune` runs."""
 
     def __init__(self, model: sp.FrozenModel, prepared: PreparedRun, scratch: Path) -> None:
-        run = RunFolder(scratch / "run")
-        run.begin(prepared.config, {})
-        self.loop, self.metrics = PromptTrainer(model, prepared, run, Callback()), run.path / "metrics.jsonl"
+        self.loop, self.metrics = PromptTrainer(model, prepared, RunLog(scratch)), scratch / "metrics.jsonl"
 
     def step(self, _batch: Sequence[Example]) -> float:
         """Take a step and return its loss; the loop draws the same batch itself."""

@@ -121,7 +121,7 @@ def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:
     times = {side: each[1:] for side, each in seconds.items()}
     return {
         "settings": {"batch_size": case.batch_size, "num_virtual_tokens": case.num_virtual_tokens},
-        "micro_batch_tokens": ours.loop.progress.micro_batch_tokens,
+        "micro_batch_tokens": ours.loop.state.micro_batch_tokens,
         "seconds": {side: [round(s, 3) for s in each] for side, each in times.items()},
         "faster": ratio(times["peft"], times["softprompt"]),
         "faster_than_trainer": ratio(times["trainer"], times["softprompt"]),

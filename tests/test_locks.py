@@ -24,8 +24,8 @@ from softprompt.errors import InputError, StorageError
 from softprompt.evaluation.scores import perplexity
 from softprompt.model.frozen import FrozenModel
 from softprompt.storage import LOCK_FILE, lock_folder, require_unlocked
+from softprompt.training.checkpoint import load_checkpoint
 from softprompt.training.ensemble import tune_ensemble
-from softprompt.training.run_folder import RunFolder
 from tiny_runs import SHORT, Command
 
 BUSY = "another command is at work in run; wait until it has ended, or give another folder"
@@ -204,7 +204,7 @@ def test_a_state_that_lacks_something_is_named(llama: FrozenModel, whole: Path, 
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "run" / "state" / "step-2" / "state.safetensors"
     save_file({name: t for name, t in load_file(file).items() if not name.startswith("exp_avg.")}, file)
-    with pytest.raises(InputError, match=r"the state of step 2 in .*run is damaged: .*remove its folder"):
+    with pytest.raises(InputError, match=r"the state of step 2 is damaged: .*remove the folder state/step-2"):
         tune(llama, rows(), None, out=tmp_path / "run", resume=True)
     shutil.rmtree(file.parent)
     assert tune(llama, rows(), None, out=tmp_path / "run", resume=True).steps == 2
@@ -245,9 +245,9 @@ def test_a_figure_beyond_numbers_is_valid_json_everywhere(
     assert command(*words, "--resume", "--json").record["metrics"]["perplexity"] is None
     evaluated = command("evaluate", "run/prompt", "t.csv", "--json").record
     assert evaluated["metrics"]["perplexity"] == {"value": None, "low": None, "high": None}
-    state = RunFolder(Path("run"))._load(3)
+    state = load_checkpoint(Path("run/state/step-3"))
     assert state is not None
-    assert state.progress.best["perplexity"] == math.inf
+    assert state.state.best["perplexity"] == math.inf
     compared = ["compare", "t.csv", "--model", llama_folder, "--out", "out", "--methods", "zero-shot", "--json"]
     for _ in range(2):  # and read again
         result = command(*compared, "--set", "max_minutes=0.1").record["results"][0]

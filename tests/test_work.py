@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from counting import LargestTensor, counted
-from softprompt import Callback, Rows, TuneConfig, load_data
+from softprompt import Rows, TuneConfig, load_data
 from softprompt.data.batching import batch_indices
 from softprompt.data.encoder import Encoder
 from softprompt.data.example import Example
@@ -26,7 +26,7 @@ from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.prepare import PreparedRun
 from softprompt.training.prompt_trainer import PromptTrainer
-from softprompt.training.run_folder import RunFolder
+from softprompt.training.run_log import RunLog
 from tiny_models import ARCHITECTURES, as_prompt
 from tiny_runs import prepared_run
 from tiny_tokenizers import tiny_tokenizer
@@ -79,9 +79,7 @@ def plan_of(model: FrozenModel, task: str, micro_batch_tokens: int) -> PreparedR
 
 def step(model: FrozenModel, prepared: PreparedRun, folder: Path) -> list[Example]:
     """Take a run's first step, and return its examples."""
-    run = RunFolder(folder / "run")
-    run.begin(prepared.config, {})
-    PromptTrainer(model, prepared, run, Callback()).step()
+    PromptTrainer(model, prepared, RunLog(folder)).step()
     return [prepared.examples[i] for i in batch_indices(len(prepared.examples), 6, 0, prepared.config.seed)]
 
 

@@ -34,7 +34,8 @@ from softprompt.evaluation.scores import LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.search import FACTORS
 from softprompt.training.settings import CLASSIFICATION_STEPS
-from softprompt.training.trainer import Throughput, Trainer
+from softprompt.training.throughput import Throughput
+from softprompt.training.trainer import Trainer
 from tiny_runs import Command, short
 
 
@@ -275,7 +276,7 @@ def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
 ) -> None:
     tried: list[int] = []
     monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=0.02, evaluation=0.0))
-    monkeypatch.setattr(Trainer, "tried", lambda _loop, steps: tried.append(steps) or 1.0)
+    monkeypatch.setattr(Trainer, "loss_after", lambda _loop, steps: tried.append(steps) or 1.0)
     callback = Notes()
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1)
     done = compare(llama, films(60), methods=["prompt-tuning", "few-shot"], config=config, callback=callback)
@@ -349,14 +350,14 @@ def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share
 ) -> None:
     """Four minutes: 24 seconds for each of three rates, of which 5.5 for scoring leave too few steps to tell."""
     tried: list[int] = []
-    alone = Trainer.tried
+    alone = Trainer.loss_after
 
     def noted(loop: Trainer, steps: int) -> float:
         tried.append(steps)
         return alone(loop, steps)
 
     monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=1.0, evaluation=evaluation))
-    monkeypatch.setattr(Trainer, "tried", noted)
+    monkeypatch.setattr(Trainer, "loss_after", noted)
     config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=4)
     done = compare(llama, films(60), methods=["prompt-tuning"], config=config)
     assert done.results[0].settings["search"] == searched
@@ -498,7 +499,7 @@ def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
         )
         return 1.0
 
-    monkeypatch.setattr(Trainer, "tried", noted)
+    monkeypatch.setattr(Trainer, "loss_after", noted)
     compare(llama, load_data(rows), methods=["prompt-tuning"], config=config)
     assert taken == {True}
 

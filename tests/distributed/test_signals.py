@@ -26,8 +26,9 @@ from softprompt.evaluation.scores import Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training import prompt_trainer
+from softprompt.training.checkpoint import Checkpoint
 from softprompt.training.prepare import PreparedRun
-from softprompt.training.run_folder import Checkpoint, RunFolder
+from softprompt.training.run_log import RunLog
 from tiny_runs import Command, Done
 
 SHORT = {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 100, "num_virtual_tokens": 5}
@@ -103,7 +104,7 @@ def test_tune_that_was_interrupted_anywhere_and_resumed_ends_as_a_run_that_was_n
     place, name = {
         "gradient": (prompt_trainer, "prompt_gradient"),
         "optimizer": (torch.optim.AdamW, "step"),
-        "log": (RunFolder, "log"),
+        "log": (RunLog, "write"),
         "evaluation": (LabelScorer, "_score"),
     }[what]
     with monkeypatch.context() as patch:
@@ -124,15 +125,15 @@ def test_interrupted_save_leaves_the_checkpoint_before(
 ) -> None:
     rows = load_data(reviews)
     tune(llama, rows, short(save_every=2), out=tmp_path / "whole")
-    saved = RunFolder.save_state
+    saved = RunLog.save
 
-    def pulled(self: RunFolder, state: Checkpoint) -> None:
-        if state.progress.step >= 4:  # the second save, and the one that Ctrl-C asks for
+    def pulled(self: RunLog, state: Checkpoint) -> None:
+        if state.state.step >= 4:  # the second save, and the one that Ctrl-C asks for
             raise KeyboardInterrupt
         saved(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_state", pulled)
+        patch.setattr(RunLog, "save", pulled)
         with pytest.raises(KeyboardInterrupt):
             tune(llama, rows, short(save_every=2), out=tmp_path / "cut")
     assert [folder.name for folder in (tmp_path / "cut" / "state").iterdir()] == ["step-2"]
@@ -371,14 +372,14 @@ def test_a_step_that_fails_while_a_stop_waits_is_not_saved_by_half(
 def test_a_second_stop_while_the_state_is_written_waits_for_it(
     llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = RunFolder.save_state
+    saved = RunLog.save
 
-    def again(self: RunFolder, state: Checkpoint) -> None:
+    def again(self: RunLog, state: Checkpoint) -> None:
         interrupt()
         saved(self, state)
         interrupt()
 
-    monkeypatch.setattr(RunFolder, "save_state", again)
+    monkeypatch.setattr(RunLog, "save", again)
     monkeypatch.setattr(prompt_trainer, "prompt_gradient", once(prompt_trainer.prompt_gradient, 3))
     with pytest.raises(KeyboardInterrupt):
         tune(llama, load_data(reviews), short(), out=tmp_path / "run")

@@ -26,7 +26,7 @@ from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training import tune as tuning
 from softprompt.training.ensemble import tune_ensemble
 from softprompt.training.prompt_trainer import PromptTrainer
-from softprompt.training.trainer import Throughput
+from softprompt.training.throughput import Throughput
 from softprompt.training.tune import TuneResult, tune
 from tiny_models import as_prompt
 from tiny_runs import SHORT, Command, prompt_bytes, short
@@ -108,7 +108,7 @@ def test_members_that_share_a_time_share_one_measurement(
         measured.append(seconds)
         return Throughput(step=100, evaluation=0)
 
-    monkeypatch.setattr(tuning, "measure_throughput", paced)
+    monkeypatch.setattr("softprompt.training.ensemble.measure_throughput", paced)
     given = short(max_steps=None, eval_every=None, max_minutes=50)
     runs = tune_ensemble(llama, load_data(reviews), given, members=3).runs
     assert measured == [3000]
@@ -193,7 +193,7 @@ def test_an_ensemble_of_some_minutes_goes_on_with_the_rows_that_it_began_with(
         rows = len(loop.prepared.scorer.rows)
         return Throughput(step=100, evaluation=6 * rows, rows=rows)
 
-    monkeypatch.setattr(tuning, "measure_throughput", paced)
+    monkeypatch.setattr("softprompt.training.ensemble.measure_throughput", paced)
     rows, place = load_data(reviews), tmp_path / "run"
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(50)])
     given = short(max_steps=None, eval_every=None, eval_rows=50, max_minutes=70, patience=None)

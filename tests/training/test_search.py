@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,17 @@ import pytest
 import torch
 
 from softprompt.config import TuneConfig
-from softprompt.data.batching import batch_indices
 from softprompt.data.rows import Rows, Task, load_data
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
 from softprompt.training import search as searching
+from softprompt.training import throughput as pacing
 from softprompt.training import tune as tuning
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import PreparedRun, prepare_data
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.search import candidates, search
-from softprompt.training.throughput import RunEstimate, estimate_run
-from softprompt.training.trainer import Throughput, measure_throughput
+from softprompt.training.throughput import RunEstimate, Throughput, estimate_run, measure_throughput
 from softprompt.training.tune import tune
 from tiny_runs import prepared_run, prompt_bytes, short
 
@@ -136,8 +134,8 @@ def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -
     losses = []
     for rungs in ((1, 3), (3,)):
         loop = PromptTrainer(llama, prepared)
-        losses.append([loop.tried(steps) for steps in rungs][-1])
-        assert loop.progress.step == 3
+        losses.append([loop.loss_after(steps) for steps in rungs][-1])
+        assert loop.state.step == 3
     assert losses[0] == losses[1]
     alone = PromptTrainer(llama, prepared)
     before = alone.evaluate().values()["loss"]
@@ -152,7 +150,7 @@ def test_a_rate_whose_loss_is_not_finite_is_never_the_best(
     prepared = prepared_run(llama, load_data(reviews), short(**OPEN))
     loop = PromptTrainer(llama, prepared)
     monkeypatch.setattr(loop, "gradient", lambda _batch: float("nan"))
-    assert loop.tried(3) == float("inf")
+    assert loop.loss_after(3) == float("inf")
 
 
 def test_search_takes_as_many_steps_as_fit_in_the_time() -> None:
@@ -220,7 +218,9 @@ def test_passes_are_counted_before_fewer_validation_rows_are_split_off(
     assert (settings.eval_rows, settings.max_steps, settings.eval_every) == (32, 60, 30)
 
 
-def test_a_forecast_of_a_short_run_scores_fewer_rows(llama: FrozenModel, reviews: Path) -> None:
+def test_a_forecast_of_a_short_run_scores_fewer_rows(
+    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = load_data(reviews)
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(500)])
 
@@ -229,48 +229,35 @@ def test_a_forecast_of_a_short_run_scores_fewer_rows(llama: FrozenModel, reviews
         prepared = prepared_run(llama, rows, given, asked)
         return prepared, estimate_run(llama, prepared, given)
 
-    assert run_estimate(100)[1].eval_rows == 500
-    prepared, found = run_estimate(1e-6)  # one step, and an evaluation before and after it
+    monkeypatch.setattr(pacing, "measure_throughput", lambda *_: Throughput(step=1, evaluation=500, rows=500))
+    assert run_estimate(1000)[1].eval_rows == 500
+    found = run_estimate(1 / 60)[1]  # one step, and an evaluation before and after it
     assert found.eval_rows == 32
-    assert prepared.config.batch_size
-    batch = batch_indices(len(prepared.examples), prepared.config.batch_size, 0, prepared.config.seed)
-    a_step = sum(len(prepared.examples[i].ids) for i in batch)
-    assert 60 * found.minutes / found.step_seconds == pytest.approx(1 + 2 * 32 * found.mean_tokens / (3 * a_step))
+    assert 60 * found.minutes == pytest.approx(1 + 2 * 32)
 
 
-def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None:
+def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "measure_throughput", lambda *_: Throughput(step=1, evaluation=0))
     rows, given = load_data(reviews), short(budget="thorough", learning_rate=None, max_steps=400, eval_every=None)
 
-    def steps(given: TuneConfig) -> float:
-        """Of the whole time, evaluations left out; all of it is counted in steps, and the clock plays no part."""
-        prepared = replace(prepared_run(llama, rows, given), validation=None, scorer=None)
-        run_estimate = estimate_run(llama, prepared, given)
-        return 60 * run_estimate.minutes / run_estimate.step_seconds
+    def seconds(given: TuneConfig) -> float:
+        return 60 * estimate_run(llama, prepared_run(llama, rows, given), given).minutes
 
     # Two starts and three rates each run a fortieth of the steps, the better three three fortieths.
-    assert steps(given) == pytest.approx(400 * (1 + 6 * 0.025 + 3 * 0.05))
-    assert steps(given.model_copy(update={"budget": "normal"})) == pytest.approx(400)
-    assert steps(given.model_copy(update={"learning_rate": 0.1, "init": "text"})) == pytest.approx(400)
+    assert seconds(given) == pytest.approx(400 * (1 + 6 * 0.025 + 3 * 0.05))
+    assert seconds(given.model_copy(update={"budget": "normal"})) == pytest.approx(400)
+    assert seconds(given.model_copy(update={"learning_rate": 0.1, "init": "text"})) == pytest.approx(400)
 
 
-def test_a_forecast_counts_the_labels_that_are_scored_at_the_end(llama: FrozenModel) -> None:
+def test_a_forecast_measures_as_the_run_does(llama: FrozenModel) -> None:
     rows = load_data([{"text": f"a film {n}", "label": f"of the year {n % 12}"} for n in range(120)])
-    given = short()
-    prepared = prepared_run(llama, rows, given)
-    scorer = prepared.label_scorer()
-    assert scorer is not None
-
-    def steps(prepared: PreparedRun) -> float:
-        run_estimate = estimate_run(llama, prepared, given)
-        return 60 * run_estimate.minutes / run_estimate.step_seconds
-
-    assert prepared.config.batch_size
-    batch = batch_indices(len(prepared.examples), prepared.config.batch_size, 0, prepared.config.seed)
-    tokens, a_step = (
-        sum(len(choice.ids) for choice in scorer.choices),
-        sum(len(prepared.examples[i].ids) for i in batch),
-    )
-    assert steps(prepared) - steps(replace(prepared, scorer=None)) == pytest.approx(tokens / (3 * a_step))
+    prepared = prepared_run(llama, rows, short())
+    throughput = measure_throughput(PromptTrainer(llama, prepared))
+    assert throughput.rows == len(prepared.validation or ())
+    assert throughput.last > 0  # all labels are scored at the end
+    found = estimate_run(llama, prepared, short())
+    assert found.step_seconds > 0
+    assert 60 * found.minutes > found.steps * found.step_seconds
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1e6, 5), (0.0, 2)])

@@ -23,7 +23,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.initialization import labels_prompt, random_prompt, text_prompt, vocabulary_prompt
 from softprompt.prompt.loading import load_prompt
 from softprompt.training import prompt_trainer
-from softprompt.training.trainer import learning_rate
+from softprompt.training.schedule import learning_rate
 from softprompt.training.tune import tune
 from tiny_models import tiny_model
 from tiny_runs import SHORT_SETTINGS, log_without_times, prompt_bytes, short, weights_hash

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
-from softprompt.data.split import sample, split_rows
-from softprompt.distributed.collective import launched
+from softprompt.distributed.collective import ALONE, launched
 from softprompt.distributed.signals import save_before_exit
 from softprompt.errors import SettingsError
 from softprompt.evaluation.scores import average_scores
@@ -19,8 +18,10 @@ from softprompt.prompt.ensemble import Ensemble, make_ensemble
 from softprompt.prompt.layout import member_name
 from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import prepare_data, prepare_run
+from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import RunFolder
-from softprompt.training.tune import TuneResult, data_hashes, identity_of, throughput_of, tune
+from softprompt.training.throughput import measure_throughput
+from softprompt.training.tune import TuneResult, data_hashes, identity_of, tune
 
 _LEAST = 0.01  # minutes, where finding out how long a step takes takes all there are
 
@@ -98,14 +99,13 @@ def _tune_members(
     places = [None if folder is None else folder.path / member_name(number) for number in range(1, members + 1)]
     if folder is not None and resume:
         given, _ = folder.resume(given, identity_of(model, data, eval_data), model, members)
-    elif folder is not None:
-        prepare_run(
-            prepare_data(model, data, given, eval_data), given
-        )  # what does not fit together is said before anything is written
+    prepared_data = prepare_data(model, data, given, eval_data)
+    if folder is not None and not resume:
+        prepare_run(prepared_data, given)  # raises for what does not fit together before anything is written
     begun = [resume and place is not None and (place / "config.yaml").exists() for place in places]
     minutes, throughput = None, None
     if given.max_minutes is not None and not all(begun):
-        throughput = throughput_of(model, data, given, eval_data)
+        throughput = measure_throughput(PromptTrainer(model, prepare_run(prepared_data, given)), 60 * given.max_minutes)
         minutes = max(given.max_minutes - (time.monotonic() - began) / 60, _LEAST) / members
         rows = throughput.fit_to_budget(60 * minutes, eval_every=given.eval_every).get("eval_rows")
         if rows and not resume:
@@ -113,20 +113,20 @@ def _tune_members(
         throughput = replace(throughput, rows=0)  # members choose by the same rows
     if folder is not None and not resume:
         folder.begin(given, identity_of(model, data, eval_data), members)
-    train, validation = split_rows(data, eval_data, given.eval_rows, given.seed)
-    train = sample(train, given.train_rows, given.seed)
+    split = prepared_data.split(given)
     runs: list[TuneResult] = []
     for number, (place, there) in enumerate(zip(places, begun, strict=True)):
         settings = given.model_copy(update={"seed": given.seed + number, "max_minutes": None if there else minutes})
         run = tune(
             model,
-            train,
+            split.train,
             settings,
-            eval_data=validation,
+            eval_data=split.validation,
             out=place,
             resume=there,
             callback=callback,
             throughput=throughput,
+            processes=ALONE,
         )
         runs.append(run)
     each = [run.scores for run in runs if run.scores is not None]
@@ -135,7 +135,5 @@ def _tune_members(
     hashes = data_hashes(data, eval_data)  # members know a part of the rows each
     prompt = make_ensemble([run.prompt for run in runs], values, hashes)
     if folder is not None:
-        if scores is not None:
-            folder.write_predictions(scores.predictions())
-        prompt.save(folder.prompt)
+        folder.write_result(prompt, scores)
     return EnsembleResult(prompt, runs, time.monotonic() - began, prompt.record.metrics)

@@ -18,8 +18,9 @@ from softprompt.model.memory import available_memory, trim_allocator
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
+from softprompt.training.checkpoint import Checkpoint
 from softprompt.training.prepare import PreparedRun
-from softprompt.training.run_folder import NOWHERE, Checkpoint, RunFolder
+from softprompt.training.run_log import RunLog
 from softprompt.training.trainer import MicroBatchesByRank, Trainer, Weights
 
 _PROMPT = "prompt"
@@ -32,14 +33,14 @@ class PromptTrainer(Trainer):
         self,
         model: FrozenModel,
         prepared: PreparedRun,
-        run: RunFolder = NOWHERE,
+        run_log: RunLog | None = None,
         callback: Callback = NO_CALLBACK,
-        state: Checkpoint | None = None,
+        checkpoint: Checkpoint | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self.shared_text_len = len(prepared.shared_text_ids)
         self.prompt = Parameter(prepared.start.clone())
-        super().__init__(model, prepared, run, callback, {_PROMPT: self.prompt}, state, processes)
+        super().__init__(model, prepared, {_PROMPT: self.prompt}, run_log, callback, checkpoint, processes)
 
     def weights(self) -> Weights:
         """Return a copy of the prompt."""

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 import platform
-import re
-import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from pydantic import TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
+    from softprompt.evaluation.scores import Scores
+    from softprompt.prompt.ensemble import Ensemble
     from softprompt.prompt.soft_prompt import SoftPrompt
 
 from softprompt.config import TuneConfig, read_settings, to_yaml
 from softprompt.errors import InputError, SettingsError, StorageError
-from softprompt.extras import require_package
 from softprompt.model.fingerprint import AnyFingerprint, difference
 from softprompt.model.frozen import FrozenModel
 from softprompt.storage import (
@@ -37,61 +29,15 @@ from softprompt.storage import (
     lock_folder,
     read_json_object,
     require_unlocked,
-    storage_errors,
-    strict_json,
-    write_folder,
     write_records,
     write_text,
 )
+from softprompt.training.checkpoint import Checkpoint, load_newest_checkpoint
+from softprompt.training.run_log import CHECKPOINTS, METRICS, RunLog
 
-_KEPT_STATES = 2
 _MEMBERS = "members"
-_SETTINGS, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
-_STATE = re.compile(r"step-([1-9][0-9]{0,17})")
+_SETTINGS, _ENVIRONMENT = "config.yaml", "environment.json"
 BASE_MODEL = "base_model"  # of what has to be the same for a run to go on
-
-
-class TrainerState(BaseModel):
-    """Where a run stands, as `state.json` holds it.
-
-    Attributes:
-        step: steps done.
-        evaluated: the last step after which the validation rows were scored.
-        best_step: the step after which the best prompt was found.
-        best: its validation metrics.
-        micro_batch_tokens: how much is run at once, where memory has not sufficed for what was planned.
-        processes: how many share a step.
-    """
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # metrics need not be finite, and come back as they were
-
-    step: int = 0
-    evaluated: int = -1
-    best_step: int = 0
-    best: dict[str, float] = {}
-    micro_batch_tokens: int
-    processes: int = 1
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is needed to go on as if nothing had happened.
-
-    There are no random states in it: a step's rows follow from the seed and the step's number, and nothing else in
-    a run is random.
-
-    Attributes:
-        progress: where the run stands.
-        tensors: `learned.NAME` and `best.NAME`, and the optimizer's moments of what is learned.
-    """
-
-    progress: TrainerState
-    tensors: dict[str, Tensor]
-
-    def named(self, group: str) -> dict[str, Tensor]:
-        """Return the tensors of a group, by their names in it."""
-        ahead = f"{group}."
-        return {name.removeprefix(ahead): t for name, t in self.tensors.items() if name.startswith(ahead)}
 
 
 class RunFolder:
@@ -100,9 +46,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.prompt = path / "prompt"
-        self._metrics = path / _METRICS
-        self._states = path / "state"
-        self._board: SummaryWriter | None = None
+        self._metrics = path / METRICS
+        self._checkpoints = path / CHECKPOINTS
 
     @contextmanager
     def held(self, resume: bool) -> Iterator[None]:
@@ -114,7 +59,7 @@ class RunFolder:
         self.require(resume)  # nothing is put into a folder of something else
         with lock_folder(self.path):
             self._require(resume)  # another one may have begun, and ended, since
-            for folder in (self.path, self._states):
+            for folder in (self.path, self._checkpoints):
                 clean_up(folder)
             yield
 
@@ -154,7 +99,7 @@ class RunFolder:
         """
         if (self.path / _SETTINGS).exists():
             raise InputError(f"{self.path} holds another run; give another folder, or --resume to go on with it")
-        ours = {LOCK_FILE, _ENVIRONMENT, _METRICS, _SETTINGS}  # of a command that was stopped before the run had begun
+        ours = {LOCK_FILE, _ENVIRONMENT, METRICS, _SETTINGS}  # of a command that was stopped before the run had begun
         if self.path.exists() and (not self.path.is_dir() or any(not _is(ours, p) for p in self.path.iterdir())):
             raise InputError(f"{self.path} exists and is not empty; give a new folder")
 
@@ -193,12 +138,9 @@ class RunFolder:
         for name, value in identity.items():
             if name != BASE_MODEL and noted.get(name) != value:
                 raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
-        states = (self._load(step) for step in reversed(self._steps()))
-        state = next((state for state in states if state is not None), None)
-        if state is None and self._steps():
-            warnings.warn(f"no state in {self._states} can be read; the run begins at its first step", stacklevel=2)
-        self._cut_metrics(state.progress.step if state else -1)
-        return config, state
+        checkpoint = load_newest_checkpoint(self._checkpoints)
+        self._cut_metrics(checkpoint.state.step if checkpoint else -1)
+        return config, checkpoint
 
     def _require_model(self, noted: dict[str, Any], model: FrozenModel, chat_template: bool) -> None:
         try:
@@ -210,30 +152,6 @@ class RunFolder:
             raise InputError(
                 f"the base model of {self.path} is another: {differs}; resume with the model that it was begun with"
             )
-
-    def save_state(self, state: Checkpoint) -> None:
-        """Write a state aside, rename it into place, and drop old ones."""
-        step = state.progress.step
-        with write_folder(self._states / f"step-{step}") as aside:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in state.tensors.items()}, aside / "state.safetensors"
-            )
-            (aside / "state.json").write_text(state.progress.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for old in self._steps()[:-_KEPT_STATES]:
-            shutil.rmtree(self._states / f"step-{old}", ignore_errors=True)
-
-    def _steps(self) -> list[int]:
-        names = (_STATE.fullmatch(folder.name) for folder in self._states.glob("step-*"))
-        return sorted(int(name[1]) for name in names if name)
-
-    def _load(self, step: int) -> Checkpoint | None:
-        """Read a state, or return None where it is damaged: an older one will do."""
-        folder = self._states / f"step-{step}"
-        try:
-            progress = TrainerState.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(progress, load_file(folder / "state.safetensors"))
-        except (OSError, ValueError, SafetensorError):
-            return None
 
     def settings(self) -> TuneConfig:
         """Return the settings that a run was begun with.
@@ -250,29 +168,13 @@ class RunFolder:
             raise SettingsError(f"{file} is damaged: it is empty; begin a new run in another folder")
         return config
 
-    def open_board(self, step: int) -> None:
-        """Also log to TensorBoard from now on; what was logged there after `step` is dropped.
+    def open_log(self, step: int, tensorboard: bool) -> RunLog:
+        """Open the log of a run that has done so many steps.
 
         Raises:
-            InputError: the package is not installed.
+            InputError: TensorBoard is to be written, and is not installed.
         """
-        require_package("tensorboard", "tensorboard=true")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
-
-    def close_board(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        with storage_errors(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(strict_json(record), allow_nan=False) + "\n")
-        if self._board is not None:
-            for name, value in record.get("validation", record).items():
-                group = "validation" if "validation" in record else "training"
-                self._board.add_scalar(f"{group}/{name}", value, record["step"])
+        return RunLog(self.path, step, tensorboard)
 
     def _cut_metrics(self, step: int) -> None:
         """Drop what was logged after a state was saved, also a line that was written by half."""
@@ -287,41 +189,16 @@ class RunFolder:
                 continue
         write_text(self._metrics, "".join(kept))
 
-    def write_prompt(self, prompt: SoftPrompt) -> None:
-        """Write the best prompt."""
+    def write_result(self, prompt: SoftPrompt | Ensemble, scores: Scores | None) -> None:
+        """Write the best prompt, and its predictions on the validation rows, `predictions.jsonl`."""
         prompt.save(self.prompt)
-
-    def write_predictions(self, predictions: list[dict[str, Any]]) -> None:
-        """Write `predictions.jsonl`, the best prompt's on the validation rows."""
-        write_records(self.path / "predictions.jsonl", predictions)
+        if scores is not None:
+            write_records(self.path / "predictions.jsonl", scores.predictions())
 
 
 def _is(names: set[str], file: Path) -> bool:
     """Tell whether a file has one of some names, or was to get one when its writer was killed."""
     return file.name in names or any(file.name.startswith(f".{name}{TEMPORARY_MARK}") for name in names)
-
-
-class SilentRunFolder(RunFolder):
-    """Of a process that is not the first, or of a run that nothing is kept of: it writes nothing."""
-
-    @contextmanager
-    def held(self, resume: bool) -> Iterator[None]:
-        yield
-
-    def begin(self, config: TuneConfig, identity: dict[str, str], members: int = 1) -> None: ...
-
-    def save_state(self, state: Checkpoint) -> None: ...
-
-    def open_board(self, step: int) -> None: ...
-
-    def log(self, record: dict[str, Any]) -> None: ...
-
-    def write_prompt(self, prompt: SoftPrompt) -> None: ...
-
-    def write_predictions(self, predictions: list[dict[str, Any]]) -> None: ...
-
-
-NOWHERE = SilentRunFolder(Path())
 
 
 def environment() -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Task
@@ -16,6 +17,9 @@ from softprompt.training.prepared_data import PreparedData
 from softprompt.training.prompt_trainer import PromptTrainer
 
 FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
+C = TypeVar("C")  # a candidate
+R = TypeVar("R")  # a rung
+S = TypeVar("S", float, tuple[float, float])  # a score
 _SCORING = 0.25  # of max_minutes, at most, goes into scoring what is tried
 _RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
 
@@ -68,32 +72,62 @@ def search(data: PreparedData, config: TuneConfig, callback: Callback) -> dict[s
     Returns:
         Settings; none where there is nothing to choose, or no validation rows to choose by.
     """
-    tried = candidates(config, data.data.task)
-    if len(tried) == 1 or config.eval_rows == 0:
+    settings = candidates(config, data.data.task)
+    if len(settings) == 1 or config.eval_rows == 0:
         return {}
-    prepared_by_start = _prepared_by_start(data, config, dict.fromkeys(init for init, _ in tried))
-    running: list[tuple[dict[str, Any], PromptTrainer]] = []
-    for init, factor in tried:
+    prepared_by_start = _prepare_starts(data, config, dict.fromkeys(init for init, _ in settings))
+    running: list[_Candidate] = []
+    for init, factor in settings:
         if init in prepared_by_start:
             prepared = prepared_by_start[init]
             assert prepared.config.learning_rate
             rate = prepared.config.learning_rate * factor
             prepared = replace(prepared, config=prepared.config.model_copy(update={"learning_rate": rate}))
-            trainer = PromptTrainer(data.model, prepared)
-            running.append(({"learning_rate": rate, "init": init}, trainer))
-    for rung in _RUNGS if running[1:] else ():
-        found = []
-        for number, (settings, trainer) in enumerate(running):
-            until = max(1, round(rung * trainer.max_steps))
-            loss = trainer.tried(until)
-            callback.candidate(settings, until, loss)
-            found.append((loss, number))
-        running = [running[number] for _, number in sorted(found)[: (len(found) + 1) // 2]]
-    return running[0][0]
+            running.append(_Candidate({"learning_rate": rate, "init": init}, PromptTrainer(data.model, prepared)))
+
+    def score(candidate: _Candidate, rung: float) -> float:
+        steps = max(1, round(rung * candidate.trainer.max_steps))
+        loss = candidate.trainer.loss_after(steps)
+        callback.candidate(candidate.settings, steps, loss)
+        return -loss
+
+    return successive_halving(running, _RUNGS if running[1:] else (), score).settings
 
 
-def _prepared_by_start(data: PreparedData, config: TuneConfig, starts: Iterable[str]) -> dict[str, PreparedRun]:
-    """Return a plan for each start that fits and is another than those before it."""
+@dataclass(frozen=True)
+class _Candidate:
+    """Settings to try, and a run that tries them."""
+
+    settings: dict[str, Any]
+    trainer: PromptTrainer
+
+
+def successive_halving(
+    candidates: Sequence[C], rungs: Sequence[R], score: Callable[[C, R], S | None], keep: float = 1 / 2
+) -> C:
+    """Return the best candidate: each rung scores those that are left, and keeps the best share of them.
+
+    Args:
+        candidates: one or more; of several that score the same, the first is preferred.
+        rungs: what a score may take, rising from rung to rung.
+        score: the higher the better; None where there is no time left: the best of those before it is returned.
+        keep: the share that is left after a rung, rounded up.
+    """
+    for rung in rungs:
+        scores: list[tuple[S, C]] = []
+        for candidate in candidates:
+            found = score(candidate, rung)
+            if found is None:
+                break
+            scores.append((found, candidate))
+        scores.sort(key=lambda scored: scored[0], reverse=True)
+        left = math.ceil(keep * len(scores)) if len(scores) == len(candidates) else 1
+        candidates = [candidate for _, candidate in scores[:left]]
+    return candidates[0]
+
+
+def _prepare_starts(data: PreparedData, config: TuneConfig, starts: Iterable[str]) -> dict[str, PreparedRun]:
+    """Prepare a run for each start that fits and differs from those before it."""
     prepared_by_start: dict[str, PreparedRun] = {}
     for init in starts:
         try:

@@ -13,8 +13,9 @@ from softprompt.config import TuneConfig
 from softprompt.distributed.collective import Processes
 from softprompt.errors import InputError
 from softprompt.model.frozen import FrozenModel
+from softprompt.training.checkpoint import Checkpoint, TrainerState
 from softprompt.training.prepare import PreparedRun
-from softprompt.training.run_folder import Checkpoint, RunFolder, TrainerState
+from softprompt.training.run_folder import RunFolder
 
 _OF_A_MACHINE = {"device", "threads"}
 
@@ -55,16 +56,16 @@ def broadcast_plan(processes: Processes, prepared: PreparedRun, identity: dict[s
 
 
 def resume(
-    processes: Processes, run: RunFolder, given: TuneConfig, identity: dict[str, str], model: FrozenModel
+    processes: Processes, folder: RunFolder | None, given: TuneConfig, identity: dict[str, str], model: FrozenModel
 ) -> tuple[TuneConfig, Checkpoint | None]:
-    """Return the settings and the newest state of a run, which the first process alone reads (`RunFolder.resume`)."""
-    config, state = run.resume(given, identity, model) if processes.first else (None, None)
+    """Return the settings and the newest checkpoint of a run, which the first process reads (`RunFolder.resume`)."""
+    config, checkpoint = folder.resume(given, identity, model) if folder is not None else (None, None)
     config = broadcast_config(processes, config)
-    progress = processes.broadcast((state.progress.model_dump_json() if state else "").encode())
-    if not progress:
+    state = processes.broadcast((checkpoint.state.model_dump_json() if checkpoint else "").encode())
+    if not state:
         return config, None
-    tensors = processes.broadcast(save(state.tensors) if state else b"")
-    found = TrainerState.model_validate_json(progress)
+    tensors = processes.broadcast(save(checkpoint.tensors) if checkpoint else b"")
+    found = TrainerState.model_validate_json(state)
     if processes.first and found.processes != processes.count:
         warnings.warn(
             f"the run was begun with {found.processes} processes and goes on with {processes.count}: it will not end "

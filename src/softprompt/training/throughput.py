@@ -1,22 +1,119 @@
-"""A dry run: what a plan would learn from, and what it would cost."""
+"""Throughput: how long steps and evaluations take, how many fit into a duration, and what a run takes in all."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from pydantic import BaseModel
 
 from softprompt.config import TuneConfig
-from softprompt.data.batching import batch_indices, micro_batches
+from softprompt.data.batching import batch_indices
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import available_memory
 from softprompt.training.prepare import PreparedRun, most_steps
+from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.search import search_cost, why_not_search
-from softprompt.training.trainer import Throughput
+from softprompt.training.settings import EVALUATIONS
+from softprompt.training.trainer import Trainer, reproducible
 
-_SHOWN = 3
-_BACKWARD = 3.0  # a training step costs about three times the forward pass that scoring a row is
+TIMED_STEPS = 4  # at most
+TIMING_SHARE = 0.05  # of the time, after which no further step is timed
+_SHARE = 0.25  # of the time, at most, for evaluations, and for what follows the last step
+_LABELLED_ROWS = 16  # validation rows that the scoring of all labels is timed on
+_MIN_ROWS = 32  # validation rows, where they are slow to score
+_RENDERED_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How long training takes, in seconds of wall time.
+
+    Attributes:
+        step: for a step.
+        evaluation: for an evaluation of the validation rows.
+        last: for the label bias, after the last step.
+        rows: validation rows that were scored; 0 if there have to be so many.
+    """
+
+    step: float
+    evaluation: float
+    last: float = 0.0
+    rows: int = 0
+
+    def fit_to_budget(
+        self, seconds: float, max_steps: int | None = None, eval_every: int | None = None
+    ) -> dict[str, int]:
+        """Return the `max_steps` and `eval_every` of a run of about that duration, and `eval_rows` if it is lower.
+
+        Evaluations take a quarter of the time at most, and what follows the last step another quarter. Where
+        evaluations are slow, there are fewer of them, but at least one before the first step and two more; and these
+        score fewer rows, at least 32. Where `eval_every` is given, all rows are scored that often.
+
+        Args:
+            seconds: the duration.
+            max_steps: the most steps; None for as many as fit, one at least.
+            eval_every: steps between evaluations; None where it is open.
+        """
+        affordable_rows = int(self.rows * _SHARE * seconds / (3 * self.evaluation)) if self.evaluation else self.rows
+        if eval_every is None and affordable_rows < self.rows > _MIN_ROWS:
+            rows = max(affordable_rows, _MIN_ROWS)
+            return {**self.of(rows).fit_to_budget(seconds, max_steps), "eval_rows": rows}
+        seconds -= min(self.last, _SHARE * seconds)
+        affordable = _SHARE * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
+        evaluations = round(min(max(affordable, 2), EVALUATIONS))
+        if eval_every is None:
+            steps = int((seconds - (evaluations + 1) * self.evaluation) / self.step)
+        else:
+            steps = int((seconds - self.evaluation) / (self.step + self.evaluation / eval_every))
+        steps = max(1, steps)
+        steps = min(steps, max_steps or steps)
+        return {"max_steps": steps, "eval_every": eval_every or math.ceil(steps / evaluations)}
+
+    def of(self, rows: int) -> Throughput:
+        """Return what it takes with so many validation rows, and not fewer."""
+        share = rows / self.rows
+        return Throughput(self.step, share * self.evaluation, share * self.last)
+
+
+def measure_throughput(trainer: Trainer, seconds: float = 0.0) -> Throughput:
+    """Time a few steps and an evaluation; the learning rate is 0, so no weight changes.
+
+    Args:
+        trainer: the trainer, before its first step.
+        seconds: how long the run may take; timing its steps takes a twentieth of that at most, or one step.
+    """
+    config, prepared, evaluation, last = trainer.prepared.config, trainer.prepared, 0.0, 0.0
+    assert config.batch_size and config.max_steps
+    with reproducible(config.threads):
+        trainer.optimizer.param_groups[0]["lr"] = 0.0
+        # The same rows as the run's: others may not begin with the shared text.
+        steps = [number % config.max_steps for number in range(TIMED_STEPS + 1)]
+        batches = [batch_indices(len(prepared.examples), config.batch_size, step, config.seed) for step in steps]
+        for number, rows in enumerate(batches):
+            if number <= 1:  # the first one sets things up
+                began = time.monotonic()
+            trainer.gradient([prepared.examples[i] for i in rows])
+            trainer.optimizer.step()
+            spent = time.monotonic() - began
+            if number and spent > TIMING_SHARE * seconds and trainer.processes.count == 1:
+                break  # of several processes all have to take the same steps
+        step = spent / number
+        if prepared.scorer:
+            evaluation = _seconds(trainer.evaluate)
+            scorer = prepared.label_scorer(_LABELLED_ROWS)
+            if scorer is not None:
+                taken = _seconds(lambda: trainer.evaluate(scorer=scorer))
+                last = taken * len(prepared.scorer.rows) / len(scorer.rows)
+    return Throughput(step, evaluation, last, len(prepared.scorer.rows) if prepared.scorer else 0)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
 
 
 class RenderedRow(BaseModel):
@@ -34,7 +131,7 @@ class RenderedRow(BaseModel):
 
 
 class RunEstimate(BaseModel):
-    """What a run would do; `step_seconds` is measured on one step, what follows extrapolates from it."""
+    """What a run would do and take; `minutes` follow from the measured throughput."""
 
     backend: str
     virtual_tokens: int
@@ -54,60 +151,48 @@ class RunEstimate(BaseModel):
 
 
 def estimate_run(model: FrozenModel, prepared: PreparedRun, given: TuneConfig) -> RunEstimate:
-    """Run one step of a plan, keep nothing of it, and say what the whole run would take.
+    """Measure the throughput as a run does, keep nothing of it, and say what the whole run would take.
 
     Args:
         model: the frozen model.
-        prepared: what `given` settings came to.
-        given: settings; with `max_minutes`, a run's steps are not the plan's but those that fit.
+        prepared: the run.
+        given: settings as they were given; with `max_minutes`, as many steps are counted as fit.
     """
-    config, examples, length_stats = prepared.config, prepared.examples, prepared.length_stats
-    assert config.batch_size and config.micro_batch_tokens and config.max_steps and config.eval_every
-    batch = [examples[i] for i in batch_indices(len(examples), config.batch_size, 0, config.seed)]
-    cut = micro_batches(batch, config.micro_batch_tokens, len(prepared.shared_text_ids), model.backend.pads)
-    began = time.monotonic()
-    parts, activation_checkpointing = [[batch[i] for i in part] for part in cut], bool(config.gradient_checkpointing)
-    prompt_gradient(model, prepared.start, prepared.shared_text_ids, parts, activation_checkpointing)
-    a_step = time.monotonic() - began
-
-    mean = length_stats.tokens / length_stats.rows
-    per_token = a_step / sum(len(e.ids) for e in batch)
-    scored = len(prepared.validation) if prepared.validation is not None else 0
-    last = prepared.label_scorer()
-    tree_tokens = sum(len(choice.ids) for choice in last.choices) if last else 0
-    throughput = Throughput(a_step, scored * mean / _BACKWARD * per_token, tree_tokens / _BACKWARD * per_token, scored)
-    length = {"max_steps": config.max_steps, "eval_every": config.eval_every, "eval_rows": config.eval_rows}
+    config, length_stats, scorer = prepared.config, prepared.length_stats, prepared.scorer
+    assert config.batch_size and config.max_steps and config.eval_every
     seconds, most = 60 * (given.max_minutes or 0), most_steps(prepared, given)
+    trainer = PromptTrainer(model, prepared)
+    throughput = measure_throughput(trainer, seconds)
+    length = {"max_steps": config.max_steps, "eval_every": config.eval_every, "eval_rows": config.eval_rows}
     if seconds:
         length |= throughput.fit_to_budget(seconds, most, given.eval_every)
-    searching = given.budget == "thorough" and why_not_search(given, prepared.train.task, throughput.evaluation) is None
-    share, times = search_cost(given, prepared.train.task) if searching else (0.0, 0)
-    searched = share * length["max_steps"] * throughput.step + times * throughput.evaluation
+    searched = 0.0
+    if given.budget == "thorough" and why_not_search(given, prepared.train.task, throughput.evaluation) is None:
+        share, times = search_cost(given, prepared.train.task)
+        searched = share * length["max_steps"] * throughput.step + times * throughput.evaluation
     if seconds and searched:
         length |= throughput.fit_to_budget(seconds - searched, most, given.eval_every)
-    evaluations = length["max_steps"] // length["eval_every"] + 1
-    if length["eval_rows"] < scored:
+    if scorer is not None and length["eval_rows"] < len(scorer.rows):
         throughput = throughput.of(length["eval_rows"])
-    needed = max(prepared.step_bytes(part) for part in parts)
+    evaluations = length["max_steps"] // length["eval_every"] + 1
+    whole = searched + length["max_steps"] * throughput.step + evaluations * throughput.evaluation + throughput.last
+    batch = [prepared.examples[i] for i in batch_indices(len(prepared.examples), config.batch_size, 0, config.seed)]
     return RunEstimate(
         backend=model.backend.name,
         virtual_tokens=prepared.start.shape[-2],
         parameters=prepared.start.numel(),
-        mean_tokens=mean,
+        mean_tokens=length_stats.tokens / length_stats.rows,
         longest=length_stats.longest,
         truncated=prepared.encoder.truncated,
-        rendered=[rendered_row(prepared, i) for i in range(min(_SHOWN, len(examples)))],
-        step_gigabytes=needed / 1e9,
+        rendered=[rendered_row(prepared, i) for i in range(min(_RENDERED_ROWS, len(prepared.examples)))],
+        step_gigabytes=max(prepared.step_bytes(part) for part in trainer.micro_batches(batch)) / 1e9,
         free_gigabytes=available_memory(model.device) / 1e9,
-        step_seconds=a_step,
+        step_seconds=throughput.step,
         steps=length["max_steps"],
         eval_every=length["eval_every"],
         eval_rows=length["eval_rows"],
         search_minutes=searched / 60,
-        minutes=(
-            searched + length["max_steps"] * throughput.step + evaluations * throughput.evaluation + throughput.last
-        )
-        / 60,
+        minutes=whole / 60,
     )
 
 

@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from softprompt.config import TuneConfig
 from softprompt.data.batching import batch_indices, micro_batches, shard_by_length
 from softprompt.data.example import Example
 from softprompt.distributed.collective import ALONE, Processes
@@ -24,17 +24,13 @@ from softprompt.evaluation.scorer import Scorer
 from softprompt.evaluation.scores import LabelScores, Scores
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.memory import available_memory
-from softprompt.training.callbacks import Callback
+from softprompt.training.callbacks import NO_CALLBACK, Callback
+from softprompt.training.checkpoint import Checkpoint, TrainerState
 from softprompt.training.prepare import PreparedRun
-from softprompt.training.run_folder import Checkpoint, RunFolder, SilentRunFolder, TrainerState
-from softprompt.training.settings import EVALUATIONS
+from softprompt.training.run_log import RunLog
+from softprompt.training.schedule import learning_rate
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-TIMED = 4  # steps at most
-TIMING = 0.05  # of the time, from which on no further step is timed
-_EVALUATED = 0.25  # of the time
-_FEW = 16  # validation rows that all labels are timed on
-_FEWEST = 32  # validation rows to choose by where they are slow to score
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
 # Of each process, the micro-batches of its share of a batch.
@@ -43,57 +39,57 @@ MicroBatchesByRank = list[list[list[Example]]]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a loop's run gave.
+    """What training gave.
 
     Attributes:
         weights: the best ones.
-        progress: where the run stands.
+        state: where the run stands.
         scores: the best weights' validation scores, with the label bias; None without validation rows.
-        label_bias: the nats that labels are chosen with, empty if none.
+        label_bias: nats that are added to labels' log-likelihoods, empty if none.
     """
 
     weights: Weights
-    progress: TrainerState
+    state: TrainerState
     scores: Scores | None
     label_bias: dict[str, float]
 
 
 class Trainer(ABC):
-    """Takes a plan's steps, from the beginning or from a saved state.
+    """Takes the steps of a run, from the beginning or from a checkpoint.
 
     Args:
-        model: the model, which may have what learns in it.
+        model: the model; its own weights may be what is trained.
         prepared: what is learned from, and how.
-        run: where it is written down.
-        callback: told of every step.
-        learned: what the optimizer changes, by name.
-        state: where to go on; None to begin.
+        parameters: the trainable parameters, by name.
+        run_log: where the run is written down; None to write nothing.
+        callback: called at steps and evaluations.
+        checkpoint: where to resume; None to begin.
         processes: those that share a step.
     """
 
-    shared_text_len = 0  # tokens of every example that its prefix holds
+    shared_text_len = 0  # tokens of every example that the prefix holds
 
     def __init__(
         self,
         model: FrozenModel,
         prepared: PreparedRun,
-        run: RunFolder,
-        callback: Callback,
-        learned: Mapping[str, Parameter],
-        state: Checkpoint | None = None,
+        parameters: Mapping[str, Parameter],
+        run_log: RunLog | None = None,
+        callback: Callback = NO_CALLBACK,
+        checkpoint: Checkpoint | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.model, self.prepared, self.folder, self.callback = model, prepared, run, callback
-        self.learned, self.processes = dict(learned), processes
-        self.whole = True  # not in the middle of a step
+        self.model, self.prepared, self.run_log, self.callback = model, prepared, run_log, callback
+        self.parameters, self.processes = dict(parameters), processes
+        self._mid_step = False
         config = prepared.config
         assert config.micro_batch_tokens and config.max_steps and config.eval_every
-        self.progress = TrainerState(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
-        self.optimizer = torch.optim.AdamW(self.learned.values(), weight_decay=config.weight_decay)
+        self.state = TrainerState(micro_batch_tokens=config.micro_batch_tokens, processes=processes.count)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=config.weight_decay)
         self.max_steps, self.eval_every = config.max_steps, config.eval_every
-        if state is not None:
-            self._restore(state)
-        self.best = state.named(_BEST) if state is not None else self.weights()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.best = checkpoint.group(_BEST) if checkpoint is not None else self.weights()
 
     @abstractmethod
     def backward(self, micro_batches_by_rank: MicroBatchesByRank) -> float:
@@ -113,43 +109,44 @@ class Trainer(ABC):
         Raises:
             RunError: the loss is not finite, or one row does not fit in memory.
         """
-        progress, save_every = self.progress, self.prepared.config.save_every
-        scores = self.evaluate(self.best) if self.prepared.scorer and progress.evaluated >= 0 else None
+        state, save_every = self.state, self.prepared.config.save_every
+        scores = self.evaluate(self.best) if self.prepared.scorer and state.evaluated >= 0 else None
         try:
             while True:
-                scores = self._evaluated(scores)
+                scores = self._evaluate_if_due(scores)
                 done = self._done()
-                if progress.step and (done or progress.step % save_every == 0):
+                if state.step and (done or state.step % save_every == 0):
                     self._save()
                 if done:
                     break
                 self.step()
-        except (KeyboardInterrupt, SystemExit):  # the latter is what handlers of a script's own raise
-            if progress.step and self.whole:
+        except (KeyboardInterrupt, SystemExit):  # a script's own signal handlers raise the latter
+            if state.step and not self._mid_step:
                 self._save()
             raise
         if not self.prepared.scorer:
-            self._keep(None)
-        found, label_bias = self._matched(scores)
+            self._set_best(None)
+        found, label_bias = self._fit_label_bias(scores)
         if found is not None and found is not scores:
             # A bias changes no loss; what is scored once more, by other processes, may be rounded differently.
-            progress.best = {**found.values(), "loss": progress.best["loss"]}
-        return TrainResult(self.best, progress, found, label_bias)
+            state.best = {**found.values(), "loss": state.best["loss"]}
+        return TrainResult(self.best, state, found, label_bias)
 
     def _save(self) -> None:
-        """Save the state; who asks once more to stop waits until it is there."""
-        with defer_signals():
-            self.folder.save_state(self._state())
+        """Save a checkpoint; another request to stop waits until it is written."""
+        if self.run_log is not None:
+            with defer_signals():
+                self.run_log.save(self._checkpoint())
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Do what belongs together: stops wait until it is done, and where it fails, no state is saved."""
         with defer_signals():
-            self.whole = False
+            self._mid_step = True
             yield
-            self.whole = True
+            self._mid_step = False
 
-    def _matched(self, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
+    def _fit_label_bias(self, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
         """Find the bias that labels are chosen with, where one is of use.
 
         Args:
@@ -162,14 +159,13 @@ class Trainer(ABC):
         plain = self.evaluate(self.best, many) if many else scores
         return fit_label_bias(plain, self.prepared.train) if isinstance(plain, LabelScores) else (plain, {})
 
-    def tried(self, steps: int) -> float:
-        """Go on until so many steps are done, to see what comes of it: no state is saved, and no best prompt kept.
+    def loss_after(self, steps: int) -> float:
+        """Train until so many steps are done, and return the validation loss; infinite where a loss is not finite.
 
-        Returns:
-            The loss on the validation rows then; infinite where a loss was not finite.
+        No checkpoint is saved, and the best weights stay as they were.
         """
         try:
-            while self.progress.step < steps:
+            while self.state.step < steps:
                 self.step()
             loss = self.evaluate().values()["loss"]
         except RunError:
@@ -178,24 +174,24 @@ class Trainer(ABC):
 
     def _done(self) -> bool:
         """Tell whether all steps are done, or the loss has not fallen for `patience` evaluations."""
-        progress, patience = self.progress, self.prepared.config.patience
-        stale = self.prepared.scorer and patience and progress.step - progress.best_step >= patience * self.eval_every
-        return progress.step >= self.max_steps or bool(stale)
+        state, patience = self.state, self.prepared.config.patience
+        stale = self.prepared.scorer and patience and state.step - state.best_step >= patience * self.eval_every
+        return state.step >= self.max_steps or bool(stale)
 
-    def _evaluated(self, scores: Scores | None) -> Scores | None:
+    def _evaluate_if_due(self, scores: Scores | None) -> Scores | None:
         """Evaluate what was learned where it is time to, and return the best scores."""
-        step = self.progress.step
+        step = self.state.step
         due = step % self.eval_every == 0 or step == self.max_steps
-        if not (self.prepared.scorer and due) or self.progress.evaluated >= step:
+        if not (self.prepared.scorer and due) or self.state.evaluated >= step:
             return scores
         now = self.evaluate()
         values = now.values()
         with self._all_or_nothing():
             if scores is None or now.better_than(scores):
                 scores = now
-                self._keep(now)
-            self.progress.evaluated = step
-            self.folder.log({"step": step, "validation": values})
+                self._set_best(now)
+            self.state.evaluated = step
+            self._log({"step": step, "validation": values})
         self.callback.evaluation(step, values)
         return scores
 
@@ -211,7 +207,7 @@ class Trainer(ABC):
         while True:
             self.optimizer.zero_grad()
             micro_batches_by_rank = [
-                self._cut([batch[i] for i in hand]) for hand in shard_by_length(batch, self.processes.count)
+                self.micro_batches([batch[i] for i in hand]) for hand in shard_by_length(batch, self.processes.count)
             ]
             try:
                 return self.backward(micro_batches_by_rank)
@@ -225,155 +221,89 @@ class Trainer(ABC):
                         "--set max_length, fewer virtual tokens, or a smaller model"
                     ) from error
             # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
-            self.progress.micro_batch_tokens //= 2
-            self.callback.smaller(self.progress.step + 1, self.progress.micro_batch_tokens)
+            self.state.micro_batch_tokens //= 2
+            self.callback.smaller(self.state.step + 1, self.state.micro_batch_tokens)
 
-    def _cut(self, share: list[Example]) -> list[list[Example]]:
-        cut = micro_batches(share, self.progress.micro_batch_tokens, self.shared_text_len, self.model.backend.pads)
+    def micro_batches(self, share: list[Example]) -> list[list[Example]]:
+        """Cut the examples that one process runs into micro-batches."""
+        cut = micro_batches(share, self.state.micro_batch_tokens, self.shared_text_len, self.model.backend.pads)
         return [[share[i] for i in part] for part in cut]
 
     def step(self) -> None:
         """Take one step: the gradient of its rows, an update, and a line in `metrics.jsonl`."""
-        config, progress = self.prepared.config, self.progress
+        config, state = self.prepared.config, self.state
         assert config.batch_size
         began = time.monotonic()
-        rows = batch_indices(len(self.prepared.examples), config.batch_size, progress.step, config.seed)
+        rows = batch_indices(len(self.prepared.examples), config.batch_size, state.step, config.seed)
         batch = [self.prepared.examples[i] for i in rows]
         loss = self.gradient(batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-            kept = "" if isinstance(self.folder, SilentRunFolder) else "; the state of the last saved step is kept"
+            kept = "" if self.run_log is None else "; the state of the last saved step is kept"
             raise RunError(
-                f"the loss is not finite at step {progress.step + 1} (loss {loss}){kept}. Try a lower "
+                f"the loss is not finite at step {state.step + 1} (loss {loss}){kept}. Try a lower "
                 "learning_rate, or dtype=float32"
             )
-        rate = learning_rate(config, progress.step)
+        rate = learning_rate(config, state.step)
         self.optimizer.param_groups[0]["lr"] = rate
         with self._all_or_nothing():
             self.optimizer.step()
-            progress.step += 1
+            state.step += 1
             record = {
-                "step": progress.step,
+                "step": state.step,
                 "loss": loss,
                 "learning_rate": rate,
                 "tokens": sum(len(example.ids) for example in batch),
                 "step_seconds": round(time.monotonic() - began, 4),
             }
-            self.folder.log(record)
-        self.callback.step(progress.step, loss)
+            self._log(record)
+        self.callback.step(state.step, loss)
 
-    def _keep(self, scores: Scores | None) -> None:
+    def _set_best(self, scores: Scores | None) -> None:
         self.best = self.weights()
-        self.progress.best_step = self.progress.step
-        self.progress.best = scores.values() if scores else {}
+        self.state.best_step = self.state.step
+        self.state.best = scores.values() if scores else {}
 
-    def _state(self) -> Checkpoint:
+    def _checkpoint(self) -> Checkpoint:
         tensors = {f"{_BEST}.{name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self.learned.items():
+        for name, parameter in self.parameters.items():
             tensors[f"{_LEARNED}.{name}"] = parameter.detach()
             if parameter in self.optimizer.state:  # not a weight that text does not come by, as those for images
                 tensors |= {f"{moment}.{name}": self.optimizer.state[parameter][moment] for moment in _MOMENTS}
-        return Checkpoint(self.progress, tensors)
+        return Checkpoint(self.state, tensors)
 
-    def _restore(self, state: Checkpoint) -> None:
-        self.progress = state.progress
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.state, tensors = checkpoint.state, checkpoint.tensors
         try:
-            for name, parameter in self.learned.items():
-                parameter.data.copy_(state.tensors[f"{_LEARNED}.{name}"])
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(tensors[f"{_LEARNED}.{name}"])
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state.progress.step)),
-                    **{moment: state.tensors[f"{moment}.{name}"] for moment in _MOMENTS},
+                    "step": torch.tensor(float(self.state.step)),
+                    **{moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS},
                 }
         except (KeyError, RuntimeError) as error:
             raise InputError(
-                f"the state of step {state.progress.step} in {self.folder.path} is damaged: {error}; remove its "
-                "folder, and the run goes on from the state before"
+                f"the state of step {self.state.step} is damaged: {error}; remove the folder "
+                f"state/step-{self.state.step} of the run to resume from the state before"
             ) from error
 
-
-@dataclass(frozen=True)
-class Throughput:
-    """How long a loop takes, in seconds of wall time.
-
-    Attributes:
-        step: for a step.
-        evaluation: for an evaluation of the validation rows.
-        last: for the label bias, after the last step.
-        rows: validation rows that were scored; 0 if there have to be so many.
-    """
-
-    step: float
-    evaluation: float
-    last: float = 0.0
-    rows: int = 0
-
-    def fit_to_budget(self, seconds: float, most: int | None = None, eval_every: int | None = None) -> dict[str, int]:
-        """Return `max_steps` and `eval_every` of a run that takes about so much time: one step at least, or at `most`.
-
-        Unless it is given how often to evaluate, evaluations take a quarter of the time at most: where they are slow
-        there are fewer, though not less than two and the one before the first step, and these score fewer rows,
-        `eval_rows`. So does what follows the last step; what it takes beyond that comes on top.
-        """
-        fit_to_budget = int(self.rows * _EVALUATED * seconds / (3 * self.evaluation)) if self.evaluation else self.rows
-        if eval_every is None and fit_to_budget < self.rows > _FEWEST:
-            rows = max(fit_to_budget, _FEWEST)
-            return {**self.of(rows).fit_to_budget(seconds, most), "eval_rows": rows}
-        seconds -= min(self.last, _EVALUATED * seconds)
-        affordable = _EVALUATED * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
-        evaluations = round(min(max(affordable, 2), EVALUATIONS))
-        if eval_every is None:
-            steps = int((seconds - (evaluations + 1) * self.evaluation) / self.step)
-        else:
-            steps = int((seconds - self.evaluation) / (self.step + self.evaluation / eval_every))
-        steps = max(1, steps)
-        steps = min(steps, most or steps)
-        return {"max_steps": steps, "eval_every": eval_every or math.ceil(steps / evaluations)}
-
-    def of(self, rows: int) -> Throughput:
-        """Return what it takes with so many validation rows, and not fewer."""
-        share = rows / self.rows
-        return Throughput(self.step, share * self.evaluation, share * self.last)
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.run_log is not None:
+            self.run_log.write(record)
 
 
-def measure_throughput(trainer: Trainer, seconds: float) -> Throughput:
-    """Run a few steps of a loop and an evaluation; nothing is learned, for the steps have no length.
-
-    Args:
-        trainer: what is to run for so many `seconds`.
-    """
-    config, prepared, evaluation, last = trainer.prepared.config, trainer.prepared, 0.0, 0.0
-    assert config.batch_size and config.max_steps
-    trainer.optimizer.param_groups[0]["lr"] = 0.0
-    # Rows that no step takes may not begin as the others do.
-    steps = [number % config.max_steps for number in range(TIMED + 1)]
-    batches = [batch_indices(len(prepared.examples), config.batch_size, step, config.seed) for step in steps]
-    for number, rows in enumerate(batches):
-        if number <= 1:  # the first one sets things up
-            began = time.monotonic()
-        trainer.gradient([prepared.examples[i] for i in rows])
-        trainer.optimizer.step()
-        spent = time.monotonic() - began
-        if number and spent > TIMING * seconds and trainer.processes.count == 1:
-            break  # of several processes all have to take the same steps
-    step = spent / number
-    if prepared.scorer:
-        began = time.monotonic()
-        trainer.evaluate()
-        evaluation = time.monotonic() - began
-        scorer = prepared.label_scorer(_FEW)
-        if scorer is not None:
-            began = time.monotonic()
-            trainer.evaluate(scorer=scorer)
-            last = (time.monotonic() - began) * len(prepared.scorer.rows) / len(scorer.rows)
-    return Throughput(step, evaluation, last, len(prepared.scorer.rows) if prepared.scorer else 0)
-
-
-def learning_rate(config: TuneConfig, step: int) -> float:
-    """Return the rate of a step (counted from 0): a linear rise, then the schedule's fall to zero."""
-    assert config.learning_rate and config.max_steps
-    warmup = max(1, round(config.warmup_ratio * config.max_steps)) if config.warmup_ratio else 0
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.max_steps - warmup)
-    falls = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return config.learning_rate * falls[config.schedule]
+@contextmanager
+def reproducible(threads: int | None) -> Iterator[None]:
+    """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cores = torch.get_num_threads()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_num_threads(threads or cores)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        torch.set_num_threads(cores)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Source, as_rows
-from softprompt.distributed.collective import launched
+from softprompt.distributed.collective import Processes, launched
 from softprompt.distributed.launch import is_single_of_accelerate
 from softprompt.distributed.signals import save_before_exit, stop_together
+from softprompt.errors import InputError
 from softprompt.evaluation.scores import Scores
 from softprompt.extras import require_package
 from softprompt.model.fingerprint import fingerprint
@@ -25,13 +23,15 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training import sync
-from softprompt.training.callbacks import Callback
+from softprompt.training.callbacks import NO_CALLBACK, Callback
+from softprompt.training.checkpoint import Checkpoint
 from softprompt.training.prepare import PreparedRun, most_steps, prepare_data, prepare_run
 from softprompt.training.prepared_data import PreparedData
 from softprompt.training.prompt_trainer import PromptTrainer
-from softprompt.training.run_folder import BASE_MODEL, RunFolder, SilentRunFolder
+from softprompt.training.run_folder import BASE_MODEL, RunFolder
 from softprompt.training.search import search, why_not_search
-from softprompt.training.trainer import Throughput, TrainResult, measure_throughput
+from softprompt.training.throughput import Throughput, measure_throughput
+from softprompt.training.trainer import TrainResult, reproducible
 
 
 @dataclass(frozen=True)
@@ -69,146 +69,147 @@ def tune(
     resume: bool = False,
     callback: Callback | None = None,
     throughput: Throughput | None = None,
+    processes: Processes | None = None,
 ) -> TuneResult:
-    """Learn a soft prompt (Lester et al. 2021) or a deep prefix (Li and Liang 2021); the model itself is not changed.
+    """Train a soft prompt (Lester et al. 2021) or a prefix (Li and Liang 2021); the base model is not changed.
 
-    Of several processes that `torchrun` has started, all call it with the same arguments and get the same result; the
-    first one alone writes, and tells its watcher.
+    Several processes that `torchrun` has started all call it with the same arguments and get the same result. The
+    first one alone writes files and calls the callback.
 
     Args:
         model: the frozen model.
-        data: rows to learn from, or what `load_data` reads; a part is held back to choose the best prompt on, unless
-            `eval_data` is given.
+        data: training rows, or what `load_data` reads. Without `eval_data`, some are held back for validation.
         config: settings; None for the defaults.
         eval_data: validation rows.
-        out: the run's folder; None to keep nothing but the result.
-        resume: go on with the run in `out`.
-        callback: told of every step.
-        throughput: how long steps and evaluations take, where `max_minutes` is set and it is known; None to measure it.
+        out: the run's folder; None to write nothing.
+        resume: continue the run in `out`.
+        callback: called at steps and evaluations.
+        throughput: how long steps and evaluations take, where that is known; None to measure it for `max_minutes`.
+        processes: the processes that share the run; None for those that `torchrun` has started, `ALONE` for this one
+            alone, whatever the environment says.
 
     Raises:
-        InputError: what was given does not fit together, or another command is at work in `out`.
-        KeyboardInterrupt: Ctrl-C; the state is saved. On SIGTERM and SIGHUP, where nobody handles them, it is too, and
-            then the process ends as they have it.
+        InputError: what was given does not fit together, or another command is using `out`.
+        KeyboardInterrupt: Ctrl-C; a checkpoint is saved. So it is on SIGTERM and SIGHUP, unless the program handles
+            them, and then the process ends.
         RunError: the loss is not finite, or one row does not fit in memory.
         StorageError: a file cannot be written.
     """
     began = time.monotonic()
-    data = as_rows(data)
-    eval_data = None if eval_data is None else as_rows(eval_data, data.task)
-    processes = launched()
-    callback = callback if callback and processes.first else Callback()
-    if is_single_of_accelerate():
-        warnings.warn("accelerate launch has started one process, as it does with --cpu; try --multi_gpu", stacklevel=2)
-    with ExitStack() as stack:
-        stack.enter_context(save_before_exit())
-        kind = RunFolder if processes.first else SilentRunFolder
-        run = kind(Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())))
-        stack.enter_context(run.held(resume))  # before minutes of searching
-        if config is not None and config.tensorboard:
+    if processes is None:
+        processes = launched()
+        if is_single_of_accelerate():
+            message = "accelerate launch has started one process, as it does with --cpu; try --multi_gpu"
+            warnings.warn(message, stacklevel=2)
+    if resume and out is None:
+        raise InputError("resume continues the run in a folder; give it as out")
+    rows = as_rows(data)
+    eval_rows = None if eval_data is None else as_rows(eval_data, rows.task)
+    given = config or TuneConfig()
+    folder = RunFolder(Path(out)) if out is not None and processes.first else None
+    callback = callback if callback and processes.first else NO_CALLBACK
+    with save_before_exit(), nullcontext() if folder is None else folder.held(resume):  # before minutes of search
+        if given.tensorboard:
             require_package("tensorboard", "tensorboard=true")
-        identity = identity_of(model, data, eval_data)
-        state = None
-        given = config or TuneConfig()
+        identity = identity_of(model, rows, eval_rows)
+        checkpoint = None
         if resume:
-            given, state = sync.resume(processes, run, given, identity, model)
-            prepared = prepare_run(prepare_data(model, data, given, eval_data, processes), given)
+            given, checkpoint = sync.resume(processes, folder, given, identity, model)
+        prepared_data = prepare_data(model, rows, given, eval_rows, processes)
+        if resume:
+            prepared = prepare_run(prepared_data, given)
         else:
-            prepared_data = prepare_data(model, data, given, eval_data, processes)
-            prepared = _prepared(prepared_data, given, identity, callback, throughput)
+            prepared = _choose_and_prepare(prepared_data, given, identity, callback, throughput)
         prepared = sync.broadcast_plan(processes, prepared, identity)
-        if not resume:
-            run.begin(prepared.config, identity)
-        step = state.progress.step if state else 0
-        if prepared.config.tensorboard:
-            run.open_board(step)
+        if folder is not None and not resume:
+            folder.begin(prepared.config, identity)
+        result = _train(model, prepared, folder, callback, checkpoint, processes)
+        prompt = SoftPrompt(result.weights["prompt"], _record(model, prepared, result, identity))
+        if folder is not None:
+            folder.write_result(prompt, result.scores)
+        processes.broadcast(b"written")  # no process returns before the files are there
+    return TuneResult(
+        prompt=prompt,
+        run=None if out is None else Path(out),
+        steps=result.state.step,
+        seconds=time.monotonic() - began,
+        best_step=result.state.best_step,
+        metrics=result.state.best,
+        scores=result.scores,
+        settings=prepared.config,
+    )
+
+
+def _train(
+    model: FrozenModel,
+    prepared: PreparedRun,
+    folder: RunFolder | None,
+    callback: Callback,
+    checkpoint: Checkpoint | None,
+    processes: Processes,
+) -> TrainResult:
+    """Take all steps, and log them."""
+    step = checkpoint.state.step if checkpoint else 0
+    with ExitStack() as stack:
+        run_log = None
+        if folder is not None:
+            run_log = folder.open_log(step, prepared.config.tensorboard)
+            stack.callback(run_log.close)
         callback.begin(prepared, step)
-        try:
-            with reproducible(prepared.config.threads), stop_together():
-                found = PromptTrainer(model, prepared, run, callback, state, processes).run()
-        finally:
-            callback.end()
-            run.close_board()
-        made = SoftPrompt(found.weights["prompt"], _record(model, prepared, found, identity))
-        run.write_prompt(made)
-        if found.scores is not None:
-            run.write_predictions(found.scores.predictions())
-        processes.broadcast(b"written")  # what a process does with the result, it finds the files there
-    seconds = time.monotonic() - began
-    place, progress = run.path if out is not None else None, found.progress
-    best = progress.best_step, progress.best, found.scores
-    return TuneResult(made, place, progress.step, seconds, *best, prepared.config)
+        stack.callback(callback.end)
+        stack.enter_context(reproducible(prepared.config.threads))
+        if processes.count > 1:
+            stack.enter_context(stop_together())
+        return PromptTrainer(model, prepared, run_log, callback, checkpoint, processes).run()
 
 
-def _prepared(
+def _choose_and_prepare(
     data: PreparedData,
     config: TuneConfig,
     identity: dict[str, str],
     callback: Callback,
     throughput: Throughput | None,
 ) -> PreparedRun:
-    """Make the plan: a thorough run searches first, and one that has so many minutes counts how many steps fit."""
-    began, reasons, processes = time.monotonic(), {}, data.processes
+    """Prepare the run: with `max_minutes` for as many steps as fit, with a thorough budget after a search."""
+    began, seconds, processes = time.monotonic(), 60 * (config.max_minutes or 0), data.processes
+    reasons: dict[str, str] = {}
     with reproducible(config.threads):
-        seconds, most = 60 * (config.max_minutes or 0), None
+        most = None
         if not seconds:
             throughput = None
         else:
             pilot = sync.broadcast_plan(processes, prepare_run(data, config), identity)
             most = most_steps(pilot, config)
-            throughput = throughput or measure_throughput(
-                PromptTrainer(data.model, pilot, processes=processes), seconds
-            )
+            if throughput is None:
+                throughput = measure_throughput(PromptTrainer(data.model, pilot, processes=processes), seconds)
         if config.budget == "thorough":
-            # The search takes shares of the steps that there will be.
-            steps = (
-                throughput.fit_to_budget(seconds, most, config.eval_every)["max_steps"]
-                if throughput
-                else config.max_steps
-            )
-            chosen, why = {}, why_not_search(config, data.data.task, throughput.evaluation if throughput else 0.0)
-            if why is None:
-                chosen = search(data, config.model_copy(update={"max_steps": steps}), callback)
-            else:
-                warnings.warn(f"no search: {why}", stacklevel=3)
-            chosen = json.loads(processes.broadcast(json.dumps(chosen).encode()))
+            steps = config.max_steps
+            if throughput:  # the search takes shares of the steps that there will be
+                steps = throughput.fit_to_budget(seconds, most, config.eval_every)["max_steps"]
+            evaluation = throughput.evaluation if throughput else 0.0
+            chosen = _search(data, config.model_copy(update={"max_steps": steps}), evaluation, callback)
             config = config.model_copy(update=chosen)
             reasons = dict.fromkeys(chosen, "best of the search")
         if throughput:
-            fit_to_budget = throughput.fit_to_budget(seconds - (time.monotonic() - began), most, config.eval_every)
+            fitting = throughput.fit_to_budget(seconds - (time.monotonic() - began), most, config.eval_every)
             if config.eval_every is not None:
-                del fit_to_budget["eval_every"]
-            if fit_to_budget["max_steps"] == most and "eval_rows" not in fit_to_budget:
-                del fit_to_budget["max_steps"]
-            config = config.model_copy(update=json.loads(processes.broadcast(json.dumps(fit_to_budget).encode())))
-            reasons |= dict.fromkeys(fit_to_budget, f"{config.max_minutes:.3g} minutes")
+                del fitting["eval_every"]
+            if fitting["max_steps"] == most and "eval_rows" not in fitting:
+                del fitting["max_steps"]
+            config = config.model_copy(update=json.loads(processes.broadcast(json.dumps(fitting).encode())))
+            reasons |= dict.fromkeys(fitting, f"{config.max_minutes:.3g} minutes")
     prepared = prepare_run(data, config)
     return replace(prepared, reasons={**prepared.reasons, **reasons})
 
 
-def throughput_of(model: FrozenModel, data: Rows, config: TuneConfig, eval_data: Rows | None) -> Throughput:
-    """Return how long steps and evaluations of a run of `max_minutes` take, for several like it."""
-    assert config.max_minutes
-    with reproducible(config.threads):
-        trainer = PromptTrainer(model, prepare_run(prepare_data(model, data, config, eval_data), config))
-        return measure_throughput(trainer, 60 * config.max_minutes)
-
-
-@contextmanager
-def reproducible(threads: int | None) -> Iterator[None]:
-    """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cores = torch.get_num_threads()
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_num_threads(threads or cores)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
-        torch.set_num_threads(cores)
+def _search(data: PreparedData, config: TuneConfig, evaluation: float, callback: Callback) -> dict[str, Any]:
+    """Return the settings that a search chooses, the same in all processes; an evaluation takes so many seconds."""
+    why_not = why_not_search(config, data.data.task, evaluation)
+    if why_not is not None:
+        warnings.warn(f"no search: {why_not}", stacklevel=4)
+    chosen = search(data, config, callback) if why_not is None else {}
+    shared: dict[str, Any] = json.loads(data.processes.broadcast(json.dumps(chosen).encode()))
+    return shared
 
 
 def data_hashes(data: Rows, eval_data: Rows | None) -> dict[str, str]:
@@ -226,19 +227,19 @@ def identity_of(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[
     }
 
 
-def _record(model: FrozenModel, prepared: PreparedRun, found: TrainResult, identity: dict[str, str]) -> Record:
+def _record(model: FrozenModel, prepared: PreparedRun, result: TrainResult, identity: dict[str, str]) -> Record:
     return Record.of(
         model,
         prepared.encoder.format,
         prepared.encoder.max_length,
-        label_bias=found.label_bias,
+        label_bias=result.label_bias,
         training={
             "settings": prepared.config.model_dump(),
-            "steps": found.progress.step,
-            "best_step": found.progress.best_step,
+            "steps": result.state.step,
+            "best_step": result.state.best_step,
             "train_rows": len(prepared.train),
             "validation_rows": len(prepared.validation) if prepared.validation is not None else 0,
         },
-        metrics=found.progress.best,
+        metrics=result.state.best,
         data={name: identity[name] for name in ("training_data", "validation_data")},
     )

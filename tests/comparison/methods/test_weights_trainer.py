@@ -58,7 +58,7 @@ def test_gradients_are_those_of_peft_and_transformers(
         plain = dict(reference.named_parameters())
     with learning(frozen(architecture), method, 3) as model:
         trainer = loop_of(model, reviews, loss=loss_of)
-        for name, parameter in trainer.learned.items():  # away from zero, where LoRA's second factors start
+        for name, parameter in trainer.parameters.items():  # away from zero, where LoRA's second factors start
             parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
             plain[name].data.copy_(parameter.data)
         batch = [trainer.prepared.examples[i] for i in batch_indices(len(trainer.prepared.examples), 6, 0, 0)]
@@ -75,8 +75,8 @@ def test_gradients_are_those_of_peft_and_transformers(
         expected.backward()
         assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
         learned = {name for name, p in plain.items() if p.requires_grad}
-        assert learned == set(trainer.learned)
-        for name, parameter in trainer.learned.items():
+        assert learned == set(trainer.parameters)
+        for name, parameter in trainer.parameters.items():
             wanted = plain[name].grad
             if wanted is None:
                 assert parameter.grad is None
@@ -94,7 +94,7 @@ def test_it_learns_and_the_model_is_as_it_was(llama: FrozenModel, method: str, r
         found = trainer.run()
         assert found.scores is not None
         assert found.scores.loss() < first.loss() - 0.3
-        assert found.progress.best == found.scores.values()
+        assert found.state.best == found.scores.values()
         assert trainer.evaluate(found.weights).loss() == pytest.approx(found.scores.loss())
     assert weights_hash(llama) == before
     assert set(llama.hf_model.state_dict()) == names
@@ -121,12 +121,12 @@ def test_where_memory_runs_out_less_is_run_at_once(
         trainer = loop_of(model, reviews, max_steps=1)
         batch = [trainer.prepared.examples[i] for i in range(6)]
         loss = trainer.gradient(batch)
-        expected = {name: p.grad.clone() for name, p in trainer.learned.items() if p.grad is not None}
+        expected = {name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None}
         monkeypatch.setattr(FrozenModel, "loss", little_memory)
         assert trainer.gradient(batch) == pytest.approx(loss, rel=1e-5)
-        assert trainer.progress.micro_batch_tokens == 20
+        assert trainer.state.micro_batch_tokens == 20
         for name, gradient in expected.items():
-            torch.testing.assert_close(trainer.learned[name].grad, gradient, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(trainer.parameters[name].grad, gradient, rtol=1e-3, atol=1e-6)
         monkeypatch.setattr(FrozenModel, "loss", broken)
         with pytest.raises(RunError, match="out of memory at one row"):
             trainer.gradient(batch)
@@ -191,5 +191,5 @@ def test_a_weight_that_text_does_not_come_by_has_no_moments(reviews: Path) -> No
     model.hf_model.register_parameter("for_images", torch.nn.Parameter(torch.zeros(3)))
     trainer = loop_of(model, reviews)
     trainer.run()
-    assert "learned.for_images" in trainer._state().tensors
-    assert "exp_avg.for_images" not in trainer._state().tensors
+    assert "learned.for_images" in trainer._checkpoint().tensors
+    assert "exp_avg.for_images" not in trainer._checkpoint().tensors

@@ -14,8 +14,8 @@ from softprompt.data.batching import batch_indices
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun, most_steps
 from softprompt.training.search import FACTORS
-from softprompt.training.trainer import Throughput, Trainer, Weights, measure_throughput
-from softprompt.training.tune import reproducible
+from softprompt.training.throughput import Throughput, measure_throughput
+from softprompt.training.trainer import Trainer, Weights, reproducible
 
 _SHARE = 0.1  # of the budget, for each learning rate that is tried
 _FEWEST = 20  # steps per learning rate; after fewer, a low one seems better than it is
@@ -99,9 +99,9 @@ class Trained(Method):
             finally:
                 curve.end()
         self._predictor = self.predictor(outcome.weights, outcome.label_bias)
-        tokens += _count_tokens(self._prepared, outcome.progress.step)
-        parameters = sum(parameter.numel() for parameter in trainer.learned.values())
-        settings = {**self.used_settings(), "search": bool(search_steps), "best_step": outcome.progress.best_step}
+        tokens += _count_tokens(self._prepared, outcome.state.step)
+        parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
+        settings = {**self.used_settings(), "search": bool(search_steps), "best_step": outcome.state.best_step}
         settings["prior_matching"] = bool(outcome.label_bias)
         return FitResult(self._predictor, parameters, effort, tokens, settings, curve.points)
 
@@ -130,7 +130,7 @@ class Trained(Method):
         assert usual
         for number, factor in enumerate(FACTORS):
             config = prepared.config.model_copy(update={"learning_rate": usual * factor})
-            loss = self.trainer(replace(prepared, config=config)).tried(steps)
+            loss = self.trainer(replace(prepared, config=config)).loss_after(steps)
             self.callback.candidate({"learning_rate": config.learning_rate}, steps, loss)
             found.append((loss, number))
         return usual * FACTORS[min(found)[1]]

@@ -26,7 +26,6 @@ from softprompt.model.prefix import Prefix
 from softprompt.prompt.soft_prompt import BasePrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun
-from softprompt.training.run_folder import NOWHERE
 from softprompt.training.trainer import MicroBatchesByRank, Trainer, Weights
 
 if TYPE_CHECKING:
@@ -103,16 +102,16 @@ class WeightsTrainer(Trainer):
 
     def __init__(self, model: FrozenModel, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> None:
         learned = {name: p for name, p in model.hf_model.named_parameters() if p.requires_grad}
-        super().__init__(model, prepared, NOWHERE, callback, learned)
+        super().__init__(model, prepared, learned, callback=callback)
 
     def weights(self) -> Weights:
         """Return a copy of the trained weights."""
-        return {name: parameter.detach().clone() for name, parameter in self.learned.items()}
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
         """Copy weights into the model."""
-        for name, parameter in self.learned.items():
+        for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
@@ -135,7 +134,7 @@ class WeightsTrainer(Trainer):
                 loss = self.prepared.objective.loss(self.model, Prefix(), micro_batch, activation_checkpointing).sum()
                 loss.backward()
                 total += float(loss.detach())
-        for parameter in self.learned.values():
+        for parameter in self.parameters.values():
             if parameter.grad is not None:
                 parameter.grad /= targets
         return total / targets
