@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from softprompt.config import MANY_LABELS, TuneConfig
+from softprompt.config import MANY_LABELS, PROMPT, TuneConfig
 from softprompt.data.batching import indices_seen
 from softprompt.data.chat import dated
 from softprompt.data.encoder import Encoder
@@ -87,7 +87,7 @@ class PreparedData:
         """
         verbalizers = None if config.verbalizers is None else tuple(config.verbalizers.items())
         given = config.template, config.chat_template, config.chat_date, verbalizers
-        return self._format(split, *given, config.init)
+        return self._format(split, *given, config.init if config.init.startswith(PROMPT) else "")
 
     def start(self, config: TuneConfig, split: Split, form: ResolvedFormat, rows_seen: int) -> Start:
         """Return the prompt before the first step of a run that takes so many training rows.

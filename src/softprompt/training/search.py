@@ -110,7 +110,7 @@ def successive_halving(
     Args:
         candidates: one or more; of several that score the same, the first is preferred.
         rungs: what a score may take, rising from rung to rung.
-        score: the higher the better; None where there is no time left: the best of those before it is returned.
+        score: the higher the better; None where there is no time left: then the best one so far is returned.
         keep: the share that is left after a rung, rounded up.
     """
     for rung in rungs:
@@ -120,9 +120,10 @@ def successive_halving(
             if found is None:
                 break
             scores.append((found, candidate))
-        scores.sort(key=lambda scored: scored[0], reverse=True)
-        left = math.ceil(keep * len(scores)) if len(scores) == len(candidates) else 1
-        candidates = [candidate for _, candidate in scores[:left]]
+        ranked = [candidate for _, candidate in sorted(scores, key=lambda scored: scored[0], reverse=True)]
+        if len(scores) < len(candidates):
+            return ranked[0] if ranked else candidates[0]
+        candidates = ranked[: math.ceil(keep * len(ranked))]
     return candidates[0]
 
 

@@ -24,6 +24,7 @@ from softprompt.evaluation.scorer import scoring_micro_batch_tokens
 from softprompt.evaluation.scores import LabelScores, Scores, add_label_bias
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import BasePrompt
+from softprompt.training.search import successive_halving
 
 SIZES = (1, 2, 4, 8, 16)
 _WIDTHS = (16, 4, 1)  # candidates of a round: the best quarter goes on, each to four times the rows
@@ -157,16 +158,14 @@ def _round(scorer: _Scorer, forms: list[Format], order: list[int]) -> Trial:
         order: of the validation rows; the first of them score many candidates.
     """
     every = len(order)
-    while len(forms) > 1:
-        rows = scorer.validation.pick(order[: math.ceil(every / len(forms))])
-        trials: list[Trial] = []
-        for form in forms:
-            if trials and not scorer.budget.allows(len(rows) + every):
-                break  # scoring took longer than predicted; the rest of the budget is for the best so far
-            trials.append(scorer.trial(form, rows))
-        left = len(forms) // 4 if len(trials) == len(forms) else 1
-        forms = [trial.format for trial in sorted(trials, key=lambda trial: trial.score, reverse=True)[:left]]
-    return scorer.trial(forms[0], scorer.validation)
+
+    def score(form: Format, width: int) -> tuple[float, float] | None:
+        rows = scorer.validation.pick(order[: math.ceil(every / width)])
+        # Scoring may take longer than predicted; the rest of the budget is for the best so far.
+        return scorer.trial(form, rows).score if scorer.budget.allows(len(rows) + every) else None
+
+    widths = [width for width in _WIDTHS if 1 < width <= len(forms)]
+    return scorer.trial(successive_halving(forms, widths, score, keep=1 / 4), scorer.validation)
 
 
 def _sample_demonstrations(

@@ -13,7 +13,7 @@ from softprompt.comparison.results import Point
 from softprompt.data.batching import batch_indices
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun, most_steps
-from softprompt.training.search import FACTORS
+from softprompt.training.search import FACTORS, successive_halving
 from softprompt.training.throughput import Throughput, measure_throughput
 from softprompt.training.trainer import Trainer, Weights, reproducible
 
@@ -126,14 +126,16 @@ class Trained(Method):
 
     def _search_rate(self, prepared: PreparedRun, steps: int) -> float:
         """Return the learning rate with the lowest validation loss after the first steps of a run."""
-        usual, found = prepared.config.learning_rate, []
+        usual = prepared.config.learning_rate
         assert usual
-        for number, factor in enumerate(FACTORS):
+
+        def score(factor: float, steps: int) -> float:
             config = prepared.config.model_copy(update={"learning_rate": usual * factor})
             loss = self.trainer(replace(prepared, config=config)).loss_after(steps)
             self.callback.candidate({"learning_rate": config.learning_rate}, steps, loss)
-            found.append((loss, number))
-        return usual * FACTORS[min(found)[1]]
+            return -loss
+
+        return usual * successive_halving(FACTORS, [steps], score)
 
 
 def _count_tokens(prepared: PreparedRun, steps: int) -> int:
