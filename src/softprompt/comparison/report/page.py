@@ -82,8 +82,8 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
         undefined=StrictUndefined,
     )
     environment.filters.update(cut=_cut, code=_code, words=_words, cell=_cell)
-    drawn = _plots(summaries, {line.title: line.cells for group in groups for line in group.lines})
-    write_text(folder / PAGE, environment.get_template(PAGE).render(view, plots=drawn))
+    page_plots = _plots(summaries, {line.title: line.cells for group in groups for line in group.lines})
+    write_text(folder / PAGE, environment.get_template(PAGE).render(view, plots=page_plots))
     write_text(folder / MARKDOWN, environment.get_template(MARKDOWN).render(view))
     title = f"{_cut(data, _LONGEST_NAME)} on {_cut(base_model, _LONGEST_NAME)}"
     plots.write_png(folder / PICTURE, summaries, title, _cut(measured.summary, 3 * _LONGEST_NAME))
@@ -96,7 +96,7 @@ class _Plot:
 
     title: str
     note: str
-    drawn: Markup
+    svg: Markup
 
 
 def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell]]) -> list[_Plot]:
@@ -111,8 +111,8 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
         title: str, note: str, draw: plots.Draw, words: str, height: int, of: Sequence[MethodSummary] = ()
     ) -> _Plot:
         legend = 20 * ((len(of) + 1) // 2)
-        drawn = plots.svg(draw, of or summaries, f"{title}. {words}", height + legend, legend=bool(of))
-        return _Plot(title, note, Markup(drawn))  # noqa: S704
+        svg = plots.svg(draw, of or summaries, f"{title}. {words}", height + legend, legend=bool(of))
+        return _Plot(title, note, Markup(svg))  # noqa: S704
 
     def bars(title: str, note: str, draw: plots.Draw) -> _Plot:
         return plot(title, note, draw, said(title), low)
@@ -120,7 +120,7 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
     figures = said(metric_title(summaries[0].primary))
     against = f"{figures}. {PARAMETERS}: {said(PARAMETERS)}"
     up = "Better methods are higher, smaller ones further left."
-    drawn = [
+    found = [
         plot("Quality", "Test rows, 95 % intervals.", plots.draw_quality, figures, tall),
         plot("Quality and trainable parameters", up, plots.draw_parameters, against, _HEIGHT, summaries),
     ]
@@ -128,9 +128,9 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
     if name is not None:
         words = f"Validation {metric_name(name)} against time, for {', '.join(s.kind.title for s in learned)}"
         note = "Validation rows, one line per seed."
-        drawn.append(plot("Learning curves", note, plots.draw_curves, words, _HEIGHT, learned))
+        found.append(plot("Learning curves", note, plots.draw_curves, words, _HEIGHT, learned))
     return [
-        *drawn,
+        *found,
         bars(TRAINING, "Everything before the first prediction.", plots.draw_time),
         bars(MEMORY, "While training or choosing.", plots.draw_memory),
         bars(PREDICTION, "Per test row.", plots.draw_prediction),

@@ -128,28 +128,28 @@ def _why(
 ) -> str:
     others = [s for s in summaries if s is not best]
     tied = [s for s in alike if s is not best]
-    leads = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
+    first = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
     following = second(summaries)
     if following is None or following.to_best is None:
-        return f"{leads} No other method's {_name(best)} is a finite number."
+        return f"{first} No other method's {_name(best)} is a finite number."
     after = (
         f"{following.kind.phrase}, {'the second best, ' if len(others) > 1 else 'the other one, '}is "
         f"{_behind(following, following.to_best)}"
     )
     if not tied and following.tied:
-        return f"{leads} The others have no right answer; {after}, an interval that contains 0."
+        return f"{first} The others have no right answer; {after}, an interval that contains 0."
     if not tied:
-        return f"{leads} It is significantly better: {after}."
+        return f"{first} It is significantly better: {after}."
     whole = len(tied) == len(others) > 1
     if whole:
-        told = "No method is significantly different"
+        comparison = "No method is significantly different"
     else:
-        told = f"{_start(_and(tied))} {'is' if len(tied) == 1 else 'are'} not significantly different"
+        comparison = f"{_start(_and(tied))} {'is' if len(tied) == 1 else 'are'} not significantly different"
     if chosen is best:
-        return f"{leads} {told} on these {_scored(best)}, and it is the cheapest of them; {after}."
+        return f"{first} {comparison} on these {_scored(best)}, and it is the cheapest of them; {after}."
     assert chosen.to_best is not None
     return (
-        f"{leads} {told} on these {_scored(best)}; of all these, {chosen.kind.phrase} is the cheapest. With "
+        f"{first} {comparison} on these {_scored(best)}; of all these, {chosen.kind.phrase} is the cheapest. With "
         f"{_figure(chosen)} it is {_behind(chosen, chosen.to_best)}, an interval that contains 0."
     )
 
