@@ -8,7 +8,7 @@ import numpy as np
 
 from origins import Runs
 from softprompt.comparison.results import Result
-from softprompt.evaluation.primary_metric import statistic
+from softprompt.evaluation.primary_metric import compute_metric
 
 _RESAMPLES = 2000
 
@@ -22,7 +22,9 @@ def _points(results: Sequence[Result]) -> Callable[[np.ndarray | slice], float]:
     """Return a function that computes the figure from row indices."""
     metric, statistics = results[0].ranking, [np.array(r.statistics) for r in results]
     scale = 100.0 if metric == "accuracy" else 1.0
-    return lambda drawn: scale * float(np.mean([statistic(metric, rows[drawn].sum(axis=0)) for rows in statistics]))
+    return lambda drawn: (
+        scale * float(np.mean([compute_metric(metric, rows[drawn].sum(axis=0)) for rows in statistics]))
+    )
 
 
 def differences(runs: Runs, first: str, second: str, sets: Sequence[str]) -> tuple[float, float, float, list[str]]:

@@ -29,7 +29,7 @@ from softprompt.data.example import Example
 from softprompt.data.rows import Rows, load_data
 from softprompt.errors import DataError, InputError, ModelError, RunError, SettingsError, StorageError
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.evaluation.primary_metric import statistic
+from softprompt.evaluation.primary_metric import compute_metric
 from softprompt.evaluation.scores import LabelScores
 from softprompt.model.frozen import FrozenModel
 from softprompt.training.search import FACTORS
@@ -69,7 +69,7 @@ def test_compare_scores_every_method_on_the_same_rows_and_saves_it(compared: tup
         assert read_result(folder / "results" / f"{result.method}-0.json") == result
         right = [row["label"] == p for row, p in zip(rows, result.predictions, strict=True)]
         assert result.primary.value == pytest.approx(np.mean(right))
-        assert statistic("accuracy", np.array(result.statistics).sum(axis=0)) == pytest.approx(np.mean(right))
+        assert compute_metric("accuracy", np.array(result.statistics).sum(axis=0)) == pytest.approx(np.mean(right))
     assert "<svg" in (folder / "report.html").read_text()
     assert (folder / "report.md").exists()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -246,7 +246,7 @@ def test_completions_are_ranked_by_what_can_tell_them_apart(
     (result,) = done.results
     assert result.ranked_by == metric
     assert result.primary == result.metrics[metric]
-    assert statistic(metric, np.array(result.statistics).sum(axis=0)) == pytest.approx(result.primary.value)
+    assert compute_metric(metric, np.array(result.statistics).sum(axis=0)) == pytest.approx(result.primary.value)
     # A comparison of before, which was ranked by BLEU, goes on; what is there is judged as what comes.
     file = out / "results" / "zero-shot-0.json"
     record = json.loads(file.read_text(encoding="utf-8"))
@@ -267,7 +267,7 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
     done = compare(llama, rows, methods=USUAL, out=tmp_path / "out", config=settings(), equal="examples")
     for result in done.results:
         sums = np.array(result.statistics).sum(axis=0)
-        assert statistic(result.ranking, sums) == pytest.approx(result.primary.value, rel=1e-6)
+        assert compute_metric(result.ranking, sums) == pytest.approx(result.primary.value, rel=1e-6)
     assert len({len(r.statistics) for r in done.results}) == 1
 
 

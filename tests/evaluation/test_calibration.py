@@ -19,8 +19,8 @@ from softprompt.errors import PromptError, SettingsError
 from softprompt.evaluation.calibration import (
     CalibratedScorer,
     CalibratedScores,
-    clearly_better,
     content_free,
+    is_clearly_better,
     make_scorer,
     prior_matching,
 )
@@ -234,8 +234,8 @@ def test_label_bias_is_used_where_clearly_more_rows_are_right() -> None:
         return scores_of(after, ["a", "b"]), scores_of(before, ["a", "b"])
 
     # McNemar's statistic, (won - lost)² / (won + lost), has to be more than 1.
-    assert [clearly_better(*scores(won, 0)) for won in (0, 1, 2)] == [False, False, True]
-    assert [clearly_better(*scores(won, 3)) for won in (2, 3, 5, 6, 7)] == [False, False, False, False, True]
+    assert [is_clearly_better(*scores(won, 0)) for won in (0, 1, 2)] == [False, False, True]
+    assert [is_clearly_better(*scores(won, 3)) for won in (2, 3, 5, 6, 7)] == [False, False, False, False, True]
 
 
 MANY = [f"team_{name}" for name in "abcdefghijkl"]

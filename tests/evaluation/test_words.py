@@ -11,7 +11,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from softprompt.evaluation.completions import Completions
 from softprompt.evaluation.intervals import Metric
-from softprompt.evaluation.primary_metric import ranking_metric, statistic
+from softprompt.evaluation.primary_metric import compute_metric, ranking_metric
 
 BEST = {"exact_match": 1, "bleu": 100, "chrf": 100, "rouge_l": 1}
 TEXTS = {
@@ -190,4 +190,4 @@ def test_the_statistics_add_up_to_the_ranking_metric(right: list[str]) -> None:
         found = Completions(written, [[text, "or this"] for text in right], [0, 1])
         sums = np.array(found.statistics()).sum(axis=0)
         figure: Metric = found.metrics()[found.ranked_by]
-        assert statistic(found.ranked_by, sums) == pytest.approx(figure.value)
+        assert compute_metric(found.ranked_by, sums) == pytest.approx(figure.value)

@@ -14,7 +14,7 @@ from softprompt.data.rows import Rows, Task
 from softprompt.data.templates import Format
 from softprompt.errors import InputError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
-from softprompt.evaluation.primary_metric import PRIMARY, lower_is_better, statistic
+from softprompt.evaluation.primary_metric import PRIMARY, compute_metric, lower_is_better
 from softprompt.evaluation.scores import Confusion
 from softprompt.old_names import current_method
 from softprompt.storage import write_text
@@ -88,7 +88,7 @@ class Result(_Record):
         ranked_by: the metric that methods are ranked by (`ranking_metric`). Old files do not name one; theirs is
             `PRIMARY`.
         statistics: `[N, …]` per test row (per distinct input of a completion task): the sums that the ranking metric
-            is computed from, see `statistic`.
+            is computed from, see `compute_metric`.
         costs: what it took.
         curve: the learning curve; empty for prompt engineering.
         environment: versions and machine.
@@ -225,4 +225,4 @@ def _mean_over_seeds(results: Sequence[Result]) -> Callable[[NDArray[np.int64]],
     """Return what computes a method's primary metric from row indices."""
     statistics = [np.array(result.statistics) for result in results]
     metric = results[0].ranking
-    return lambda rows: float(np.mean([statistic(metric, of_seed[rows].sum(axis=0)) for of_seed in statistics]))
+    return lambda rows: float(np.mean([compute_metric(metric, of_seed[rows].sum(axis=0)) for of_seed in statistics]))

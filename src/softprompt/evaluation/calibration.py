@@ -136,10 +136,10 @@ def fit_label_bias(plain: LabelScores, train: Rows) -> tuple[LabelScores, dict[s
     """
     label_bias = prior_matching(plain, train)
     biased = add_label_bias(plain, label_bias)
-    return (biased, label_bias) if clearly_better(biased, plain) else (plain, {})
+    return (biased, label_bias) if is_clearly_better(biased, plain) else (plain, {})
 
 
-def clearly_better(scores: LabelScores, than: LabelScores) -> bool:
+def is_clearly_better(scores: LabelScores, than: LabelScores) -> bool:
     """Tell whether more rows are right, by more than one standard error of the difference (McNemar 1947)."""
     change = (scores.predicted == scores.gold).astype(int) - (than.predicted == than.gold)
     return bool(change.sum() > np.sqrt(np.abs(change).sum()))

@@ -19,7 +19,7 @@ from softprompt.data.templates import Format
 from softprompt.decoding import continue_ids
 from softprompt.errors import DataError
 from softprompt.evaluation.intervals import Metric, bootstrap, proportion
-from softprompt.evaluation.primary_metric import bleu, chrf, ranking_metric, statistic
+from softprompt.evaluation.primary_metric import bleu, chrf, compute_metric, ranking_metric
 from softprompt.evaluation.words import Words
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import AnyPrompt
@@ -58,7 +58,7 @@ class Completions:
         return ranking_metric("completion", self._right)
 
     def statistics(self) -> list[list[float]]:
-        """Return what `ranked_by` is computed from, for each distinct input, see `statistic`."""
+        """Return what `ranked_by` is computed from, for each distinct input, see `compute_metric`."""
         statistics: list[list[float]] = self._statistics(self.ranked_by).tolist()
         return statistics
 
@@ -71,7 +71,7 @@ class Completions:
         return Words(self._right)
 
     def _statistics(self, metric: str) -> NDArray[np.float64]:
-        """Return what a metric is computed from, for each distinct input, `[N, …]`, see `statistic`."""
+        """Return what a metric is computed from, for each distinct input, `[N, …]`, see `compute_metric`."""
         if metric == "exact_match":
             pairs = zip(self.outputs, self.references, strict=True)
             return np.array([[float(output in right), 1.0] for output, right in pairs])
@@ -89,7 +89,7 @@ class Completions:
         sacrebleu's own bootstrap gives a symmetric half-width only, so its statistics are summed here.
         """
         statistics = self._statistics(metric)
-        return bootstrap(lambda chosen: statistic(metric, statistics[chosen].sum(axis=0)), len(self.outputs))
+        return bootstrap(lambda chosen: compute_metric(metric, statistics[chosen].sum(axis=0)), len(self.outputs))
 
     @cached_property
     def _rouge_l(self) -> NDArray[np.float64]:

@@ -217,5 +217,5 @@ class ScoredRows:
         return [scores.labels[best] for best in scores.predicted] if isinstance(scores, LabelScores) else []
 
     def statistics(self) -> list[list[float]]:
-        """Return what the primary metric is computed from, for each row or distinct input, see `statistic`."""
+        """Return what the primary metric is computed from, for each row or distinct input, see `compute_metric`."""
         return self.completions.statistics() if self.completions else self.scores.statistics()

@@ -71,7 +71,7 @@ def chrf() -> CHRF:
     return CHRF()
 
 
-def statistic(metric: str, sums: NDArray[np.float64]) -> float:
+def compute_metric(metric: str, sums: NDArray[np.float64]) -> float:
     """Return a metric from its statistics, summed over rows.
 
     Accuracy and exact match have `[right, 1]` for each row, the loss `[nats, tokens]`. BLEU and chrF have sacrebleu's:

@@ -51,7 +51,7 @@ class Scores(ABC):
 
     @abstractmethod
     def statistics(self) -> list[list[float]]:
-        """Return for each row the two sums that the task's primary metric divides, see `statistic`."""
+        """Return for each row the two sums that the task's primary metric divides, see `compute_metric`."""
 
     def better_than(self, other: Scores) -> bool:
         """Tell whether the loss is lower; accuracy on few rows varies more than prompts differ."""
