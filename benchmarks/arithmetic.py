@@ -1,4 +1,4 @@
-"""The arithmetic that a step needs, counted, and the time that its matrix products alone take."""
+"""The floating-point operations of a step, and the time of its matrix products alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAYERS_TIMED = 4
 
 
 def linears(model: sp.FrozenModel) -> list[torch.Tensor]:
-    """Return the weights `[out, in]` of all layers' matrix products, the output head's not among them."""
+    """Return the weights `[out, in]` of all layers' matrix products, without the output head."""
     head = model.hf_model.get_output_embeddings()
     return [m.weight for m in model.hf_model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
@@ -48,27 +48,27 @@ def head(model: sp.FrozenModel, rows: float) -> float:
 
 
 def text_tokens(prepared: PreparedRun, batch: Sequence[Example]) -> list[int]:
-    """Return how many tokens of each text have to be run behind the prefix: not its last one."""
+    """Return the number of tokens of each text behind the prefix; its last one is not run."""
     return [max(len(e.ids) - len(prepared.shared_text_ids) - 1, 1) for e in batch]
 
 
 def needed(model: sp.FrozenModel, prepared: PreparedRun, batch: Sequence[Example]) -> tuple[float, float, float]:
-    """Return the operations that a step needs: of the prompt's one pass, of the true text, of the target logits."""
-    ahead = len(prepared.start) + len(prepared.shared_text_ids)
-    prompt = body(model, ahead, ahead * (ahead + 1) / 2)
-    text = sum(body(model, t, t * ahead + t * (t + 1) / 2) for t in text_tokens(prepared, batch))
+    """Return the operations of a step: one pass of the prompt, the text without padding, and the target logits."""
+    prefix_len = len(prepared.start) + len(prepared.shared_text_ids)
+    prompt = body(model, prefix_len, prefix_len * (prefix_len + 1) / 2)
+    text = sum(body(model, t, t * prefix_len + t * (t + 1) / 2) for t in text_tokens(prepared, batch))
     return prompt, text, head(model, sum(e.targets for e in batch))
 
 
 def bound(model: sp.FrozenModel, prepared: PreparedRun, batch: Sequence[Example]) -> float:
-    """Return how many times the needed operations PEFT does: prompt and padding in every row, and all logits."""
+    """Return PEFT's operations (prompt and padding in every row, all logits) divided by ours."""
     length = len(prepared.start) + max(len(e.ids) for e in batch)
     everything = body(model, len(batch) * length, len(batch) * length**2) + head(model, len(batch) * length)
     return everything / sum(needed(model, prepared, batch))
 
 
 def needed_seconds(model: sp.FrozenModel, prepared: PreparedRun, batch: Sequence[Example]) -> float:
-    """Return the time that the needed operations take at the rate of the matrix products they consist of."""
+    """Return the time of the operations at the measured rate of their matrix products."""
     prompt, text, logits = needed(model, prepared, batch)
     assert prepared.config.micro_batch_tokens
     parts = micro_batches(batch, prepared.config.micro_batch_tokens, len(prepared.shared_text_ids), model.backend.pads)
@@ -84,11 +84,11 @@ def needed_seconds(model: sp.FrozenModel, prepared: PreparedRun, batch: Sequence
 
 @torch.no_grad()
 def rate(weights: Sequence[torch.Tensor], rows: int) -> float:
-    """Return operations per second of products with weights `[out, in]`, forward and backward, of so many rows."""
+    """Return operations per second of products with weights `[out, in]`, forward and backward, for a number of rows."""
     rows = max(1, rows)
     inputs = {n: torch.randn(rows, n).to(weights[0]) for n in Counter(n for w in weights for n in w.shape)}
     best = float("inf")
-    with faster_matmuls():  # in the library that our side takes: the faster one
+    with faster_matmuls():  # in the faster library, as in our side
         for _ in range(2):
             began = time.perf_counter()
             for weight in weights:

@@ -1,10 +1,10 @@
-"""Whether `torch.compile` pays: a step with compiled layers, its warm-up counted, next to a step without.
+"""The effect of `torch.compile`: a step with compiled layers, its warm-up included, and a step without.
 
     python benchmarks/compiled.py --data FOLDER
 
-It does not: the compiler takes each layer for another function (attention knows its layer's number), compiles the
+It does not help: the compiler takes each layer for another function (attention knows its layer's number), compiles the
 first eight and leaves the rest; with `torch._dynamo.config.recompile_limit = 100`, twelve steps were not done after
-580 s, when a whole run takes 200 to 300 s. So it is off, and this file keeps the figure.
+580 s, when a whole run takes 200 to 300 s. So it is off; this file records the figure.
 
 SmolLM2-135M, batches of 16 rows of SST-2 and 20 virtual tokens, as `softprompt tune` takes them. Every decoder layer is
 compiled for sizes that change, as the lengths of a step's texts do. Both run with PyTorch's own matrix products, since

@@ -1,8 +1,8 @@
-"""What the default settings rest on: prompts tuned with other settings, scored on rows that played no part.
+"""The evidence for the default settings: prompts tuned with other settings, scored on rows that were not used.
 
-Every variant is one run, kept in a folder below `runs/defaults` and resumed if it was stopped there. Its result is
-appended to `results/defaults.jsonl`, and a variant that is there is not run again, so this can be stopped at any time.
-`results/defaults.md` is the table of what is there.
+Every variant is one run in a folder below `runs/defaults`, resumed if it was stopped. Its result is appended to
+`results/defaults.jsonl`, and existing results are not computed again, so the program can be stopped at any time.
+`results/defaults.md` is their table.
 
     python benchmarks/defaults.py support                   # the demo's messages
     python benchmarks/defaults.py --data FOLDER             # all cases
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 class Case:
     """A task: where its rows come from, the settings that are compared on it, by name, and its metric.
 
-    The rows are those to learn from, to score, and to choose the best prompt on (None: held back from the first).
+    The rows are training, test and validation rows (None: a part of the training rows).
     """
 
     rows: Callable[[Path], tuple[sp.Rows, sp.Rows, sp.Rows | None]]
@@ -151,7 +151,7 @@ def base(dtype: str) -> sp.FrozenModel:
 
 
 def run(case: str, variant: str, seed: int, data: Path) -> dict[str, Any]:
-    """Tune once, or go on with it, and score the prompt on rows that were not used."""
+    """Tune once, or resume, and score the prompt on rows that were not used."""
     train, test, validation = CASES[case].rows(data)
     settings = {"seed": seed, **CASES[case].variants[variant]}
     model = base(settings.get("dtype", "auto"))
@@ -181,7 +181,7 @@ def run(case: str, variant: str, seed: int, data: Path) -> dict[str, Any]:
 
 
 def samples(model: sp.FrozenModel, test: sp.Rows, prompt: sp.SoftPrompt, done: sp.Evaluation) -> list[dict[str, str]]:
-    """Three inputs with what the base writes, what the prompt writes, and one of the right answers."""
+    """Return three inputs with the base model's output, the prompt's, and a right answer."""
     each = {
         row["input"]: {**row, "with_prompt": p["prediction"]} for row, p in zip(test, done.predictions, strict=True)
     }
@@ -220,7 +220,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run what is asked for and not there yet."""
+    """Run what is requested and missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")

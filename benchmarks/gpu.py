@@ -1,7 +1,7 @@
 """A step of prompt tuning on a GPU in bfloat16, ours and PEFT's in a plain loop, interleaved.
 
-Rows of one length and random ids, in SmolLM2-135M and in a random model of SmolLM2-1.7B's shape: what is timed does not
-depend on what they say.
+Rows of one length and random ids, in SmolLM2-135M and in a random model of SmolLM2-1.7B's shape: the times do not
+depend on the values.
 
     python benchmarks/gpu.py            # prints the table, and writes results/gpu.json and results/gpu.md
 """

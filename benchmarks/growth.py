@@ -47,7 +47,7 @@ WORDS = "a film that is dull fine slow clever long sad warm cold loud bright of 
 
 @dataclass(frozen=True)
 class Point:
-    """What a step is made of."""
+    """The sizes of a step."""
 
     virtual_tokens: int = 20
     length: int = 32
@@ -93,7 +93,7 @@ def grow(name: str, model: sp.FrozenModel, repeats: int) -> dict[str, Any]:
 
 
 def side(model: sp.FrozenModel, point: Point, scratch: Path) -> Softprompt:
-    """Return a loop whose batches have just the wanted size."""
+    """Return a trainer whose batches have the given size."""
     rows = sp.load_data([{"text": "a fine film", "label": "good"}, {"text": "a dull film", "label": "bad"}] * 5)
     settings = sp.TuneConfig(num_virtual_tokens=point.virtual_tokens, batch_size=point.batch, eval_rows=0)
     ids = torch.randint(1000, 40_000, (point.batch, point.length), generator=torch.Generator().manual_seed(0)).tolist()
@@ -108,7 +108,7 @@ def side(model: sp.FrozenModel, point: Point, scratch: Path) -> Softprompt:
 
 
 def off_line(values: tuple[int, ...], seconds: list[float]) -> float:
-    """Return how far the points are from the straight line that fits them best, at most, as a share of the last."""
+    """Return the largest distance of a point from the least-squares line, as a share of the last point."""
     line = np.polyfit(values, seconds, 1)
     return float(np.abs(np.polyval(line, values) - seconds).max() / seconds[-1])
 
@@ -160,7 +160,7 @@ def of_rows(file: str, repeats: int) -> dict[str, float]:
 
 
 def draw_plot(records: dict[str, dict[str, Any]]) -> None:
-    """Draw a panel a series."""
+    """Draw one panel per series."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
     for panel, (name, record) in zip(panels.flat, records.items(), strict=False):
         values, seconds = record["values"], record["seconds"]
@@ -205,7 +205,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run the series that are asked for."""
+    """Run the requested series."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("series", nargs="*", choices=[*SERIES, "rows", []], help="default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of each point")

@@ -1,4 +1,4 @@
-"""What a request for one label takes, next to a plain pass of as many tokens through all layers, without logits.
+"""The time of a request for one label, next to a plain pass of as many tokens through all layers, without logits.
 
     python benchmarks/label_requests.py --data ../shared/data
 
@@ -32,7 +32,7 @@ ROUNDS = 31
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long some work takes."""
+    """Return the time of a call."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -72,7 +72,7 @@ def measure(model: sp.FrozenModel, folder: Path, virtual: int) -> dict[str, Any]
 
 
 def main() -> None:
-    """Measure, print and keep the figures."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,9 +1,9 @@
-"""What helps where labels are many: starts and losses, tried on Banking77's validation rows alone.
+"""Starts and losses for many labels, tried on Banking77's validation rows alone.
 
 Prompt tuning takes as many steps as fit into the eight minutes of `quality.py`; prefix tuning and LoRA a third of that,
-enough to see what a loss does, or all of them where the name says how many. Of 500 validation rows, 200 choose the best
-prompt and say how likely each label is to be made (prior matching); the other 300 are scored. Results are appended to
-`results/many_labels.jsonl`, where older ones are too, some of variants that lost and are no longer in the program.
+enough to see the effect of a loss, or all of them where the name says how many. Of 500 validation rows, 200 choose the
+best prompt and the label biases (prior matching); the other 300 are scored. Results are appended to
+`results/many_labels.jsonl`, which also holds results of variants that are no longer in the program.
 
     python benchmarks/many_labels.py --data FOLDER                # what is missing
     python benchmarks/many_labels.py --data FOLDER "prefix-tuning*"

@@ -1,9 +1,9 @@
-"""How well the memory of a step is predicted: against the peak of a fresh process, on Linux.
+"""The predicted memory of a step against the measured peak of a fresh process, on Linux.
 
     python benchmarks/memory.py
 
 Every case is measured in a process of its own: the model is loaded, a step of a few tokens is taken, then the peak is
-set back (`/proc/self/clear_refs`), and two equal steps of one micro-batch are taken. `results/memory.md` is the table.
+reset (`/proc/self/clear_refs`), and two equal steps of one micro-batch are taken. `results/memory.md` is the table.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def collate(batch: Sequence[Example]) -> dict[str, Tensor]:
 
 
 class Rounds(TrainerCallback):
-    """Times the Trainer's steps, and before each of them lets the other sides take theirs."""
+    """Times the Trainer's steps, and runs a step of the other sides before each of them."""
 
     def __init__(self, others: Callable[[int], None]) -> None:
         self.others, self.seconds, self.losses, self._began = others, list[float](), list[float](), 0.0
@@ -129,7 +129,7 @@ class Rounds(TrainerCallback):
 def trainer(
     hf_model: PreTrainedModel, prepared: PreparedRun, batches: Sequence[Sequence[Example]], scratch: Path
 ) -> Trainer:
-    """Return the tutorial's way: PEFT under `transformers.Trainer`, with the batches in the given order."""
+    """Return the tutorial's side: PEFT under `transformers.Trainer`, with the batches in the given order."""
     config = prepared.config
     assert config.learning_rate and config.batch_size
     arguments = TrainingArguments(

@@ -1,13 +1,12 @@
-"""How fast training, evaluation and generation are, against PEFT and against the arithmetic that is needed.
+"""The speed of training, evaluation and generation, against PEFT and against the floating-point operations needed.
 
     python benchmarks/speed.py --data FOLDER            # all cases
     python benchmarks/speed.py --data FOLDER A1 C       # some
 
-In training, PEFT runs in a plain PyTorch loop and, the tutorial's way, under `transformers.Trainer`. All sides run in
-one process, a step each in turn, on the same rows in the same batches, from the same initial prompt,
-with the same optimizer; a case fails if their losses or the first gradients differ. Peak memory is taken in a process
-of its own for each side. A case's results replace the older ones in `results/speed.jsonl`; `results/speed.md` is the
-table of what is there.
+In training, PEFT runs in a plain PyTorch loop and, as in the tutorial, under `transformers.Trainer`. All sides run in
+one process, a step each in turn, on the same rows in the same batches, from the same initial prompt, with the same
+optimizer; a case fails if their losses or the first gradients differ. Peak memory is measured in a process of its own
+for each side. A case's results replace the older ones in `results/speed.jsonl`; `results/speed.md` is their table.
 
 FOLDER holds `sst2/{train,validation}.jsonl` (Stanford Sentiment Treebank, binary sentences; rows of text and label),
 `banking77/test.jsonl` (Casanueva et al. 2020; likewise), `e2e/train.jsonl` (Novikova et al. 2017; rows of input and
@@ -54,8 +53,8 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         "",
         "## Training, a step",
         "",
-        "*Bound* is the ratio of the arithmetic; *over needed* is our time over the time of the needed matrix products "
-        "alone, at the rate that they reached in the same run. Memory is the peak above the loaded model.",
+        "*Bound*: PEFT's floating-point operations divided by ours; *over needed*: our time divided by the time of the "
+        "needed matrix products alone, at the rate measured in the same run. Memory is the peak above the loaded model.",
         "",
         "| case | PEFT | Trainer | ours | faster | target | bound | than Trainer | over needed | memory: PEFT | ours |",
         "|---" * 11 + "|",
@@ -96,7 +95,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run the cases that are asked for."""
+    """Run the requested cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")

