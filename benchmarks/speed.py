@@ -53,8 +53,9 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         "",
         "## Training, a step",
         "",
-        "*Bound*: PEFT's floating-point operations divided by ours; *over needed*: our time divided by the time of the "
-        "needed matrix products alone, at the rate measured in the same run. Memory is the peak above the loaded model.",
+        "*Bound*: PEFT's floating-point operations divided by ours; *over needed*: our time divided by the time of "
+        "the needed matrix products alone, at the rate measured in the same run. Memory is the peak above the loaded "
+        "model.",
         "",
         "| case | PEFT | Trainer | ours | faster | target | bound | than Trainer | over needed | memory: PEFT | ours |",
         "|---" * 11 + "|",
