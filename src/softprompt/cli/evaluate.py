@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from softprompt.cli.options import load_for, map_option, model_options, parse_map, prompt_named
+from softprompt.cli import options
 from softprompt.errors import InputError
 
 
 @click.command()
 @click.argument("prompt")
 @click.argument("data")
-@model_options
-@map_option
+@options.model_options
+@options.map_option
 @click.option("--predictions", metavar="FILE", type=click.Path(path_type=Path), help="A JSONL file: one line per row.")
 def evaluate(
     prompt: str,
@@ -38,19 +38,19 @@ def evaluate(
     from softprompt.evaluation.evaluate import evaluate as run
     from softprompt.storage import write_records
 
-    soft = prompt_named(prompt)
+    soft = options.load_named_prompt(prompt)
     config, origins = read_settings(EvaluateConfig, assignments=assignments)
     of_prompt = set(origins) & set(FormatConfig.model_fields) - set(ModelConfig.model_fields)
     if soft is not None and of_prompt:
         raise InputError(f"the prompt brings its own {', '.join(sorted(of_prompt))}; leave --set {min(of_prompt)} out")
-    rows = load_data(data, parse_map(mapping), soft.record.task if soft else None)
+    rows = load_data(data, options.parse_map(mapping), soft.record.task if soft else None)
     if predictions is None:
         predictions = (Path() if soft is None else _predictions_folder(prompt)) / "test-predictions.jsonl"
     if not predictions.parent.is_dir():
         raise InputError(f"--predictions {predictions}: no such folder: {predictions.parent}")
     if predictions.is_dir():
         raise InputError(f"--predictions {predictions} is a folder; give a file")
-    frozen = load_for(soft, config, **model_source)
+    frozen = options.load_for(soft, config, **model_source)
     done = run(
         frozen,
         rows,

@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import (
-    load_for,
-    mode_option,
-    model_options,
-    prompt_named,
-    read_generate_settings,
-    say,
-    stdin_lines,
-)
+from softprompt.cli import options
 from softprompt.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,9 +16,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("prompt")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
-@model_options
+@options.model_options
 @click.option("--versus-base", is_flag=True, help="Also show the base model's answer.")
-@mode_option
+@options.mode_option
 @click.option("--raw", is_flag=True, help="Read the texts as they are, without the prompt's template, and write.")
 def generate(
     prompt: str,
@@ -49,16 +41,16 @@ def generate(
     from softprompt.generation import answer_mode
     from softprompt.generation import generate as run
 
-    soft = prompt_named(prompt)
-    model_config, config = read_generate_settings(assignments)
+    soft = options.load_named_prompt(prompt)
+    model_config, config = options.read_generate_settings(assignments)
     mode = answer_mode(soft, mode, config, raw=raw)
-    lines = [] if texts else stdin_lines()
+    lines = [] if texts else options.stdin_lines()
     inputs = [*texts, *(line for line in lines if line.strip())]
     if len(inputs) < len(lines):
-        say(f"{len(lines) - len(inputs)} of {len(lines)} lines of stdin are blank and are left out")
+        options.say(f"{len(lines) - len(inputs)} of {len(lines)} lines of stdin are blank and are left out")
     if not inputs:
         raise InputError("no text to continue; give one or more, or lines on stdin")
-    frozen = load_for(soft, model_config, **model_source)
+    frozen = options.load_for(soft, model_config, **model_source)
     made = run(frozen, inputs, soft, config, mode=mode, raw=raw)
     compared = versus_base and soft is not None
     base = run(frozen, inputs, soft, config, mode=mode, raw=raw, virtual_tokens=False) if compared else None

@@ -184,7 +184,7 @@ def load_for(
     return load(model, config, revision, trust_remote_code)
 
 
-def prompt_named(name: str) -> Prompt | None:
+def load_named_prompt(name: str) -> Prompt | None:
     """Return the prompt of this name or folder; None for the base model."""
     from softprompt.prompt.loading import load_prompt
     from softprompt.prompt.registry import NO_PROMPT

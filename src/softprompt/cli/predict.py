@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import (
-    load_for,
-    map_option,
-    mode_option,
-    model_options,
-    parse_map,
-    prompt_named,
-    read_generate_settings,
-    say,
-    stdin_lines,
-)
+from softprompt.cli import options
 from softprompt.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,14 +18,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("prompt")
 @click.argument("data")
-@model_options
-@map_option
+@options.model_options
+@options.map_option
 @click.option(
     "--out", metavar="FILE", type=click.Path(path_type=Path), help="A .csv, .jsonl or .parquet file. Default: stdout."
 )
 @click.option("--probabilities", is_flag=True, help="Also write every label's probability.")
 @click.option("--resume", is_flag=True, help="Continue --out where it was stopped.")
-@mode_option
+@options.mode_option
 def predict(
     prompt: str,
     data: str,
@@ -62,14 +52,14 @@ def predict(
 
     if as_json and out is None:
         raise InputError("--json prints one object about a file that is written; give it with --out")
-    soft = prompt_named(prompt)
-    model_config, config = read_generate_settings(assignments)
+    soft = options.load_named_prompt(prompt)
+    model_config, config = options.read_generate_settings(assignments)
     mode = answer_mode(soft, mode, config)
     if probabilities and mode == "write":
         raise InputError("--probabilities are those of labels, and this prompt writes; leave them out")
-    columns = parse_map(mapping)
-    source = open_rows(data, stdin_lines() if data == STDIN else ())
-    frozen = load_for(soft, model_config, **model_source)
+    columns = options.parse_map(mapping)
+    source = open_rows(data, options.stdin_lines() if data == STDIN else ())
+    frozen = options.load_for(soft, model_config, **model_source)
     began = time.monotonic()
     with PredictionProgress(quiet=out is None) as progress:
         try:
@@ -87,7 +77,7 @@ def predict(
             )
         except (InputError, KeyboardInterrupt):
             if out is not None and progress.done:
-                say(f"{progress.done} rows are in {out}; the same command with --resume goes on after them")
+                options.say(f"{progress.done} rows are in {out}; the same command with --resume goes on after them")
             raise
     if as_json:
         print_json({"rows": rows, "out": str(out), "seconds": round(time.monotonic() - began, 1)})
