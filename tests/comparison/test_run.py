@@ -53,7 +53,7 @@ def settings(**more: Any) -> sp.TuneConfig:
 def compared(tmp_path_factory: pytest.TempPathFactory, llama: FrozenModel) -> tuple[Path, list[Result]]:
     folder = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning, "_FEWEST", 3)  # steps of a learning rate
+        patch.setattr(learning, "MIN_SEARCH_STEPS", 3)  # steps of a learning rate
         done = compare(llama, films(60), methods=USUAL, out=folder, config=settings(), equal="examples")
     assert done.report == folder / "report.html"
     return folder, done.results
@@ -466,7 +466,7 @@ def test_a_search_tells_what_it_finds(llama: FrozenModel, monkeypatch: pytest.Mo
         def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
             self.rates.append(settings["learning_rate"])
 
-    monkeypatch.setattr(learning, "_FEWEST", 3)
+    monkeypatch.setattr(learning, "MIN_SEARCH_STEPS", 3)
     protocol, told = make_protocol(llama, films(60), None, None, settings(), "examples", True), Told()
     fitted = METHODS["few-shot"](protocol, 0, told).fit()
     shown, accuracies, spent = zip(*told.best, strict=True)

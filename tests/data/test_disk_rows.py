@@ -71,7 +71,7 @@ def growth(work: Callable[[Path], object], folder: Path, suffix: str) -> float:
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let so few rows stay in memory that the figures are about all the others."""
-    monkeypatch.setattr(disk_rows, "_MAX_IN_MEMORY", 2**20)
+    monkeypatch.setattr(disk_rows, "MAX_IN_MEMORY", 2**20)
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -105,7 +105,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Rows]:
 
     def load(source: Any) -> Rows:
         with monkeypatch.context() as patch:
-            patch.setattr(disk_rows, "_MAX_IN_MEMORY", 0)
+            patch.setattr(disk_rows, "MAX_IN_MEMORY", 0)
             rows = load_data(source)
         assert isinstance(rows.rows, DiskRows)
         return rows
@@ -262,7 +262,7 @@ def test_a_full_disk_ends_the_command_with_the_cure(
 ) -> None:
     ignored: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
-    monkeypatch.setattr(disk_rows, "_MAX_IN_MEMORY", 1000)
+    monkeypatch.setattr(disk_rows, "MAX_IN_MEMORY", 1000)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
     rows = write_rows(Path("rows.jsonl"), count)
     done = fails("tune", rows, "--model", llama_folder, "--out", "run", *SHORT, code=1)

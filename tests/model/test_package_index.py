@@ -209,7 +209,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: dict[str, str
     """A machine without pip and uv, and an empty cache; returns the only folder that programs are looked for in."""
     monkeypatch.setattr(bundled, "find_spec", lambda _: None)
     monkeypatch.setattr(
-        bundled, "_convert", lambda gguf, made: (made.mkdir(), (made / "read").write_text(gguf.read_text()))
+        bundled, "convert_gguf", lambda gguf, made: (made.mkdir(), (made / "read").write_text(gguf.read_text()))
     )
     monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
     programs = tmp_path / "programs"

@@ -205,7 +205,7 @@ def test_the_nearest_tokens_are_those_of_the_whole_table(llama: FrozenModel, mon
     similarity = torch.cosine_similarity(prompt.weights[:, None], table[None], dim=2)
     expected = [[llama.tokenizer.decode([i]) for i in row] for row in similarity.topk(5).indices.tolist()]
     for at_once in (8192, 64, 7):
-        monkeypatch.setattr("softprompt.prompt.nearest_tokens._AT_ONCE", at_once)
+        monkeypatch.setattr("softprompt.prompt.nearest_tokens.CHUNK", at_once)
         assert [[token for token, _ in row] for row in nearest_tokens(llama, prompt)] == expected
 
 
@@ -297,8 +297,8 @@ def test_where_rows_are_long_one_of_every_label_is_shown(llama: FrozenModel, mon
     rows = load_data([{"text": f"a film {i}", "label": str(i % 3)} for i in range(30)])
 
     def start(usual: int, longest: int = 512) -> tuple[str, int]:
-        monkeypatch.setattr("softprompt.prompt.initialization._EXAMPLES_TOKENS", usual)
-        monkeypatch.setattr("softprompt.prompt.initialization._MAX_TEXT_TOKENS", longest)
+        monkeypatch.setattr("softprompt.prompt.initialization.MAX_EXAMPLES_TOKENS", usual)
+        monkeypatch.setattr("softprompt.prompt.initialization.MAX_TEXT_TOKENS", longest)
         prepared = prepared_run(llama, rows, TuneConfig(max_length=64))
         ids = [int((llama.embed(range(400)) - token).norm(dim=1).argmin()) for token in prepared.start]
         assert len(ids) == prepared.start.shape[0] == prepared.config.num_virtual_tokens
@@ -334,7 +334,7 @@ def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel
 def test_of_a_large_file_that_is_sorted_by_label_every_label_is_shown(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starting, "_MAX_CANDIDATE_ROWS", 8)
+    monkeypatch.setattr(starting, "MAX_CANDIDATE_ROWS", 8)
     rows = load_data([{"text": "film", "label": label} for label in ("good", "bad", "dull") for _ in range(20)])
     prepared = prepared_run(llama, rows, TuneConfig(init="examples", eval_rows=0, max_steps=20, max_length=64))
     text = llama.tokenizer.decode(

@@ -27,7 +27,7 @@ from softprompt.cli.tune import tune
 from softprompt.distributed import launch, signals
 from softprompt.errors import SoftpromptError, is_out_of_memory
 
-_FIRST_REPORTS = 10.0  # seconds in which only the first process reports an error
+FIRST_REPORT_SECONDS = 10.0  # seconds in which only the first process reports an error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -67,7 +67,7 @@ def _run_silently(arguments: Sequence[str], debug: bool) -> int:
     with redirect_stdout(output), redirect_stderr(output):
         code = _run(arguments, debug)
     if code not in (0, 129, 130, 143) and not any(signals.stop_requests()):
-        time.sleep(_FIRST_REPORTS)  # when the first process has failed, the launcher ends this one
+        time.sleep(FIRST_REPORT_SECONDS)  # when the first process has failed, the launcher ends this one
         sys.stderr.write(f"process {launch.rank()}: {output.getvalue()}")
     return code
 

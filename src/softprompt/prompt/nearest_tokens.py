@@ -10,7 +10,7 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.loading import require_fit
 from softprompt.prompt.soft_prompt import SoftPrompt
 
-_CHUNK = 8192  # embeddings that are normalized at once: a vocabulary of 250,000 is not copied whole
+CHUNK = 8192  # embeddings that are normalized at once: a vocabulary of 250,000 is not copied whole
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def nearest_tokens(model: FrozenModel, prompt: SoftPrompt, count: int = 5) -> li
     virtual = normalize(prompt.weights, dim=1)
     size = min(model.vocabulary_size, len(model.tokenizer))  # a padded table has rows for no token
     parts = []
-    for first in range(0, size, _CHUNK):
-        rows = model.embed(range(first, min(first + _CHUNK, size))).float().cpu()
+    for first in range(0, size, CHUNK):
+        rows = model.embed(range(first, min(first + CHUNK, size))).float().cpu()
         parts.append(virtual @ normalize(rows, dim=1).T)
     best = torch.cat(parts, dim=1).topk(min(count, size), dim=1)
     return [

@@ -211,7 +211,7 @@ def test_a_model_in_half_precision_without_a_tiny_copy_is_warned_of(
     assert freeze(tiny_model("llama").to(dtype), tiny_tokenizer()).backend.name == "packed"
     assert "no tiny copy of it could be made (ValueError: sizes do not fit)" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(verify, "_TINY", 0)  # a large model in float32 shows all by itself
+    monkeypatch.setattr(verify, "MAX_TINY_PARAMETERS", 0)  # a large model in float32 shows all by itself
     assert freeze(tiny_model("llama"), tiny_tokenizer()).backend.name == "packed"
     assert not caplog.text
 
@@ -219,7 +219,7 @@ def test_a_model_in_half_precision_without_a_tiny_copy_is_warned_of(
 def test_a_large_model_is_checked_in_part_and_its_tiny_copy_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = subjects(tiny_model("llama"))
     assert whole.whole
-    monkeypatch.setattr(verify, "_TINY", 0)
+    monkeypatch.setattr(verify, "MAX_TINY_PARAMETERS", 0)
     small, large = subjects(tiny_model("llama"))
     assert (small.whole, large.whole) == (True, False)
     assert small.allowed < large.allowed

@@ -18,7 +18,7 @@ from softprompt.training.throughput import Throughput, measure_throughput
 from softprompt.training.trainer import Trainer, Weights, reproducible
 
 _SHARE = 0.1  # of the budget, for each learning rate that is tried
-_FEWEST = 20  # steps per learning rate; after fewer, a low one seems better than it is
+MIN_SEARCH_STEPS = 20  # steps per learning rate; after fewer, a low one seems better than it is
 
 
 class _Curve(Callback):
@@ -122,7 +122,7 @@ class Trained(Method):
             share = _SHARE * steps
         else:
             share = (_SHARE * protocol.seconds - throughput.evaluation) / throughput.step
-        return int(share) if share >= _FEWEST else 0
+        return int(share) if share >= MIN_SEARCH_STEPS else 0
 
     def _search_rate(self, prepared: PreparedRun, steps: int) -> float:
         """Return the learning rate with the lowest validation loss after the first steps of a run."""

@@ -22,7 +22,7 @@ from softprompt.private_interfaces import input_device
 logger = logging.getLogger(__name__)
 
 BACKENDS: tuple[type[Backend], ...] = (PackedBackend, PaddedBackend, PaddedByLengthBackend)
-_TINY = 5_000_000  # parameters: a model that is as quick to check as a tiny copy of it
+MAX_TINY_PARAMETERS = 5_000_000  # parameters: a model that is as quick to check as a tiny copy of it
 # Allowed rounding; docs/decisions.md has the measurements. On tiny copies, the backends differ from the reference by
 # 2e-6, and deliberate faults (in masks, positions, scalings, windows, caps) by 2e-3 at least. Trained weights have
 # outliers, and rounding accumulates over many layers.
@@ -122,7 +122,7 @@ def subjects(hf_model: PreTrainedModel) -> list[Subject]:
     """
     quantized = bool(getattr(hf_model, "is_quantized", False))
     shows_all = hf_model.dtype == torch.float32 and not quantized and shows_all_attention(hf_model.config)
-    tiny = hf_model.num_parameters() <= _TINY
+    tiny = hf_model.num_parameters() <= MAX_TINY_PARAMETERS
     small = None if shows_all and tiny else _tiny_subject(hf_model, not shows_all)
     if small is not None and quantized:
         return [small]
