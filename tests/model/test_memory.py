@@ -166,14 +166,12 @@ def watched(callback: Sizes, free: Callable[[], float], ran: list[int]) -> Calla
     """A gradient that notes how many micro-batches it took, and stands no micro-batch that does not fit."""
     right = prompt_gradient
 
-    def run(
-        model: FrozenModel, prompt: torch.Tensor, text: Any, parts: list[list[Example]], activation_checkpointing: bool
-    ) -> Any:
+    def run(model: FrozenModel, weights: torch.Tensor, ids: Any, parts: list[list[Example]], *rest: Any) -> Any:
         assert callback.prepared is not None
         for part in parts:
             assert len(part) == 1 or callback.prepared.step_bytes(part) <= free()
         ran.append(len(parts))
-        return right(model, prompt, text, parts, activation_checkpointing)
+        return right(model, weights, ids, parts, *rest)
 
     return run
 
