@@ -16,6 +16,7 @@ import torch
 from softprompt.cli.main import main
 from softprompt.config import TuneConfig
 from softprompt.data.rows import load_data
+from softprompt.distributed.collective import ALONE
 from softprompt.errors import InputError, PromptError, RunError, SettingsError
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.model.backends.verify import freeze
@@ -297,3 +298,15 @@ def test_of_many_labels_only_the_right_one_is_run_until_the_best_prompt_is_found
     losses = [r["validation"]["loss"] for r in log_without_times(tmp_path / "run") if "validation" in r]  # type: ignore[index]
     assert result.metrics["loss"] == pytest.approx(min(losses), rel=1e-5)
     assert result.prompt.record.verbalizers["team_a"] == "team a"
+
+
+def test_a_process_that_is_told_so_is_alone(
+    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of Ray have the environment of one of several processes that train together."""
+    expected = tune(llama, load_data(reviews), short(), out=tmp_path / "plain")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    found = tune(llama, load_data(reviews), short(), out=tmp_path / "worker", processes=ALONE)
+    assert torch.equal(found.prompt.weights, expected.prompt.weights)
+    assert (tmp_path / "worker" / "prompt").exists()

@@ -1,4 +1,4 @@
-"""Watching a run: what the loop tells, for a terminal or a notebook to show."""
+"""Callbacks: called at the steps and evaluations of a run, for a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Told of a run's course; this one shows nothing."""
+    """Called during a run; the methods of this class do nothing."""
 
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
-        """A candidate of the search has taken `step` steps; `loss` is what it then has on validation rows."""
+        """A candidate of the search has done `step` steps and has this validation loss."""
 
     def begin(self, prepared: PreparedRun, step: int) -> None:
-        """The plan is made, and `step` steps were done before."""
+        """The run is prepared; `step` steps were done before it was resumed."""
 
     def step(self, step: int, loss: float) -> None:
-        """A step is done; `loss` is the mean over its target tokens, in nats."""
+        """A step is done; `loss` is in nats per target token."""
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """The prompt was evaluated on the validation rows."""
 
     def smaller(self, step: int, micro_batch_tokens: int) -> None:
-        """Memory does not suffice for a step; it and those after it are run in smaller micro-batches."""
+        """A step did not fit in memory; from now on micro-batches are smaller."""
 
     def end(self) -> None:
-        """No more steps follow: the run is done, was interrupted or failed."""
+        """The run is done, was interrupted, or failed."""
 
 
 NO_CALLBACK = Callback()

@@ -1,4 +1,4 @@
-"""Tuning an ensemble: the same task learned several times, from other seeds."""
+"""Training an ensemble: several prompts for one task, from different seeds."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from softprompt.training.run_folder import RunFolder
 from softprompt.training.throughput import measure_throughput
 from softprompt.training.tune import TuneResult, data_hashes, identity_of, tune
 
-_LEAST = 0.01  # minutes, where finding out how long a step takes takes all there are
+_MIN_MINUTES = 0.01  # of a member, where measuring the throughput takes all the time
 
 
 @dataclass(frozen=True)
 class EnsembleResult:
-    """What the runs of an ensemble gave.
+    """The result of `tune_ensemble`.
 
     Attributes:
         prompt: the ensemble.
-        runs: what each member's run gave.
+        runs: the result of each member's run.
         seconds: time that this call took.
         metrics: the ensemble's, on the validation rows; empty without those.
     """
@@ -54,18 +54,18 @@ def tune_ensemble(
     resume: bool = False,
     callback: Callback | None = None,
 ) -> EnsembleResult:
-    """Learn several prompts for a task, each from a seed of its own (Lester et al. 2021, section 6).
+    """Train several prompts for a task, each with a seed of its own (Lester et al. 2021, section 6).
 
-    All learn from the same rows, in other orders, and are chosen by the same validation rows. A random start differs
-    too; one from a text is the same. `max_minutes` is shared among the members.
+    All have the same training and validation rows, in different orders. Only a random initialization differs between
+    them. Each has an equal share of `max_minutes`.
 
     Args:
         model: the frozen model.
         data, config, eval_data: as for `tune`; the members' seeds count from `config.seed` on.
         members: how many, two at least.
         out: the folder: the settings as given, a run a member in `member-1`, `member-2`, …, the ensemble in `prompt`.
-        resume: go on with what is in `out`.
-        callback: told of every step of every member.
+        resume: continue what is in `out`.
+        callback: called at the steps of all members.
 
     Raises:
         As `tune`.
@@ -80,7 +80,7 @@ def tune_ensemble(
     with ExitStack() as stack:
         stack.enter_context(save_before_exit())
         if folder is not None:
-            stack.enter_context(folder.held(resume))
+            stack.enter_context(folder.lock(resume))
         return _tune_members(model, data, config or TuneConfig(), members, eval_data, folder, resume, callback)
 
 
@@ -94,7 +94,7 @@ def _tune_members(
     resume: bool,
     callback: Callback | None,
 ) -> EnsembleResult:
-    """Tune one after the other, in the ensemble's folder, which is held."""
+    """Train one after the other, in the ensemble's folder, which is locked."""
     began = time.monotonic()
     places = [None if folder is None else folder.path / member_name(number) for number in range(1, members + 1)]
     if folder is not None and resume:
@@ -106,11 +106,11 @@ def _tune_members(
     minutes, throughput = None, None
     if given.max_minutes is not None and not all(begun):
         throughput = measure_throughput(PromptTrainer(model, prepare_run(prepared_data, given)), 60 * given.max_minutes)
-        minutes = max(given.max_minutes - (time.monotonic() - began) / 60, _LEAST) / members
+        minutes = max(given.max_minutes - (time.monotonic() - began) / 60, _MIN_MINUTES) / members
         rows = throughput.fit_to_budget(60 * minutes, eval_every=given.eval_every).get("eval_rows")
         if rows and not resume:
             given, throughput = given.model_copy(update={"eval_rows": rows}), throughput.of(rows)
-        throughput = replace(throughput, rows=0)  # members choose by the same rows
+        throughput = replace(throughput, rows=0)  # no member may score fewer validation rows
     if folder is not None and not resume:
         folder.begin(given, identity_of(model, data, eval_data), members)
     split = prepared_data.split(given)

@@ -1,4 +1,4 @@
-"""A prompt as a PyTorch module, for those who have a `transformers.Trainer` script."""
+"""A trainable prompt as a PyTorch module, for `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from softprompt.prompt.initialization import text_prompt
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 
-_IGNORED = -100  # transformers' label of what is not learned
-# What the Trainer asks a model for, and why this one does not have it.
+_IGNORED = -100  # the label of tokens that are not learned, in transformers
+# Attributes that the Trainer reads for some of its settings, and why they are missing here.
 _NOT_THERE = {
-    "config": "label_smoothing_factor is not supported: TrainablePrompt takes the labels' loss alone; leave it out",
-    "get_input_embeddings": "neftune_noise_alpha is not supported: its noise belongs to embeddings that are trained; "
+    "config": "label_smoothing_factor is not supported: TrainablePrompt computes the plain loss; leave it out",
+    "get_input_embeddings": "neftune_noise_alpha is not supported: it adds noise to embeddings that are trained; "
     "leave it out",
-    "generate": "predict_with_generate is not supported; take softprompt.generate with the soft_prompt() that was made",
+    "generate": "predict_with_generate is not supported; use softprompt.generate with soft_prompt()",
 }
 
 
 class _NotSupportedError(SettingsError, AttributeError):
-    """A setting of the Trainer's needs what a prompt does not have; `hasattr` says so too."""
+    """A setting of the Trainer needs an attribute that is missing; for `hasattr` it is missing too."""
 
 
 class TrainablePrompt(torch.nn.Module):
-    """Virtual tokens in front of a frozen model; `transformers.Trainer` takes it where it takes PEFT's wrapped model.
+    """Virtual tokens before a frozen model; use it with `transformers.Trainer` like a model wrapped by PEFT.
 
-    The frozen model is no submodule: checkpoints hold the prompt alone, and `train()` switches no dropout on in it.
-    The Trainer's `gradient_checkpointing` runs the frozen layers once more in the backward pass; `torch_compile`
-    changes nothing; label smoothing, NEFTune's noise and `predict_with_generate` are refused.
+    The frozen model is no submodule: checkpoints contain the prompt alone, and `train()` does not turn on the model's
+    dropout. The Trainer's `gradient_checkpointing` works, `torch_compile` has no effect, and label smoothing, NEFTune
+    and `predict_with_generate` are refused.
 
     Args:
         model: the frozen model.
-        start: where the virtual tokens start: `[P, H]`, or a text whose tokens' embeddings they take.
-        num_virtual_tokens: P, where `start` is a text; None for its length, 20 at least.
+        start: the initial virtual tokens: `[P, H]`, or a text whose token embeddings are used.
+        num_virtual_tokens: P, where `start` is a text; None for the length of the text, at least 20.
     """
 
     def __init__(self, model: FrozenModel, start: Tensor | str, num_virtual_tokens: int | None = None) -> None:
@@ -47,10 +47,10 @@ class TrainablePrompt(torch.nn.Module):
         first = text_prompt(model, num_virtual_tokens, start) if isinstance(start, str) else start
         self.frozen = model
         self.prompt = torch.nn.Parameter(first.detach().float().clone())
-        self._recomputes = False
+        self._checkpointing = False
 
     def __getattr__(self, name: str) -> Any:
-        """Say why something is not there, where a setting of the Trainer's asks for it."""
+        """Explain which setting of the Trainer needs a missing attribute."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -61,10 +61,10 @@ class TrainablePrompt(torch.nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: object = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Run layers again in the backward pass, in less memory, as the Trainer's `gradient_checkpointing` asks.
+        """Run layers again in the backward pass, to save memory: the Trainer's `gradient_checkpointing`.
 
         Raises:
-            SettingsError: the model's layers cannot, or only some are to.
+            SettingsError: the backend cannot, or it is wanted for some layers only.
         """
         if not self.frozen.backend.can_checkpoint:
             raise SettingsError(
@@ -75,19 +75,19 @@ class TrainablePrompt(torch.nn.Module):
             raise SettingsError(
                 "gradient_checkpointing takes every layer, and keeps nothing elsewhere; leave those out"
             )
-        self._recomputes = True
+        self._checkpointing = True
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep what the layers compute for the backward pass."""
-        self._recomputes = False
+        """Keep the activations for the backward pass."""
+        self._checkpointing = False
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: object = None, **more: Any) -> None:
-        """Do the same, by its older name."""
+        """Do the same; this is the older name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
     gradient_checkpointing_disable = activation_checkpointing_disable
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is run depends on the texts' lengths
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is run depends on the lengths of the texts
     def forward(
         self,
         input_ids: Tensor,
@@ -98,16 +98,15 @@ class TrainablePrompt(torch.nn.Module):
     ) -> CausalLMOutput:
         """Return the loss of a padded batch, its logits where there are no labels, and both in eval mode.
 
-        The prompt runs once; padding, on whichever side, is dropped before the texts run behind it, so that it never
-        stands between prompt and text.
+        The prompt runs once. Padding, on either side, is removed, so that it never stands between prompt and text.
 
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, 0 for padding; None where there is none.
-            labels: `[B, T]`, -100 where nothing is learned. The first text token's label counts: the prompt's last
-                position predicts it, as with PEFT.
-            num_items_in_batch: what the summed loss is divided by, for accumulation over several batches; None for
-                the number of labels.
+            labels: `[B, T]`, -100 for tokens that are not learned. The first text token can be learned: the last
+                position of the prompt predicts it, as in PEFT.
+            num_items_in_batch: the divisor of the summed loss, for accumulation over several batches; None for the
+                number of labels.
 
         Returns:
             `loss`, a mean in nats, and `logits` `[B, T, V]`, zero at padding: in eval mode both, for `compute_metrics`;
@@ -133,20 +132,20 @@ class TrainablePrompt(torch.nn.Module):
         return CausalLMOutput(loss=loss, logits=logits)
 
     def _hidden(self, texts: list[Tensor], wanted: list[Tensor]) -> Tensor:
-        """Return the output head's inputs at some positions of each text behind the prompt, one after the other."""
-        activation_checkpointing = self._recomputes and torch.is_grad_enabled()
+        """Return the inputs of the output head at some positions of each text behind the prompt, text by text."""
+        activation_checkpointing = self._checkpointing and torch.is_grad_enabled()
         return self.frozen.backend.text_pass(
             self.frozen.prefix(self.prompt), texts, wanted, activation_checkpointing=activation_checkpointing
         ).hidden
 
     def _filled(self, hidden: Tensor, real: Tensor) -> Tensor:
-        """Return the logits `[B, T, V]` of all positions that are real; the others are zero."""
+        """Return the logits `[B, T, V]`, zero at padding."""
         logits = self.frozen.backend.lm_head.logits(hidden)
         filled = logits.new_zeros(*real.shape, logits.shape[-1])
         filled[real.to(logits.device)] = logits
         return filled
 
     def soft_prompt(self) -> SoftPrompt:
-        """Return the prompt as it stands, to be saved, evaluated and generated with: for plain text."""
+        """Return the current prompt, for plain text: to save it, evaluate it, and generate with it."""
         record = Record(base_model=base_model_record(self.frozen))
         return SoftPrompt(self.prompt.detach().float().cpu().clone(), record)

@@ -1,4 +1,4 @@
-"""Learning a prompt: the loop's steps, with gradients on the prompt alone and the model shared by all examples."""
+"""The step of prompt tuning and prefix tuning: the gradient is computed for the prompt alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROMPT = "prompt"
 
 
 class PromptTrainer(Trainer):
-    """Learns a soft prompt or a deep prefix."""
+    """Trains a soft prompt or a prefix."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class PromptTrainer(Trainer):
         return loss
 
     def _summed(self, prompt: Tensor, micro_batches_by_rank: MicroBatchesByRank) -> tuple[float, Tensor]:
-        """Return a step's loss and gradient, of which each process computes its own micro-batches'."""
+        """Return the loss and gradient of a step; each process computes those of its own micro-batches."""
         mine = micro_batches_by_rank[self.processes.rank]
         if self.processes.count == 1:
             return self._own(prompt, mine)
@@ -81,8 +81,8 @@ class PromptTrainer(Trainer):
     def _own(self, prompt: Tensor, micro_batches: list[list[Example]]) -> tuple[float, Tensor]:
         """Return the loss and gradient of this process's micro-batches.
 
-        What would not fit in what is free now is not tried, for Linux kills a process that takes more. A row that does
-        not fit even alone is: the prediction is on the safe side.
+        Micro-batches that are predicted not to fit are not run: Linux kills a process that takes too much memory. A
+        single row is always run, because the prediction is cautious.
 
         Raises:
             MemoryError: a micro-batch of several rows would not fit.
@@ -95,7 +95,7 @@ class PromptTrainer(Trainer):
         return prompt_gradient(self.model, prompt, text, micro_batches, checkpointing, prepared.objective)
 
     def _free(self, needed: float) -> float:
-        """Return the memory that is free; what earlier steps left to the allocator too, where less is than needed."""
+        """Return the free memory; if it is less than needed, the allocator first returns what earlier steps used."""
         free = available_memory(self.model.device)
         if free < needed:
             trim_allocator()

@@ -1,4 +1,4 @@
-"""The folder of a run: settings, metrics, the best prompt, and states to resume from."""
+"""The folder of a run: settings, environment, log, the best prompt and its predictions."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from softprompt.training.run_log import CHECKPOINTS, METRICS, RunLog
 
 _MEMBERS = "members"
 _SETTINGS, _ENVIRONMENT = "config.yaml", "environment.json"
-BASE_MODEL = "base_model"  # of what has to be the same for a run to go on
+BASE_MODEL = "base_model"  # in the identity of a run, which must be the same to resume it
 
 
 class RunFolder:
-    """Reads and writes a run's files. Everything but `metrics.jsonl` is renamed into place."""
+    """Reads and writes the files of a run. All but `metrics.jsonl` are renamed into place."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,24 +50,24 @@ class RunFolder:
         self._checkpoints = path / CHECKPOINTS
 
     @contextmanager
-    def held(self, resume: bool) -> Iterator[None]:
-        """Keep other commands out, and clear away what a killed one left half-written.
+    def lock(self, resume: bool) -> Iterator[None]:
+        """Lock the folder, and delete temporary files of a command that was killed.
 
         Raises:
-            InputError: another command is at work here, or see `require`.
+            InputError: another command is using the folder; or see `require`.
         """
-        self.require(resume)  # nothing is put into a folder of something else
+        self.require(resume)  # before the lock file is written
         with lock_folder(self.path):
-            self._require(resume)  # another one may have begun, and ended, since
+            self._require(resume)  # another command may have written a run since
             for folder in (self.path, self._checkpoints):
                 clean_up(folder)
             yield
 
     def require(self, resume: bool) -> None:
-        """Make sure that a run can begin here, or go on.
+        """Make sure that a run can begin here, or be resumed.
 
         Raises:
-            InputError: another command is at work here; or see `require_new` and `require_begun`.
+            InputError: another command is using the folder; or see `require_new` and `require_begun`.
         """
         require_unlocked(self.path)
         self._require(resume)
@@ -85,11 +85,11 @@ class RunFolder:
             InputError: the folder holds another run, or something else.
         """
         self.require_new()
-        noted = {**environment(), **identity, **({_MEMBERS: members} if members > 1 else {})}
-        write_text(self.path / _ENVIRONMENT, json.dumps(noted, indent=2) + "\n")
+        record = {**environment(), **identity, **({_MEMBERS: members} if members > 1 else {})}
+        write_text(self.path / _ENVIRONMENT, json.dumps(record, indent=2) + "\n")
         if members == 1:
             write_text(self._metrics, "")
-        write_text(self.path / _SETTINGS, to_yaml(config))  # the last one: with it there is a run
+        write_text(self.path / _SETTINGS, to_yaml(config))  # written last: a folder with this file holds a run
 
     def require_new(self) -> None:
         """Make sure that nothing would be overwritten.
@@ -99,12 +99,12 @@ class RunFolder:
         """
         if (self.path / _SETTINGS).exists():
             raise InputError(f"{self.path} holds another run; give another folder, or --resume to go on with it")
-        ours = {LOCK_FILE, _ENVIRONMENT, METRICS, _SETTINGS}  # of a command that was stopped before the run had begun
+        ours = {LOCK_FILE, _ENVIRONMENT, METRICS, _SETTINGS}  # of a command that was stopped before its run began
         if self.path.exists() and (not self.path.is_dir() or any(not _is(ours, p) for p in self.path.iterdir())):
             raise InputError(f"{self.path} exists and is not empty; give a new folder")
 
     def require_begun(self) -> None:
-        """Make sure that there is a run to go on with.
+        """Make sure that there is a run to resume.
 
         Raises:
             InputError: there is none.
@@ -115,14 +115,14 @@ class RunFolder:
     def resume(
         self, given: TuneConfig, identity: dict[str, str], model: FrozenModel, members: int = 1
     ) -> tuple[TuneConfig, Checkpoint | None]:
-        """Return the settings of a run that was begun, and its newest state; None if it saved none.
+        """Return the settings of the run, and its newest checkpoint; None if there is none.
 
         Raises:
-            InputError: there is no run, or its data, model or settings are others than those given now.
+            InputError: there is no run, or it has other data, another model or other settings.
         """
         self.require_begun()
         config = self.settings()
-        # Where time or passes are limited, there may be fewer than were asked for.
+        # Where time or epochs are limited, these may be lower than what was given.
         lowered = {"max_steps": config.epochs or config.max_minutes, "eval_rows": config.max_minutes}
         for name in given.model_fields_set:
             before, now = getattr(config, name), getattr(given, name)
@@ -130,21 +130,23 @@ class RunFolder:
                 continue
             if now not in (before, None, "auto"):
                 raise SettingsError(f"the run was begun with {name} = {before!r}, not {now!r}; leave it out to resume")
-        noted = read_json_object(self.path / _ENVIRONMENT, "begin a new run in another folder")
-        if members != (of := noted.get(_MEMBERS, 1)):
-            held = f"an ensemble; resume it with --ensemble {of}" if of > 1 else "one run; resume it without --ensemble"
-            raise InputError(f"{self.path} holds {held}")
-        self._require_model(noted, model, bool(config.chat_template))
+        record = read_json_object(self.path / _ENVIRONMENT, "begin a new run in another folder")
+        if members != (of := record.get(_MEMBERS, 1)):
+            found = (
+                f"an ensemble; resume it with --ensemble {of}" if of > 1 else "one run; resume it without --ensemble"
+            )
+            raise InputError(f"{self.path} holds {found}")
+        self._require_model(record, model, bool(config.chat_template))
         for name, value in identity.items():
-            if name != BASE_MODEL and noted.get(name) != value:
+            if name != BASE_MODEL and record.get(name) != value:
                 raise InputError(f"the {name.replace('_', ' ')} of {self.path} is another; resume with the same one")
         checkpoint = load_newest_checkpoint(self._checkpoints)
         self._cut_metrics(checkpoint.state.step if checkpoint else -1)
         return config, checkpoint
 
-    def _require_model(self, noted: dict[str, Any], model: FrozenModel, chat_template: bool) -> None:
+    def _require_model(self, record: dict[str, Any], model: FrozenModel, chat_template: bool) -> None:
         try:
-            before: AnyFingerprint = TypeAdapter(AnyFingerprint).validate_json(noted.get(BASE_MODEL, ""))
+            before: AnyFingerprint = TypeAdapter(AnyFingerprint).validate_json(record.get(BASE_MODEL, ""))
         except (ValidationError, TypeError) as error:
             raise StorageError(f"{self.path} does not say which model it was begun with; begin a new run") from error
         differs = difference(before, model, chat_template)
@@ -154,7 +156,7 @@ class RunFolder:
             )
 
     def settings(self) -> TuneConfig:
-        """Return the settings that a run was begun with.
+        """Return the settings of the run.
 
         Raises:
             SettingsError: the file is damaged.
@@ -177,8 +179,8 @@ class RunFolder:
         return RunLog(self.path, step, tensorboard)
 
     def _cut_metrics(self, step: int) -> None:
-        """Drop what was logged after a state was saved, also a line that was written by half."""
-        if not self._metrics.exists():  # of an ensemble
+        """Delete lines of later steps than the checkpoint's, and lines that are incomplete."""
+        if not self._metrics.exists():  # an ensemble
             return
         kept = []
         for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -197,12 +199,12 @@ class RunFolder:
 
 
 def _is(names: set[str], file: Path) -> bool:
-    """Tell whether a file has one of some names, or was to get one when its writer was killed."""
+    """Tell whether a file has one of these names, or is a temporary file that was to be renamed to one."""
     return file.name in names or any(file.name.startswith(f".{name}{TEMPORARY_MARK}") for name in names)
 
 
 def environment() -> dict[str, str]:
-    """Return versions and machine."""
+    """Return package versions, processor and GPU."""
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     found["processor"] = _processor()
     for package in ("softprompt", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
@@ -216,7 +218,7 @@ def environment() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Return the processor's name, as the system knows it."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""The search of a thorough run: which learning rate and which start, by successive halving on the validation rows."""
+"""The search of a thorough run: learning rate and initialization, by successive halving on the validation rows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from softprompt.training.prepare import PreparedRun, prepare_run
 from softprompt.training.prepared_data import PreparedData
 from softprompt.training.prompt_trainer import PromptTrainer
 
-FACTORS = (1.0, 1 / 3, 3.0)  # times a method's usual learning rate, which is taken where they end alike
+FACTORS = (1.0, 1 / 3, 3.0)  # of the default learning rate, which is preferred where losses are equal
 C = TypeVar("C")  # a candidate
 R = TypeVar("R")  # a rung
 S = TypeVar("S", float, tuple[float, float])  # a score
-_SCORING = 0.25  # of max_minutes, at most, goes into scoring what is tried
-_RUNGS = (0.025, 0.075)  # of the steps: all candidates go to the first, the better half goes on to the second
+_SCORING = 0.25  # of max_minutes, at most, for scoring candidates
+_RUNGS = (0.025, 0.075)  # of the steps: all candidates do the first, the better half the second
 
 
 def candidates(config: TuneConfig, task: Task) -> list[tuple[str, float]]:
-    """Return what is tried, of what was left open: starts, and factors of the learning rate that is usual for them."""
+    """Return the candidates, of settings that were left open: an init, and a factor of its default learning rate."""
     factors = FACTORS if config.learning_rate is None else (1.0,)
     open_start = config.init == "auto" and config.init_text is None
-    other = "examples" if task == "classification" and config.method == "prefix-tuning" else "text"  # than the usual
+    other = "examples" if task == "classification" and config.method == "prefix-tuning" else "text"  # not the default
     return list(product(("auto", other) if open_start else (config.init,), factors))
 
 
 def search_cost(config: TuneConfig, task: Task) -> tuple[float, int]:
-    """Return what a search takes at most: the share of a run's steps, and how many times it scores the validation rows.
+    """Return the cost of a search: a share of the run's steps, and how often it scores the validation rows.
 
     Both are 0 where there is nothing to choose.
     """
@@ -43,9 +43,12 @@ def search_cost(config: TuneConfig, task: Task) -> tuple[float, int]:
 
 
 def why_not_search(config: TuneConfig, task: Task, evaluation: float) -> str | None:
-    """Return why a search would choose by nothing, or take too much of the time; an `evaluation` takes so many seconds.
+    """Return why there is no search; None if there is one, or nothing to choose.
 
-    None where there is nothing to choose, too.
+    Args:
+        config: settings.
+        task: what the rows are for.
+        evaluation: seconds that scoring the validation rows takes.
     """
     _, times = search_cost(config, task)
     if times and config.eval_rows == 0:
@@ -61,13 +64,13 @@ def why_not_search(config: TuneConfig, task: Task, evaluation: float) -> str | N
 def search(data: PreparedData, config: TuneConfig, callback: Callback) -> dict[str, Any]:
     """Return the candidate with the lowest validation loss (successive halving, Jamieson and Talwalkar 2016).
 
-    Every candidate is a run of the same rows in the same order, on the schedule of the whole run. The same settings
-    and seed give the same choice.
+    Candidates learn from the same rows in the same order, with the learning rate schedule of the whole run. The same
+    settings and seed give the same choice.
 
     Args:
         data: rows and model.
         config: settings; those that are given are not searched.
-        callback: told of every candidate.
+        callback: called for every candidate.
 
     Returns:
         Settings; none where there is nothing to choose, or no validation rows to choose by.

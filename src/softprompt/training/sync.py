@@ -1,4 +1,4 @@
-"""What all processes of a run have to hold alike: its settings, its start, and the state that it goes on from."""
+"""What all processes of a run must have in common: settings, initial prompt, checkpoint."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _OF_A_MACHINE = {"device", "threads"}
 
 
 def broadcast_config(processes: Processes, config: TuneConfig | None) -> TuneConfig:
-    """Return the first process's settings."""
+    """Return the settings of the first process."""
     text = config.model_dump_json() if config is not None else ""
     return TuneConfig.model_validate_json(processes.broadcast(text.encode()))
 
 
 def broadcast_plan(processes: Processes, prepared: PreparedRun, identity: dict[str, str]) -> PreparedRun:
-    """Return the first process's plan, with micro-batches that fit into every process's memory.
+    """Return the run as the first process prepared it, with micro-batches that fit in the memory of every process.
 
     Raises:
         InputError: the processes were given different rows, models or settings.

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations and saved states, whatever it is that learns."""
+"""The training loop: steps, evaluations and checkpoints, whichever parameters are trained."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from softprompt.training.schedule import learning_rate
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _LEARNED, _BEST = "learned", "best"
 Weights = dict[str, Tensor]
-# Of each process, the micro-batches of its share of a batch.
+# For each process the micro-batches of its share of a batch.
 MicroBatchesByRank = list[list[list[Example]]]
 
 
@@ -93,18 +93,18 @@ class Trainer(ABC):
 
     @abstractmethod
     def backward(self, micro_batches_by_rank: MicroBatchesByRank) -> float:
-        """Add to the gradients of what is learned, and return the loss, both means over the batch's target tokens."""
+        """Compute the gradients, and return the loss; both are means over the batch's target tokens."""
 
     @abstractmethod
     def weights(self) -> Weights:
-        """Return a copy of what a run gives, as it stands."""
+        """Return a copy of the current weights."""
 
     @abstractmethod
     def evaluate(self, weights: Weights | None = None, scorer: Scorer | None = None) -> Scores:
-        """Score rows with weights, or with what is learned as it stands; the plan's validation rows, or a scorer's."""
+        """Score the validation rows, or a scorer's, with the current weights, or with those given."""
 
     def run(self) -> TrainResult:
-        """Take all steps that are left, and find the bias that labels are chosen with.
+        """Take all remaining steps, and fit the label bias.
 
         Raises:
             RunError: the loss is not finite, or one row does not fit in memory.
@@ -128,7 +128,7 @@ class Trainer(ABC):
             self._set_best(None)
         found, label_bias = self._fit_label_bias(scores)
         if found is not None and found is not scores:
-            # A bias changes no loss; what is scored once more, by other processes, may be rounded differently.
+            # A bias does not change the loss. The rows may have been scored again, with other rounding.
             state.best = {**found.values(), "loss": state.best["loss"]}
         return TrainResult(self.best, state, found, label_bias)
 
@@ -140,20 +140,21 @@ class Trainer(ABC):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Do what belongs together: stops wait until it is done, and where it fails, no state is saved."""
+        """Delay signals until the block is done; if it fails, no checkpoint is saved."""
         with defer_signals():
             self._mid_step = True
             yield
             self._mid_step = False
 
     def _fit_label_bias(self, scores: Scores | None) -> tuple[Scores | None, dict[str, float]]:
-        """Find the bias that labels are chosen with, where one is of use.
+        """Fit the label bias on the validation rows.
 
         Args:
-            scores: the best weights'; None without validation rows.
+            scores: of the best weights; None without validation rows.
 
         Returns:
-            The scores, with the bias if it is taken, of many labels for the first time; and the bias, empty if not.
+            The scores with the bias, and the bias, which is empty where it does not help. Of many labels, all labels
+            are scored here for the first time.
         """
         many = self.prepared.label_scorer()
         plain = self.evaluate(self.best, many) if many else scores
@@ -179,7 +180,7 @@ class Trainer(ABC):
         return state.step >= self.max_steps or bool(stale)
 
     def _evaluate_if_due(self, scores: Scores | None) -> Scores | None:
-        """Evaluate what was learned where it is time to, and return the best scores."""
+        """Evaluate the current weights if an evaluation is due, and return the best scores."""
         step = self.state.step
         due = step % self.eval_every == 0 or step == self.max_steps
         if not (self.prepared.scorer and due) or self.state.evaluated >= step:
@@ -196,10 +197,10 @@ class Trainer(ABC):
         return scores
 
     def gradient(self, batch: list[Example]) -> float:
-        """Set the gradients of what is learned, with smaller micro-batches where memory is too little or runs out.
+        """Compute the gradients of a batch, in smaller micro-batches where memory does not suffice.
 
         Returns:
-            The loss, the mean over the batch's target tokens as the gradients are.
+            The loss; like the gradients, a mean over the batch's target tokens.
 
         Raises:
             RunError: one row does not fit in memory.
@@ -220,7 +221,7 @@ class Trainer(ABC):
                         f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
                         "--set max_length, fewer virtual tokens, or a smaller model"
                     ) from error
-            # Outside of the handler: the error's traceback holds on to the tensors of the failed attempt.
+            # Outside of the handler: the traceback keeps the tensors of the failed attempt alive.
             self.state.micro_batch_tokens //= 2
             self.callback.smaller(self.state.step + 1, self.state.micro_batch_tokens)
 
@@ -230,7 +231,7 @@ class Trainer(ABC):
         return [[share[i] for i in part] for part in cut]
 
     def step(self) -> None:
-        """Take one step: the gradient of its rows, an update, and a line in `metrics.jsonl`."""
+        """Take one step: gradient, update, and a line in `metrics.jsonl`."""
         config, state = self.prepared.config, self.state
         assert config.batch_size
         began = time.monotonic()
@@ -268,7 +269,9 @@ class Trainer(ABC):
         tensors = {f"{_BEST}.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.parameters.items():
             tensors[f"{_LEARNED}.{name}"] = parameter.detach()
-            if parameter in self.optimizer.state:  # not a weight that text does not come by, as those for images
+            if (
+                parameter in self.optimizer.state
+            ):  # weights that text does not use, such as those for images, have no state
                 tensors |= {f"{moment}.{name}": self.optimizer.state[parameter][moment] for moment in _MOMENTS}
         return Checkpoint(self.state, tensors)
 
@@ -294,7 +297,7 @@ class Trainer(ABC):
 
 @contextmanager
 def reproducible(threads: int | None) -> Iterator[None]:
-    """Make runs repeatable bit by bit: gathering with repeated indices is not, on several threads, by default."""
+    """Make runs bit-identical: by default, gathering with repeated indices on several threads is not."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cores = torch.get_num_threads()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

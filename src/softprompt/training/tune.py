@@ -36,17 +36,17 @@ from softprompt.training.trainer import TrainResult, reproducible
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a run gave.
+    """The result of `tune`.
 
     Attributes:
         prompt: the best prompt.
-        run: the run's folder, None if none was asked for.
-        steps: steps done in all.
-        seconds: time that this call took, model loading not counted.
-        best_step: the step after which the prompt was found.
-        metrics: the best prompt's, on the validation rows; empty without those.
-        scores: what the metrics are of; None without validation rows.
-        settings: all settings, decided.
+        run: the run's folder; None without `out`.
+        steps: steps done in all, also before the run was resumed.
+        seconds: wall time of this call.
+        best_step: the step after which the best prompt was found.
+        metrics: of the best prompt on the validation rows; empty without validation rows.
+        scores: the scores behind these metrics; None without validation rows.
+        settings: the settings, all decided.
     """
 
     prompt: SoftPrompt
@@ -108,7 +108,7 @@ def tune(
     given = config or TuneConfig()
     folder = RunFolder(Path(out)) if out is not None and processes.first else None
     callback = callback if callback and processes.first else NO_CALLBACK
-    with save_before_exit(), nullcontext() if folder is None else folder.held(resume):  # before minutes of search
+    with save_before_exit(), nullcontext() if folder is None else folder.lock(resume):  # before minutes of search
         if given.tensorboard:
             require_package("tensorboard", "tensorboard=true")
         identity = identity_of(model, rows, eval_rows)
@@ -213,13 +213,13 @@ def _search(data: PreparedData, config: TuneConfig, evaluation: float, callback:
 
 
 def data_hashes(data: Rows, eval_data: Rows | None) -> dict[str, str]:
-    """Return which rows a prompt is learned from and chosen by."""
-    held = eval_data.sha256 if eval_data is not None else "held back from the training data"
-    return {"training_data": data.sha256, "validation_data": held}
+    """Return the hashes of the rows that were given."""
+    validation = eval_data.sha256 if eval_data is not None else "held back from the training data"
+    return {"training_data": data.sha256, "validation_data": validation}
 
 
 def identity_of(model: FrozenModel, data: Rows, eval_data: Rows | None) -> dict[str, str]:
-    """Return what has to be the same for a run to go on."""
+    """Return what must be the same to resume a run."""
     return {
         **data_hashes(data, eval_data),
         BASE_MODEL: json.dumps(fingerprint(model).model_dump()),
