@@ -182,8 +182,8 @@ def random_prompt(model: FrozenModel, length: int, seed: int) -> Tensor:
     """Draw `[P, H]` from a normal distribution with the mean and standard deviation of the model's embeddings."""
     generator = torch.Generator().manual_seed(seed)
     sample = model.embed(torch.randint(model.vocabulary_size, (2048,), generator=generator).tolist()).float().cpu()
-    drawn = torch.randn(length, sample.shape[1], generator=generator)
-    return sample.mean(dim=0) + drawn * sample.std(dim=0)
+    noise = torch.randn(length, sample.shape[1], generator=generator)
+    return sample.mean(dim=0) + noise * sample.std(dim=0)
 
 
 def vocabulary_prompt(model: FrozenModel, length: int, texts: Iterable[Sequence[int]]) -> Tensor:

@@ -48,7 +48,7 @@ class ResolvedFormat:
 
 
 class PreparedData:
-    """Rows and a model; what runs on them need is computed when a run first asks for it, and kept for the next run.
+    """Rows and a model; what runs on them need is computed at the first request and cached.
 
     Args:
         model: the frozen model.

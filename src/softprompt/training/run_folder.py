@@ -182,14 +182,14 @@ class RunFolder:
         """Delete lines of later steps than the checkpoint's, and lines that are incomplete."""
         if not self._metrics.exists():  # an ensemble
             return
-        kept = []
+        lines = []
         for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                    lines.append(line + "\n")
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-        write_text(self._metrics, "".join(kept))
+        write_text(self._metrics, "".join(lines))
 
     def write_result(self, prompt: SoftPrompt | Ensemble, scores: Scores | None) -> None:
         """Write the best prompt, and its predictions on the validation rows, `predictions.jsonl`."""

@@ -105,8 +105,8 @@ def measure_throughput(trainer: Trainer, seconds: float = 0.0) -> Throughput:
             evaluation = _seconds(trainer.evaluate)
             scorer = prepared.label_scorer(_LABELLED_ROWS)
             if scorer is not None:
-                taken = _seconds(lambda: trainer.evaluate(scorer=scorer))
-                last = taken * len(prepared.scorer.rows) / len(scorer.rows)
+                scoring = _seconds(lambda: trainer.evaluate(scorer=scorer))
+                last = scoring * len(prepared.scorer.rows) / len(scorer.rows)
     return Throughput(step, evaluation, last, len(prepared.scorer.rows) if prepared.scorer else 0)
 
 
