@@ -29,8 +29,9 @@ import softprompt as sp
 from records import read_records
 from softprompt.data.example import Example
 from softprompt.model.backends.verify import freeze
+from softprompt.model.free_memory import trim_allocator
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import measure, trim_allocator
+from softprompt.model.memory import measure
 from softprompt.training.run_folder import environment
 from training import resident
 

@@ -124,6 +124,13 @@ def model_by(architecture: str, backend: type[PackedBackend] | type[PaddedBacken
     return FrozenModel(hf_model, tiny_tokenizer(), backend(hf_model), architecture)
 
 
+def with_memory(model: FrozenModel, free: Callable[[], float]) -> FrozenModel:
+    """The same model on a device that has so many bytes left."""
+    return FrozenModel(
+        model.hf_model, model.tokenizer, model.backend, model.source, available_memory=lambda _device: free()
+    )
+
+
 def tiny_prompt(model: FrozenModel, length: int = 7) -> Tensor:
     return torch.randn(length, model.embedding_width, generator=torch.Generator().manual_seed(5)) * 0.3
 

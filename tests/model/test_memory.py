@@ -22,16 +22,16 @@ from counting import LiveBytes, saved_bytes
 from softprompt import Callback, TuneConfig, load_data, tune
 from softprompt.data.example import Example
 from softprompt.model import memory
+from softprompt.model.free_memory import available_memory
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure, micro_batch_tokens
 from softprompt.training import prompt_trainer
 from softprompt.training.prepare import PreparedRun
-from tiny_models import ARCHITECTURES, frozen
+from tiny_models import ARCHITECTURES, frozen, with_memory
 from tiny_runs import SHORT, prepared_run
 from tiny_tokenizers import tiny_tokenizer
 
-CPU = torch.device("cpu")
 SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
 
 
@@ -120,12 +120,11 @@ def test_scoring_takes_no_more_than_is_predicted(
 @pytest.mark.parametrize("scoring", [False, True])
 @pytest.mark.parametrize("free", [10**5, 2 * 10**6, 10**7])
 def test_no_more_is_run_at_once_than_fits_in_half_of_the_free_memory(
-    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch, free: int, scoring: bool
+    llama: FrozenModel, free: int, scoring: bool
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda _device: free)
     memory_estimate = measure(llama, 30)
     needed = memory_estimate.scoring if scoring else memory_estimate.step
-    tokens = micro_batch_tokens(CPU, memory_estimate, 3, 60, 0.5, scoring)
+    tokens = micro_batch_tokens(with_memory(llama, lambda: free), memory_estimate, 3, 60, 0.5, scoring)
 
     def most(tokens: int) -> float:
         """Of texts of either length."""
@@ -190,9 +189,9 @@ def test_where_memory_shrinks_less_is_run_at_once_before_the_step_is_tried(
         return third if len(ran) >= 3 else 1e12  # other programs take it after three steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(prompt_trainer, "available_memory", free)
         patch.setattr(prompt_trainer, "prompt_gradient", watched(callback, free, ran))
-        squeezed = tune(llama, rows, settings(), out=tmp_path / "run", callback=callback).prompt.weights
+        model = with_memory(llama, free)
+        squeezed = tune(model, rows, settings(), out=tmp_path / "run", callback=callback).prompt.weights
     assert ran[:3] == [1, 1, 1]
     assert min(ran[3:]) > 1
     assert {step for step, _ in callback.seen} == {4}  # found once, kept afterwards
@@ -214,11 +213,12 @@ def test_rows_that_do_not_fit_even_alone_are_tried(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prediction is on the safe side, and a warning was given."""
-    monkeypatch.setattr(prompt_trainer, "available_memory", lambda _device: 1000)
     ran: list[int] = []
     callback = Sizes()
     monkeypatch.setattr(prompt_trainer, "prompt_gradient", watched(callback, lambda: 1000, ran))
-    assert tune(llama, load_data(reviews), settings(), callback=callback).steps == 6
+    model = with_memory(llama, lambda: 1000)
+    with pytest.warns(UserWarning, match="the longest row alone needs about"):
+        assert tune(model, load_data(reviews), settings(micro_batch_tokens=1024), callback=callback).steps == 6
     assert ran == [8] * 6
 
 
@@ -227,9 +227,9 @@ def test_what_the_allocator_holds_is_given_back_before_less_is_run_at_once(
 ) -> None:
     held = [True]
     monkeypatch.setattr(prompt_trainer, "trim_allocator", held.clear)
-    monkeypatch.setattr(prompt_trainer, "available_memory", lambda _device: 1000 if held else 10**12)
     callback = Sizes()
-    tune(llama, load_data(reviews), settings(), callback=callback)
+    model = with_memory(llama, lambda: 1000 if held and callback.prepared else 10**12)
+    tune(model, load_data(reviews), settings(), callback=callback)
     assert not held
     assert callback.seen == []
 
@@ -290,4 +290,4 @@ def test_files_that_were_read_leave_memory_when_it_is_needed(monkeypatch: pytest
             return there[str(path)]
 
         monkeypatch.setattr(Path, "read_text", text)
-        assert memory.available_memory(torch.device("cpu")) == 800_000
+        assert available_memory(torch.device("cpu")) == 800_000

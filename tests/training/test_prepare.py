@@ -24,8 +24,7 @@ from softprompt.prompt import registry
 from softprompt.prompt.base_model import base_model_record
 from softprompt.prompt.nearest_tokens import nearest_tokens
 from softprompt.prompt.record import Record
-from softprompt.training import prepare as planning
-from tiny_models import as_prompt, frozen, tiny_model
+from tiny_models import as_prompt, frozen, tiny_model, with_memory
 from tiny_runs import prepared_run
 from tiny_tokenizers import tiny_tokenizer
 
@@ -134,20 +133,17 @@ def test_validation_rows_that_were_trained_on_are_reported(llama: FrozenModel, r
     prepared_run(llama, twice, short())
 
 
-def test_a_row_that_will_not_fit_in_memory_is_said_before_the_first_step(
-    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
+def test_a_row_that_will_not_fit_in_memory_is_said_before_the_first_step(llama: FrozenModel, reviews: Path) -> None:
     with pytest.warns(UserWarning, match=r"the longest row alone needs about .* GB are free: lower max_length"):
-        prepared_run(llama, load_data(reviews), short())
+        prepared_run(with_memory(llama, lambda: 1000), load_data(reviews), short())
 
 
+@pytest.mark.filterwarnings("ignore:the longest row alone needs about")
 @pytest.mark.parametrize(("free", "expected"), [(10**12, range(1024, 1025)), (0, range(1, 2)), (10**6, range(9, 100))])
 def test_what_is_run_at_once_follows_from_the_free_memory(
-    free: int, expected: range, llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+    free: int, expected: range, llama: FrozenModel, reviews: Path
 ) -> None:
-    monkeypatch.setattr("softprompt.model.memory.available_memory", lambda _device: free)
-    prepared = prepared_run(llama, load_data(reviews), short())
+    prepared = prepared_run(with_memory(llama, lambda: free), load_data(reviews), short())
     assert prepared.config.micro_batch_tokens in expected
     assert prepared.reasons["micro_batch_tokens"].startswith("free memory")
 

@@ -37,8 +37,8 @@ def doctor(as_json: bool) -> None:
 def _findings() -> dict[str, Any]:
     from softprompt.extras import OPTIONAL, installed
     from softprompt.model.bundled import SMOLLM2, cached_folder, describe_download
+    from softprompt.model.free_memory import available_memory
     from softprompt.model.load import resolve_device, resolve_threads
-    from softprompt.model.memory import available_memory
     from softprompt.prompt.registry import names, registry_folder
     from softprompt.storage import home
     from softprompt.training.run_folder import environment

@@ -19,8 +19,8 @@ from softprompt.data.rows import load_data
 from softprompt.data.templates import make_format
 from softprompt.evaluation.scores import perplexity
 from softprompt.evaluation.token_scorer import TokenScorer
+from softprompt.model.free_memory import trim_allocator
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import trim_allocator
 from softprompt.prompt.soft_prompt import BasePrompt
 
 _MAX_LENGTH = 512  # tokens of a paragraph

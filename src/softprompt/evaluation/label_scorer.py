@@ -75,7 +75,7 @@ def choose(model: FrozenModel, prompt: Prompt, rows: Sequence[Row], *, virtual_t
     encoder = copy(encoder)  # each request counts the texts that it cuts
     any_label = next(iter(encoder.format.verbalizers))  # every row has one; it is not read
     labelled = Rows([{**row, "label": any_label} for row in rows], "classification", "texts")
-    tokens = micro_batch_tokens(model.device, memory_estimate, 1, encoder.max_length, 0.0, scoring=True)
+    tokens = micro_batch_tokens(model, memory_estimate, 1, encoder.max_length, 0.0, scoring=True)
     scorer = LabelScorer(encoder, labelled, tokens)
     if encoder.truncated:
         warnings.warn(f"{encoder.truncated} of {len(rows)} texts were cut to {encoder.max_length} tokens", stacklevel=3)

@@ -116,4 +116,4 @@ def scoring_micro_batch_tokens(model: FrozenModel, rows: Rows, prompt: AnyPrompt
     """
     target_share = 0.0 if rows.task == "classification" else 1.0
     memory_estimate = replace(measure(model, prompt.num_virtual_tokens), prefixes=len(prompt.members))
-    return micro_batch_tokens(model.device, memory_estimate, 1, longest, target_share, scoring=True)
+    return micro_batch_tokens(model, memory_estimate, 1, longest, target_share, scoring=True)

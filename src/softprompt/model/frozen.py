@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from weakref import ReferenceType, ref
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt.data.example import Choices, Example, common_start
 from softprompt.model.backends.base import Backend
 from softprompt.model.backends.decode import DecodeBatch
+from softprompt.model.free_memory import available_memory
 from softprompt.model.prefix import Prefix
 from softprompt.private_interfaces import input_device
 
@@ -43,6 +44,7 @@ class FrozenModel:
         source: what it was loaded from: a hub id, a path or a bundled name.
         revision: the hub revision, None for local models.
         backend: runs text against a prefix.
+        available_memory: returns the bytes that can still be allocated on a device.
     """
 
     def __init__(
@@ -52,17 +54,23 @@ class FrozenModel:
         backend: Backend,
         source: str,
         revision: str | None = None,
+        available_memory: Callable[[torch.device], float] = available_memory,
     ) -> None:
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.backend = backend
         self.source = source
         self.revision = revision
+        self.available_memory = available_memory
         self._cached: OrderedDict[int, _CachedPrefix] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
         return input_device(self.hf_model)
+
+    def free_memory(self) -> float:
+        """Return the bytes that can still be allocated on the model's device."""
+        return self.available_memory(self.device)
 
     @property
     def embedding_width(self) -> int:

@@ -1,4 +1,4 @@
-"""The prediction of memory: what a training step or an evaluation takes, and what is available.
+"""The prediction of memory: what a training step or an evaluation takes.
 
 `measure` runs a few tokens on the loaded model and gives a `MemoryEstimate`; `micro_batch_tokens` chooses from it how
 many text tokens run at once.
@@ -6,16 +6,12 @@ many text tokens run at once.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -24,11 +20,6 @@ from softprompt.model.backends.attention import MAX_LENGTH_RATIO, length_buckets
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.lm_head import MAX_LOGITS
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 # Matrix products on a CPU reach their full rate at about a thousand rows; a GPU wants more.
 _USEFUL_ON_CPU, _USEFUL_ON_GPU = 1024, 8192
 _SHARE = 0.5  # of the available memory: other programs need some
@@ -36,7 +27,6 @@ _LONGEST_MEASURED = 32  # tokens
 # Bytes that glibc's allocator holds per byte requested, except for large tensors, which get pages of their own:
 # benchmarks/results/memory.md.
 ALLOCATOR = 1.5
-_M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
 @dataclass(frozen=True)
@@ -215,7 +205,7 @@ def _count_saved(own: Sequence[Tensor]) -> Iterator[_SavedTensors]:
 
 
 def micro_batch_tokens(
-    device: torch.device,
+    model: FrozenModel,
     memory_estimate: MemoryEstimate,
     shortest: int,
     longest: int,
@@ -225,55 +215,19 @@ def micro_batch_tokens(
     """Predict how many text tokens fit at once in half of the available memory.
 
     Args:
-        device: the model's.
+        model: the frozen model.
         memory_estimate: of a micro-batch.
         shortest, longest: tokens of a text; many short texts take memory for their prefixes, long ones for scores.
         target_share: target tokens per token; each takes a row of logits for a while.
         scoring: nothing is saved for a backward pass.
     """
-    free = available_memory(device) * _SHARE / (local_world_size() if device.type == "cpu" else 1)
+    on_cpu = model.device.type == "cpu"
+    free = model.free_memory() * _SHARE / (local_world_size() if on_cpu else 1)
     needed = memory_estimate.scoring if scoring else memory_estimate.step
 
     def fits(tokens: int) -> bool:
         lengths = [[min(each, tokens)] * max(1, tokens // each) for each in (shortest, longest)]
         return max(needed(texts, sum(texts) * target_share) for texts in lengths) <= free
 
-    most = _USEFUL_ON_CPU if device.type == "cpu" else _USEFUL_ON_GPU
+    most = _USEFUL_ON_CPU if on_cpu else _USEFUL_ON_GPU
     return max(1, bisect_left(range(1, most + 1), True, key=lambda tokens: not fits(tokens)))
-
-
-def available_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device; a container's and a shell's limits count."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own cache
-    free = psutil.virtual_memory().available
-    if resource is not None:
-        allowed = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
-        if allowed != resource.RLIM_INFINITY:
-            free = min(free, allowed - psutil.Process().memory_info().vms)
-    for folder, limit, used, total in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    ):
-        try:
-            allowed, in_use = (int(Path(folder, name).read_text()) for name in (limit, used))
-            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such control group, or "max": no limit
-            continue
-        # Linux caches files that were read, and drops them when memory is needed.
-        cached = sum(int(statistics.get(f"{total}{kind}_file", 0)) for kind in ("active", "inactive"))
-        free = min(free, allowed - in_use + cached)
-    return max(free, 0)
-
-
-def trim_allocator() -> None:
-    """Make glibc return freed memory to the system, now and from now on, instead of keeping holes between tensors.
-
-    Large tensors then get pages of their own, which leave no holes and cost some time to allocate.
-    """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):  # other C libraries have none
-            library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-            library.malloc_trim(0)

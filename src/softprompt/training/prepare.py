@@ -26,9 +26,10 @@ from softprompt.errors import SettingsError
 from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scorer import Scorer
 from softprompt.evaluation.token_scorer import TokenScorer
+from softprompt.model.free_memory import trim_allocator
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.load import resolve_threads
-from softprompt.model.memory import MemoryEstimate, available_memory, micro_batch_tokens, trim_allocator
+from softprompt.model.memory import MemoryEstimate, micro_batch_tokens
 from softprompt.model.prefix import is_prefix
 from softprompt.prompt.initialization import Start
 from softprompt.training.objectives import OBJECTIVES, Objective
@@ -204,7 +205,7 @@ def _facts(
         start=start.decided,
         num_virtual_tokens=start.num_virtual_tokens,
         micro_batch_tokens=0,
-        longest_row_fits=_longest_row_bytes(memory_estimate, length_stats) <= available_memory(model.device),
+        longest_row_fits=_longest_row_bytes(memory_estimate, length_stats) <= model.free_memory(),
         backend=model.backend.name,
         can_checkpoint=model.backend.can_checkpoint,
         threads=resolve_threads(None),
@@ -252,7 +253,7 @@ def _micro_batch_tokens(model: FrozenModel, memory_estimate: MemoryEstimate, len
     shared_text_len = len(length_stats.shared_text_ids)
     targets = length_stats.targets / (length_stats.tokens - length_stats.rows * shared_text_len)
     shortest, longest = length_stats.shortest - shared_text_len, length_stats.longest - shared_text_len
-    return micro_batch_tokens(model.device, memory_estimate, shortest, longest, targets)
+    return micro_batch_tokens(model, memory_estimate, shortest, longest, targets)
 
 
 def _longest_row_bytes(memory_estimate: MemoryEstimate, length_stats: LengthStats) -> float:
@@ -264,7 +265,7 @@ def _longest_row_bytes(memory_estimate: MemoryEstimate, length_stats: LengthStat
 def _warn(data: PreparedData, split: Split, memory_estimate: MemoryEstimate, length_stats: LengthStats) -> None:
     """Warn, before the first step, of what spoils the run's metrics, or the run."""
     data.warn_of_duplicates(split)
-    row_bytes, free = _longest_row_bytes(memory_estimate, length_stats), available_memory(data.model.device)
+    row_bytes, free = _longest_row_bytes(memory_estimate, length_stats), data.model.free_memory()
     if row_bytes > free:
         data.warn_once(
             "memory",

@@ -12,9 +12,9 @@ from softprompt.data.example import Example
 from softprompt.distributed.collective import ALONE, Processes
 from softprompt.evaluation.scorer import Scorer
 from softprompt.evaluation.scores import Scores
+from softprompt.model.free_memory import trim_allocator
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
-from softprompt.model.memory import available_memory, trim_allocator
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training.callbacks import NO_CALLBACK, Callback
@@ -96,8 +96,8 @@ class PromptTrainer(Trainer):
 
     def _free(self, needed: float) -> float:
         """Return the free memory; if it is less than needed, the allocator first returns what earlier steps used."""
-        free = available_memory(self.model.device)
+        free = self.model.free_memory()
         if free < needed:
             trim_allocator()
-            free = available_memory(self.model.device)
+            free = self.model.free_memory()
         return free

@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from softprompt.config import TuneConfig
 from softprompt.data.batching import batch_indices
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import available_memory
 from softprompt.training.prepare import PreparedRun, most_steps
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.search import search_cost, why_not_search
@@ -186,7 +185,7 @@ def estimate_run(model: FrozenModel, prepared: PreparedRun, given: TuneConfig) -
         truncated=prepared.encoder.truncated,
         rendered=[rendered_row(prepared, i) for i in range(min(_RENDERED_ROWS, len(prepared.examples)))],
         step_gigabytes=max(prepared.step_bytes(part) for part in trainer.micro_batches(batch)) / 1e9,
-        free_gigabytes=available_memory(model.device) / 1e9,
+        free_gigabytes=model.free_memory() / 1e9,
         step_seconds=throughput.step,
         steps=length["max_steps"],
         eval_every=length["eval_every"],

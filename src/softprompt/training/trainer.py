@@ -23,7 +23,6 @@ from softprompt.evaluation.calibration import fit_label_bias
 from softprompt.evaluation.scorer import Scorer
 from softprompt.evaluation.scores import LabelScores, Scores
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.memory import available_memory
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.checkpoint import Checkpoint, TrainerState
 from softprompt.training.prepare import PreparedRun
@@ -216,7 +215,7 @@ class Trainer(ABC):
                 if not is_out_of_memory(error):
                     raise
                 if all(len(part) == 1 for cut in micro_batches_by_rank for part in cut):
-                    longest, free = max(len(e.ids) for e in batch), available_memory(self.model.device) / 1e9
+                    longest, free = max(len(e.ids) for e in batch), self.model.free_memory() / 1e9
                     raise RunError(
                         f"out of memory at one row of {longest} tokens or less ({free:.1f} GB are free); try a smaller "
                         "--set max_length, fewer virtual tokens, or a smaller model"

@@ -16,15 +16,13 @@ from counting import LiveBytes, saved_bytes
 from softprompt import TuneConfig, load_data, tune
 from softprompt.data.example import Example
 from softprompt.errors import SettingsError
-from softprompt.model import memory
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
 from softprompt.model.memory import measure
-from softprompt.training import prepare as planning
 from softprompt.training import prompt_trainer
 from tiny_data import examples_of
-from tiny_models import ARCHITECTURES, frozen, tiny_prompt
+from tiny_models import ARCHITECTURES, frozen, tiny_prompt, with_memory
 from tiny_runs import SHORT, Command, prepared_run
 from tiny_tokenizers import tiny_tokenizer
 
@@ -170,7 +168,7 @@ def test_a_run_learns_the_same_prompt(llama: FrozenModel, reviews: Path, monkeyp
 
 
 def test_it_is_done_where_the_longest_row_does_not_fit_otherwise(
-    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+    llama: FrozenModel,
 ) -> None:
     rows = load_data([{"text": "the parcel never came " * n} for n in (1, 3, 60)])
     ample = prepared_run(llama, rows, settings(eval_rows=0))
@@ -178,24 +176,23 @@ def test_it_is_done_where_the_longest_row_does_not_fit_otherwise(
     assert ample.reasons["gradient_checkpointing"] == "the longest row fits in memory"
     longest = max(ample.examples[i] for i in range(3))
     needed = ample.step_bytes([longest])
-    monkeypatch.setattr(planning, "available_memory", lambda _device: needed * 0.9)
-    tight = prepared_run(llama, rows, settings(eval_rows=0))  # a warning would fail this test
+    little, least = (with_memory(llama, lambda free=free: free) for free in (needed * 0.9, 1000))
+    tight = prepared_run(little, rows, settings(eval_rows=0))  # a warning would fail this test
     assert tight.config.gradient_checkpointing is True
     assert tight.reasons["gradient_checkpointing"] == "the longest row does not fit in memory otherwise"
     assert tight.step_bytes([longest]) < needed * 0.9
-    assert prepared_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=True)).step_bytes([longest]) < needed
-    monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
+    assert prepared_run(little, rows, settings(eval_rows=0, gradient_checkpointing=True)).step_bytes([longest]) < needed
     for given in (None, False, True):
         with pytest.warns(UserWarning, match="the longest row alone needs about"):
-            prepared = prepared_run(llama, rows, settings(eval_rows=0, gradient_checkpointing=given))
+            prepared = prepared_run(least, rows, settings(eval_rows=0, gradient_checkpointing=given))
         assert prepared.config.gradient_checkpointing == (given is not False)
 
 
-def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda _device: 3 * 10**6)
+def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path) -> None:
+    model = with_memory(llama, lambda: 3 * 10**6)
     given = {"micro_batch_tokens": None, "eval_rows": 0}
     once, twice = (
-        prepared_run(llama, load_data(reviews), settings(gradient_checkpointing=on, **given)).config.micro_batch_tokens
+        prepared_run(model, load_data(reviews), settings(gradient_checkpointing=on, **given)).config.micro_batch_tokens
         for on in (False, True)
     )
     assert once is not None
@@ -204,16 +201,15 @@ def test_more_is_run_at_once_with_it(llama: FrozenModel, reviews: Path, monkeypa
 
 
 def test_activation_checkpointing_is_refused_by_a_backend_that_cannot(
-    reviews: Path, monkeypatch: pytest.MonkeyPatch
+    reviews: Path,
 ) -> None:
     gptj, rows = frozen("gptj"), load_data(reviews)
     with pytest.raises(
         SettingsError, match=r"gradient_checkpointing: the .* backend cannot run this model's layers again"
     ):
         prepared_run(gptj, rows, settings(gradient_checkpointing=True))
-    monkeypatch.setattr(planning, "available_memory", lambda _device: 1000)
     with pytest.warns(UserWarning, match="the longest row alone needs about"):
-        prepared = prepared_run(gptj, rows, settings())
+        prepared = prepared_run(with_memory(gptj, lambda: 1000), rows, settings())
     assert prepared.config.gradient_checkpointing is False
     assert prepared.reasons["gradient_checkpointing"] == f"not supported by the {gptj.backend.name} backend"
 

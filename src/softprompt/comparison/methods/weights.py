@@ -94,7 +94,7 @@ def unfreeze_copy(model: FrozenModel) -> FrozenModel:
 def _wrap(hf_model: PreTrainedModel, like: FrozenModel) -> FrozenModel:
     """Return a model of the same architecture with the same backend."""
     backend = type(like.backend)(hf_model, like.backend.shares_cache)
-    return FrozenModel(hf_model, like.tokenizer, backend, like.source, like.revision)
+    return FrozenModel(hf_model, like.tokenizer, backend, like.source, like.revision, like.available_memory)
 
 
 class WeightsTrainer(Trainer):
