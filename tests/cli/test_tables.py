@@ -139,56 +139,55 @@ def test_a_row_shows_both_ends_of_its_input_and_what_is_learned() -> None:
 class Clock:
     """A clock that a test sets forward."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+    now = 100.0
 
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+    def __call__(self) -> float:
+        return self.now
 
 
 VALUES = {"accuracy": 0.5, "macro_f1": 0.4, "loss": 1.25}
 
 
-def test_the_time_left_counts_steps_and_evaluations(run: Clock) -> None:
-    line = ProgressLine(10, 0, 4)  # evaluated after steps 0, 4, 8 and 10
-    run.now += 30
+def test_the_time_left_counts_steps_and_evaluations() -> None:
+    time = Clock()
+    line = ProgressLine(10, 0, 4, time)  # evaluated after steps 0, 4, 8 and 10
+    time.now += 30
     line.evaluated(0, VALUES)
     assert line.seconds_left() is None
-    run.now += 7  # the first step takes longer than the others
+    time.now += 7  # the first step takes longer than the others
     line.stepped(1, 2.0)
     assert line.seconds_left() == 9 * 7 + 3 * 30
     for step in (2, 3, 4):
-        run.now += 2
+        time.now += 2
         line.stepped(step, 2.0)
     assert line.evaluation_follows()
     assert line.seconds_left() == 6 * 2 + 3 * 30
-    run.now += 10
+    time.now += 10
     line.evaluated(4, VALUES)
     assert line.seconds_left() == 6 * 2 + 2 * 20
     for step in range(5, 11):
-        run.now += 2
+        time.now += 2
         line.stepped(step, 2.0)
     assert line.evaluation_follows()
     line.evaluated(10, VALUES)
     assert line.seconds_left() == 0
 
 
-def test_a_run_without_validation_rows_counts_steps_alone(run: Clock) -> None:
-    line = ProgressLine(20, 10, None)
+def test_a_run_without_validation_rows_counts_steps_alone() -> None:
+    time = Clock()
+    line = ProgressLine(20, 10, None, time)
     for step in (11, 12):
-        run.now += 3
+        time.now += 3
         line.stepped(step, 1.0)
     assert line.seconds_left() == 8 * 3
     assert line.text(COLUMNS) == "step 12/20  loss 1.000  0:06 elapsed, 0:24 left"
     assert not line.evaluation_follows()
 
 
-def test_the_line_fits_an_ordinary_terminal(run: Clock) -> None:
-    line = ProgressLine(1000, 999, 10)
-    run.now += 3000
+def test_the_line_fits_an_ordinary_terminal() -> None:
+    time = Clock()
+    line = ProgressLine(1000, 999, 10, time)
+    time.now += 3000
     line.stepped(1000, 1.23456)
     line.evaluated(1000, VALUES)
     line.over = True

@@ -18,7 +18,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 
-from softprompt import Callback, Rows, TuneConfig, evaluate, load_data, tune
+from softprompt import Callback, TuneConfig, evaluate, load_data, tune
 from softprompt.distributed.signals import defer_signals, raise_on_termination
 from softprompt.errors import RunError
 from softprompt.evaluation.label_scorer import LabelScorer
@@ -105,7 +105,7 @@ def test_tune_that_was_interrupted_anywhere_and_resumed_ends_as_a_run_that_was_n
         "gradient": (prompt_trainer, "prompt_gradient"),
         "optimizer": (torch.optim.AdamW, "step"),
         "log": (RunLog, "write"),
-        "evaluation": (LabelScorer, "_score"),
+        "evaluation": (FrozenModel, "score"),
     }[what]
     with monkeypatch.context() as patch:
         patch.setattr(place, name, once(getattr(place, name), call, before))
@@ -422,7 +422,7 @@ def test_where_memory_runs_out_less_is_run_at_once_and_the_result_is_the_same(
         patch.setattr(prompt_trainer, "prompt_gradient", little_memory(prompt_trainer.prompt_gradient, 25))
         squeezed = tune(llama, rows, short(), out=tmp_path / "squeezed", callback=callback).prompt.weights
     assert callback.seen
-    assert all(step == 1 for step, _ in callback.seen)  # found once, kept afterwards
+    assert all(step == 1 for step, _ in callback.seen)  # found once, and used from then on
     assert [tokens for _, tokens in callback.seen] == [callback.planned >> n for n in range(1, len(callback.seen) + 1)]
     torch.testing.assert_close(squeezed, whole, atol=1e-4, rtol=1e-4)
     state = json.loads((tmp_path / "squeezed" / "state" / "step-6" / "state.json").read_text())
@@ -462,11 +462,13 @@ def test_tune_does_not_take_another_error_for_a_lack_of_memory(
         tune(llama, load_data(reviews), short())
 
 
-def fits_in_scoring(right: Callable[..., Scores], fits: int) -> Callable[..., Scores]:
-    def wrapped(self: LabelScorer, *args: Any) -> Scores:
-        if self.micro_batch_tokens > fits:
+def fits_in_scoring(right: Callable[..., Any], fits: int) -> Callable[..., Any]:
+    """Scoring that fails where more than so many rows are run at once."""
+
+    def wrapped(model: FrozenModel, prefixes: list[Any], choices: list[Any]) -> Any:
+        if len(choices) > fits:
             raise RuntimeError(OUT_OF_MEMORY)
-        return right(self, *args)
+        return right(model, prefixes, choices)
 
     return wrapped
 
@@ -477,22 +479,22 @@ def test_rows_are_scored_with_less_at_once_where_memory_runs_out(
     rows = load_data(reviews)
     whole = evaluate(llama, rows).metrics
     with monkeypatch.context() as patch:
-        patch.setattr(LabelScorer, "_score", fits_in_scoring(LabelScorer._score, 40))
+        patch.setattr(FrozenModel, "score", fits_in_scoring(FrozenModel.score, 2))
         squeezed = evaluate(llama, rows).metrics
     assert squeezed["accuracy"] == whole["accuracy"]
     assert squeezed["loss"].value == pytest.approx(whole["loss"].value)
-    monkeypatch.setattr(LabelScorer, "_score", fits_in_scoring(LabelScorer._score, 0))
+    monkeypatch.setattr(FrozenModel, "score", fits_in_scoring(FrozenModel.score, 0))
     with pytest.raises(RunError, match="out of memory at scoring one row"):
         evaluate(llama, rows)
 
 
-def falling_until(step: int, rows: Rows) -> Callable[..., Any]:
+def falling_until(step: int) -> Callable[..., Any]:
     """Scores whose loss falls until a step and rises afterwards; one call an evaluation."""
     calls = iter(range(1000))
 
     def score(self: LabelScorer, model: FrozenModel, prompt: SoftPrompt) -> Any:
         number = next(calls)
-        (made,) = LabelScorer._score(self, model, [prompt.weights])
+        (made,) = self.score_members(model, prompt)
         made.losses[:] = abs(step - number) + 1.0
         return made
 
@@ -506,7 +508,7 @@ def test_a_run_ends_when_the_loss_has_not_fallen_for_so_many_evaluations(
     rows = load_data(reviews)
     config = short(max_steps=100, eval_every=1, patience=patience)
     with monkeypatch.context() as patch:
-        patch.setattr(LabelScorer, "score", falling_until(4, rows))
+        patch.setattr(LabelScorer, "score", falling_until(4))
         result = tune(llama, rows, config, out=tmp_path / "run")
     assert (result.steps, result.best_step) == (4 + patience, 4)
     # A run that has ended so stays ended.

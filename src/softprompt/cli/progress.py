@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +37,19 @@ class ProgressLine:
         steps: of the whole run.
         step: the last one that is done.
         eval_every: steps between evaluations; None without evaluations.
+        now: the clock, in seconds.
     """
 
     steps: int
     step: int
     eval_every: int | None
+    now: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         self.loss: float | None = None
         self.validation: dict[str, float] = {}
         self.over = False
-        self._began = self._last = time.monotonic()
+        self._began = self._last = self.now()
         self._evaluated = self.step
         self._step_times, self._evaluation_times = deque[float](maxlen=_TIMED), deque[float](maxlen=_TIMED)
 
@@ -78,7 +80,7 @@ class ProgressLine:
 
     def text(self, width: int) -> str:
         """Write the line; one that is too long leaves out the validation loss."""
-        left, elapsed = self.seconds_left(), f"{clock(time.monotonic() - self._began)} elapsed"
+        left, elapsed = self.seconds_left(), f"{clock(self.now() - self._began)} elapsed"
         loss = "" if self.loss is None else f"loss {self.loss:.3f}"
         times = elapsed if left is None or self.over else f"{elapsed}, {clock(left)} left"
         shown = dict(list(self.validation.items())[:1])
@@ -93,7 +95,7 @@ class ProgressLine:
         yield Text(self.text(options.max_width), no_wrap=True, overflow="ellipsis")
 
     def _lap(self) -> float:
-        before, self._last = self._last, time.monotonic()
+        before, self._last = self._last, self.now()
         return self._last - before
 
 

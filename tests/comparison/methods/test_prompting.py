@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from counting import counted
 from references import token_losses
@@ -18,13 +19,14 @@ from softprompt.data.encoder import Encoder
 from softprompt.data.rows import Row, Rows, load_data
 from softprompt.data.templates import Format, make_format
 from softprompt.errors import DataError, SettingsError
-from softprompt.evaluation import completions
 from softprompt.evaluation.calibration import CalibratedScorer, CalibratedScores, make_scorer, prior_matching
 from softprompt.evaluation.completions import complete
 from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scores import LabelScores, add_label_bias
 from softprompt.evaluation.token_scorer import TokenScorer
+from softprompt.model.backends.decode import DecodeBatch
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.prefix import Prefix
 from tiny_data import TEXTS
 from tiny_models import as_prompt, frozen, tiny_prompt
 from tiny_tokenizers import bos_tokenizer, with_chat
@@ -56,7 +58,7 @@ def test_demonstrations_are_written_like_training_examples_with_blank_lines_betw
         assert example.start == len(llama.tokenizer(text)["input_ids"])
 
 
-def test_completions_end_as_demonstrations_show_it(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_end_as_demonstrations_show_it(llama: FrozenModel) -> None:
     form = replace(make_format("completion", []), demonstrations=ANSWERED)
     rows = load_data([{"input": "a film", "target": "good"}, {"input": "money", "target": "waste of time"}])
     encoder = Encoder(llama.tokenizer, form, 512)
@@ -66,15 +68,28 @@ def test_completions_end_as_demonstrations_show_it(llama: FrozenModel, monkeypat
         assert example.start == len(llama.tokenizer(f"{text}{row['input']}\n")["input_ids"])
     # A model that has seen them goes on with a demonstration of its own: what is behind the blank line is cut off.
     written = llama.tokenizer(" good\n\nanother")["input_ids"]
-    monkeypatch.setattr("softprompt.decoding._Decoder._choose", lambda _self, line, _row: written[_new(line)])
-    monkeypatch.setattr(completions.GenerateConfig, "max_length", 8, raising=False)
-    assert complete(llama, as_prompt(None), encoder, load_data([{"input": "a", "target": "x" * 30}])).outputs == [
-        "good"
-    ]
+    model = Scripted(llama, written)
+    rows = load_data([{"input": "a", "target": "x" * 30}])
+    assert complete(model, as_prompt(None), encoder, rows).outputs == ["good"]
 
 
-def _new(line: object) -> int:
-    return len(line.ids) - line.given  # type: ignore[attr-defined]
+class Scripted(FrozenModel, DecodeBatch):
+    """A model that writes given tokens, whatever it reads; it is its own batch of one row."""
+
+    def __init__(self, model: FrozenModel, ids: list[int]) -> None:
+        super().__init__(model.hf_model, model.tokenizer, model.backend, model.source)
+        self.ids = iter(ids)
+
+    def prefill(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:  # type: ignore[override]
+        return self.step([]), [prefix] * len(texts)
+
+    def decode(self, prefixes: Sequence[Prefix]) -> DecodeBatch:
+        return self
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([next(self.ids)]), self.vocabulary_size).float()
+
+    def select(self, rows: Sequence[int]) -> None: ...
 
 
 def test_in_a_chat_demonstrations_stand_in_the_users_message() -> None:
@@ -340,23 +355,27 @@ def test_plain_texts_can_stand_before_others(llama: FrozenModel) -> None:
     assert {trial.k for trial in found(llama, texts[0], texts[1], 60).trials} == {0, 1, 2, 4, 8}
 
 
-def test_a_search_by_time_ends_in_time(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_by_time_ends_in_time(llama: FrozenModel) -> None:
     """By a clock on which a row takes a second, and a row behind demonstrations two."""
-    clock = SimpleNamespace(now=0.0)
-
-    def noted(encoder: Encoder, rows: Rows, at_once: int, _calibration: str) -> CalibratedScorer:
-        clock.now += len(rows) * (2 if encoder.format.demonstrations else 1)
-        return CalibratedScorer(encoder, rows, at_once)
-
-    monkeypatch.setattr(prompting, "make_scorer", noted)
-    monkeypatch.setattr(prompting, "time", SimpleNamespace(monotonic=lambda: clock.now))
     for seconds in (0.0, 60.0, 200.0, 330.0, 600.0):
-        clock.now = 0.0
+        spent: list[int] = []
+
+        def scored(trial: Trial, _share: float, spent: list[int] = spent) -> None:
+            spent.append(trial.rows * (2 if trial.k else 1))
+
         done = search_demonstrations(
-            llama, labels_format(()), labelled(40), labelled(60, 100), max_length=64, seed=0, seconds=seconds
+            llama,
+            labels_format(()),
+            labelled(40),
+            labelled(60, 100),
+            max_length=64,
+            seed=0,
+            seconds=seconds,
+            progress=scored,
+            now=lambda spent=spent: sum(spent),  # type: ignore[misc]
         )
         # The first round is begun believing that all rows take a second; its last trial alone can be late, by half.
-        assert done.seconds == clock.now <= max(seconds, 60) + 60
+        assert done.seconds == sum(spent) <= max(seconds, 60) + 60
         assert done.best.rows == 60
         assert (done.rows == 60) == (seconds <= 60)
     assert done.seconds > 450

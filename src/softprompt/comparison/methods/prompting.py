@@ -110,6 +110,7 @@ def search_demonstrations(
     seconds: float | None = None,
     rows: int | None = None,
     progress: Progress | None = None,
+    now: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
     """Find demonstrations by rounds of successive halving (Jamieson and Talwalkar 2016) on the validation rows.
 
@@ -128,6 +129,7 @@ def search_demonstrations(
         seconds, rows: the budget, in wall time or in scored validation rows; one of them. With rows, the same seed
             gives the same result.
         progress: told of every trial, and of the used share of the budget.
+        now: the clock, in seconds.
 
     Raises:
         SettingsError: no budget or two, or fewer rows than there are validation rows.
@@ -139,7 +141,7 @@ def search_demonstrations(
             f"a choice is scored on all {len(validation)} validation rows, and the budget is {rows} rows; "
             "raise it, or give fewer validation rows"
         )
-    scorer = _Scorer(model, train, validation, max_length, _Budget(seconds, rows), progress)
+    scorer = _Scorer(model, train, validation, max_length, _Budget(seconds, rows, now), progress)
     best = scorer.trial(form, validation)
     generator = np.random.default_rng(seed)
     candidates = _sample_demonstrations(scorer, form, sample(train, _POOL, seed), generator)
@@ -189,13 +191,15 @@ def _sample_demonstrations(
 class _Budget:
     """A limit on rows or on seconds."""
 
-    def __init__(self, seconds: float | None = None, rows: int | None = None) -> None:
-        self.seconds, self.rows = seconds, rows
-        self.began, self.spent = time.monotonic(), 0
+    def __init__(
+        self, seconds: float | None = None, rows: int | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.seconds, self.rows, self.now = seconds, rows, now
+        self.began, self.spent = now(), 0
 
     @property
     def elapsed(self) -> float:
-        return time.monotonic() - self.began
+        return self.now() - self.began
 
     def share(self, more: int = 0) -> float:
         """Return the used share, or what it will be when `more` rows are scored."""
