@@ -20,7 +20,7 @@ from softprompt.comparison import run as comparing
 from softprompt.comparison.costs import general_perplexity, measure, weights_hash
 from softprompt.comparison.methods import METHODS, weights
 from softprompt.comparison.methods import trained as learning
-from softprompt.comparison.methods.base import MethodCallback, Predictor
+from softprompt.comparison.methods.base import FitResult, MethodCallback, Predictor
 from softprompt.comparison.protocol import make_protocol
 from softprompt.comparison.results import Result, read_result
 from softprompt.comparison.run import ComparisonCallback, compare
@@ -274,21 +274,20 @@ def test_other_tasks_are_compared_too(llama: FrozenModel, tmp_path: Path, task: 
 def test_equal_time_is_shared_by_the_learning_rates_and_the_steps(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[int] = []
-    monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=0.02, evaluation=0.0))
-    monkeypatch.setattr(Trainer, "loss_after", lambda _loop, steps: tried.append(steps) or 1.0)
-    callback = Notes()
-    config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1)
-    done = compare(llama, films(60), methods=["prompt-tuning", "few-shot"], config=config, callback=callback)
-    steps = done.results[0].settings["max_steps"]
+    monkeypatch.setattr(Trainer, "loss_after", lambda _loop, _steps: 1.0)
+    fitted, tried = fit_in_time(llama, 0.1, Throughput(step=0.02, evaluation=0.0))
     assert tried == [30] * 3
-    assert 225 <= steps < 300  # of 300 that fit; making ready takes a little
+    assert 225 <= fitted.settings["max_steps"] < 300  # of 300 that fit; making ready takes a little
+    given, tried = fit_in_time(llama, 0.1, Throughput(step=0.02, evaluation=0.0), learning_rate=0.5)
+    assert (given.settings["learning_rate"], tried) == (0.5, [])
+
+
+def test_without_a_folder_there_is_no_report(llama: FrozenModel) -> None:
+    callback = Notes()
+    config = short(max_steps=None, eval_every=None, max_minutes=0.01)
+    done = compare(llama, films(60), methods=["prompt-tuning", "few-shot"], config=config, callback=callback)
     assert callback.told == ["begin 2", "prompt-tuning", "prompt-tuning done", "few-shot", "few-shot done"]
     assert done.report is None
-    given = compare(
-        llama, films(60), methods=["prompt-tuning"], config=config.model_copy(update={"learning_rate": 0.5})
-    )
-    assert given.results[0].settings["learning_rate"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["prompt-tuning-ensemble", "soft-prompt-ensemble", "deep-prefix-ensemble"])
@@ -312,6 +311,22 @@ def test_what_is_mistyped_is_said_before_the_model_is_loaded(
     done = fails("compare", reviews, "--model", "no-such-model", "--out", "out", option, value)
     assert message in done.err
     assert "no-such-model" not in done.err
+
+
+def fit_in_time(
+    model: FrozenModel, minutes: float, throughput: Throughput, learning_rate: float | None = None
+) -> tuple[FitResult, list[int]]:
+    """Fit prompt tuning in some minutes; return also the steps of each learning rate that is tried."""
+
+    class Tried(MethodCallback):
+        def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
+            steps.append(step)
+
+    steps: list[int] = []
+    config = short(max_steps=None, eval_every=None, learning_rate=learning_rate, max_minutes=minutes)
+    protocol = make_protocol(model, films(60), None, None, config, "time", True)
+    protocol = replace(protocol, measure_throughput=lambda *_: throughput)
+    return METHODS["prompt-tuning"](protocol, 0, Tried()).fit(), steps
 
 
 class Notes(ComparisonCallback):
@@ -346,21 +361,11 @@ def test_measured_memory_is_the_peak_above_the_start() -> None:
 
 @pytest.mark.parametrize(("evaluation", "searched"), [(0.0, True), (1.0, True), (5.5, False)])
 def test_time_for_scoring_the_validation_rows_is_part_of_a_learning_rate_s_share(
-    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch, evaluation: float, searched: bool
+    llama: FrozenModel, evaluation: float, searched: bool
 ) -> None:
     """Four minutes: 24 seconds for each of three rates, of which 5.5 for scoring leave too few steps to tell."""
-    tried: list[int] = []
-    alone = Trainer.loss_after
-
-    def noted(loop: Trainer, steps: int) -> float:
-        tried.append(steps)
-        return alone(loop, steps)
-
-    monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=1.0, evaluation=evaluation))
-    monkeypatch.setattr(Trainer, "loss_after", noted)
-    config = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=4)
-    done = compare(llama, films(60), methods=["prompt-tuning"], config=config)
-    assert done.results[0].settings["search"] == searched
+    fitted, tried = fit_in_time(llama, 4, Throughput(step=1.0, evaluation=evaluation))
+    assert fitted.settings["search"] == searched
     assert tried == ([int(24 - evaluation)] * 3 if searched else [])
 
 
@@ -483,7 +488,6 @@ def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
     """The beginning that all rows share is run once; a row that begins otherwise must not lose its first tokens."""
     rows = [{"text": f"please classify this film number {n}", "label": ("bad", "good")[n % 2]} for n in range(280)]
     rows += [{"text": f"hi {n}", "label": ("bad", "good")[n % 2]} for n in range(20)]
-    monkeypatch.setattr(learning, "measure_throughput", lambda *_: Throughput(step=0.02, evaluation=0.0))
     # So few rows are counted before it is known how many steps fit.
     monkeypatch.setitem(CLASSIFICATION_STEPS, "normal", 2)
     config = short(max_steps=None, eval_every=None, learning_rate=None, batch_size=2, max_minutes=0.1, eval_rows=20)
@@ -500,7 +504,9 @@ def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
         return 1.0
 
     monkeypatch.setattr(Trainer, "loss_after", noted)
-    compare(llama, load_data(rows), methods=["prompt-tuning"], config=config)
+    protocol = make_protocol(llama, load_data(rows), None, None, config, "time", True)
+    protocol = replace(protocol, measure_throughput=lambda *_: Throughput(step=0.02, evaluation=0.0))
+    METHODS["prompt-tuning"](protocol, 0, MethodCallback()).fit()
     assert taken == {True}
 
 

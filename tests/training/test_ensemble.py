@@ -23,9 +23,7 @@ from softprompt.prompt.ensemble import Ensemble, make_ensemble
 from softprompt.prompt.loading import load_prompt
 from softprompt.prompt.record import Record
 from softprompt.prompt.soft_prompt import SoftPrompt
-from softprompt.training import tune as tuning
 from softprompt.training.ensemble import tune_ensemble
-from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.throughput import Throughput
 from softprompt.training.tune import TuneResult, tune
 from tiny_models import as_prompt
@@ -99,19 +97,10 @@ def test_members_of_an_ensemble_share_the_sampled_rows(
     assert taken[0] == taken[1]
 
 
-def test_members_that_share_a_time_share_one_measurement(
-    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured: list[float] = []
-
-    def paced(_loop: PromptTrainer, seconds: float) -> Throughput:
-        measured.append(seconds)
-        return Throughput(step=100, evaluation=0)
-
-    monkeypatch.setattr("softprompt.training.ensemble.measure_throughput", paced)
+def test_members_that_share_a_time_share_one_measurement(llama: FrozenModel, reviews: Path) -> None:
     given = short(max_steps=None, eval_every=None, max_minutes=50)
-    runs = tune_ensemble(llama, load_data(reviews), given, members=3).runs
-    assert measured == [3000]
+    throughput = Throughput(step=100, evaluation=0)
+    runs = tune_ensemble(llama, load_data(reviews), given, members=3, throughput=throughput).runs
     assert [run.steps for run in runs] == [9] * 3  # of ten; making ready takes a little
     assert all(run.settings.max_minutes == pytest.approx(50 / 3, rel=0.1) for run in runs)
 
@@ -176,7 +165,7 @@ def test_an_ensemble_that_was_stopped_goes_on(llama: FrozenModel, reviews: Path,
 
 
 def test_an_ensemble_of_some_minutes_goes_on_with_the_rows_that_it_began_with(
-    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: FrozenModel, reviews: Path, tmp_path: Path
 ) -> None:
     class StoppedError(Exception): ...
 
@@ -188,24 +177,23 @@ def test_an_ensemble_of_some_minutes_goes_on_with_the_rows_that_it_began_with(
             if self.steps == 12:  # in the second member
                 raise StoppedError
 
-    def paced(loop: PromptTrainer, _seconds: float) -> Throughput:
-        assert loop.prepared.scorer
-        rows = len(loop.prepared.scorer.rows)
-        return Throughput(step=100, evaluation=6 * rows, rows=rows)
-
-    monkeypatch.setattr("softprompt.training.ensemble.measure_throughput", paced)
     rows, place = load_data(reviews), tmp_path / "run"
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(50)])
     given = short(max_steps=None, eval_every=None, eval_rows=50, max_minutes=70, patience=None)
     with pytest.raises(StoppedError):
-        tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, callback=Stopper())
+        throughput = Throughput(step=100, evaluation=6 * 50, rows=50)
+        tune_ensemble(
+            llama, rows, given, members=3, eval_data=asked, out=place, callback=Stopper(), throughput=throughput
+        )
     assert not (place / "member-3").exists()
-    result = tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, resume=True)
+    throughput = Throughput(step=100, evaluation=6 * 32, rows=32)
+    result = tune_ensemble(
+        llama, rows, given, members=3, eval_data=asked, out=place, resume=True, throughput=throughput
+    )
     assert [run.steps for run in result.runs] == [8] * 3  # of 14, less three evaluations of 32 rows
     assert [run.settings.eval_rows for run in result.runs] == [32] * 3
     assert len(records(place)) == 32
     (place / "member-3" / "state").rename(tmp_path / "gone")
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: pytest.fail("measured again"))
     again = tune_ensemble(llama, rows, given, members=3, eval_data=asked, out=place, resume=True)
     assert again.metrics == result.metrics
     with pytest.raises(SettingsError, match="begun with max_steps = None, not 50"):

@@ -12,11 +12,8 @@ from softprompt.config import TuneConfig
 from softprompt.data.rows import Rows, Task, load_data
 from softprompt.errors import SettingsError
 from softprompt.model.frozen import FrozenModel
-from softprompt.training import search as searching
-from softprompt.training import throughput as pacing
-from softprompt.training import tune as tuning
 from softprompt.training.callbacks import Callback
-from softprompt.training.prepare import PreparedRun, prepare_data
+from softprompt.training.prepare import prepare_data
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.search import candidates, search
 from softprompt.training.throughput import RunEstimate, Throughput, estimate_run, measure_throughput
@@ -87,22 +84,21 @@ def test_a_thorough_run_is_the_run_with_the_chosen_settings(llama: FrozenModel, 
     assert prompt_bytes(tmp_path / "searched") == prompt_bytes(tmp_path / "given")
 
 
-def test_a_thorough_run_that_goes_on_does_not_search_again(
-    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows, settings = load_data(reviews), short(max_steps=6, learning_rate=None, budget="thorough")
+def test_a_thorough_run_that_goes_on_does_not_search_again(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    rows, settings, notes = load_data(reviews), short(max_steps=6, learning_rate=None, budget="thorough"), Notes()
     whole = tune(llama, rows, settings, out=tmp_path / "run")
-    monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("searched again"))
-    again = tune(llama, rows, settings, out=tmp_path / "run", resume=True)
+    again = tune(llama, rows, settings, out=tmp_path / "run", resume=True, callback=notes)
     assert again.settings == whole.settings
+    assert notes.tried == []
 
 
 @pytest.mark.parametrize("settings", [{"learning_rate": 0.1, "init": "text"}, {"eval_rows": 0}])
 def test_where_there_is_nothing_to_choose_nothing_is_run(
-    settings: dict[str, Any], llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], llama: FrozenModel, reviews: Path
 ) -> None:
-    monkeypatch.setattr(searching, "PromptTrainer", lambda *_: pytest.fail("a candidate was run"))
-    assert searched(llama, load_data(reviews), short(**settings), Callback()) == {}
+    notes = Notes()
+    assert searched(llama, load_data(reviews), short(**settings), notes) == {}
+    assert notes.tried == []
 
 
 def test_a_start_that_does_not_fit_is_none(llama: FrozenModel) -> None:
@@ -118,14 +114,12 @@ def test_without_validation_rows_to_choose_by_it_is_said(llama: FrozenModel, rev
         tune(llama, load_data(reviews), short(budget="thorough", learning_rate=None, eval_rows=0))
 
 
-def test_where_scoring_takes_all_the_time_nothing_is_searched(
-    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=0.75, evaluation=0.3))
-    monkeypatch.setattr(tuning, "search", lambda *_: pytest.fail("searched"))
+def test_where_scoring_takes_all_the_time_nothing_is_searched(llama: FrozenModel, reviews: Path) -> None:
     settings = short(max_steps=None, eval_every=None, learning_rate=None, max_minutes=0.1, budget="thorough")
+    throughput, notes = Throughput(step=0.75, evaluation=0.3), Notes()
     with pytest.warns(UserWarning, match="no search: scoring the validation rows takes"):
-        assert tune(llama, load_data(reviews), settings).steps >= 1
+        assert tune(llama, load_data(reviews), settings, callback=notes, throughput=throughput).steps >= 1
+    assert notes.tried == []
 
 
 def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -> None:
@@ -191,13 +185,13 @@ def test_where_rows_to_choose_by_are_slow_to_score_fewer_are() -> None:
 
 
 def test_a_short_run_scores_fewer_rows_and_goes_on_with_those(
-    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: FrozenModel, reviews: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=10, evaluation=100, rows=50))
+    throughput = Throughput(step=10, evaluation=100, rows=50)
     rows = load_data(reviews)
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(50)])
     given = short(max_steps=None, eval_every=None, eval_rows=50, max_minutes=2)
-    result = tune(llama, rows, given, eval_data=asked, out=tmp_path / "run")
+    result = tune(llama, rows, given, eval_data=asked, out=tmp_path / "run", throughput=throughput)
     assert result.settings.eval_rows == 32
     assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 32
     again = tune(llama, rows, given, eval_data=asked, out=tmp_path / "run", resume=True)
@@ -208,40 +202,36 @@ def test_a_short_run_scores_fewer_rows_and_goes_on_with_those(
 
 
 def test_passes_are_counted_before_fewer_validation_rows_are_split_off(
-    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
+    llama: FrozenModel,
 ) -> None:
-    """Of 300 rows 60 are held back; a pass over the other 240 is 60 steps, and 32 held back do not make it 67."""
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=1, evaluation=1000, rows=60))
+    """Of 300 rows 60 are validation rows; a pass over the other 240 is 60 steps, not the 67 that 32 would leave."""
     rows = load_data([{"text": f"a film {n}", "label": ("bad", "good")[n % 2]} for n in range(300)])
     given = short(max_steps=None, epochs=1, eval_every=None, batch_size=4, eval_rows=60, max_minutes=100)
-    settings = tune(llama, rows, given).settings
+    settings = tune(llama, rows, given, throughput=Throughput(step=1, evaluation=1000, rows=60)).settings
     assert (settings.eval_rows, settings.max_steps, settings.eval_every) == (32, 60, 30)
 
 
-def test_a_forecast_of_a_short_run_scores_fewer_rows(
-    llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forecast_of_a_short_run_scores_fewer_rows(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
     asked = load_data([{"text": f"a film {n}", "label": rows.labels[n % 2]} for n in range(500)])
 
-    def run_estimate(minutes: float) -> tuple[PreparedRun, RunEstimate]:
+    def run_estimate(minutes: float) -> RunEstimate:
         given = short(max_steps=None, eval_every=None, eval_rows=500, max_minutes=minutes)
         prepared = prepared_run(llama, rows, given, asked)
-        return prepared, estimate_run(llama, prepared, given)
+        return estimate_run(llama, prepared, given, Throughput(step=1, evaluation=500, rows=500))
 
-    monkeypatch.setattr(pacing, "measure_throughput", lambda *_: Throughput(step=1, evaluation=500, rows=500))
-    assert run_estimate(1000)[1].eval_rows == 500
-    found = run_estimate(1 / 60)[1]  # one step, and an evaluation before and after it
+    assert run_estimate(1000).eval_rows == 500
+    found = run_estimate(1 / 60)  # one step, and an evaluation before and after it
     assert found.eval_rows == 32
     assert 60 * found.minutes == pytest.approx(1 + 2 * 32)
 
 
-def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pacing, "measure_throughput", lambda *_: Throughput(step=1, evaluation=0))
+def test_a_forecast_counts_the_search(llama: FrozenModel, reviews: Path) -> None:
     rows, given = load_data(reviews), short(budget="thorough", learning_rate=None, max_steps=400, eval_every=None)
 
     def seconds(given: TuneConfig) -> float:
-        return 60 * estimate_run(llama, prepared_run(llama, rows, given), given).minutes
+        prepared = prepared_run(llama, rows, given)
+        return 60 * estimate_run(llama, prepared, given, Throughput(step=1, evaluation=0)).minutes
 
     # Two starts and three rates each run a fortieth of the steps, the better three three fortieths.
     assert seconds(given) == pytest.approx(400 * (1 + 6 * 0.025 + 3 * 0.05))
@@ -274,26 +264,20 @@ def test_a_short_run_times_fewer_steps(
     assert torch.equal(loop.weights()["prompt"], before["prompt"])  # nothing is learned
 
 
-def test_a_run_of_some_minutes_says_how_many_steps_it_took(
-    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=0.75, evaluation=0))
+def test_a_run_of_some_minutes_says_how_many_steps_it_took(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     rows, settings = load_data(reviews), short(max_steps=None, eval_every=None, max_minutes=0.1)
-    result = tune(llama, rows, settings, out=tmp_path / "run")
+    result = tune(llama, rows, settings, out=tmp_path / "run", throughput=Throughput(step=0.75, evaluation=0))
     assert 1 <= result.steps <= 8
     assert result.settings.max_steps == result.steps
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: pytest.fail("measured again"))
     assert tune(llama, rows, settings, out=tmp_path / "run", resume=True).steps == result.steps
 
 
-def test_of_max_steps_and_minutes_the_fewer_steps_are_taken(
-    llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "measure_throughput", lambda *_: Throughput(step=10, evaluation=0))
+def test_of_max_steps_and_minutes_the_fewer_steps_are_taken(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
+    throughput = Throughput(step=10, evaluation=0)
     rows = load_data(reviews)
-    assert tune(llama, rows, short(max_steps=2, eval_every=None, max_minutes=1)).steps == 2
+    assert tune(llama, rows, short(max_steps=2, eval_every=None, max_minutes=1), throughput=throughput).steps == 2
     whole = short(max_steps=50, eval_every=None, max_minutes=1)
-    result = tune(llama, rows, whole, out=tmp_path / "run")
+    result = tune(llama, rows, whole, out=tmp_path / "run", throughput=throughput)
     assert 1 < result.steps <= 6
     assert tune(llama, rows, whole, out=tmp_path / "run", resume=True).steps == result.steps
     with pytest.raises(SettingsError, match="max_steps"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ from softprompt.old_names import current_settings
 from softprompt.storage import LOCK_FILE, TEMPORARY_MARK, read_json_object, write_records, write_text
 from softprompt.training.prepare import PreparedRun, prepare_data, prepare_run
 from softprompt.training.prepared_data import PreparedData
+from softprompt.training.throughput import Throughput, measure_throughput
+from softprompt.training.trainer import Trainer
 
 Equal = Literal["time", "examples"]
 MINUTES = {"quick": 1.0, "normal": 5.0, "thorough": 15.0}
@@ -42,6 +45,7 @@ class Protocol:
         config: settings; what they leave open is decided as `tune` decides it. `max_minutes` is set.
         equal: whether all methods get the same wall time, `max_minutes`, or see the same number of examples.
         search: whether a part of the budget goes into a search for the learning rate.
+        measure_throughput: times a few steps and an evaluation of a trainer.
     """
 
     model: FrozenModel
@@ -51,6 +55,7 @@ class Protocol:
     config: TuneConfig
     equal: Equal = "time"
     search: bool = True
+    measure_throughput: Callable[[Trainer, float], Throughput] = measure_throughput
 
     @property
     def seconds(self) -> float:

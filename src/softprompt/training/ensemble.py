@@ -20,7 +20,7 @@ from softprompt.training.callbacks import Callback
 from softprompt.training.prepare import prepare_data, prepare_run
 from softprompt.training.prompt_trainer import PromptTrainer
 from softprompt.training.run_folder import RunFolder
-from softprompt.training.throughput import measure_throughput
+from softprompt.training.throughput import Throughput, measure_throughput
 from softprompt.training.tune import TuneResult, data_hashes, identity_of, tune
 
 _MIN_MINUTES = 0.01  # of a member, where measuring the throughput takes all the time
@@ -53,6 +53,7 @@ def tune_ensemble(
     out: str | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    throughput: Throughput | None = None,
 ) -> EnsembleResult:
     """Train several prompts for a task, each with a seed of its own (Lester et al. 2021, section 6).
 
@@ -66,6 +67,7 @@ def tune_ensemble(
         out: the folder: the settings as given, a run a member in `member-1`, `member-2`, …, the ensemble in `prompt`.
         resume: continue what is in `out`.
         callback: called at the steps of all members.
+        throughput: as for `tune`.
 
     Raises:
         As `tune`.
@@ -81,7 +83,9 @@ def tune_ensemble(
         stack.enter_context(save_before_exit())
         if folder is not None:
             stack.enter_context(folder.lock(resume))
-        return _tune_members(model, data, config or TuneConfig(), members, eval_data, folder, resume, callback)
+        return _tune_members(
+            model, data, config or TuneConfig(), members, eval_data, folder, resume, callback, throughput
+        )
 
 
 def _tune_members(
@@ -93,6 +97,7 @@ def _tune_members(
     folder: RunFolder | None,
     resume: bool,
     callback: Callback | None,
+    throughput: Throughput | None,
 ) -> EnsembleResult:
     """Train one after the other, in the ensemble's folder, which is locked."""
     began = time.monotonic()
@@ -103,9 +108,11 @@ def _tune_members(
     if folder is not None and not resume:
         prepare_run(prepared_data, given)  # raises for what does not fit together before anything is written
     begun = [resume and place is not None and (place / "config.yaml").exists() for place in places]
-    minutes, throughput = None, None
+    minutes = None
     if given.max_minutes is not None and not all(begun):
-        throughput = measure_throughput(PromptTrainer(model, prepare_run(prepared_data, given)), 60 * given.max_minutes)
+        if throughput is None:
+            trainer = PromptTrainer(model, prepare_run(prepared_data, given))
+            throughput = measure_throughput(trainer, 60 * given.max_minutes)
         minutes = max(given.max_minutes - (time.monotonic() - began) / 60, _MIN_MINUTES) / members
         rows = throughput.fit_to_budget(60 * minutes, eval_every=given.eval_every).get("eval_rows")
         if rows and not resume:

@@ -149,19 +149,22 @@ class RunEstimate(BaseModel):
     minutes: float
 
 
-def estimate_run(model: FrozenModel, prepared: PreparedRun, given: TuneConfig) -> RunEstimate:
+def estimate_run(
+    model: FrozenModel, prepared: PreparedRun, given: TuneConfig, throughput: Throughput | None = None
+) -> RunEstimate:
     """Measure the throughput as a run does, keep nothing of it, and say what the whole run would take.
 
     Args:
         model: the frozen model.
         prepared: the run.
         given: settings as they were given; with `max_minutes`, as many steps are counted as fit.
+        throughput: where it is known; None to measure it.
     """
     config, length_stats, scorer = prepared.config, prepared.length_stats, prepared.scorer
     assert config.batch_size and config.max_steps and config.eval_every
     seconds, most = 60 * (given.max_minutes or 0), most_steps(prepared, given)
     trainer = PromptTrainer(model, prepared)
-    throughput = measure_throughput(trainer, seconds)
+    throughput = throughput or measure_throughput(trainer, seconds)
     length = {"max_steps": config.max_steps, "eval_every": config.eval_every, "eval_rows": config.eval_rows}
     if seconds:
         length |= throughput.fit_to_budget(seconds, most, given.eval_every)

@@ -14,7 +14,7 @@ from softprompt.data.batching import batch_indices
 from softprompt.training.callbacks import NO_CALLBACK, Callback
 from softprompt.training.prepare import PreparedRun, most_steps
 from softprompt.training.search import FACTORS, successive_halving
-from softprompt.training.throughput import Throughput, measure_throughput
+from softprompt.training.throughput import Throughput
 from softprompt.training.trainer import Trainer, Weights, reproducible
 
 _SHARE = 0.1  # of the budget, for each learning rate that is tried
@@ -79,7 +79,7 @@ class Trained(Method):
             length, throughput = {"max_steps": prepared.config.max_steps}, None
             most = most_steps(prepared, protocol.config)
             if protocol.equal == "time":
-                throughput = measure_throughput(self.trainer(prepared), protocol.seconds)
+                throughput = protocol.measure_throughput(self.trainer(prepared), protocol.seconds)
                 length = throughput.fit_to_budget(protocol.seconds - (time.monotonic() - began), most, every)
             search_steps = self._search_steps(length["max_steps"], throughput)
             if search_steps:
