@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,32 +19,28 @@ if TYPE_CHECKING:
 
 @click.command()
 @tune_options
-@click.option("--out", metavar="RUN", type=click.Path(path_type=Path), help="Ignored: accepted as in tune.")
-@click.option("--resume", is_flag=True, hidden=True)
-@click.option("--name", hidden=True)
+@click.option(
+    "--out", metavar="RUN", type=click.Path(path_type=Path), expose_value=False, help="Ignored: accepted as in tune."
+)
+@click.option("--resume", is_flag=True, expose_value=False, hidden=True)
+@click.option("--name", expose_value=False, hidden=True)
 @ensemble_option
 @verbose_option
-def check(
-    out: Path | None,
-    resume: bool,
-    name: str | None,
-    ensemble: int | None,
-    verbose: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def check(ensemble: int | None, verbose: bool, as_json: bool, **options: Any) -> None:
     """Dry run of tune: rows, tokens, memory, time.
 
     Nothing is written. One step is run, to measure its time.
     """
-    from softprompt.cli.tables import print_json
+    from rich.text import Text
+
+    from softprompt.cli.settings_tables import row_text, rows_line, settings_screen, settings_table
+    from softprompt.cli.tables import out, print_json
     from softprompt.training.prepare import prepare_data, prepare_run
     from softprompt.training.throughput import estimate_run
 
-    inputs = read_tune_inputs(**options)
-    model, rows, config = inputs.model, inputs.rows, inputs.config
+    model, rows, eval_data, config, origins = read_tune_inputs(**options)
     say(f"preparing {len(rows):,} rows, and timing a step")
-    prepared_data = prepare_data(model, rows, config, inputs.eval_data)
+    prepared_data = prepare_data(model, rows, config, eval_data)
     prepared = prepare_run(prepared_data, config)
     if config.max_minutes:
         config = config.model_copy(update={"max_minutes": config.max_minutes / (ensemble or 1)})
@@ -58,27 +53,7 @@ def check(
     prepared = replace(prepared, reasons=reasons)
     if as_json:
         print_json({**estimate.model_dump(), "settings": prepared.config.model_dump()})
-    else:
-        show_check(prepared, estimate, inputs.origins, members=ensemble, verbose=verbose)
-
-
-def show_check(
-    prepared: PreparedRun, estimate: RunEstimate, origins: Mapping[str, str], *, members: int | None, verbose: bool
-) -> None:
-    """Print what `check` found.
-
-    Args:
-        prepared: every setting, decided.
-        estimate: what the run would do and cost.
-        origins: where the settings that were given came from.
-        members: prompts of the ensemble; None for a single prompt.
-        verbose: show every setting, and rows whole.
-    """
-    from rich.text import Text
-
-    from softprompt.cli.settings_tables import row_text, rows_line, settings_screen, settings_table
-    from softprompt.cli.tables import out
-
+        return
     out.print(settings_table(prepared, origins) if verbose else settings_screen(prepared, origins, out.width))
     out.print(rows_line(prepared))
     out.print()
@@ -87,7 +62,7 @@ def show_check(
         out.print(row_text(start, row, None if verbose else out.width))
     out.print()
     out.print(Text("Costs", style="bold"))
-    out.print(_costs(prepared, estimate, members))
+    out.print(_costs(prepared, estimate, ensemble))
 
 
 def _costs(prepared: PreparedRun, estimate: RunEstimate, members: int | None) -> Table:

@@ -60,17 +60,17 @@ def compare(
     require_unlocked(out)
     require_comparison(out)
     test = load_data(test_data, parse_map(options["mapping"]), options["task"]) if test_data else None
-    inputs = read_tune_inputs(**options)
+    model, rows, eval_data, config, _ = read_tune_inputs(**options)
     try:
         done = run(
-            inputs.model,
-            inputs.rows,
+            model,
+            rows,
             methods=names,
             seeds=seeds,
             out=out,
-            eval_data=inputs.eval_data,
+            eval_data=eval_data,
             test_data=test,
-            config=inputs.config,
+            config=config,
             equal=equal,  # type: ignore[arg-type]
             search=not no_search,
             callback=TerminalComparison(),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from softprompt.cli.options import json_option, load, say, set_option, verbose_option
 
 if TYPE_CHECKING:
-    from softprompt.data.rows import Row, Rows
+    from softprompt.data.rows import Rows
     from softprompt.evaluation.evaluate import Evaluation
     from softprompt.evaluation.intervals import Metric
     from softprompt.model.frozen import FrozenModel
@@ -42,7 +41,7 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     model = load(DEFAULT_MODEL, config)
 
     from softprompt.cli.progress import TerminalCallback
-    from softprompt.cli.tables import print_json
+    from softprompt.cli.tables import evaluation_record, print_json
     from softprompt.data.split import split_rows
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.training.tune import tune
@@ -54,38 +53,26 @@ def demo(out: Path | None, assignments: tuple[str, ...], verbose: bool, as_json:
     say(f"\nScoring {len(test)} test messages, without the prompt and with it.\n")
     learned, validation = split_rows(train, None, config.eval_rows, config.seed)  # as `tune` does
     done = evaluate(model, test, result.prompt, bias_rows=(learned, validation) if validation is not None else None)
-    answers = _answers(model, test[:_SHOWN], result.prompt, done.base_bias)
+    outputs, written = _answers(model, test, result.prompt, done.base_bias)
     if as_json:
-        print_json(_json(run, result.seconds, done, answers))
+        record = {key: value for key, value in evaluation_record(done).items() if key in ("metrics", "without_prompt")}
+        print_json(
+            {"run": str(run), "seconds": round(result.seconds, 1), **record, "outputs": outputs, "written": written}
+        )
     else:
-        _show(run, result, done, answers)
+        _show(run, result, done, outputs, [row["label"] for row in test[:_SHOWN]], written)
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """Answers to some messages, without the prompt (`base`) and with it (`tuned`).
-
-    Attributes:
-        messages, right: the messages and their labels.
-        base, tuned: the chosen labels.
-        base_text, tuned_text: the text that is written freely after the first message.
-    """
-
-    messages: list[str]
-    right: list[str]
-    base: list[str]
-    tuned: list[str]
-    base_text: str
-    tuned_text: str
-
-
-def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_bias: Mapping[str, float]) -> _Answers:
-    """Choose a label for each row without the prompt and with it, by the same rule; write freely after the first."""
+def _answers(
+    model: FrozenModel, test: Rows, prompt: SoftPrompt, base_bias: Mapping[str, float]
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Choose labels for some rows, with the prompt (`text`) and without (`base`); write freely after the first."""
     from softprompt.config import GenerateConfig
     from softprompt.evaluation.label_scorer import choose
     from softprompt.evaluation.scores import add_label_bias
     from softprompt.generation import generate
 
+    rows = test[:_SHOWN]
     messages = [row["text"] for row in rows]
     short = GenerateConfig(max_new_tokens=_NEW_TOKENS)
     chosen = add_label_bias(choose(model, prompt, rows, virtual_tokens=False), base_bias)
@@ -95,23 +82,33 @@ def _answers(model: FrozenModel, rows: Sequence[Row], prompt: SoftPrompt, base_b
         generate(model, messages[:1], prompt, short, mode="write", virtual_tokens=prompted)
         for prompted in (False, True)
     )
-    return _Answers(messages, [row["label"] for row in rows], base, tuned, base_text, tuned_text)
+    each = zip(messages, tuned, base, strict=True)
+    outputs = [{"input": message, "text": label, "base": base_label} for message, label, base_label in each]
+    return outputs, {"input": messages[0], "text": tuned_text, "base": base_text}
 
 
-def _show(run: Path, result: TuneResult, done: Evaluation, answers: _Answers) -> None:
+def _show(
+    run: Path,
+    result: TuneResult,
+    done: Evaluation,
+    outputs: list[dict[str, str]],
+    right: list[str],
+    written: dict[str, str],
+) -> None:
     """Print the scores, some answers, the prompt's folder and the gain."""
     from softprompt.cli.tables import metrics_table, out, plain_table, side_by_side
 
     out.print(metrics_table(done.metrics, done.without_prompt, f"{done.rows} messages held back, 95 % intervals"))
     out.print()
-    out.print(side_by_side(answers.messages, answers.base, answers.tuned, answers.right))
+    inputs, tuned, base = ([output[name] for output in outputs] for name in ("input", "text", "base"))
+    out.print(side_by_side(inputs, base, tuned, right))
     out.print()
     out.print(
         plain_table(
             ("", "label chosen", "writes freely"),
             [
-                ("without prompt", answers.base[0], repr(answers.base_text)),
-                ("with prompt", answers.tuned[0], repr(answers.tuned_text)),
+                ("without prompt", base[0], repr(written["base"])),
+                ("with prompt", tuned[0], repr(written["text"])),
             ],
             "The first message, once choosing a label and once writing freely",
             whole=2,
@@ -168,16 +165,3 @@ def _free_folder(wanted: Path) -> Path:
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
-
-
-def _json(run: Path, seconds: float, done: Evaluation, answers: _Answers) -> dict[str, Any]:
-    each = zip(answers.messages, answers.tuned, answers.base, strict=True)
-    assert done.without_prompt is not None
-    return {
-        "run": str(run),
-        "seconds": round(seconds, 1),
-        "metrics": {name: metric.model_dump() for name, metric in done.metrics.items()},
-        "without_prompt": {name: metric.model_dump() for name, metric in done.without_prompt.items()},
-        "outputs": [{"input": text, "text": tuned, "base": base} for text, tuned, base in each],
-        "written": {"input": answers.messages[0], "text": answers.tuned_text, "base": answers.base_text},
-    }

@@ -24,14 +24,10 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    facts = {**found["versions"], **found["machine"], **found["kept"]}
+    facts = found["versions"] | found["machine"] | found["kept"]
     out.print(plain_table(("", ""), [(name.replace("_", " "), str(value)) for name, value in facts.items()]))
-    for line in found["optional"]:
-        click.echo(f"optional: {line}")
-    for line in found["problems"]:
-        click.echo(f"problem: {line}")
-    if not found["problems"]:
-        click.echo("no problems found")
+    lines = [f"optional: {line}" for line in found["optional"]] + [f"problem: {line}" for line in found["problems"]]
+    click.echo("\n".join(lines if found["problems"] else [*lines, "no problems found"]))
 
 
 def _findings() -> dict[str, Any]:

@@ -50,18 +50,9 @@ def evaluate(
         raise InputError(f"--predictions {predictions}: no such folder: {predictions.parent}")
     if predictions.is_dir():
         raise InputError(f"--predictions {predictions} is a folder; give a file")
-    frozen = options.load_for(soft, config, **model_source)
-    done = run(
-        frozen,
-        rows,
-        soft,
-        template=config.template,
-        chat_template=bool(config.chat_template),
-        chat_date=config.chat_date,
-        verbalizers=config.verbalizers,
-        max_length=config.max_length,
-        calibration=config.calibration,
-    )
+    frozen = options.load(config=config, prompt=soft, **model_source)
+    how = config.model_dump(include={"template", "chat_date", "verbalizers", "max_length", "calibration"})
+    done = run(frozen, rows, soft, chat_template=bool(config.chat_template), **how)
     # They took minutes: a full disk must not cost the metrics, nor a closed terminal the predictions.
     try:
         write_records(predictions, done.predictions)

@@ -50,7 +50,7 @@ def generate(
         options.say(f"{len(lines) - len(inputs)} of {len(lines)} lines of stdin are blank and are left out")
     if not inputs:
         raise InputError("no text to continue; give one or more, or lines on stdin")
-    frozen = options.load_for(soft, model_config, **model_source)
+    frozen = options.load(config=model_config, prompt=soft, **model_source)
     made = run(frozen, inputs, soft, config, mode=mode, raw=raw)
     compared = versus_base and soft is not None
     base = run(frozen, inputs, soft, config, mode=mode, raw=raw, virtual_tokens=False) if compared else None

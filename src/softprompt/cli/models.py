@@ -33,9 +33,8 @@ def list_models(as_json: bool) -> None:
     if as_json:
         print_json({"models": records})
         return
-    for model in BUNDLED.values():
-        folder = cached_folder(model)
-        where = str(folder) if folder.exists() else f"not fetched yet, {model.download / 1e6:.0f} MB"
+    for model, record in zip(BUNDLED.values(), records, strict=True):
+        where = record["folder"] or f"not fetched yet, {model.download / 1e6:.0f} MB"
         click.echo(f"{model.name}  ({model.original}, {model.license})  {where}")
 
 

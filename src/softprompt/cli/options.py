@@ -6,7 +6,6 @@ import io
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -105,11 +104,7 @@ def quiet() -> None:
 
 
 def stdin_lines() -> list[str]:
-    """Return the lines of stdin, without byte order mark and line ends (of any system).
-
-    Raises:
-        InputError: they are not UTF-8.
-    """
+    """Return the lines of stdin, without byte order mark and line ends (of any system)."""
     if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the terminal's encoding is
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     if sys.stdin.isatty():
@@ -145,12 +140,21 @@ def read_generate_settings(assignments: tuple[str, ...]) -> tuple[ModelConfig, G
 
 
 def load(
-    name: str | None, config: ModelConfig, revision: str | None = None, trust_remote_code: bool = False
+    model: str | None,
+    config: ModelConfig,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    prompt: Prompt | None = None,
 ) -> FrozenModel:
-    """Load a model; without a name, the bundled one."""
+    """Load the model that was given, or the one that the prompt was trained on, or the bundled one."""
     from softprompt.model.bundled import DEFAULT_MODEL
 
-    say(f"loading {name or DEFAULT_MODEL}")  # before the imports, which take seconds
+    if model is None and prompt is not None:
+        _require_given_model(trust_remote_code)
+        base = prompt.record.base_model
+        model, revision = base.resolve(), revision or base.revision
+    model = model or DEFAULT_MODEL
+    say(f"loading {model}")  # before the imports, which take seconds
     quiet()
     import torch
 
@@ -158,7 +162,7 @@ def load(
 
     torch.set_num_threads(resolve_threads(config.threads))
     return load_model(
-        name or DEFAULT_MODEL,
+        model,
         revision=revision,
         device=config.device,
         dtype=config.dtype,
@@ -167,21 +171,6 @@ def load(
         trust_remote_code=trust_remote_code,
         say=say,
     )
-
-
-def load_for(
-    prompt: Prompt | None,
-    config: ModelConfig,
-    model: str | None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> FrozenModel:
-    """Load the model that was given, or the one that the prompt was trained on."""
-    if model is None and prompt is not None:
-        _require_given_model(trust_remote_code)
-        base = prompt.record.base_model
-        model, revision = base.resolve(), revision or base.revision
-    return load(model, config, revision, trust_remote_code)
 
 
 def load_named_prompt(name: str) -> Prompt | None:
@@ -198,24 +187,6 @@ def _require_given_model(trust_remote_code: bool) -> None:
         raise InputError("--trust-remote-code needs --model: a prompt must not decide which code is run")
 
 
-@dataclass(frozen=True)
-class TuneInputs:
-    """What `tune`, `check` and `compare` read from `tune_options`.
-
-    Attributes:
-        model: the base model.
-        rows, eval_data: DATA, and --eval-data.
-        config: the settings; some are still open.
-        origins: of every setting that was given, where it came from.
-    """
-
-    model: FrozenModel
-    rows: Rows
-    eval_data: Rows | None
-    config: TuneConfig
-    origins: dict[str, str]
-
-
 def read_tune_inputs(
     data: str,
     model: str | None,
@@ -229,10 +200,13 @@ def read_tune_inputs(
     revision: str | None,
     trust_remote_code: bool,
     resumed: Path | None = None,
-) -> TuneInputs:
+) -> tuple[FrozenModel, Rows, Rows | None, TuneConfig, dict[str, str]]:
     """Read the values of `tune_options`. The model is loaded last: everything else is quick, and may fail.
 
     `resumed` is the folder of a run to resume: its device and precision are used again.
+
+    Returns:
+        The model, DATA, --eval-data, the settings, and where each setting that was given came from.
     """
     from softprompt.config import PROMPT, TuneConfig, read_settings
     from softprompt.data.rows import load_data
@@ -256,4 +230,4 @@ def read_tune_inputs(
         _require_given_model(trust_remote_code)
         base = load_soft_prompt(in_force.init.removeprefix(PROMPT)).record.base_model
         model, revision = base.id, revision or base.revision
-    return TuneInputs(load(model, in_force, revision, trust_remote_code), rows, eval_rows, config, origins)
+    return load(model, in_force, revision, trust_remote_code), rows, eval_rows, config, origins

@@ -59,7 +59,7 @@ def predict(
         raise InputError("--probabilities are those of labels, and this prompt writes; leave them out")
     columns = options.parse_map(mapping)
     source = open_rows(data, options.stdin_lines() if data == STDIN else ())
-    frozen = options.load_for(soft, model_config, **model_source)
+    frozen = options.load(config=model_config, prompt=soft, **model_source)
     began = time.monotonic()
     with PredictionProgress(quiet=out is None) as progress:
         try:

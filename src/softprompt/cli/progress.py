@@ -54,18 +54,15 @@ class ProgressLine:
         self._step_times, self._evaluation_times = deque[float](maxlen=_TIMED), deque[float](maxlen=_TIMED)
 
     def stepped(self, step: int, loss: float) -> None:
-        """Record a step; the loss that is shown is smoothed."""
         self.step = step
         self._step_times.append(self._lap())
         self.loss = loss if self.loss is None else _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Record an evaluation."""
         self.validation, self._evaluated = values, step
         self._evaluation_times.append(self._lap())
 
     def evaluation_follows(self) -> bool:
-        """Tell whether an evaluation follows the last step."""
         return self.eval_every is not None and (self.step % self.eval_every == 0 or self.step == self.steps)
 
     def seconds_left(self) -> float | None:
@@ -120,18 +117,15 @@ class TerminalCallback(Callback):
     def __init__(self, origins: Mapping[str, str] | None, *, verbose: bool = False, transient: bool = False) -> None:
         self.origins, self.verbose, self.transient = origins, verbose, transient
         self.live: Live | None = None
-        self.began = False
+        self.settings_shown = False
 
     def candidate(self, settings: dict[str, Any], step: int, loss: float) -> None:
-        tried = ", ".join(
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()
-        )
-        err.print(f"search: {tried}: validation loss {loss:.3f} after {step} steps")
+        written = [f"{name} {f'{v:g}' if isinstance(v, float) else v}" for name, v in settings.items()]
+        err.print(f"search: {', '.join(written)}: validation loss {loss:.3f} after {step} steps")
 
     def begin(self, prepared: PreparedRun, step: int) -> None:
         if self.origins is not None:
             self._show_settings(prepared, self.origins)
-        self.began = True
         if step:
             err.print(f"resuming after step {step}")
         assert prepared.config.max_steps
@@ -164,9 +158,10 @@ class TerminalCallback(Callback):
 
     def _show_settings(self, prepared: PreparedRun, origins: Mapping[str, str]) -> None:
         """Print the settings once: the runs of an ensemble differ only in the seed."""
-        if self.began:
+        if self.settings_shown:
             err.print(f"\nnext prompt: seed {prepared.config.seed}")
             return
+        self.settings_shown = True
         from softprompt.training.throughput import rendered_row
 
         if self.verbose:

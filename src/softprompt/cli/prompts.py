@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt.cli.options import TASKS, json_option, load_for, model_option, revision_option, say, set_option
+from softprompt.cli.options import TASKS, json_option, load, model_option, revision_option, say, set_option
 from softprompt.errors import PromptError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
     soft = load_prompt(prompt)
     # Only virtual tokens have nearest tokens.
     plain = soft if isinstance(soft, SoftPrompt) and soft.method == "prompt-tuning" else None
-    near = nearest_tokens(load_for(soft, model_config, model), plain, _NEAREST) if plain else []
+    near = nearest_tokens(load(model, model_config, prompt=soft), plain, _NEAREST) if plain else []
     if as_json:
         tokens = [[{"token": token, "cosine": cosine} for token, cosine in row] for row in near]
         print_json({**_summary(soft), "training": soft.record.training, "nearest_tokens": tokens})
@@ -82,13 +82,12 @@ def show_prompt(prompt: str, model: str | None, assignments: tuple[str, ...], as
         facts["metrics"] = metrics_line(soft.record.metrics)
     texts = [(name.replace("_", " "), value if name == "metrics" else repr(value)) for name, value in facts.items()]
     out.print(plain_table(("", ""), texts))
-    if plain is None:
-        return
-    lines = [
-        (str(n), f"{norm:.2f}", "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row))
-        for n, (norm, row) in enumerate(zip(plain.weights.norm(dim=1).tolist(), near, strict=True), start=1)
-    ]
-    out.print(plain_table(("token", "norm", "nearest in the vocabulary, with cosine similarity"), lines))
+    if plain is not None:
+        lines = [
+            (str(n), f"{norm:.2f}", "  ".join(f"{token!r} {cosine:.2f}" for token, cosine in row))
+            for n, (norm, row) in enumerate(zip(plain.weights.norm(dim=1).tolist(), near, strict=True), start=1)
+        ]
+        out.print(plain_table(("token", "norm", "nearest in the vocabulary, with cosine similarity"), lines))
 
 
 @prompts.command("add")
@@ -127,15 +126,14 @@ def import_prompt(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what the folder does not record: it is added here
         soft = load_soft_prompt(_as_folder(folder))
-    frozen = load_for(soft, config, model, revision)
+    frozen = load(model, config, revision, prompt=soft)
     trained_on = soft.record.base_model
     if not trained_on.may_be(frozen.source):
         say(
             f"softprompt: warning: {folder} names {trained_on.id} as its base model; it is now bound to "
             f"{frozen.source}, and useless if that is another model"
         )
-    made = describe_prompt(soft, frozen, task, config)  # type: ignore[arg-type]
-    click.echo(register(made, name))
+    click.echo(register(describe_prompt(soft, frozen, task, config), name))  # type: ignore[arg-type]
 
 
 @prompts.command("export")

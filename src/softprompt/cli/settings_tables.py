@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
+from softprompt.cli.tables import plain_table
 from softprompt.config import TuneConfig
 
 if TYPE_CHECKING:
@@ -38,35 +39,14 @@ _ROW_LINES, _MARGIN = 2, 6
 
 
 def settings_screen(prepared: PreparedRun, origins: Mapping[str, str], width: int) -> Text:
-    """Return a line for each main setting, and for each other one that was given.
-
-    Args:
-        prepared: every setting, decided.
-        origins: where the settings that were given came from.
-        width: of a line, in terminal cells.
-    """
+    """Return a line of `width` cells for each main setting, and for each other one that was given (`origins`)."""
+    config = prepared.config
     entries = [(name, _value(prepared, name), _origin(prepared, origins, name)) for name in _shown(prepared, origins)]
+    threads = [f"{config.threads} thread" + ("s" if config.threads != 1 else "")] if config.device == "cpu" else []
     given = [f"{name}: {origins[name]}" for name in _HARDWARE if _is_notable(prepared, origins, name)]
-    entries.append(("runs on", _hardware(prepared), "; ".join(given)))
-    return titled_lines("Settings", entries, width, hint="--verbose shows all of them")
-
-
-def settings_table(prepared: PreparedRun, origins: Mapping[str, str]) -> Table:
-    """Return a table of every setting in force and where it came from."""
-    table = Table(title="Settings", title_justify="left")
-    for column in ("setting", "value", "from"):
-        table.add_column(column, overflow="fold")
-    for name, value in prepared.config.model_dump().items():
-        text = repr(value) if isinstance(value, str) else str(value)
-        short = text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
-        table.add_row(name, Text(short), Text(_origin(prepared, origins, name)))
-    return table
-
-
-def titled_lines(title: str, entries: Sequence[tuple[str, str, str]], width: int, hint: str) -> Text:
-    """Return a title and a line for each entry: name, value and, in brackets, reason."""
+    entries.append(("runs on", ", ".join([str(config.device), str(config.dtype), *threads]), "; ".join(given)))
     lines = Text()
-    lines.append(title, style="bold").append(f" ({hint})", style="dim")
+    lines.append("Settings", style="bold").append(" (--verbose shows all of them)", style="dim")
     indent = 2 + max(len(name) for name, _, _ in entries) + 2
     room = max(width - indent, _SHORTEST_VALUE)
     for name, value, reason in entries:
@@ -76,6 +56,16 @@ def titled_lines(title: str, entries: Sequence[tuple[str, str, str]], width: int
         lines.append(f"\n{f'  {name}':<{indent}}{shortened(value, room - cell_len(bracketed))}")
         lines.append(bracketed, style="dim")
     return lines
+
+
+def settings_table(prepared: PreparedRun, origins: Mapping[str, str]) -> Table:
+    """Return a table of every setting in force and where it came from."""
+    rows = []
+    for name, value in prepared.config.model_dump().items():
+        text = repr(value) if isinstance(value, str) else str(value)
+        short = text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+        rows.append((name, short, _origin(prepared, origins, name)))
+    return plain_table(("setting", "value", "from"), rows, "Settings")
 
 
 def row_text(start: str, row: RenderedRow, width: int | None = None) -> Text:
@@ -101,12 +91,10 @@ def shortened(text: str, room: int) -> str:
 def _shown(prepared: PreparedRun, origins: Mapping[str, str]) -> list[str]:
     """Return the names of the settings that have a line of their own."""
     main = [name for name in _MAIN if name != "eval_every" or prepared.validation is not None]
-    others = [
-        name
-        for name, value in prepared.config.model_dump().items()
-        if name not in (*_MAIN, *_HARDWARE) and (_is_notable(prepared, origins, name) or (name in _IF_TRUE and value))
-    ]
-    return main + others
+    for name, value in prepared.config:
+        if name not in (*_MAIN, *_HARDWARE) and (_is_notable(prepared, origins, name) or (name in _IF_TRUE and value)):
+            main.append(name)
+    return main
 
 
 def _is_notable(prepared: PreparedRun, origins: Mapping[str, str], name: str) -> bool:
@@ -126,26 +114,15 @@ def _value(prepared: PreparedRun, name: str) -> str:
     return repr(value) if name in _TEXTS and value is not None else str(value)
 
 
-def _hardware(prepared: PreparedRun) -> str:
-    config = prepared.config
-    threads = [f"{config.threads} thread" + ("s" if config.threads != 1 else "")] if config.device == "cpu" else []
-    return ", ".join([str(config.device), str(config.dtype), *threads])
-
-
 def rows_line(prepared: PreparedRun) -> str:
     """Write how many rows are used for training and validation."""
-    validation = (
-        f"{len(prepared.validation)} validation rows" if prepared.validation is not None else "no validation rows"
-    )
-    cut = (
-        f", {prepared.encoder.truncated} cut to {prepared.encoder.max_length} tokens"
-        if prepared.encoder.truncated
-        else ""
-    )
-    shared = (
-        f"; all begin with the same text ({len(prepared.shared_text_ids)} tokens), which is run once a step"
-        if prepared.shared_text_ids
-        else ""
-    )
-    part = f" ({len(prepared.indices_seen)} of them used)" if len(prepared.indices_seen) < len(prepared.train) else ""
-    return f"{len(prepared.train)} training rows{part}, {validation}{cut}{shared}"
+    encoder, used, shared = prepared.encoder, len(prepared.indices_seen), len(prepared.shared_text_ids)
+    line = f"{len(prepared.train)} training rows"
+    if used < len(prepared.train):
+        line += f" ({used} of them used)"
+    line += f", {'no' if prepared.validation is None else len(prepared.validation)} validation rows"
+    if encoder.truncated:
+        line += f", {encoder.truncated} cut to {encoder.max_length} tokens"
+    if shared:
+        line += f"; all begin with the same text ({shared} tokens), which is run once a step"
+    return line

@@ -55,16 +55,14 @@ def metrics_table(
     columns = {"base model": metrics} if without is None else {"without prompt": without, "with prompt": metrics}
     if without is not None and unbiased is not None:
         columns = {"without prompt": without, "with prompt": unbiased, "with prompt and label bias": metrics}
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("")
+    table = Table("", title=Text(title), title_justify="left")
     for header in columns:
         table.add_column(header, justify="right")
     apart = "  " if len(columns) < 3 else "\n"
     for name in metrics:
-        cells = [name.replace("_", " ")]
-        for one in (column[name] for column in columns.values()):
-            cells.append(f"{short_metric(name, one.value)}{apart}{short_interval(name, one.low, one.high)}")
-        table.add_row(*cells)
+        found = [column[name] for column in columns.values()]
+        cells = [f"{short_metric(name, m.value)}{apart}{short_interval(name, m.low, m.high)}" for m in found]
+        table.add_row(name.replace("_", " "), *cells)
     return table
 
 

@@ -10,11 +10,7 @@ import click
 from softprompt.cli.options import ensemble_option, read_tune_inputs, say, tune_options, verbose_option
 
 if TYPE_CHECKING:
-    from softprompt.config import TuneConfig
-    from softprompt.data.rows import Rows
-    from softprompt.prompt.ensemble import Ensemble
-    from softprompt.prompt.soft_prompt import SoftPrompt
-    from softprompt.training.ensemble import EnsembleResult
+    from softprompt.prompt.ensemble import Prompt
     from softprompt.training.tune import TuneResult
 
 _NOTHING_SAVED = "no step was done yet; the same command starts again"
@@ -47,25 +43,32 @@ def tune(
         new_version(name)  # an invalid name is refused now, not after the training
     if first:
         RunFolder(out).require(resume)
-    inputs = read_tune_inputs(**options, resumed=out if resume else None)
-    config, origins = inputs.config, inputs.origins
+    model, rows, eval_data, config, origins = read_tune_inputs(**options, resumed=out if resume else None)
     if resume:
         origins = dict.fromkeys(type(config).model_fields, RESUMED)
     callback = TerminalCallback(origins, verbose=verbose)
-    common: dict[str, Any] = {"eval_data": inputs.eval_data, "out": out, "resume": resume, "callback": callback}
-    _say_preparing(inputs.rows, config)
+    common: dict[str, Any] = {"eval_data": eval_data, "out": out, "resume": resume, "callback": callback}
+    timed = ", and timing a few steps" if config.max_minutes else ""
+    searched = "; then a search for settings" if config.budget == "thorough" else ""
+    say(f"preparing {len(rows):,} rows{timed}{searched}")
     try:
         if ensemble is None:
             from softprompt.training.tune import tune as run
 
-            result = run(inputs.model, inputs.rows, config, **common)
-            prompt: SoftPrompt | Ensemble = result.prompt
+            result = run(model, rows, config, **common)
+            prompt: Prompt = result.prompt
             record = _run_record(result)
         else:
             from softprompt.training.ensemble import tune_ensemble
 
-            several = tune_ensemble(inputs.model, inputs.rows, config, members=ensemble, **common)
-            prompt, record = several.prompt, _ensemble_record(several)
+            several = tune_ensemble(model, rows, config, members=ensemble, **common)
+            prompt = several.prompt
+            record = {
+                "steps": sum(each.steps for each in several.runs),
+                "seconds": round(several.seconds, 1),
+                "metrics": several.metrics,
+                "members": [_run_record(each) for each in several.runs],
+            }
     except KeyboardInterrupt as stop:
         saved = (out / "config.yaml").exists()
         stop.args = ("stopped; " + ("the same command with --resume goes on from here" if saved else _NOTHING_SAVED),)
@@ -78,15 +81,7 @@ def tune(
         _say_done(out, registered, record, biased=any(member.label_bias for member in prompt.members))
 
 
-def _say_preparing(rows: Rows, config: TuneConfig) -> None:
-    """Say what happens before the first step: it can take minutes."""
-    timed = ", and timing a few steps" if config.max_minutes else ""
-    searched = "; then a search for settings" if config.budget == "thorough" else ""
-    say(f"preparing {len(rows):,} rows{timed}{searched}")
-
-
 def _run_record(result: TuneResult) -> dict[str, Any]:
-    """Return what `tune --json` prints of a run."""
     return {
         "steps": result.steps,
         "seconds": round(result.seconds, 1),
@@ -96,26 +91,16 @@ def _run_record(result: TuneResult) -> dict[str, Any]:
     }
 
 
-def _ensemble_record(result: EnsembleResult) -> dict[str, Any]:
-    """Return what `tune --json` prints of an ensemble: the steps of all runs, the ensemble's metrics, and the runs."""
-    return {
-        "steps": sum(run.steps for run in result.runs),
-        "seconds": round(result.seconds, 1),
-        "metrics": result.metrics,
-        "members": [_run_record(run) for run in result.runs],
-    }
-
-
 def _say_done(out: Path, registered: str | None, record: dict[str, Any], *, biased: bool) -> None:
     """Print the result, where the prompt is, and the next commands."""
     from softprompt.cli.tables import out as console
     from softprompt.formatting import metrics_line
 
-    of = (
-        f"; {len(record['members'])} prompts" if "members" in record else f"; best after step {record.get('best_step')}"
-    )
-    bias = ", with a label bias" if biased else ""
-    best = f"{of}: validation {metrics_line(record['metrics'])}{bias}" if record["metrics"] else ""
+    best = ""
+    if record["metrics"]:
+        of = f"{len(record['members'])} prompts" if "members" in record else f"best after step {record['best_step']}"
+        bias = ", with a label bias" if biased else ""
+        best = f"; {of}: validation {metrics_line(record['metrics'])}{bias}"
     for line in (
         f"{record['steps']} steps in {record['seconds']:.0f} s{best}",
         f"prompt: {out / 'prompt'}" + (f", registered as {registered}" if registered else ""),
