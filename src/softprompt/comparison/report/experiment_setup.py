@@ -13,6 +13,7 @@ from softprompt.data.rows import Row
 from softprompt.formatting import count
 
 _LONGEST_VALUE = 200
+_PARTS = {"train": "training", "validation": "validation"}
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class ExperimentSetup:
     Attributes:
         summary: rows, seeds and days, in one line.
         notes: what the figures mean.
-        shared: the settings that were the same for all methods.
-        own: each method's other settings; several values where its seeds differ.
+        shared, own: the settings that were the same for all methods, and each method's other ones.
         environments: the distinct versions and machines.
     """
 
@@ -71,11 +71,9 @@ _RANKED = {
 def _ranked(summaries: Sequence[MethodSummary]) -> list[str]:
     """Return notes on the ranking metric, and on the selection of the best method."""
     found = []
-    by = summaries[0].results[0].ranked_by
-    if by in _RANKED:
-        found.append(
-            f"Methods are ranked by {_RANKED[by]}. The answers of the methods have no influence on that choice."
-        )
+    by = _RANKED.get(summaries[0].results[0].ranked_by)
+    if by is not None:
+        found.append(f"Methods are ranked by {by}. The answers of the methods have no influence on that choice.")
     if len(summaries) > 1:
         found.append(
             "The best method is picked by its figure on the test rows themselves. So it looks better than it is: a "
@@ -102,10 +100,8 @@ def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:
     """Return the numbers of rows; completions with the same input are scored together."""
     scored = len(results[0].statistics)
     inputs = "" if scored == len(rows) else f" with {count(scored)} inputs"
-    used = {part: max(r.rows.get(part, 0) for r in results) for part in ("train", "validation")}
-    said = [
-        f"{count(number)} {'training' if part == 'train' else part} rows" for part, number in used.items() if number
-    ]
+    used = {name: max(r.rows.get(part, 0) for r in results) for part, name in _PARTS.items()}
+    said = [f"{count(number)} {name} rows" for name, number in used.items() if number]
     return ", ".join([*said, f"{count(len(rows))} test rows{inputs}"])
 
 
@@ -126,12 +122,10 @@ def _settings(summaries: Sequence[MethodSummary]) -> tuple[dict[str, str], dict[
     """Return the settings that all methods share, and each method's own."""
     every: dict[str, dict[str, str]] = {}
     for summary in summaries:
-        of_seeds = [{name: _value(value) for name, value in r.settings.items()} for r in summary.results]
-        names = dict.fromkeys(name for settings in of_seeds for name in settings)
-        every[summary.kind.title] = {
-            name: " / ".join(dict.fromkeys(settings[name] for settings in of_seeds if name in settings))
-            for name in names
-        }
+        of_seeds: dict[str, dict[str, None]] = {}  # the distinct values of each setting, in order
+        for name, value in (item for result in summary.results for item in result.settings.items()):
+            of_seeds.setdefault(name, {})[_value(value)] = None
+        every[summary.kind.title] = {name: " / ".join(values) for name, values in of_seeds.items()}
     first = next(iter(every.values()))
     shared = {name: text for name, text in first.items() if all(s.get(name) == text for s in every.values())}
     own = {method: {n: v for n, v in settings.items() if n not in shared} for method, settings in every.items()}

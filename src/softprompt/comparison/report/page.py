@@ -5,28 +5,17 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from softprompt.comparison.report import plots
+from softprompt.comparison.report import plots, tables
 from softprompt.comparison.report.experiment_setup import experiment_setup
 from softprompt.comparison.report.ranking import MethodSummary, summarize
 from softprompt.comparison.report.recommendation import recommend
 from softprompt.comparison.report.samples import choose_samples
-from softprompt.comparison.report.tables import (
-    MEMORY,
-    PARAMETERS,
-    PREDICTION,
-    STORED,
-    TRAINING,
-    Cell,
-    confusion_table,
-    full_table,
-    short_table,
-)
+from softprompt.comparison.report.tables import MEMORY, PARAMETERS, PREDICTION, STORED, TRAINING, Cell
 from softprompt.comparison.results import Result
 from softprompt.data.rows import Row
 from softprompt.extras import require_package
@@ -39,37 +28,30 @@ _LONGEST_NAME = 48  # in the picture
 
 
 def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -> Path:
-    """Write `report.html`, `report.md` and `report.png`.
+    """Write `report.html`, `report.md` and `report.png`, and return the path of the page.
 
     Args:
         results: of one comparison, one per method and seed.
         rows: the test rows, in the order of the results' predictions.
         folder: where to; created if it does not exist.
-
-    Returns:
-        The page.
-
-    Raises:
-        InputError: matplotlib is missing, or the results are not of one comparison on these rows.
-        StorageError: a file cannot be written.
     """
     require_package("matplotlib", "the report")
     summaries = summarize(results, rows)
     measured = experiment_setup(summaries, rows)
-    groups = full_table(summaries)
+    groups = tables.full_table(summaries)
     data, base_model = results[0].data, results[0].base_model
     quality = metric_title(summaries[0].primary)
-    key = (quality, TRAINING, STORED, PREDICTION)  # beside the recommendation
     view = {
         "data": data,
         "base_model": base_model,
         "summaries": summaries,
         "recommendation": recommend(summaries),
         "metric": quality,
-        "short": short_table(summaries),
         "groups": groups,
-        "key": key,
-        "confusions": [found for s in summaries if (found := confusion_table(s)) is not None],
+        "figures": groups["Quality"][quality],
+        "to_best": groups["Quality"][tables.TO_BEST],
+        "key": (quality, TRAINING, STORED, PREDICTION),  # beside the recommendation
+        "confusions": [found for s in summaries if (found := tables.confusion_table(s)) is not None],
         "samples": choose_samples(summaries, rows),
         "experiment_setup": measured,
         "picture": PICTURE,
@@ -81,8 +63,10 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(cut=_cut, code=_code, words=_words, cell=_cell)
-    page_plots = _plots(summaries, {line.title: line.cells for group in groups for line in group.lines})
+    environment.filters.update(
+        cut=_cut, code=_code, words=_words, cell=_cell, resources=tables.resources, training=tables.training
+    )
+    page_plots = _plots(summaries, {title: cells for lines in groups.values() for title, cells in lines.items()})
     write_text(folder / PAGE, environment.get_template(PAGE).render(view, plots=page_plots))
     write_text(folder / MARKDOWN, environment.get_template(MARKDOWN).render(view))
     title = f"{_cut(data, _LONGEST_NAME)} on {_cut(base_model, _LONGEST_NAME)}"
@@ -90,13 +74,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], folder: Path) -
     return folder / PAGE
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """A plot with its title and caption."""
-
-    title: str
-    note: str
-    svg: Markup
+_Plot = tuple[str, str, Markup]  # title, caption, drawing
 
 
 def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell]]) -> list[_Plot]:
@@ -112,7 +90,7 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
     ) -> _Plot:
         legend = 20 * ((len(of) + 1) // 2)
         svg = plots.svg(draw, of or summaries, f"{title}. {words}", height + legend, legend=bool(of))
-        return _Plot(title, note, Markup(svg))  # noqa: S704
+        return title, note, Markup(svg)  # noqa: S704
 
     def bars(title: str, note: str, draw: plots.Draw) -> _Plot:
         return plot(title, note, draw, said(title), low)

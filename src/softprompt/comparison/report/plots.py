@@ -138,7 +138,7 @@ def svg(draw: Draw, summaries: Sequence[MethodSummary], description: str, height
 
     Args:
         draw: one of the functions above.
-        summaries: of all methods.
+        summaries: of the methods that are drawn.
         description: the plot in words, for screen readers.
         height: for a width of 360, in the page's pixels.
         legend: whether methods are named below.
@@ -158,27 +158,15 @@ def svg(draw: Draw, summaries: Sequence[MethodSummary], description: str, height
 
 
 def write_png(path: Path, summaries: Sequence[MethodSummary], title: str, note: str) -> None:
-    """Draw the most important plots as one picture.
-
-    Args:
-        path: where to.
-        summaries: of all methods.
-        title, note: what stands above and below.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Draw the most important plots as one picture, with a title above and a note below."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    above: list[tuple[str, Draw]] = [("Quality", draw_quality), ("Quality and size", draw_parameters)]
-    above += [("Learning", draw_curves)] if curve_metric(summaries) is not None else []
-    below: list[tuple[str, Draw]] = [
-        ("Time to train or choose", draw_time),
-        ("Peak memory", draw_memory),
-        ("A prediction", draw_prediction),
-    ]
+    above: dict[str, Draw] = {"Quality": draw_quality, "Quality and size": draw_parameters}
+    if curve_metric(summaries) is not None:
+        above["Learning"] = draw_curves
+    below = {"Time to train or choose": draw_time, "Peak memory": draw_memory, "A prediction": draw_prediction}
     with rc_context(_style(11)), storage_errors(path):
         height = 7.4 + 0.3 * max(0, len(summaries) - 6)
         layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08)
@@ -188,7 +176,7 @@ def write_png(path: Path, summaries: Sequence[MethodSummary], title: str, note: 
         parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.35, 1])[:, 0]
         for part, draws in zip(parts, (above, below), strict=True):
             every = part.subplots(1, len(draws))
-            for axes, (name, draw) in zip(every, draws, strict=True):
+            for axes, (name, draw) in zip(every, draws.items(), strict=True):
                 draw(axes, summaries)
                 axes.set_title(name, loc="left", color=_INK, fontweight="bold", fontsize=12)
             if draws is above:
@@ -234,15 +222,14 @@ def _for_page(drawn: str, description: str) -> str:
     """Return the part of an SVG for a page: no header, no ids that another plot has too, colors by name."""
     from markupsafe import escape
 
-    view = re.search(r'viewBox="[^"]*"', drawn)
-    assert view is not None
-    inside = re.search(r"<svg[^>]*>(.*)</svg>", drawn, re.DOTALL)
-    assert inside is not None
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", inside[1], flags=re.DOTALL)
+    found = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)</svg>', drawn, re.DOTALL)
+    assert found is not None
+    view, body = found.groups()
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
     for color, name in _IN_PAGE.items():
         body = body.replace(color, name)
-    return f'<svg {view[0]} role="img" aria-label="{escape(description)}">{body}</svg>'
+    return f'<svg {view} role="img" aria-label="{escape(description)}">{body}</svg>'
 
 
 def _color(summary: MethodSummary) -> str:
@@ -277,12 +264,9 @@ def _short(summary: MethodSummary) -> str:
     return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1].rstrip()}…"
 
 
-def _wrapped(summary: MethodSummary) -> str:
-    return "\n".join(textwrap.wrap(_short(summary), _LONGEST_LINE))
-
-
 def _names(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
-    axes.set_yticks(range(len(summaries)), [_wrapped(s) for s in summaries])
+    wrapped = ["\n".join(textwrap.wrap(_short(s), _LONGEST_LINE)) for s in summaries]
+    axes.set_yticks(range(len(summaries)), wrapped)
     axes.tick_params(axis="y", labelcolor=_INK)
     axes.set_ylim(len(summaries) - 0.5, -0.6)  # the first on top
 

@@ -21,12 +21,9 @@ class Kind:
     """What is known about a method without measuring it.
 
     Attributes:
-        title: its name.
-        phrase: its name inside a sentence.
+        title, phrase: its name, and its name inside a sentence.
         family: the row of the tutorial's table that it belongs to; empty where there is none.
         advice: the headline where it is recommended.
-        training: what is trained.
-        best_for: when to use it.
     """
 
     title: str
@@ -108,8 +105,6 @@ class MethodSummary:
     """A method's figures over all seeds.
 
     Attributes:
-        method: its name in the results.
-        kind: what is known about it.
         place: its place in the order in which methods are shown.
         results: one per seed.
         figure: the primary metric over all seeds, with its interval over the test rows.
@@ -126,7 +121,6 @@ class MethodSummary:
 
     @property
     def task(self) -> Task:
-        """The task's kind."""
         return self.results[0].task
 
     @property
@@ -172,11 +166,6 @@ def second(summaries: Sequence[MethodSummary]) -> MethodSummary | None:
     return max(others, key=lambda s: s.to_best.value if s.to_best else 0.0, default=None)
 
 
-def negative(of: Metric) -> Metric:
-    """Return a difference with the opposite sign."""
-    return Metric(value=-of.value, low=-of.high, high=-of.low)
-
-
 def contains_zero(of: Metric) -> bool:
     """Tell whether a difference is not significant; false for NaN."""
     return of.low <= 0 <= of.high
@@ -191,20 +180,16 @@ def summarize(results: Sequence[Result], rows: Sequence[Row]) -> list[MethodSumm
 
     Returns:
         The methods in the order of the tutorial's table, then other methods in the order of the results.
-
-    Raises:
-        InputError: there are no results, or not all of one task, one model and these test rows.
     """
     _require_comparable(results, rows)
     by_method: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: r.seed):
         by_method.setdefault(result.method, []).append(result)
-    known = list(_KINDS)
-    named = list(dict.fromkeys(result.method for result in results))
+    named = [result.method for result in results]
 
     def order(method: str) -> tuple[int, int]:
-        family = next((n for n, name in enumerate(known) if f"{method}-".startswith(f"{name}-")), len(known))
-        return family, named.index(method)
+        kinds = [n for n, name in enumerate(_KINDS) if f"{method}-".startswith(f"{name}-")]
+        return (kinds or [len(_KINDS)])[0], named.index(method)
 
     figures = {method: mean_primary(of_method) for method, of_method in by_method.items()}
     sign = -1.0 if lower_is_better(results[0].ranking) else 1.0
@@ -225,7 +210,7 @@ def summarize(results: Sequence[Result], rows: Sequence[Row]) -> list[MethodSumm
 def _require_comparable(results: Sequence[Result], rows: Sequence[Row]) -> None:
     if not results:
         raise InputError("there are no results to report; run softprompt compare first")
-    of_all: dict[str, set[str]] = {
+    of_all = {
         "task": {str(r.task) for r in results},
         "metric to be ranked by": {r.ranking for r in results},
         "number of scored rows": {str(len(r.statistics)) for r in results},

@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from softprompt.comparison.report.ranking import PICKED, MethodSummary, contains_zero, second
 from softprompt.comparison.results import difference
 from softprompt.evaluation.intervals import Metric
-from softprompt.formatting import (
-    count,
-    duration,
-    gap,
-    gap_interval,
-    interval,
-    metric,
-    metric_name,
-    plain,
-    size,
-)
+from softprompt.formatting import count, duration, gap, gap_interval, interval, metric, metric_name, plain, size
 
 _FEW_ROWS = 200  # an accuracy's interval is then some 14 points wide
 _SLOWER = 1.25  # times the other's time per prediction, from which on the report mentions it
@@ -33,9 +23,7 @@ class Recommendation:
 
     Attributes:
         summary: the recommended method; None where none can be recommended.
-        headline: one sentence.
-        reasons: sentences with the figures it follows from.
-        cautions: limits of the figures.
+        headline, reasons, cautions: one sentence, sentences with the figures it follows from, and their limits.
     """
 
     summary: MethodSummary | None
@@ -57,8 +45,7 @@ def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
     if not best.can_be_best:
         return Recommendation(None, "No method can be recommended.", [_none(best)], _cautions(summaries, best))
     alike = _alike(summaries)
-    chosen = min(alike, key=_price)
-    cautions = _cautions(summaries, chosen)
+    chosen = min(alike, key=lambda s: (s.learns, s.costs.stored_bytes, s.costs.train_cpu_seconds))
     reasons = [
         _why(summaries, alike, chosen, best),
         _takes(chosen) if chosen is best else _saves(chosen, best),
@@ -66,7 +53,7 @@ def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
         *_against_prompt_engineering(summaries, chosen),
         *_against_learned_prompts(summaries, chosen),
     ]
-    return Recommendation(chosen, chosen.kind.advice, reasons, cautions)
+    return Recommendation(chosen, chosen.kind.advice, reasons, _cautions(summaries, chosen))
 
 
 def _alike(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
@@ -77,10 +64,6 @@ def _alike(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
     """
     apart = max((_gap_to_best(s) for s in summaries if not s.tied), default=-math.inf)
     return [s for s in summaries if s.tied and s.can_be_best and _gap_to_best(s) >= apart]
-
-
-def _price(summary: MethodSummary) -> tuple[bool, int, float]:
-    return summary.learns, summary.costs.stored_bytes, summary.costs.train_cpu_seconds
 
 
 def _none(best: MethodSummary) -> str:
@@ -126,22 +109,18 @@ def _gap_to_best(summary: MethodSummary) -> float:
 def _why(
     summaries: Sequence[MethodSummary], alike: Sequence[MethodSummary], chosen: MethodSummary, best: MethodSummary
 ) -> str:
-    others = [s for s in summaries if s is not best]
     tied = [s for s in alike if s is not best]
     first = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
     following = second(summaries)
     if following is None or following.to_best is None:
         return f"{first} No other method's {_name(best)} is a finite number."
-    after = (
-        f"{following.kind.phrase}, {'the second best, ' if len(others) > 1 else 'the other one, '}is "
-        f"{_behind(following, following.to_best)}"
-    )
+    place = "the second best" if len(summaries) > 2 else "the other one"
+    after = f"{following.kind.phrase}, {place}, is {_behind(following, following.to_best)}"
     if not tied and following.tied:
         return f"{first} The others have no right answer; {after}, an interval that contains 0."
     if not tied:
         return f"{first} It is significantly better: {after}."
-    whole = len(tied) == len(others) > 1
-    if whole:
+    if len(tied) == len(summaries) - 1 > 1:
         comparison = "No method is significantly different"
     else:
         comparison = f"{_start(_and(tied))} {'is' if len(tied) == 1 else 'are'} not significantly different"
@@ -180,11 +159,8 @@ def _saves(chosen: MethodSummary, best: MethodSummary) -> str:
             f"It needs no training; {best.kind.phrase} trained {count(theirs.trainable_parameters)} parameters in "
             f"{duration(theirs.train_seconds)} and takes {size(theirs.stored_bytes)} on disk."
         )
-    trained = (
-        f"trains {count(ours.trainable_parameters)} parameters instead of {count(theirs.trainable_parameters)}, and "
-        if chosen.learns
-        else ""
-    )
+    numbers = f"{count(ours.trainable_parameters)} parameters instead of {count(theirs.trainable_parameters)}"
+    trained = f"trains {numbers}, and " if chosen.learns else ""
     return (
         f"It {trained}takes {size(ours.stored_bytes)} on disk for each task instead of {size(theirs.stored_bytes)}; "
         f"training or choosing it took {duration(ours.train_seconds)} instead of {duration(theirs.train_seconds)}."
@@ -261,8 +237,7 @@ def _no_better_than_one_label(chosen: MethodSummary) -> list[str]:
     if chosen.figure.low > share:
         return []
     label = confusion.labels[of_label.index(max(of_label))]
-    label = f"“\u2068{label}\u2069”"  # isolated: it can run from right to left
-    return [
-        f"{_start(chosen.kind.phrase)} is not significantly better than always answering {label}, which would be right "
-        f"in {metric('accuracy', share)} of the rows."
+    return [  # the label is isolated: it can run from right to left
+        f"{_start(chosen.kind.phrase)} is not significantly better than always answering “\u2068{label}\u2069”, which "
+        f"would be right in {metric('accuracy', share)} of the rows."
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from softprompt.comparison.report.ranking import MethodSummary
-from softprompt.data.columns import INPUT_COLUMN, INSTRUCTED, TARGET_COLUMN, Task
+from softprompt.data.columns import INPUT_COLUMN, INSTRUCTED, TARGET_COLUMN
 from softprompt.data.rows import Row
 
 _MOST = 8
@@ -68,26 +68,22 @@ def _samples(summaries: Sequence[MethodSummary], rows: Sequence[Row]) -> list[Sa
     task = summaries[0].task
     target = TARGET_COLUMN[task]
     assert target is not None  # plain text has no predictions
-    found: dict[tuple[str, str], Sample] = {}
+    # Completions with the same input are several right answers to it: the first row's number, and the answers.
+    found: dict[tuple[str, str], tuple[int, list[str]]] = {}
     for number, row in enumerate(rows):
-        # Completions with the same input are several right answers to it.
-        text = _input(row, task)
-        key = (text, row[target] if task == "classification" else "")
-        if key not in found:
-            answers = [Answer(s, s.results[0].predictions[number], None) for s in summaries]
-            found[key] = Sample(text, [], answers)
-        if row[target] not in found[key].right:
-            found[key].right.append(row[target])
-    return [Sample(s.input, s.right, [_judged(answer, s.right) for answer in s.answers]) for s in found.values()]
+        instructed = task == "completion" and {*INSTRUCTED, "output"} <= row.keys()
+        columns = INSTRUCTED if instructed else (INPUT_COLUMN[task],)
+        text = "\n".join(row[column] for column in columns if row[column])
+        _, right = found.setdefault((text, row[target] if task == "classification" else ""), (number, []))
+        if row[target] not in right:
+            right.append(row[target])
 
+    def answer(summary: MethodSummary, number: int, right: list[str]) -> Answer:
+        text = summary.results[0].predictions[number]
+        exact = text.strip() in [reference.strip() for reference in right]
+        return Answer(summary, text, exact if task == "classification" else (exact or None))
 
-def _input(row: Row, task: Task) -> str:
-    """Return a row's input: of Alpaca's columns, the instruction and its input."""
-    columns = INSTRUCTED if {*INSTRUCTED, "output"} <= row.keys() and task == "completion" else (INPUT_COLUMN[task],)
-    return "\n".join(row[column] for column in columns if row[column])
-
-
-def _judged(answer: Answer, right: list[str]) -> Answer:
-    exact = answer.text.strip() in [text.strip() for text in right]
-    judged = exact if answer.summary.task == "classification" else (exact or None)
-    return Answer(answer.summary, answer.text, judged)
+    return [
+        Sample(text, right, [answer(summary, number, right) for summary in summaries])
+        for (text, _), (number, right) in found.items()
+    ]

@@ -8,22 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softprompt.comparison.report.ranking import PICKED, MethodSummary, negative, second
-from softprompt.comparison.results import Costs
+from softprompt.comparison.report.ranking import PICKED, MethodSummary, second
 from softprompt.evaluation.intervals import Metric
 from softprompt.evaluation.scores import Confusion
-from softprompt.formatting import (
-    count,
-    duration,
-    gap_interval,
-    interval,
-    metric,
-    metric_title,
-    plain,
-    signed_gap,
-    size,
-)
+from softprompt.formatting import count, duration, gap_interval, interval, metric, metric_title, plain, signed_gap, size
 
+TO_BEST = "Difference to the best"
 PARAMETERS, TRAINING = "Trainable parameters", "Time to train or choose"
 MEMORY, STORED, PREDICTION = "Peak memory above the model", "Disk space for each task", "Time per prediction"
 _MOST_LABELS = 10  # whose matrix can be read
@@ -38,87 +28,40 @@ class Cell:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A row of figures, one cell per method."""
-
-    title: str
-    cells: list[Cell]
+Table = dict[str, dict[str, list[Cell]]]  # by the titles of groups and of lines, one cell per method
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows that belong together."""
+def full_table(summaries: Sequence[MethodSummary]) -> Table:
+    """Return every measured figure."""
 
-    title: str
-    lines: list[Line]
-
-
-@dataclass(frozen=True)
-class Short:
-    """A method's row of the tutorial's table."""
-
-    summary: MethodSummary
-    figure: Cell
-    to_best: Cell
-    resources: Cell
-    training: Cell
-
-
-def short_table(summaries: Sequence[MethodSummary]) -> list[Short]:
-    """Return the tutorial's table: resource intensity, training needed, best use, and quality."""
-    return [Short(s, _figure(s), _to_best(s, summaries), _resources(s), _training(s)) for s in summaries]
-
-
-def full_table(summaries: Sequence[MethodSummary]) -> list[Group]:
-    """Return every measured figure, one column per method."""
-
-    def line(title: str, cell: Callable[[MethodSummary], Cell]) -> Line:
-        return Line(title, [cell(s) for s in summaries])
-
-    def cost(title: str, words: Callable[[float], str], value: Callable[[Costs], float]) -> Line:
-        return line(title, lambda s: Cell(words(value(s.costs))))
-
-    def of_metric(name: str) -> Line:
-        return line(metric_title(name), lambda s: _other(s, name))
+    def cost(words: Callable[[float], str], name: str) -> list[Cell]:
+        return [Cell(words(getattr(s.costs, name))) for s in summaries]
 
     primary = summaries[0].primary
     others = dict.fromkeys(n for s in summaries for r in s.results for n in r.metrics if n != primary)
-    return [
-        Group(
-            "Quality",
-            [
-                line(metric_title(primary), _figure),
-                line("Difference to the best", lambda s: _to_best(s, summaries)),
-                *map(of_metric, others),
-            ],
-        ),
-        Group(
-            "Training needed",
-            [
-                cost(PARAMETERS, count, lambda c: c.trainable_parameters),
-                cost(TRAINING, duration, lambda c: c.train_seconds),
-                cost("Processor time for that", duration, lambda c: c.train_cpu_seconds),
-                cost("Text tokens trained on", count, lambda c: c.train_tokens),
-            ],
-        ),
-        Group(
-            "Resource intensity",
-            [
-                cost(MEMORY, size, lambda c: c.peak_bytes),
-                cost(STORED, size, lambda c: c.stored_bytes),
-                cost(PREDICTION, duration, lambda c: c.prediction_seconds),
-                cost("Time to switch tasks", duration, lambda c: c.switch_seconds),
-            ],
-        ),
-        Group(
-            "The model besides the task",
-            [
-                line("Base weights unchanged", lambda s: Cell("yes" if s.costs.base_unchanged else "no")),
-                line("Perplexity on unrelated text", _perplexity),
-            ],
-        ),
-    ]
+    return {
+        "Quality": {
+            metric_title(primary): [_figure(s) for s in summaries],
+            TO_BEST: [_to_best(s, summaries) for s in summaries],
+            **{metric_title(name): [_other(s, name) for s in summaries] for name in others},
+        },
+        "Training needed": {
+            PARAMETERS: cost(count, "trainable_parameters"),
+            TRAINING: cost(duration, "train_seconds"),
+            "Processor time for that": cost(duration, "train_cpu_seconds"),
+            "Text tokens trained on": cost(count, "train_tokens"),
+        },
+        "Resource intensity": {
+            MEMORY: cost(size, "peak_bytes"),
+            STORED: cost(size, "stored_bytes"),
+            PREDICTION: cost(duration, "prediction_seconds"),
+            "Time to switch tasks": cost(duration, "switch_seconds"),
+        },
+        "The model besides the task": {
+            "Base weights unchanged": [Cell("yes" if s.costs.base_unchanged else "no") for s in summaries],
+            "Perplexity on unrelated text": [_perplexity(s) for s in summaries],
+        },
+    }
 
 
 def _figure(summary: MethodSummary) -> Cell:
@@ -150,7 +93,8 @@ def _best(summary: MethodSummary, summaries: Sequence[MethodSummary]) -> Cell:
     following = second(summaries)
     if following is None or following.to_best is None:
         return Cell("best", PICKED if len(summaries) > 1 else "")
-    ahead = negative(following.to_best)
+    by = following.to_best
+    ahead = Metric(value=-by.value, low=-by.high, high=-by.low)
     shown = f"{signed_gap(summary.primary, ahead.value)} ({gap_interval(summary.primary, ahead)})"
     return Cell("best", f"{shown} to the second, {following.kind.phrase}; {PICKED}")
 
@@ -164,7 +108,8 @@ def _other(summary: MethodSummary, name: str) -> Cell:
     return Cell(metric(name, float(np.mean([m.value for m in found]))), detail)
 
 
-def _resources(summary: MethodSummary) -> Cell:
+def resources(summary: MethodSummary) -> Cell:
+    """Return a method's resource intensity."""
     costs = summary.costs
     return Cell(
         f"{size(costs.peak_bytes)} of memory above the model",
@@ -172,7 +117,8 @@ def _resources(summary: MethodSummary) -> Cell:
     )
 
 
-def _training(summary: MethodSummary) -> Cell:
+def training(summary: MethodSummary) -> Cell:
+    """Return what training a method needs."""
     costs = summary.costs
     needed = summary.kind.training or ("yes" if summary.learns else "no")
     parameters = f"{count(costs.trainable_parameters)} parameters, " if summary.learns else ""
@@ -191,10 +137,9 @@ class ConfusionTable:
     """Which labels a method confused, over all its seeds.
 
     Attributes:
-        summary: the method.
-        labels: of the matrix; empty where they are too many for one.
         matrix: for each right label, the number of rows predicted as each label, and their share of the label's rows.
-        frequent: instead of a matrix the most frequent mistakes: number of rows, right label, predicted label.
+        frequent: the most frequent mistakes, where the labels are too many for a matrix: number of rows, right label,
+            predicted label.
     """
 
     summary: MethodSummary
