@@ -61,10 +61,7 @@ def write_text(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():  # /dev/stdout, say
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
-        destination = _link_target(path)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        clean_up(destination.parent, destination.name)
-        with _create_temporary(destination, folder=False) as temporary:
+        with _create_temporary(path, folder=False) as (temporary, destination):
             # In JSON lines, half of a surrogate pair becomes an escape, as JSON has it.
             with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(text)
@@ -89,16 +86,7 @@ def strict_json(value: Any) -> Any:
 
 
 def read_json_object(path: Path, cure: str, error_type: type[InputError] = InputError) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: the file.
-        cure: what to do if it is damaged.
-        error_type: the error to raise.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-    """
+    """Read a file that holds one JSON object; an error of `error_type` says the cure if it is damaged."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -114,17 +102,13 @@ def write_folder(path: Path) -> Iterator[Path]:
 
     If filling it fails, `path` stays as it was. A link to a folder stays a link.
     """
-    with storage_errors(path):
-        destination = _link_target(path)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        clean_up(destination.parent, destination.name)
-        with _create_temporary(destination, folder=True) as temporary:
-            yield temporary
-            # Sync before the rename: after a power cut the folder is complete or absent.
-            for file in filter(Path.is_file, temporary.iterdir()):
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            _rename_into_place(temporary, destination)
+    with storage_errors(path), _create_temporary(path, folder=True) as (temporary, destination):
+        yield temporary
+        # Sync before the rename: after a power cut the folder is complete or absent.
+        for file in filter(Path.is_file, temporary.iterdir()):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        _rename_into_place(temporary, destination)
 
 
 def _rename_into_place(temporary: Path, destination: Path) -> None:
@@ -147,8 +131,15 @@ def _rename_into_place(temporary: Path, destination: Path) -> None:
 
 
 @contextmanager
-def _create_temporary(destination: Path, folder: bool) -> Iterator[Path]:
-    """Create a temporary file or folder beside its destination, locked while it is filled; remove it on failure."""
+def _create_temporary(path: Path, folder: bool) -> Iterator[tuple[Path, Path]]:
+    """Create a temporary file or folder beside its destination, locked while it is filled; remove it on failure.
+
+    Returns:
+        The temporary path, and the destination: that of a link, if `path` is one.
+    """
+    destination = _link_target(path)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    clean_up(destination.parent, destination.name)
     while True:
         temporary = destination.with_name(f".{destination.name}{TEMPORARY_MARK}{secrets.token_hex(8)}")
         if folder:
@@ -160,24 +151,24 @@ def _create_temporary(destination: Path, folder: bool) -> Iterator[Path]:
             break
         _unlock(lock)
     try:
-        yield temporary
+        yield temporary, destination
     except BaseException:
-        if folder:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
     finally:
         _unlock(lock)
 
 
-def clean_up(folder: Path, name: str | None = None) -> None:
-    """Remove what killed writers left in a folder, and rename into place what they had completed.
+def _remove(path: Path) -> None:
+    """Remove a file or folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
-    Args:
-        folder: the folder that they wrote into.
-        name: the file or folder that they wrote; None for any.
-    """
+
+def clean_up(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers of `name` (None: of anything) left in a folder, and rename what they had completed."""
     with suppress(OSError):
         found = [entry for entry in folder.iterdir() if TEMPORARY_MARK in entry.name]
         # First those with a replaced folder beside them: they are complete.
@@ -214,10 +205,7 @@ def _clean_up_one(entry: Path, temporary: Path) -> None:
             destination = entry.with_name(_destination_name(temporary))
             if not destination.exists():
                 (temporary if temporary.exists() else entry).rename(destination)
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        _remove(entry)
     finally:
         _unlock(lock)
 
@@ -244,11 +232,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _link_target(path: Path) -> Path:
-    """Return the target of a link; any other path unchanged.
-
-    Raises:
-        OSError: the target does not exist: its disk may not be mounted.
-    """
+    """Return the target of a link, which must exist (its disk may not be mounted); any other path unchanged."""
     if not path.is_symlink():
         return path
     try:
@@ -286,11 +270,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def require_unlocked(folder: Path) -> None:
-    """Make sure that no other command works in a folder; write nothing.
-
-    Raises:
-        InputError: one does.
-    """
+    """Make sure that no other command works in a folder; write nothing."""
     if (folder / LOCK_FILE).is_file():  # it exists only while it is locked, or after a kill
         lock = _acquire(folder)
         if lock is not None:

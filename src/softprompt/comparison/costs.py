@@ -28,12 +28,7 @@ _MAX_LENGTH = 512  # tokens of a paragraph
 
 @dataclass
 class Effort:
-    """What a block of code took.
-
-    Attributes:
-        seconds, cpu_seconds: wall time, and processor time of all threads.
-        peak_bytes: the most memory in use, less what was in use when the block began.
-    """
+    """What a block took: wall time, processor time of all threads, and the most memory above that at its beginning."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -99,13 +99,7 @@ def make_protocol(
     equal: Equal,
     search: bool,
 ) -> Protocol:
-    """Split the rows, once for all methods and seeds.
-
-    Raises:
-        SettingsError: settings that do not suit a comparison.
-        InputError: rows of another task, or with a label that no training row has.
-        DataError: too few rows.
-    """
+    """Split the rows, once for all methods and seeds."""
     if world_size() > 1:
         raise SettingsError("a comparison runs in one process; start it without torchrun")
     if config.init.startswith(PROMPT):
@@ -163,11 +157,7 @@ def _drop_single_tokens(model: FrozenModel, config: TuneConfig, texts: Rows) -> 
 
 
 def require_comparison(folder: Path) -> None:
-    """Make sure that a folder is free for a comparison, or holds one.
-
-    Raises:
-        InputError: it holds something else.
-    """
+    """Make sure that a folder is free for a comparison, or holds one."""
     # Files of a command that stopped before any result.
     ours = {ROWS, PROTOCOL, LOCK_FILE, f".{ROWS}.tmp", f".{PROTOCOL}.tmp"}
     if (folder / PROTOCOL).exists():
@@ -181,16 +171,11 @@ def require_comparison(folder: Path) -> None:
 
 
 def write_protocol(folder: Path, protocol: Protocol) -> None:
-    """Write what is compared, or make sure that the folder's earlier results are of the same protocol.
-
-    Raises:
-        InputError: the folder holds another comparison, or something else.
-    """
+    """Write what is compared, or make sure that the folder's earlier results are of the same protocol."""
     record, file = protocol.record(), folder / PROTOCOL
     if file.exists() and any((folder / RESULTS).glob("*.json")):
         _require_same(folder, record, protocol)
         return
-    require_comparison(folder)
     # Errors of the template, and test rows that cannot be read, are reported before anything is written.
     encoder = protocol.prepare().encoder
     protocol.test.require_inputs(encoder.format.columns)

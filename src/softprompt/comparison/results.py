@@ -76,23 +76,17 @@ class Result(_Record):
     """The result of one method with one seed.
 
     Attributes:
-        method, seed: which.
-        task: the task's kind.
-        data: name of the rows.
-        base_model: name of the model.
+        data, base_model: names of the rows and of the model.
         rows: numbers of `train`, `validation` and `test` rows.
         settings: the settings used, the method's own choices included.
         metrics: on the test rows, with 95 % intervals.
-        confusion: for classification.
         predictions: for each test row, the label or the text; empty for plain text.
         ranked_by: the metric that methods are ranked by (`ranking_metric`). Old files do not name one; theirs is
             `PRIMARY`.
         statistics: `[N, …]` per test row (per distinct input of a completion task): the sums that the ranking metric
             is computed from, see `compute_metric`.
-        costs: what it took.
         curve: the learning curve; empty for prompt engineering.
         environment: versions and machine.
-        date: ISO.
     """
 
     method: str
@@ -134,42 +128,25 @@ class Result(_Record):
         return self.metrics[self.ranking]
 
     def save(self, folder: Path) -> Path:
-        """Write `METHOD-SEED.json`.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        path = result_file(folder, self.method, self.seed)
+        """Write `METHOD-SEED.json`."""
+        path = folder / f"{self.method}-{self.seed}.json"
         write_text(path, self.model_dump_json(indent=1) + "\n")
         return path
 
 
 def rejudge(result: Result, form: Format, rows: Rows) -> Result:
-    """Judge the answers of an old result file as new ones are judged.
+    """Judge the answers of an old completion result as new ones are judged; one without all answers stays as it is.
 
     Old files were all ranked by BLEU over words, which is 0.0 for right answers of fewer than four words.
-
-    Args:
-        result: of a completion task.
-        form: how rows become text.
-        rows: the test rows. A result without an answer to each of them is returned as it is.
     """
     if len(result.predictions) != len(rows):
         return result
     from softprompt.evaluation.completions import judge
 
     judged = judge(form, rows, result.predictions)
-    update = {
-        "metrics": {**result.metrics, **judged.metrics()},
-        "statistics": judged.statistics(),
-        "ranked_by": judged.ranked_by,
-    }
+    metrics = {**result.metrics, **judged.metrics()}
+    update = {"metrics": metrics, "statistics": judged.statistics(), "ranked_by": judged.ranked_by}
     return result.model_copy(update=update)
-
-
-def result_file(folder: Path, method: str, seed: int) -> Path:
-    """Return the path of a result's file."""
-    return folder / f"{method}-{seed}.json"
 
 
 def read_result(path: Path) -> Result:
@@ -180,15 +157,12 @@ def read_result(path: Path) -> Result:
     """
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, ValidationError) as error:
-        reason = _first_error(error) if isinstance(error, ValidationError) else str(error)
+    except (OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
         raise InputError(f"cannot read {path}: {reason}; remove it, and the method is run again") from error
-
-
-def _first_error(error: ValidationError) -> str:
-    """Return the first error, and where it is."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'not JSON'}: {first['msg']}"
 
 
 _RESAMPLES = 2000
@@ -209,11 +183,7 @@ def difference(first: Sequence[Result], second: Sequence[Result]) -> Metric:
 
 
 def mean_primary(results: Sequence[Result]) -> Metric:
-    """Return a method's primary metric: the mean over its seeds, with its interval over the test rows.
-
-    Args:
-        results: a method's results, one per seed.
-    """
+    """Return a method's primary metric: the mean over its seeds, with its interval over the test rows."""
     if len(results) == 1:
         return results[0].primary
     if results[0].ranking in ("accuracy", "exact_match"):

@@ -17,7 +17,6 @@ from softprompt.comparison import USUAL
 from softprompt.comparison.costs import BaseMeasurements, folder_bytes, general_perplexity, weights_hash
 from softprompt.comparison.methods import METHODS, resolve_methods
 from softprompt.comparison.methods.base import FitResult, Method, MethodCallback
-from softprompt.comparison.methods.prompts import PrefixTuning
 from softprompt.comparison.methods.trained import Trained
 from softprompt.comparison.methods.weights import require_unquantized
 from softprompt.comparison.protocol import (
@@ -156,13 +155,13 @@ def _require_methods_fit(model: FrozenModel, methods: Sequence[str], config: Tun
         require_package("peft", "lora")
     if "full" in methods:
         require_unquantized(model)
-    if any(METHODS[name] is PrefixTuning for name in methods):
+    if "prefix-tuning" in methods:
         try:
             _ = model.prefix_shape
         except ModelError as error:
             raise SettingsError(f"{error}; leave prefix-tuning out of --methods") from error
-    trained = [METHODS[name] for name in methods if issubclass(METHODS[name], Trained)]
-    if config is not None and config.learning_rate is not None and len({m.changes_weights for m in trained}) > 1:
+    kinds = {METHODS[name].changes_weights for name in methods if issubclass(METHODS[name], Trained)}
+    if config is not None and config.learning_rate is not None and len(kinds) > 1:
         raise SettingsError(
             "learning_rate: prompts and weights need different ones; leave it out, or compare one kind at a time"
         )
@@ -264,8 +263,9 @@ def _last_part(name: str) -> str:
 
 
 def _result(name: str, seed: int, protocol: Protocol, fitted: FitResult, scored: ScoredRows, costs: Costs) -> Result:
-    parts = {"train": protocol.train, "validation": protocol.validation, "test": protocol.test}
     source = protocol.model.source
+    minutes = protocol.config.max_minutes if protocol.equal == "time" else None
+    parts = {"train": protocol.train, "validation": protocol.validation, "test": protocol.test}
     return Result(
         method=name,
         seed=seed,
@@ -273,11 +273,7 @@ def _result(name: str, seed: int, protocol: Protocol, fitted: FitResult, scored:
         data=_last_part(protocol.train.name),
         base_model=_last_part(source) if Path(source).is_dir() else source,
         rows={part: len(rows) for part, rows in parts.items()},
-        settings={
-            **fitted.settings,
-            "equal": protocol.equal,
-            "max_minutes": protocol.config.max_minutes if protocol.equal == "time" else None,
-        },
+        settings={**fitted.settings, "equal": protocol.equal, "max_minutes": minutes},
         metrics=scored.metrics(),
         confusion=scored.scores.confusion(),
         predictions=scored.answers(),

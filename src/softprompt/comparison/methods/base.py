@@ -37,14 +37,7 @@ class MethodCallback(Callback):
 
 @dataclass
 class Predictor:
-    """How test rows are scored.
-
-    Attributes:
-        model: the base model, or one with other weights.
-        format, max_length: how rows become tokens.
-        prompt: virtual tokens and label biases.
-        calibration: of labels.
-    """
+    """How test rows are scored: by the base model, or one with other weights."""
 
     model: FrozenModel
     format: Format
@@ -81,12 +74,7 @@ class Predictor:
 
     @classmethod
     def read(cls, folder: Path, model: FrozenModel, task: Task) -> Predictor:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is damaged.
-            SettingsError: its template is invalid, or contains the answer.
-        """
+        """Read what `save` wrote."""
         cure = "remove it and the method's result, and the method is run again"
         record = read_json_object(folder / _FORMAT, cure)
         try:
@@ -109,9 +97,7 @@ class FitResult:
     """The result of fitting a method.
 
     Attributes:
-        predictor: scores rows with what was learned.
         parameters: the number of trainable parameters.
-        effort: time and memory.
         tokens: text tokens trained on; validation rows are not counted.
         settings: the settings used.
         curve: the validation figures during training.

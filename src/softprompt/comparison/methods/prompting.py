@@ -42,7 +42,6 @@ class Trial:
         label_bias: added to labels' log-likelihoods where that scores better than both.
         max_length: tokens of a row with its demonstrations.
         rows: the number of validation rows it was scored on.
-        metrics: on them.
         score: higher is better: accuracy, then the mean log-probability of the right label among all labels; for
             other tasks the negative loss.
     """
@@ -69,7 +68,6 @@ class SearchResult:
         best: the chosen candidate, scored on all validation rows; not scored where there was no choice.
         trials: all candidates in order; one that went on occurs again with more rows.
         rows: the sum of validation rows scored; inputs without content are not counted.
-        seconds: wall time.
     """
 
     best: Trial
@@ -84,15 +82,7 @@ Progress = Callable[[Trial, float], None]
 def choose_calibration(
     model: FrozenModel, form: Format, train: Rows, validation: Rows, *, max_length: int
 ) -> SearchResult:
-    """Choose the calibration of labels, or none, on the validation rows; other tasks have nothing to choose.
-
-    Args:
-        model: the frozen model.
-        form: how rows become text.
-        train: rows with the frequencies of labels.
-        validation: rows to choose by.
-        max_length: the most tokens of a row.
-    """
+    """Choose the calibration of labels, or none, on the validation rows; other tasks have nothing to choose."""
     scorer = _Scorer(model, train, validation, max_length, _Budget(seconds=math.inf))
     if form.task != "classification":
         return scorer.result(Trial(form, "none", scorer.max_length(form), 0, {}, (0, 0)))
@@ -122,17 +112,13 @@ def search_demonstrations(
     Args:
         model: the frozen model.
         form: how rows become text, without demonstrations.
-        train: rows to choose demonstrations from.
-        validation: rows to choose by.
+        train, validation: rows to choose demonstrations from, and to choose by.
         max_length: the most tokens of a row, demonstrations not counted.
         seed: of the random candidates.
         seconds, rows: the budget, in wall time or in scored validation rows; one of them. With rows, the same seed
             gives the same result.
         progress: told of every trial, and of the used share of the budget.
         now: the clock, in seconds.
-
-    Raises:
-        SettingsError: no budget or two, or fewer rows than there are validation rows.
     """
     if (seconds is None) == (rows is None):
         raise SettingsError("give the search a budget, either seconds or rows")
@@ -152,13 +138,7 @@ def search_demonstrations(
 
 
 def _round(scorer: _Scorer, forms: list[Format], order: list[int]) -> Trial:
-    """Halve candidates until one is left, and score it on all validation rows.
-
-    Args:
-        scorer: scores candidates.
-        forms: the candidates.
-        order: of the validation rows; the first of them score many candidates.
-    """
+    """Halve candidates until one is left, and score it on all validation rows; `order` says which rows come first."""
     every = len(order)
 
     def score(form: Format, width: int) -> tuple[float, float] | None:
@@ -317,9 +297,14 @@ class Prompting(Method):
         self._predictor = Predictor(
             protocol.model, best.format, best.max_length, BasePrompt(best.label_bias), best.calibration
         )
-        settings = {"template": form.template, "demonstrations": best.k, "calibration": best.calibration}
-        settings["prior_matching"] = bool(best.label_bias)
-        return FitResult(self._predictor, 0, effort, settings={**settings, "rows_scored": found.rows})
+        settings = {
+            "template": form.template,
+            "demonstrations": best.k,
+            "calibration": best.calibration,
+            "prior_matching": bool(best.label_bias),
+            "rows_scored": found.rows,
+        }
+        return FitResult(self._predictor, 0, effort, settings=settings)
 
     def _report_best(self) -> Progress:
         """Return what tells the callback of each candidate that scores best so far on all validation rows."""

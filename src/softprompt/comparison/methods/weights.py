@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,9 +47,6 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
 
     Returns:
         PEFT's wrapper, which can save the adapter.
-
-    Raises:
-        InputError: PEFT is not installed.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed, and it logs
     require_package("peft", "lora")
@@ -73,11 +69,7 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
 
 
 def require_unquantized(model: FrozenModel) -> None:
-    """Make sure that all weights of a model can be trained.
-
-    Raises:
-        SettingsError: they are quantized.
-    """
+    """Make sure that all weights of a model can be trained."""
     if getattr(model.hf_model, "is_quantized", False):
         raise SettingsError("full fine-tuning needs a model that is not quantized; leave the method or the setting out")
 
@@ -105,7 +97,6 @@ class WeightsTrainer(Trainer):
         super().__init__(model, prepared, learned, callback=callback)
 
     def weights(self) -> Weights:
-        """Return a copy of the trained weights."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
@@ -148,19 +139,16 @@ class WeightTuning(Trained):
 
     def __init__(self, protocol: Protocol, seed: int, callback: MethodCallback) -> None:
         super().__init__(protocol, seed, callback)
+        self._initial: Weights | None = None  # the weights before the first step
         if protocol.train.task == "classification" and protocol.config.loss is None:
             self.settings = {"loss": "target"}  # the loss over labels helps soft prompts alone
 
     def trainer(self, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> Trainer:
-        trainer = WeightsTrainer(self.model, prepared, callback)
-        trainer.load(self._initial)
-        self._trainer = trainer
-        return trainer
-
-    @cached_property
-    def _initial(self) -> Weights:
-        """The weights before the first step."""
-        return {name: p.detach().clone() for name, p in self.model.hf_model.named_parameters() if p.requires_grad}
+        self._trainer = WeightsTrainer(self.model, prepared, callback)
+        if self._initial is None:
+            self._initial = self._trainer.weights()
+        self._trainer.load(self._initial)
+        return self._trainer
 
     def used_settings(self) -> dict[str, object]:
         return {name: value for name, value in super().used_settings().items() if name not in _OF_PROMPTS}
