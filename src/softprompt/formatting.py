@@ -119,20 +119,14 @@ def duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return _NONE
     whole = round(seconds)
-    if whole >= 3600:
-        return _two(round(whole / 60), "h", "min")
     if whole >= 60:
-        return _two(whole, "min", "s")
+        small, unit, small_unit = (round(whole / 60), "h", "min") if whole >= 3600 else (whole, "min", "s")
+        much, little = divmod(small, 60)
+        return f"{much}{_SPACE}{unit}" + (f"{_SPACE}{little}{_SPACE}{small_unit}" if little else "")
     if 0 < seconds < 0.9995:
         thousandths = 1000 * seconds
         return f"{thousandths:.{0 if thousandths >= 9.95 else 1}f}{_SPACE}ms"
     return f"{seconds:.{1 if 0 < seconds < 9.95 else 0}f}{_SPACE}s"
-
-
-def _two(small: int, unit: str, small_unit: str) -> str:
-    """Write a time in two units, sixty of the small one being one of the other."""
-    much, little = divmod(small, 60)
-    return f"{much}{_SPACE}{unit}" + (f"{_SPACE}{little}{_SPACE}{small_unit}" if little else "")
 
 
 def short_metric(name: str, value: float) -> str:

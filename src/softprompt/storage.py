@@ -167,10 +167,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def clean_up(folder: Path, name: str | None = None) -> None:
+def clean_up(folder: Path, name: str | None = None, replaced_only: bool = False) -> None:
     """Remove what killed writers of `name` (None: of anything) left in a folder, and rename what they had completed."""
     with suppress(OSError):
-        found = [entry for entry in folder.iterdir() if TEMPORARY_MARK in entry.name]
+        ending = _REPLACED if replaced_only else ""
+        found = [entry for entry in folder.iterdir() if TEMPORARY_MARK in entry.name and entry.name.endswith(ending)]
         # First those with a replaced folder beside them: they are complete.
         for entry in sorted(found, key=lambda entry: not entry.name.endswith(_REPLACED)):
             temporary = entry.with_name(entry.name.removesuffix(_REPLACED).removesuffix(_TO_DELETE))
@@ -182,12 +183,8 @@ def clean_up(folder: Path, name: str | None = None) -> None:
 def recover(path: Path) -> None:
     """Restore a folder whose writer was killed between the two renames of a replacement."""
     with suppress(OSError):
-        if not path.name or path.exists():
-            return
-        for entry in path.parent.glob(f".*{TEMPORARY_MARK}*{_REPLACED}"):
-            temporary = entry.with_name(entry.name.removesuffix(_REPLACED))
-            if _TEMPORARY_NAME.fullmatch(temporary.name) and _destination_name(temporary) == path.name:
-                _clean_up_one(entry, temporary)
+        if path.name and not path.exists():
+            clean_up(path.parent, path.name, replaced_only=True)
 
 
 def _destination_name(temporary: Path) -> str:

@@ -199,11 +199,9 @@ def read_tune_inputs(
     assignments: tuple[str, ...],
     revision: str | None,
     trust_remote_code: bool,
-    resumed: Path | None = None,
+    resumed: Path | None = None,  # a run, whose device and precision are used again
 ) -> tuple[FrozenModel, Rows, Rows | None, TuneConfig, dict[str, str]]:
     """Read the values of `tune_options`. The model is loaded last: everything else is quick, and may fail.
-
-    `resumed` is the folder of a run to resume: its device and precision are used again.
 
     Returns:
         The model, DATA, --eval-data, the settings, and where each setting that was given came from.

@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -29,23 +28,20 @@ _REFRESHES_PER_SECOND = 2
 _TIMED = 50  # steps whose mean time is used to estimate the time left
 
 
-@dataclass
 class ProgressLine:
     """A run's line of progress: the step, the loss, the last evaluation, and the time left.
 
-    Attributes:
+    Args:
         steps: of the whole run.
         step: the last one that is done.
         eval_every: steps between evaluations; None without evaluations.
         now: the clock, in seconds.
     """
 
-    steps: int
-    step: int
-    eval_every: int | None
-    now: Callable[[], float] = time.monotonic
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, steps: int, step: int, eval_every: int | None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.steps, self.step, self.eval_every, self.now = steps, step, eval_every, now
         self.loss: float | None = None
         self.validation: dict[str, float] = {}
         self.over = False

@@ -17,11 +17,7 @@ _STREAM_ERRORS = {errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUO
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Write characters that a stream's encoding lacks as escapes; end quietly if the reader of a pipe is gone (`head`).
-
-    Raises:
-        StorageError: stdout cannot be written to, because the disk is full for example.
-    """
+    """Write what a stream's encoding lacks as escapes; end quietly if the reader of a pipe is gone (`head`)."""
     if sys.stdout is None:  # the parent closed it; writing to this one fails
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     if sys.stderr is None:
@@ -39,18 +35,13 @@ def usable_streams() -> Iterator[None]:
             raise
         raise StorageError(f"cannot write to stdout: {error.strerror or error}") from error
     finally:
-        _flush_or_discard()
-
-
-def _flush_or_discard() -> None:
-    """Flush stdout; if that fails, discard the rest, so that Python does not report it again at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with suppress(OSError):
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, sys.stdout.fileno())
-            os.close(devnull)
+        try:
+            sys.stdout.flush()
+        except OSError:  # discard the rest, so that Python does not report it again at exit
+            with suppress(OSError):
+                devnull = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(devnull, sys.stdout.fileno())
+                os.close(devnull)
 
 
 def is_unicode(stream: object) -> bool:

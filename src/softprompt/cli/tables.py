@@ -68,19 +68,19 @@ def metrics_table(
 
 def evaluation_record(done: Evaluation) -> dict[str, Any]:
     """Return what `evaluate --json` prints."""
+
+    def dumped(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+        return {name: metric.model_dump() for name, metric in metrics.items()}
+
     return {
         "task": done.task,
         "rows": done.rows,
-        "metrics": _dumped(done.metrics),
-        "without_prompt": done.without_prompt and _dumped(done.without_prompt),
-        "without_bias": done.without_bias and _dumped(done.without_bias),
+        "metrics": dumped(done.metrics),
+        "without_prompt": done.without_prompt and dumped(done.without_prompt),
+        "without_bias": done.without_bias and dumped(done.without_bias),
         "confusion": done.confusion and done.confusion.model_dump(),
         "seconds": round(done.seconds, 1),
     }
-
-
-def _dumped(metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    return {name: metric.model_dump() for name, metric in metrics.items()}
 
 
 def show_evaluation(done: Evaluation, data: str) -> None:

@@ -102,8 +102,3 @@ class BaseMeasurements:
     def of(cls, model: FrozenModel) -> BaseMeasurements:
         """Measure a base model."""
         return cls(weights_hash(model.hf_model), general_perplexity(model))
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder, in bytes."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -57,18 +57,11 @@ class Costs(_Record):
 
 
 class Point(_Record):
-    """A point of a learning curve.
-
-    Attributes:
-        step: steps done.
-        seconds: wall time since training began.
-        loss: mean training loss since the point before, in nats per target token; None before the first step.
-        validation: the metrics on the validation rows.
-    """
+    """A point of a learning curve."""
 
     step: int
-    seconds: float
-    loss: float | None = None
+    seconds: float  # since training began
+    loss: float | None = None  # mean since the point before, in nats per target token
     validation: dict[str, float]
 
 
@@ -150,11 +143,7 @@ def rejudge(result: Result, form: Format, rows: Rows) -> Result:
 
 
 def read_result(path: Path) -> Result:
-    """Read a result.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """Read a result."""
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

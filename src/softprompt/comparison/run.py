@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from softprompt.comparison import USUAL
-from softprompt.comparison.costs import BaseMeasurements, folder_bytes, general_perplexity, weights_hash
+from softprompt.comparison.costs import BaseMeasurements, general_perplexity, weights_hash
 from softprompt.comparison.methods import METHODS, resolve_methods
 from softprompt.comparison.methods.base import FitResult, Method, MethodCallback
 from softprompt.comparison.methods.trained import Trained
-from softprompt.comparison.methods.weights import require_unquantized
 from softprompt.comparison.protocol import (
     RESULTS,
     TASKS,
@@ -134,7 +133,7 @@ def compare(
         results = {(result.method, result.seed): result for result in _read_results(folder, protocol)}
         todo, order = [key for key in requested if key not in results], list(dict.fromkeys([*requested, *results]))
         callback.begin(protocol, list(results.values()), todo)
-        found, rows, report = list[Result](), list(protocol.test), None
+        rows, report = list(protocol.test), None
         try:
             failures = _run_methods(todo, protocol, folder, callback, results)
         finally:  # an interrupted comparison has a report too
@@ -153,8 +152,8 @@ def _require_methods_fit(model: FrozenModel, methods: Sequence[str], config: Tun
         require_package("matplotlib", "the report")
     if "lora" in methods:
         require_package("peft", "lora")
-    if "full" in methods:
-        require_unquantized(model)
+    if "full" in methods and getattr(model.hf_model, "is_quantized", False):
+        raise SettingsError("full fine-tuning needs a model that is not quantized; leave the method or the setting out")
     if "prefix-tuning" in methods:
         try:
             _ = model.prefix_shape
@@ -227,7 +226,8 @@ def run_method(
             place = folder / TASKS / f"{name}-{seed}" if method.keeps else Path(scratch) / "task"
             with storage_errors(place):
                 method.store(place)
-            stored, switch = folder_bytes(place), _switch_seconds(method, place, protocol.test, at_once)
+            stored = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+            switch = _switch_seconds(method, place, protocol.test, at_once)
     finally:
         method.close()
     costs = Costs(

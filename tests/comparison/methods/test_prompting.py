@@ -411,12 +411,3 @@ def test_prior_matching_is_a_third_calibration(llama: FrozenModel, count: int) -
     best = choose_calibration(llama, form, train, validation, max_length=64).best
     assert (best.calibration, best.metrics["accuracy"]) == ("none", 1)
     assert best.label_bias == pytest.approx(found, abs=1e-4)
-
-
-def test_a_search_needs_one_budget_that_is_large_enough(llama: FrozenModel) -> None:
-    train, validation = labelled(4), labelled(12, 100)
-    for budget in ({}, {"rows": 50, "seconds": 5.0}):
-        with pytest.raises(SettingsError, match="give the search a budget, either seconds or rows"):
-            search_demonstrations(llama, labels_format(()), train, validation, max_length=64, seed=0, **budget)  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match="all 12 validation rows, and the budget is 11 rows; raise it"):
-        found(llama, train, validation, 11)

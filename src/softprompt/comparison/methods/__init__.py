@@ -23,11 +23,7 @@ _REMOVED = ("prompt-tuning-ensemble", "prefix-tuning-ensemble")
 
 
 def resolve_methods(names: Sequence[str]) -> list[str]:
-    """Return methods by their current names, each once.
-
-    Raises:
-        SettingsError: there is no such method.
-    """
+    """Return methods by their current names, each once."""
     if not names:
         raise SettingsError(f"no methods to compare; there are {', '.join(METHODS)}")
     for name in names:

@@ -94,33 +94,21 @@ class Predictor:
 
 @dataclass
 class FitResult:
-    """The result of fitting a method.
-
-    Attributes:
-        parameters: the number of trainable parameters.
-        tokens: text tokens trained on; validation rows are not counted.
-        settings: the settings used.
-        curve: the validation figures during training.
-    """
+    """The result of fitting a method."""
 
     predictor: Predictor
-    parameters: int
+    parameters: int  # that were trained
     effort: Effort
-    tokens: int = 0
+    tokens: int = 0  # of the text trained on; validation rows are not counted
     settings: dict[str, object] = field(default_factory=dict)
     curve: list[Point] = field(default_factory=list)
 
 
 class Method(ABC):
-    """One method with one seed; `close` frees its memory and restores the base model.
+    """One method with one seed; `close` frees its memory and restores the base model."""
 
-    Attributes:
-        keeps: whether its files stay beside the results; those of a whole model do not.
-        changes_weights: whether rows are scored with other weights than the base model's.
-    """
-
-    keeps = True
-    changes_weights = False
+    keeps = True  # its files, beside the results
+    changes_weights = False  # rows are scored with other weights than the base model's
 
     def __init__(self, protocol: Protocol, seed: int, callback: MethodCallback) -> None:
         self.protocol, self.seed, self.callback = protocol, seed, callback

@@ -18,7 +18,6 @@ from softprompt.data.encoder import Encoder, plain_ids
 from softprompt.data.rows import Rows
 from softprompt.data.split import interleave_labels, sample
 from softprompt.data.templates import Format
-from softprompt.errors import SettingsError
 from softprompt.evaluation.calibration import CalibratedScores, make_scorer, prior_matching
 from softprompt.evaluation.scorer import scoring_micro_batch_tokens
 from softprompt.evaluation.scores import LabelScores, Scores, add_label_bias
@@ -84,9 +83,9 @@ def choose_calibration(
 ) -> SearchResult:
     """Choose the calibration of labels, or none, on the validation rows; other tasks have nothing to choose."""
     scorer = _Scorer(model, train, validation, max_length, _Budget(seconds=math.inf))
-    if form.task != "classification":
-        return scorer.result(Trial(form, "none", scorer.max_length(form), 0, {}, (0, 0)))
-    return scorer.result(scorer.trial(form, validation))
+    if form.task == "classification":
+        return scorer.result(scorer.trial(form, validation))
+    return scorer.result(Trial(form, "none", scorer.max_length(form), 0, {}, (0, 0)))
 
 
 def search_demonstrations(
@@ -115,18 +114,11 @@ def search_demonstrations(
         train, validation: rows to choose demonstrations from, and to choose by.
         max_length: the most tokens of a row, demonstrations not counted.
         seed: of the random candidates.
-        seconds, rows: the budget, in wall time or in scored validation rows; one of them. With rows, the same seed
-            gives the same result.
+        seconds, rows: the budget, in wall time or in scored validation rows, which are at least all of them; one of
+            the two. With rows, the same seed gives the same result.
         progress: told of every trial, and of the used share of the budget.
         now: the clock, in seconds.
     """
-    if (seconds is None) == (rows is None):
-        raise SettingsError("give the search a budget, either seconds or rows")
-    if rows is not None and rows < len(validation):
-        raise SettingsError(
-            f"a choice is scored on all {len(validation)} validation rows, and the budget is {rows} rows; "
-            "raise it, or give fewer validation rows"
-        )
     scorer = _Scorer(model, train, validation, max_length, _Budget(seconds, rows, now), progress)
     best = scorer.trial(form, validation)
     generator = np.random.default_rng(seed)
@@ -266,13 +258,9 @@ def _score(scores: Scores) -> tuple[float, float]:
 
 
 class Prompting(Method):
-    """A prompt in words.
+    """A prompt in words."""
 
-    Attributes:
-        shots: whether demonstrations are searched for.
-    """
-
-    shots: bool
+    shots: bool  # whether demonstrations are searched for
 
     def fit(self) -> FitResult:
         protocol = self.protocol

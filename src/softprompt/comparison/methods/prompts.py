@@ -18,21 +18,17 @@ from softprompt.training.trainer import Trainer, Weights
 
 
 class Prompts(Trained):
-    """Virtual tokens, learned as `tune` learns them.
+    """Virtual tokens, learned as `tune` learns them."""
 
-    Attributes:
-        prompt: what was learned.
-    """
-
-    prompt: SoftPrompt
+    prompt: SoftPrompt  # what was learned
 
     def trainer(self, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> Trainer:
         return PromptTrainer(self.protocol.model, prepared, callback=callback)
 
     def predictor(self, weights: Weights, label_bias: dict[str, float]) -> Predictor:
         encoder, training = self._prepared.encoder, {"settings": self._prepared.config.model_dump()}
-        own = {"label_bias": label_bias, "training": training}
-        record = Record.of(self.protocol.model, encoder.format, encoder.max_length, **own)
+        model, own = self.protocol.model, {"label_bias": label_bias, "training": training}
+        record = Record.of(model, encoder.format, encoder.max_length, **own)
         self.prompt = SoftPrompt(weights["prompt"], record)
         return self._predict_with(self.prompt)
 
@@ -43,8 +39,7 @@ class Prompts(Trained):
         return self._predict_with(load_prompt(folder))
 
     def _predict_with(self, prompt: Prompt) -> Predictor:
-        record = prompt.record
-        return Predictor(self.protocol.model, prompt.format, record.max_length, prompt)
+        return Predictor(self.protocol.model, prompt.format, prompt.record.max_length, prompt)
 
 
 class PromptTuning(Prompts):

@@ -51,15 +51,10 @@ class _Curve(Callback):
 
 
 class Trained(Method):
-    """Methods that learn by gradients.
+    """Methods that learn by gradients."""
 
-    Attributes:
-        rate: the usual learning rate; None for that of a prompt.
-        settings: of every run.
-    """
-
-    rate: float | None = None
-    settings: Mapping[str, object] = {}
+    rate: float | None = None  # the usual learning rate; None for that of a prompt
+    settings: Mapping[str, object] = {}  # of every run
 
     @abstractmethod
     def trainer(self, prepared: PreparedRun, callback: Callback = NO_CALLBACK) -> Trainer:

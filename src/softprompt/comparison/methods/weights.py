@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from softprompt.comparison.methods.base import MethodCallback, Predictor
 from softprompt.comparison.methods.trained import Trained
 from softprompt.comparison.protocol import Protocol
-from softprompt.errors import SettingsError
 from softprompt.evaluation.scorer import Scorer
 from softprompt.evaluation.scores import Scores
 from softprompt.extras import require_package
@@ -68,18 +67,11 @@ def lora(model: FrozenModel, seed: int = 0, folder: Path | None = None) -> Itera
         model.hf_model.requires_grad_(False)
 
 
-def require_unquantized(model: FrozenModel) -> None:
-    """Make sure that all weights of a model can be trained."""
-    if getattr(model.hf_model, "is_quantized", False):
-        raise SettingsError("full fine-tuning needs a model that is not quantized; leave the method or the setting out")
-
-
 def unfreeze_copy(model: FrozenModel) -> FrozenModel:
     """Return a copy of a model whose weights are all trainable, in float32.
 
     In half precision, rounding would lose most of what an optimizer adds to weights.
     """
-    require_unquantized(model)
     return _wrap(deepcopy(model.hf_model).float().requires_grad_(True), model)
 
 

@@ -18,20 +18,13 @@ _PARTS = {"train": "training", "validation": "validation"}
 
 @dataclass(frozen=True)
 class ExperimentSetup:
-    """How a comparison was measured.
+    """How a comparison was measured."""
 
-    Attributes:
-        summary: rows, seeds and days, in one line.
-        notes: what the figures mean.
-        shared, own: the settings that were the same for all methods, and each method's other ones.
-        environments: the distinct versions and machines.
-    """
-
-    summary: str
-    notes: list[str]
-    shared: dict[str, str]
-    own: dict[str, dict[str, str]]
-    environments: list[dict[str, str]]
+    summary: str  # rows, seeds and days
+    notes: list[str]  # what the figures mean
+    shared: dict[str, str]  # settings of all methods
+    own: dict[str, dict[str, str]]  # each method's other settings
+    environments: list[dict[str, str]]  # the distinct versions and machines
 
 
 def experiment_setup(summaries: Sequence[MethodSummary], rows: Sequence[Row]) -> ExperimentSetup:
@@ -41,7 +34,7 @@ def experiment_setup(summaries: Sequence[MethodSummary], rows: Sequence[Row]) ->
     environments = [r.environment for r in results]
     return ExperimentSetup(
         summary=", ".join([_rows(results, rows), _seeds(summaries), *_days(results)]),
-        notes=[*_NOTES, *_ranked(summaries), *_fewer(summaries)],
+        notes=_notes(summaries),
         shared=shared,
         own=own,
         environments=[e for n, e in enumerate(environments) if e and e not in environments[:n]],
@@ -68,9 +61,8 @@ _RANKED = {
 }
 
 
-def _ranked(summaries: Sequence[MethodSummary]) -> list[str]:
-    """Return notes on the ranking metric, and on the selection of the best method."""
-    found = []
+def _notes(summaries: Sequence[MethodSummary]) -> list[str]:
+    found = list(_NOTES)
     by = _RANKED.get(summaries[0].results[0].ranked_by)
     if by is not None:
         found.append(f"Methods are ranked by {by}. The answers of the methods have no influence on that choice.")
@@ -80,20 +72,15 @@ def _ranked(summaries: Sequence[MethodSummary]) -> list[str]:
             "part of its advantage is chance, which its interval does not include. For an unbiased figure, evaluate "
             "the method once more on rows that were not used here."
         )
-    return found
-
-
-def _fewer(summaries: Sequence[MethodSummary]) -> list[str]:
-    """Return a note on methods that used fewer validation rows to stay within the time."""
-    found = []
+    fewer = []
     for summary in summaries:
         each = [(r.settings.get("eval_rows"), r.rows.get("validation", 0)) for r in summary.results]
         fewest = min((rows for rows, all_rows in each if isinstance(rows, int) and rows < all_rows), default=None)
         if fewest is not None:
-            found.append(f"{summary.kind.title} {fewest}")
-    if not found:
-        return []
-    return [f"To stay within the time, some methods used a part of the validation rows: {', '.join(found)}."]
+            fewer.append(f"{summary.kind.title} {fewest}")
+    if fewer:
+        found.append(f"To stay within the time, some methods used a part of the validation rows: {', '.join(fewer)}.")
+    return found
 
 
 def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.comparison.report.ranking import MethodSummary
-from softprompt.comparison.results import Costs
 from softprompt.formatting import duration, is_share, metric, metric_name, short_count, size
 from softprompt.storage import storage_errors
 
@@ -111,11 +110,11 @@ def draw_curves(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
     axes.set_xlim(left=0)
 
 
-def draw_bars(value: Callable[[Costs], float], words: Callable[[float], str]) -> Draw:
+def draw_bars(cost: str, words: Callable[[float], str]) -> Draw:
     """Return a function that draws a cost as bars from 0, each with its value."""
 
     def draw(axes: Axes, summaries: Sequence[MethodSummary]) -> None:
-        values = [value(s.costs) for s in summaries]
+        values = [getattr(s.costs, cost) for s in summaries]
         shown = [v if math.isfinite(v) else 0.0 for v in values]
         axes.barh(range(len(summaries)), shown, color=[_color(s) for s in summaries], height=0.62)
         for row, (length, real) in enumerate(zip(shown, values, strict=True)):
@@ -128,9 +127,9 @@ def draw_bars(value: Callable[[Costs], float], words: Callable[[float], str]) ->
     return draw
 
 
-draw_time = draw_bars(lambda costs: costs.train_seconds, duration)
-draw_memory = draw_bars(lambda costs: costs.peak_bytes, size)
-draw_prediction = draw_bars(lambda costs: costs.prediction_seconds, duration)
+draw_time = draw_bars("train_seconds", duration)
+draw_memory = draw_bars("peak_bytes", size)
+draw_prediction = draw_bars("prediction_seconds", duration)
 
 
 def svg(draw: Draw, summaries: Sequence[MethodSummary], description: str, height: int, legend: bool = False) -> str:

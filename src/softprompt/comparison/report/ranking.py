@@ -18,18 +18,12 @@ from softprompt.evaluation.primary_metric import can_be_best, lower_is_better
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known about a method without measuring it.
-
-    Attributes:
-        title, phrase: its name, and its name inside a sentence.
-        family: the row of the tutorial's table that it belongs to; empty where there is none.
-        advice: the headline where it is recommended.
-    """
+    """What is known about a method without measuring it."""
 
     title: str
-    phrase: str
-    family: str
-    advice: str
+    phrase: str  # its name inside a sentence
+    family: str  # the row of the tutorial's table that it belongs to, if any
+    advice: str  # the headline where it is recommended
     training: str
     best_for: str
 
@@ -105,18 +99,15 @@ class MethodSummary:
     """A method's figures over all seeds.
 
     Attributes:
-        place: its place in the order in which methods are shown.
-        results: one per seed.
-        figure: the primary metric over all seeds, with its interval over the test rows.
         to_best: its difference to the best method, negative where it is worse; None for the best itself, which is the
             first where no method can be called the best (`can_be_best`).
     """
 
     method: str
     kind: Kind
-    place: int
-    results: list[Result]
-    figure: Metric
+    place: int  # in the order in which methods are shown
+    results: list[Result]  # one per seed
+    figure: Metric  # the primary metric over all seeds
     to_best: Metric | None
 
     @property
@@ -172,14 +163,11 @@ def contains_zero(of: Metric) -> bool:
 
 
 def summarize(results: Sequence[Result], rows: Sequence[Row]) -> list[MethodSummary]:
-    """Group results by method and compare each method with the best.
+    """Group results by method, in the order of the tutorial's table, and compare each method with the best.
 
     Args:
         results: of one comparison, one per method and seed.
         rows: the test rows.
-
-    Returns:
-        The methods in the order of the tutorial's table, then other methods in the order of the results.
     """
     _require_comparable(results, rows)
     by_method: dict[str, list[Result]] = {}

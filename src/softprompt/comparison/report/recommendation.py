@@ -19,17 +19,12 @@ _LEARNED_PROMPTS = ("Prompt tuning", "Prefix tuning")
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A recommended method, and why.
-
-    Attributes:
-        summary: the recommended method; None where none can be recommended.
-        headline, reasons, cautions: one sentence, sentences with the figures it follows from, and their limits.
-    """
+    """A recommended method (None where none can be recommended), and why."""
 
     summary: MethodSummary | None
     headline: str
     reasons: list[str]
-    cautions: list[str]
+    cautions: list[str]  # limits of the figures
 
 
 def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
@@ -43,7 +38,11 @@ def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
         reasons = [f"Its {_name(best)} is {_figure(best)}.", _takes(best)]
         return Recommendation(best, headline, reasons, _cautions(summaries, best))
     if not best.can_be_best:
-        return Recommendation(None, "No method can be recommended.", [_none(best)], _cautions(summaries, best))
+        why = f"No method's {_name(best)} is a finite number"
+        if math.isfinite(best.figure.value):
+            why = f"No method has a better {_name(best)} than {metric(best.primary, best.figure.value)}"
+        reasons = [f"{why}, so none of them is the best."]
+        return Recommendation(None, "No method can be recommended.", reasons, _cautions(summaries, best))
     alike = _alike(summaries)
     chosen = min(alike, key=lambda s: (s.learns, s.costs.stored_bytes, s.costs.train_cpu_seconds))
     reasons = [
@@ -64,13 +63,6 @@ def _alike(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
     """
     apart = max((_gap_to_best(s) for s in summaries if not s.tied), default=-math.inf)
     return [s for s in summaries if s.tied and s.can_be_best and _gap_to_best(s) >= apart]
-
-
-def _none(best: MethodSummary) -> str:
-    if math.isfinite(best.figure.value):
-        figure = metric(best.primary, best.figure.value)
-        return f"No method has a better {_name(best)} than {figure}, so none of them is the best."
-    return f"No method's {_name(best)} is a finite number, so none of them is the best."
 
 
 def _name(summary: MethodSummary) -> str:

@@ -33,15 +33,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some of the inputs on which methods disagree.
+    """Some of the inputs on which methods disagree, and the numbers of these and of all inputs."""
 
-    Attributes:
-        shown: the first input of each pattern of disagreement, the most frequent pattern first, then the second of
-            each.
-        disagree, inputs: the number of inputs on which methods disagree, and of all inputs.
-    """
-
-    shown: list[Sample]
+    shown: list[Sample]  # the first of each pattern of disagreement, the most frequent first, then the second of each
     disagree: int
     inputs: int
 
