@@ -52,21 +52,23 @@ class LargestTensor(TorchDispatchMode):
 
     def __init__(self, model: FrozenModel) -> None:
         super().__init__()
-        kept = [*model.hf_model.parameters(), *model.hf_model.buffers()]
-        self.kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        own = [*model.hf_model.parameters(), *model.hf_model.buffers()]
+        self.own = {tensor.untyped_storage().data_ptr() for tensor in own}
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.kept:
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.own:
                 self.most = max(self.most, each.numel())
         return out
 
 
-def saved_bytes(model: FrozenModel, ahead: int, lengths: list[int], activation_checkpointing: bool = False) -> int:
-    """What autograd keeps of a pass of some texts, counted."""
-    prefix = model.prefix(torch.randn(ahead, model.embedding_width)).leaves()
+def saved_bytes(
+    model: FrozenModel, prefix_length: int, lengths: list[int], activation_checkpointing: bool = False
+) -> int:
+    """Count the bytes that autograd saves of a pass of some texts."""
+    prefix = model.prefix(torch.randn(prefix_length, model.embedding_width)).leaves()
     there = [*model.hf_model.parameters(), *model.hf_model.buffers(), *prefix.keys, *prefix.values]
     known = {tensor.untyped_storage().data_ptr() for tensor in there}
     sizes: dict[int, int] = {}

@@ -15,7 +15,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def candidate_loss(logits: list[Tensor], examples: list[Example]) -> Tensor:
-    """Return the mean loss of targets, half among all tokens and half among their own, from logits row by row."""
+    """Return the mean loss of targets, half over all tokens and half over candidate tokens, from logits row by row."""
     losses = []
     for row, example in zip(logits, examples, strict=True):
         for place, others in zip(range(example.start, len(example.ids)), example.candidate_ids, strict=True):
@@ -32,8 +32,8 @@ def token_losses(model: FrozenModel, prompt: Tensor | None, text: str, target: s
     ids = torch.tensor(tokenizer(text)["input_ids"] + tokenizer(target)["input_ids"])
     assert ids.tolist() == tokenizer(text + target)["input_ids"], "the test's own texts have to split cleanly"
     embeds = model.hf_model.get_input_embeddings()(ids)
-    ahead = 0 if prompt is None else len(prompt)
+    num_virtual_tokens = 0 if prompt is None else len(prompt)
     embeds = embeds if prompt is None else torch.cat([prompt, embeds])
-    logits = model.hf_model(inputs_embeds=embeds.unsqueeze(0), use_cache=False).logits[0, ahead:].float()
+    logits = model.hf_model(inputs_embeds=embeds.unsqueeze(0), use_cache=False).logits[0, num_virtual_tokens:].float()
     start = len(tokenizer(text)["input_ids"])
     return cross_entropy(logits[start - 1 : -1], ids[start:], reduction="none")

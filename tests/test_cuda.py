@@ -12,7 +12,7 @@ from references import relative
 from softprompt import Callback, SoftPrompt, TuneConfig, load_data, load_prompt, tune
 from softprompt.config import GenerateConfig
 from softprompt.data.example import Example
-from softprompt.generation import continue_ids
+from softprompt.decoding import continue_ids
 from softprompt.model.backends.verify import freeze
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.gradient import prompt_gradient
@@ -28,13 +28,13 @@ def on_gpu(architecture: str) -> FrozenModel:
     return freeze(tiny_model(architecture).to("cuda"), tiny_tokenizer(), f"tiny-{architecture}")
 
 
-@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("learned", ["soft prompt", "prefix"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_gradient_are_those_of_the_cpu(architecture: str, deep: bool) -> None:
+def test_loss_and_gradient_are_those_of_the_cpu(architecture: str, learned: str) -> None:
     here, there = frozen(architecture), on_gpu(architecture)
     assert type(here.backend) is type(there.backend)
     prompt = tiny_prompt(here)
-    prompt = here.prefix(prompt).stacked().detach() if deep else prompt
+    prompt = here.prefix(prompt).stacked().detach() if learned == "prefix" else prompt
     examples: list[list[Example]] = [examples_of("mixed lengths")]
     loss, gradient = prompt_gradient(here, prompt, (), examples)
     theirs, gpu_gradient = prompt_gradient(there, prompt, (), examples)
@@ -47,7 +47,7 @@ def test_generated_text_is_that_of_the_cpu(architecture: str) -> None:
     here, there = frozen(architecture), on_gpu(architecture)
     inputs = [here.tokenizer(text)["input_ids"] for text in TEXTS]
     config, prompt = GenerateConfig(), tiny_prompt(here)
-    made = [continue_ids(model, as_prompt(prompt), inputs, [12, 3, 12, 7], config) for model in (here, there)]
+    made = [continue_ids(model, as_prompt(prompt), inputs, [12, 3, 12, 7, 1, 12], config) for model in (here, there)]
     assert made[0] == made[1]
 
 
@@ -104,8 +104,8 @@ def test_where_memory_runs_out_micro_batches_are_halved() -> None:
     )
     settings = {"max_steps": 2, "batch_size": 64, "num_virtual_tokens": 5, "eval_rows": 0}
     torch.cuda.empty_cache()
-    whole, held = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((held + 40 * 2**20) / whole)
+    whole, reserved = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((reserved + 40 * 2**20) / whole)
     try:
         tune(model, rows, TuneConfig(**settings, micro_batch_tokens=100_000), callback=Noted())
     finally:

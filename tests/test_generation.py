@@ -38,7 +38,7 @@ def soft_prompt(model: FrozenModel, **record: object) -> SoftPrompt:
 def plain_greedy(
     model: FrozenModel, prompt: Tensor | None, ids: list[int], new: int, penalty: float = 1.0
 ) -> tuple[str, bool]:
-    """Greedy decoding in the plainest way: the whole text through the model for every token.
+    """Plain greedy decoding: the whole text through the model for every token.
 
     Returns the new text, and whether it is whole: it ends where the two best logits are too close to compare.
     """

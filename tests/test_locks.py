@@ -1,4 +1,4 @@
-"""Two commands in one folder: the second is told; and what damaged files of a folder lead to."""
+"""Two commands in one folder: the second is refused; and what damaged files of a folder lead to."""
 
 from __future__ import annotations
 

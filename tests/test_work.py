@@ -1,4 +1,4 @@
-"""The causes of the speed, without a clock: what is run once, what is run at all, and what is never held in memory."""
+"""The causes of the speed, without a clock: what is run once, what is run at all, and what is never in memory."""
 
 from __future__ import annotations
 

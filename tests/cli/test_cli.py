@@ -168,14 +168,14 @@ def test_a_folder_is_no_file_for_predictions(fails: Command, run_folder: Path, d
 
 def test_predictions_of_a_prompt_are_put_next_to_it(command: Command, run_folder: Path, data: Path) -> None:
     run = Path(shutil.copytree(run_folder, "copy"))
-    kept = (run / "predictions.jsonl").read_bytes()
+    before = (run / "predictions.jsonl").read_bytes()
     record = command("evaluate", run / "prompt", data, "--json").record
     assert Path(record["predictions"]).parent == run.resolve()
-    assert (run / "predictions.jsonl").read_bytes() == kept, "the run's own predictions stay"
+    assert (run / "predictions.jsonl").read_bytes() == before, "the run's own predictions stay"
 
 
 def plain_greedy(model: FrozenModel, text: str, tokens: int, embeddings: torch.Tensor | None = None) -> str:
-    """Continue a text the plainest way: everything through the whole model for every token."""
+    """Continue a text without a cache: everything through the whole model for every token."""
     ids = list(model.tokenizer(text)["input_ids"])
     given, embed = len(ids), model.hf_model.get_input_embeddings()
     for _ in range(tokens):

@@ -31,8 +31,8 @@ Made = Callable[..., tuple[PreparedRun, dict[str, str]]]
 
 
 @pytest.fixture
-def planned(llama: FrozenModel, reviews: Path) -> Made:
-    """Make the plan of a run that was given some settings."""
+def prepare(llama: FrozenModel, reviews: Path) -> Made:
+    """Prepare a run that was given some settings."""
 
     def make(*assignments: str, file: Path | None = None) -> tuple[PreparedRun, dict[str, str]]:
         config, origins = read_settings(TuneConfig, file, ["num_virtual_tokens=5", *assignments])
@@ -45,8 +45,8 @@ def names(screen: object) -> list[str]:
     return [line.split("  ")[1] for line in str(screen).splitlines()[1:]]
 
 
-def test_the_settings_that_matter_fit_on_a_screen(planned: Made) -> None:
-    prepared, origins = planned()
+def test_the_settings_that_matter_fit_on_a_screen(prepare: Made) -> None:
+    prepared, origins = prepare()
     lines = str(settings_screen(prepared, origins, COLUMNS)).splitlines()
     assert len(lines) <= 12
     assert max(map(cell_len, lines)) <= COLUMNS
@@ -78,8 +78,8 @@ def test_the_settings_that_matter_fit_on_a_screen(planned: Made) -> None:
         ("epochs=0.1", "max_steps 1 (0.1 epochs)"),
     ],
 )
-def test_a_setting_that_was_given_is_always_shown(planned: Made, setting: str, line: str) -> None:
-    prepared, origins = planned(setting)
+def test_a_setting_that_was_given_is_always_shown(prepare: Made, setting: str, line: str) -> None:
+    prepared, origins = prepare(setting)
     screen = str(settings_screen(prepared, origins, 120))
     assert line in re.sub(" +", " ", screen)
     assert names(screen)[-1].startswith("runs on")
@@ -89,10 +89,10 @@ def test_a_setting_that_was_given_is_always_shown(planned: Made, setting: str, l
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 @pytest.mark.parametrize("word", ["long ", "長い", "e\u0301a\u0300 "])
-def test_no_line_is_wider_than_the_terminal(planned: Made, tmp_path: Path, width: int, word: str) -> None:
+def test_no_line_is_wider_than_the_terminal(prepare: Made, tmp_path: Path, width: int, word: str) -> None:
     file = tmp_path / ("settings-" * 12 + ".yaml")
     file.write_text("learning_rate: 0.01\n", encoding="utf-8")
-    prepared, origins = planned(f"init_text={word * 40}", f"template={word * 14}{{{{ text }}}}", file=file)
+    prepared, origins = prepare(f"init_text={word * 40}", f"template={word * 14}{{{{ text }}}}", file=file)
     lines = str(settings_screen(prepared, origins, width)).splitlines()[1:]
     indent = len("  num_virtual_tokens  ")
     assert max(map(cell_len, lines)) <= max(width, indent + 20)  # on a narrower one nothing could be read
@@ -102,8 +102,8 @@ def test_no_line_is_wider_than_the_terminal(planned: Made, tmp_path: Path, width
         assert "{{ text }}'" in lines[3], "both ends of a template are shown"
 
 
-def test_a_resumed_run_shows_what_differs_from_the_defaults(planned: Made) -> None:
-    prepared, _ = planned("weight_decay=0.5")
+def test_a_resumed_run_shows_what_differs_from_the_defaults(prepare: Made) -> None:
+    prepared, _ = prepare("weight_decay=0.5")
     origins = dict.fromkeys(TuneConfig.model_fields, RESUMED)
     shown = names(settings_screen(prepared, origins, COLUMNS))
     assert "weight_decay" in shown
@@ -207,10 +207,10 @@ def test_times_are_written_as_on_a_clock(seconds: float, written: str) -> None:
 @pytest.mark.parametrize("steps", [1, 3, 10, 11, 19, 60, 200, 1001])
 @pytest.mark.parametrize("eval_every", [1, 8, 25, 5000, None])
 def test_a_log_has_about_ten_lines(
-    planned: Made, capsys: pytest.CaptureFixture[str], steps: int, eval_every: int | None
+    prepare: Made, capsys: pytest.CaptureFixture[str], steps: int, eval_every: int | None
 ) -> None:
     rows = ["eval_rows=0"] if eval_every is None else [f"eval_every={eval_every}"]
-    prepared, _ = planned(f"max_steps={steps}", *rows)
+    prepared, _ = prepare(f"max_steps={steps}", *rows)
     callback = TerminalCallback(None)
     callback.begin(prepared, 0)
     if eval_every:
@@ -232,8 +232,8 @@ def test_a_log_has_about_ten_lines(
         assert f"loss {short_metric('loss', float(steps))} " in lines[-1]
 
 
-def test_a_run_that_ends_early_shows_where(planned: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    prepared, _ = planned("max_steps=100", "eval_rows=0")
+def test_a_run_that_ends_early_shows_where(prepare: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared, _ = prepare("max_steps=100", "eval_rows=0")
     callback = TerminalCallback(None)
     callback.begin(prepared, 50)
     for step in range(51, 58):
@@ -244,8 +244,8 @@ def test_a_run_that_ends_early_shows_where(planned: Made, capsys: pytest.Capture
     assert [line.split()[1] for line in printed[1:]] == ["51/100", "57/100"]
 
 
-def test_a_terminal_has_one_line_that_is_kept_up_to_date(planned: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, origins = planned("max_steps=40")
+def test_a_terminal_has_one_line_that_is_kept_up_to_date(prepare: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, origins = prepare("max_steps=40")
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=COLUMNS, color_system=None)
     monkeypatch.setattr(progress, "err", console)
@@ -265,11 +265,11 @@ def test_a_terminal_has_one_line_that_is_kept_up_to_date(planned: Made, monkeypa
     assert any("memory is short; continuing with micro-batches of 512 tokens" in line for line in printed)
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(planned: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(prepare: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     screen = io.StringIO()
     monkeypatch.setattr(progress, "err", Console(file=screen, force_terminal=True, width=COLUMNS))
-    prepared, _ = planned("max_steps=3", "eval_rows=0")
+    prepared, _ = prepare("max_steps=3", "eval_rows=0")
     callback = TerminalCallback(None)
     callback.begin(prepared, 0)
     for step in (1, 2, 3):

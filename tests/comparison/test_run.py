@@ -1,4 +1,4 @@
-"""The comparison: every method under one protocol, kept, resumed and measured."""
+"""The comparison: every method under one protocol, saved, resumed and measured."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_costs_are_those_of_the_methods(compared: tuple[Path, list[Result]], lla
     assert costs["prefix-tuning"].trainable_parameters == 5 * 4 * 2 * 2 * 8
     assert 0 < costs["lora"].trainable_parameters < costs["full"].trainable_parameters == weights
     for name, cost in costs.items():
-        kept = folder / "tasks" / f"{name}-0"
-        assert kept.exists() == (name != "full")
-        if kept.exists():
-            assert cost.stored_bytes == sum(f.stat().st_size for f in kept.rglob("*") if f.is_file())
+        stored = folder / "tasks" / f"{name}-0"
+        assert stored.exists() == (name != "full")
+        if stored.exists():
+            assert cost.stored_bytes == sum(f.stat().st_size for f in stored.rglob("*") if f.is_file())
         assert min(cost.train_seconds, cost.prediction_seconds, cost.switch_seconds) > 0
         assert cost.base_unchanged == (name != "full")
     assert costs["full"].stored_bytes > 4 * weights
@@ -117,20 +117,20 @@ def test_all_trained_methods_learn_from_the_same_rows_in_the_same_order(
     seen: dict[str, list[list[tuple[int, ...]]]] = {}
     alone = Trainer.gradient
     for name in ("prompt-tuning", "prefix-tuning", "lora", "full"):
-        taken = seen.setdefault(name, [])
+        batches = seen.setdefault(name, [])
 
-        def noted(loop: Trainer, batch: list[Example], into: list[list[tuple[int, ...]]] = taken) -> float:
+        def recorded(loop: Trainer, batch: list[Example], into: list[list[tuple[int, ...]]] = batches) -> float:
             into.append([example.ids for example in batch])
             return alone(loop, batch)
 
-        monkeypatch.setattr(Trainer, "gradient", noted)
+        monkeypatch.setattr(Trainer, "gradient", recorded)
         method = METHODS[name](protocol, 0, MethodCallback())
         try:
             method.fit()
         finally:
             method.close()
     assert len(seen["lora"]) == 30
-    assert all(taken == seen["lora"] for taken in seen.values())
+    assert all(batches == seen["lora"] for batches in seen.values())
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
@@ -348,13 +348,13 @@ class Notes(ComparisonCallback):
 
 
 def test_measured_memory_is_the_peak_above_the_start() -> None:
-    held = torch.ones(20_000_000)  # 80 MB that were there before
+    before = torch.ones(20_000_000)  # 80 MB that were there before
     with measure(torch.device("cpu")) as small:
         torch.ones(1000).sum()
     with measure(torch.device("cpu")) as large:
         for _ in range(3):  # one after the other: the peak is one of them
             torch.ones(50_000_000).sum()
-    assert held.sum() > 0
+    assert before.sum() > 0
     assert small.peak_bytes < 20e6
     assert 190e6 < large.peak_bytes < 330e6
 
@@ -482,7 +482,7 @@ def test_a_search_tells_what_it_finds(llama: FrozenModel, monkeypatch: pytest.Mo
     assert told.rates == pytest.approx([0.03 * factor for factor in FACTORS])
 
 
-def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
+def test_a_search_takes_no_rows_that_were_not_counted_beforehand(
     llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The beginning that all rows share is run once; a row that begins otherwise must not lose its first tokens."""
@@ -491,23 +491,23 @@ def test_a_search_takes_no_rows_that_its_plan_has_not_counted(
     # So few rows are counted before it is known how many steps fit.
     monkeypatch.setitem(CLASSIFICATION_STEPS, "normal", 2)
     config = short(max_steps=None, eval_every=None, learning_rate=None, batch_size=2, max_minutes=0.1, eval_rows=20)
-    taken = set[bool]()
+    shared = set[bool]()
 
-    def noted(loop: Trainer, steps: int) -> float:
+    def recorded(loop: Trainer, steps: int) -> float:
         prepared = loop.prepared
-        drawn = {
+        indices = {
             i for step in range(steps) for i in batch_indices(len(prepared.examples), 2, step, prepared.config.seed)
         }
-        taken.update(
-            prepared.examples[i].ids[: len(prepared.shared_text_ids)] == prepared.shared_text_ids for i in drawn
+        shared.update(
+            prepared.examples[i].ids[: len(prepared.shared_text_ids)] == prepared.shared_text_ids for i in indices
         )
         return 1.0
 
-    monkeypatch.setattr(Trainer, "loss_after", noted)
+    monkeypatch.setattr(Trainer, "loss_after", recorded)
     protocol = make_protocol(llama, load_data(rows), None, None, config, "time", True)
     protocol = replace(protocol, measure_throughput=lambda *_: Throughput(step=0.02, evaluation=0.0))
     METHODS["prompt-tuning"](protocol, 0, MethodCallback()).fit()
-    assert taken == {True}
+    assert shared == {True}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -553,10 +553,10 @@ def test_a_quantized_model_is_refused_before_anything_is_run(
 def test_a_changed_weight_changes_the_hash(llama: FrozenModel) -> None:
     before = weights_hash(llama.hf_model)
     weight = next(llama.hf_model.parameters())
-    kept = weight.data.clone()
+    original = weight.data.clone()
     weight.data[0, 0] += 1e-6
     assert weights_hash(llama.hf_model) != before
-    weight.data.copy_(kept)
+    weight.data.copy_(original)
     assert weights_hash(llama.hf_model) == before
 
 
@@ -600,13 +600,13 @@ def test_a_method_s_copy_of_the_model_is_gone_when_the_next_begins(
 ) -> None:
     copies, left, right = list[weakref.ref[Any]](), list[int](), weights.unfreeze_copy
 
-    def noted(model: FrozenModel) -> FrozenModel:
+    def recorded(model: FrozenModel) -> FrozenModel:
         left.append(sum(copy() is not None for copy in copies))
         made = right(model)
         copies.append(weakref.ref(made.hf_model))
         return made
 
-    monkeypatch.setattr(weights, "unfreeze_copy", noted)
+    monkeypatch.setattr(weights, "unfreeze_copy", recorded)
     gc.disable()  # it would come by sooner or later: a large model does not fit until then
     try:
         compare(llama, films(60), methods=["full"], seeds=3, config=settings(), equal="examples")

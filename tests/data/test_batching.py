@@ -1,4 +1,4 @@
-"""Batches: which rows a step takes, how they are cut, and which rows are held back."""
+"""Batches: which rows a step takes, how they are cut, and which rows are for validation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from softprompt.data.split import count_duplicates, sample, split_rows
 from softprompt.errors import DataError
 
 
-def drawn(rows: int, batch_size: int, steps: int, seed: int = 0) -> list[int]:
+def indices(rows: int, batch_size: int, steps: int, seed: int = 0) -> list[int]:
     return [row for step in range(steps) for row in batch_indices(rows, batch_size, step, seed)]
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (10, 4), (7, 3), (5, 5), (3, 8), (1, 4), (100, 16)])
 def test_every_row_is_seen_once_a_pass(rows: int, batch_size: int) -> None:
-    order = drawn(rows, batch_size, steps=4 * rows)
+    order = indices(rows, batch_size, steps=4 * rows)
     assert len(order) == 4 * rows * batch_size
     for begin in range(0, len(order), rows):
         assert sorted(order[begin : begin + rows]) == list(range(rows))
@@ -39,10 +39,10 @@ def test_a_batch_depends_on_its_arguments_only() -> None:
 
 
 def test_each_pass_and_each_seed_has_its_own_order() -> None:
-    order = drawn(40, 8, steps=25, seed=1)
+    order = indices(40, 8, steps=25, seed=1)
     passes = {tuple(order[begin : begin + 40]) for begin in range(0, 200, 40)}
     assert len(passes) == 5
-    assert drawn(40, 8, steps=25, seed=2) != order
+    assert indices(40, 8, steps=25, seed=2) != order
 
 
 def examples_of(lengths: list[int]) -> list[Example]:
@@ -54,18 +54,18 @@ def test_micro_batches_are_a_partition_in_order_of_length_within_the_budget(padd
     generate = random.Random(0)
     alone = 0
     for _ in range(500):
-        held = generate.randint(0, 5)
-        lengths = [held + generate.randint(1, 40) for _ in range(generate.randint(1, 20))]
+        shared_text_len = generate.randint(0, 5)
+        lengths = [shared_text_len + generate.randint(1, 40) for _ in range(generate.randint(1, 20))]
         budget = generate.randint(1, 100)
-        cut = micro_batches(examples_of(lengths), budget, held, padded)
+        cut = micro_batches(examples_of(lengths), budget, shared_text_len, padded)
         flat = [index for part in cut for index in part]
         assert sorted(flat) == list(range(len(lengths)))
         assert [lengths[i] for i in flat] == sorted(lengths)
         assert all(cut)
 
-        def used(part: list[int], lengths: list[int] = lengths, held: int = held) -> int:
+        def used(part: list[int], lengths: list[int] = lengths, shared_text_len: int = shared_text_len) -> int:
             """Where rows are padded, every text takes as much as the longest."""
-            own = [lengths[i] - held for i in part]
+            own = [lengths[i] - shared_text_len for i in part]
             return len(own) * max(own) if padded else sum(own)
 
         for part in cut:
@@ -112,18 +112,18 @@ def test_every_label_keeps_its_share_to_within_a_row() -> None:
         _, validation = split_rows(labelled(**counts), None, wanted, seed)
         assert validation is not None
         assert len(validation) == min(wanted, total // 5)
-        held = Counter(row["label"] for row in validation)
+        by_label = Counter(row["label"] for row in validation)
         for label, count in counts.items():
-            assert abs(held[label] - len(validation) * count / total) <= 1
+            assert abs(by_label[label] - len(validation) * count / total) <= 1
 
 
 @pytest.mark.parametrize("task", ["classification", "text"])
 def test_seed_decides_which_rows_validate(task: str) -> None:
     data = labelled(a=40, b=60) if task == "classification" else load_data([{"text": str(i)} for i in range(100)])
-    held = [texts(split_rows(data, None, 10, seed)[1]) for seed in (0, 0, 1, 2)]
-    assert held[0] == held[1]
-    assert len({tuple(rows) for rows in held}) == 3
-    assert len(held[0]) == 10
+    validation = [texts(split_rows(data, None, 10, seed)[1]) for seed in (0, 0, 1, 2)]
+    assert validation[0] == validation[1]
+    assert len({tuple(rows) for rows in validation}) == 3
+    assert len(validation[0]) == 10
 
 
 def test_given_validation_rows_are_used_and_no_others_split_off() -> None:

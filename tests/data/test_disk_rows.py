@@ -173,21 +173,21 @@ def test_rows_in_a_temporary_file_are_the_rows_in_memory(task: str, on_disk: Cal
     records = odd_rows(task)
     if task == "text":
         records = [{"text": row["text"]} for row in records]
-    held, rows = load_data(records), on_disk(records)
-    assert isinstance(held.rows, tuple)
-    assert list(rows) == [rows[i] for i in range(len(rows))] == list(held)
-    assert [list(row) for row in rows] == [list(row) for row in held]  # columns in the same order
-    assert (rows.task, rows.labels, rows.name) == (held.task, held.labels, held.name)
-    whole = json.dumps([held.task, list(held)], sort_keys=True)
-    assert rows.sha256 == held.sha256 == hashlib.sha256(whole.encode()).hexdigest()
+    in_memory, rows = load_data(records), on_disk(records)
+    assert isinstance(in_memory.rows, tuple)
+    assert list(rows) == [rows[i] for i in range(len(rows))] == list(in_memory)
+    assert [list(row) for row in rows] == [list(row) for row in in_memory]  # columns in the same order
+    assert (rows.task, rows.labels, rows.name) == (in_memory.task, in_memory.labels, in_memory.name)
+    whole = json.dumps([in_memory.task, list(in_memory)], sort_keys=True)
+    assert rows.sha256 == in_memory.sha256 == hashlib.sha256(whole.encode()).hexdigest()
     for seed in range(20):
-        for mine, others in zip(split_rows(rows, None, 15, seed), split_rows(held, None, 15, seed), strict=True):
+        for mine, others in zip(split_rows(rows, None, 15, seed), split_rows(in_memory, None, 15, seed), strict=True):
             assert list(mine or ()) == list(others or ())
-        assert list(sample(rows, 30, seed)) == list(sample(held, 30, seed))
-    assert count_duplicates(rows[:60], rows[60:]) == count_duplicates(held[:60], held[60:]) > 0
+        assert list(sample(rows, 30, seed)) == list(sample(in_memory, 30, seed))
+    assert count_duplicates(rows[:60], rows[60:]) == count_duplicates(in_memory[:60], in_memory[60:]) > 0
 
 
-def test_a_plan_is_the_same_for_rows_in_a_temporary_file(
+def test_a_prepared_run_is_the_same_for_rows_in_a_temporary_file(
     llama: FrozenModel, reviews: Path, on_disk: Callable[[Any], Rows]
 ) -> None:
     config = TuneConfig(max_steps=3, batch_size=4, max_length=20, init="vocabulary")
@@ -285,7 +285,7 @@ def test_no_folder_for_temporary_files_is_an_error_with_the_cure(
 
 
 def plain_split(data: Rows, wanted: int, seed: int) -> list[int]:
-    """The rows that are held back, as first written: lists, dictionaries and whole texts."""
+    """The validation rows, as first written: lists, dictionaries and whole texts."""
     same: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(data):
         same[data.normalized_input(row)].append(i)
@@ -294,11 +294,11 @@ def plain_split(data: Rows, wanted: int, seed: int) -> list[int]:
     for n in np.random.default_rng(seed).permutation(len(units)).tolist():
         by_label[data[units[n][0]].get("label", "")].append(units[n])
     places = [((n + 0.5) / len(group), unit) for group in by_label.values() for n, unit in enumerate(group)]
-    drawn: list[int] = []
+    indices: list[int] = []
     for _, unit in sorted(places):
-        if len(drawn) + len(unit) <= wanted:
-            drawn += unit
-    return sorted(drawn)
+        if len(indices) + len(unit) <= wanted:
+            indices += unit
+    return sorted(indices)
 
 
 def test_split_rows_splits_as_a_plain_program_does() -> None:
@@ -322,10 +322,10 @@ def test_split_rows_splits_as_a_plain_program_does() -> None:
 @pytest.mark.parametrize(("rows", "batch_size", "steps"), [(100, 8, 5), (100, 8, 12), (100, 8, 13), (3, 8, 2)])
 def test_steps_take_the_rows_of_batch_indices(rows: int, batch_size: int, steps: int) -> None:
     for seed in range(5):
-        drawn = [row for step in range(steps) for row in batch_indices(rows, batch_size, step, seed)]
-        assert indices_seen(rows, batch_size, steps, seed).tolist() == sorted(set(drawn))
-        passes = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(len(drawn) // rows + 1)]
-        assert drawn == np.concatenate(passes)[: len(drawn)].tolist()
+        indices = [row for step in range(steps) for row in batch_indices(rows, batch_size, step, seed)]
+        assert indices_seen(rows, batch_size, steps, seed).tolist() == sorted(set(indices))
+        passes = [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(len(indices) // rows + 1)]
+        assert indices == np.concatenate(passes)[: len(indices)].tolist()
 
 
 class Encoded:
@@ -335,11 +335,11 @@ class Encoded:
         self.rows: list[int] = []
         plain = Encoder.example
 
-        def noted(encoder: Encoder, row: Row, where: str) -> Example:
+        def recorded(encoder: Encoder, row: Row, where: str) -> Example:
             self.rows.append(int(row["n"]))
             return plain(encoder, row, where)
 
-        monkeypatch.setattr(Encoder, "example", noted)
+        monkeypatch.setattr(Encoder, "example", recorded)
 
 
 def long_and_short(count: int, task: str = "classification") -> Rows:
@@ -353,10 +353,10 @@ def test_prepare_run_encodes_each_sampled_row_once(llama: FrozenModel, monkeypat
     encoded = Encoded(monkeypatch)
     config = TuneConfig(max_steps=3, batch_size=5, num_virtual_tokens=3, max_length=30, eval_rows=20)
     prepared = prepared_run(llama, long_and_short(200), config)
-    drawn = sorted(i for step in range(3) for i in batch_indices(180, 5, step, 0))
-    assert prepared.indices_seen.tolist() == drawn
-    assert encoded.rows == [int(prepared.train[i]["n"]) for i in drawn]
-    examples = [prepared.examples[i] for i in drawn]
+    indices = sorted(i for step in range(3) for i in batch_indices(180, 5, step, 0))
+    assert prepared.indices_seen.tolist() == indices
+    assert encoded.rows == [int(prepared.train[i]["n"]) for i in indices]
+    examples = [prepared.examples[i] for i in indices]
     assert prepared.length_stats.rows == 15
     assert prepared.length_stats.tokens == sum(len(e.ids) for e in examples)
     assert prepared.length_stats.targets == sum(e.targets for e in examples)
@@ -378,12 +378,12 @@ def test_rows_that_are_cut_are_counted_once_however_often_steps_take_them(llama:
 def test_a_target_that_is_too_long_is_said_before_the_first_step_if_a_step_takes_it(llama: FrozenModel) -> None:
     data = long_and_short(60, "completion")
     config = TuneConfig(max_steps=2, batch_size=4, num_virtual_tokens=3, max_length=30, eval_rows=0)
-    drawn = set(indices_seen(60, 4, 2, 0).tolist())
+    indices = set(indices_seen(60, 4, 2, 0).tolist())
 
     def with_long_target(place: int) -> Rows:
         return load_data([{**row, "target": "the parcel " * 30} if i == place else row for i, row in enumerate(data)])
 
-    inside, outside = min(drawn), min(set(range(60)) - drawn)
+    inside, outside = min(indices), min(set(range(60)) - indices)
     with pytest.raises(DataError, match=rf"rows, row {inside + 1}: the target alone has"):
         prepared_run(llama, with_long_target(inside), config)
     prepared_run(llama, with_long_target(outside), config)

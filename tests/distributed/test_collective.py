@@ -102,14 +102,14 @@ def test_two_processes_find_what_one_finds(
     torch.testing.assert_close(first[case]["prompt"], one["prompt"], atol=1e-4, rtol=1e-4)
     assert first[case]["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
     assert first[case]["told"] == pytest.approx(one["told"], rel=1e-5, abs=1e-5)
-    assert other[case]["prompt"] == first[case]["prompt"]  # to the bit: nobody hands it around
+    assert other[case]["prompt"] == first[case]["prompt"]  # to the bit: nobody sends it around
     assert other[case]["gradients"] == first[case]["gradients"]
     logged = [json.loads(line) for line in (folder / "0" / case / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in logged if "loss" in record] == [1, 2, 3, 4]
     assert [record["loss"] for record in logged if "loss" in record] == first[case]["told"]
 
 
-def test_the_first_process_alone_writes_and_tells_its_watcher(
+def test_the_first_process_alone_writes_and_calls_its_callback(
     seen: tuple[dict[str, Any], dict[str, Any], Path],
 ) -> None:
     first, other, folder = seen
@@ -308,14 +308,14 @@ def test_each_process_takes_a_gpu_of_its_own(
     assert str(resolve_device("cuda:0")) == "cuda:0"
 
 
-@pytest.mark.parametrize("hands", [1, 2, 3, 7])
-def test_a_batch_is_dealt_so_that_all_have_about_as_many_tokens(hands: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_a_batch_is_sharded_so_that_all_have_about_as_many_tokens(ranks: int) -> None:
     lengths = [3, 40, 7, 7, 12, 31, 5, 18, 22, 9, 2]
-    dealt = shard_by_length([Example(tuple(range(length)), 1) for length in lengths], hands)
-    assert sorted(i for hand in dealt for i in hand) == list(range(len(lengths)))
-    tokens = [sum(lengths[i] for i in hand) for hand in dealt]
+    shards = shard_by_length([Example(tuple(range(length)), 1) for length in lengths], ranks)
+    assert sorted(i for shard in shards for i in shard) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for i in shard) for shard in shards]
     assert max(tokens) - min(tokens) <= max(lengths)
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_processes_that_need_the_bundled_model_fetch_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

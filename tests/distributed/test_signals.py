@@ -390,12 +390,12 @@ class Sizes(Callback):
     """Notes what was run at once."""
 
     def __init__(self) -> None:
-        self.planned = 0
+        self.at_first = 0
         self.seen: list[tuple[int, int]] = []
 
     def begin(self, prepared: PreparedRun, step: int) -> None:
         assert prepared.config.micro_batch_tokens
-        self.planned = prepared.config.micro_batch_tokens
+        self.at_first = prepared.config.micro_batch_tokens
 
     def smaller(self, step: int, micro_batch_tokens: int) -> None:
         self.seen.append((step, micro_batch_tokens))
@@ -423,7 +423,7 @@ def test_where_memory_runs_out_less_is_run_at_once_and_the_result_is_the_same(
         squeezed = tune(llama, rows, short(), out=tmp_path / "squeezed", callback=callback).prompt.weights
     assert callback.seen
     assert all(step == 1 for step, _ in callback.seen)  # found once, and used from then on
-    assert [tokens for _, tokens in callback.seen] == [callback.planned >> n for n in range(1, len(callback.seen) + 1)]
+    assert [tokens for _, tokens in callback.seen] == [callback.at_first >> n for n in range(1, len(callback.seen) + 1)]
     torch.testing.assert_close(squeezed, whole, atol=1e-4, rtol=1e-4)
     state = json.loads((tmp_path / "squeezed" / "state" / "step-6" / "state.json").read_text())
     assert state["micro_batch_tokens"] == callback.seen[-1][1]

@@ -25,15 +25,15 @@ from tiny_tokenizers import tiny_tokenizer
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def held(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> FrozenModel:
+def as_frozen(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> FrozenModel:
     """A model whose fingerprint alone is wanted: its backend is not checked."""
     backend: Any = None
     return FrozenModel(hf_model, tokenizer or tiny_tokenizer(), backend, "tiny")
 
 
-def taken(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> Fingerprint:
+def fingerprint_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> Fingerprint:
     """A fingerprint as a file gives it back."""
-    return Fingerprint.model_validate_json(fingerprint(held(hf_model, tokenizer)).model_dump_json())
+    return Fingerprint.model_validate_json(fingerprint(as_frozen(hf_model, tokenizer)).model_dump_json())
 
 
 def said(before: Fingerprint, now: Fingerprint) -> str:
@@ -56,9 +56,9 @@ def merged(hf_model: PreTrainedModel, names: str, relative: float, dtype: torch.
 @pytest.mark.parametrize("original", PRECISIONS)
 def test_the_same_model_fits_in_every_precision(architecture: str, original: torch.dtype) -> None:
     model = tiny_model(architecture).to(original)
-    prints = [taken(copy.deepcopy(model).to(precision)) for precision in PRECISIONS]
+    prints = [fingerprint_of(copy.deepcopy(model).to(precision)) for precision in PRECISIONS]
     # Rounded twice, as where a float16 copy is loaded in bfloat16.
-    prints.append(taken(copy.deepcopy(model).half().bfloat16()))
+    prints.append(fingerprint_of(copy.deepcopy(model).half().bfloat16()))
     for before in prints:
         for now in prints:
             assert before.mismatch(now) is None
@@ -67,27 +67,27 @@ def test_the_same_model_fits_in_every_precision(architecture: str, original: tor
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_a_change_to_any_one_weight_of_any_architecture_is_named(architecture: str) -> None:
     model = tiny_model(architecture)
-    before = taken(model)
+    before = fingerprint_of(model)
     lm_head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():
         if weight.numel() == 0:
             continue
-        kept = weight.detach().clone()
+        original = weight.detach().clone()
         weight.data.mul_(1.02).add_(0.001)
-        differs = said(before, fingerprint(held(model)))
+        differs = said(before, fingerprint(as_frozen(model)))
         assert name in differs or (weight is lm_head and "head" in differs)
-        weight.data.copy_(kept)
-    assert before.mismatch(fingerprint(held(model))) is None
+        weight.data.copy_(original)
+    assert before.mismatch(fingerprint(as_frozen(model))) is None
 
 
 @pytest.mark.parametrize("names", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj", "lm_head"])
 @pytest.mark.parametrize("relative", [1e-1, 1e-2, 1e-3])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_lora_merged_into_a_single_matrix_is_noticed(names: str, relative: float, precision: torch.dtype) -> None:
-    """Of a model that is kept in one precision; in bfloat16 a thousandth changes a fifth of the values."""
+    """Of a model that stays in one precision; in bfloat16 a thousandth changes a fifth of the values."""
     torch.manual_seed(3)
     model = tiny_model("llama").to(precision)
-    differs = said(taken(model), taken(merged(model, names, relative, precision)))
+    differs = said(fingerprint_of(model), fingerprint_of(merged(model, names, relative, precision)))
     assert names in differs or (names, "head" in differs) == ("lm_head", True)
 
 
@@ -102,16 +102,16 @@ def test_a_lora_merged_into_each_layer_is_noticed_across_precisions(
     torch.manual_seed(3)
     model = tiny_model("llama").to(before)
     for names in ("q_proj", "down_proj"):
-        assert taken(model).mismatch(taken(merged(model, names, relative, now))) is not None
+        assert fingerprint_of(model).mismatch(fingerprint_of(merged(model, names, relative, now))) is not None
 
 
 def test_a_layer_that_is_another_models_is_noticed() -> None:
     model, other = tiny_model("llama"), tiny_model("llama")
-    before = taken(model)
+    before = fingerprint_of(model)
     torch.manual_seed(1)
     for weight in other.model.layers.parameters():
         weight.data.normal_(0, 0.06)
-    assert said(before, taken(other)).startswith("its weights (model.layers.0")
+    assert said(before, fingerprint_of(other)).startswith("its weights (model.layers.0")
 
 
 def test_tied_weights_are_the_same_as_their_untied_copy() -> None:
@@ -119,15 +119,15 @@ def test_tied_weights_are_the_same_as_their_untied_copy() -> None:
     tied = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, tie_word_embeddings=True))
     untied = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, tie_word_embeddings=False))
     untied.load_state_dict(tied.state_dict())
-    assert taken(tied).mismatch(taken(untied)) is None
-    assert taken(untied).mismatch(taken(tied)) is None
+    assert fingerprint_of(tied).mismatch(fingerprint_of(untied)) is None
+    assert fingerprint_of(untied).mismatch(fingerprint_of(tied)) is None
     untied.lm_head.weight.data.mul_(1.1)
-    assert said(taken(tied), taken(untied)) == "its weights (head)"
+    assert said(fingerprint_of(tied), fingerprint_of(untied)) == "its weights (head)"
 
 
 def test_a_weight_that_only_one_side_has_is_noticed_but_not_a_renamed_one() -> None:
     model = tiny_model("llama")
-    before = taken(model)
+    before = fingerprint_of(model)
     more = before.model_copy(update={"weights": {**before.weights, "model.layers.0.lora_A": "AAAAAA=="}})
     assert said(before, more) == "its weights (model.layers.0.lora_A)"
     assert said(more, before) == "its weights (model.layers.0.lora_A)"
@@ -146,7 +146,7 @@ def test_a_weight_that_only_one_side_has_is_noticed_but_not_a_renamed_one() -> N
     ],
 )
 def test_a_setting_that_changes_answers_is_named(settings: dict[str, Any], named: str) -> None:
-    differs = said(taken(tiny_model("llama")), taken(tiny_model("llama", **settings)))
+    differs = said(fingerprint_of(tiny_model("llama")), fingerprint_of(tiny_model("llama", **settings)))
     assert named in differs
     assert differs.startswith(("its configuration (", "its architecture or size ("))
 
@@ -159,7 +159,10 @@ def test_windows_and_scalings_of_other_architectures_are_settings_too() -> None:
         ("granite", {"logits_scaling": 4.0}),
         ("gpt-oss", {"max_position_embeddings": 512}),  # YaRN scales by it
     ]:
-        assert taken(tiny_model(architecture)).mismatch(taken(tiny_model(architecture, **settings))) is not None
+        assert (
+            fingerprint_of(tiny_model(architecture)).mismatch(fingerprint_of(tiny_model(architecture, **settings)))
+            is not None
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,8 +182,8 @@ def test_a_setting_that_changes_no_answer_does_not_refuse(settings: dict[str, An
     model, other = tiny_model("llama"), tiny_model("llama")
     for name, value in settings.items():
         setattr(other.config, name, value)
-    assert taken(model).mismatch(taken(other)) is None
-    assert taken(other).mismatch(taken(model)) is None
+    assert fingerprint_of(model).mismatch(fingerprint_of(other)) is None
+    assert fingerprint_of(other).mismatch(fingerprint_of(model)) is None
 
 
 def changed(change: Callable[[PreTrainedTokenizerFast], object]) -> PreTrainedTokenizerFast:
@@ -226,7 +229,7 @@ def test_what_changes_ids_in_a_tokenizer_is_named(
     change: Callable[[PreTrainedTokenizerFast], object], named: str
 ) -> None:
     model = tiny_model("llama")
-    differs = said(taken(model), taken(model, changed(change)))
+    differs = said(fingerprint_of(model), fingerprint_of(model, changed(change)))
     assert differs.startswith("its tokenizer (")
     assert named in differs
 
@@ -245,13 +248,13 @@ def test_what_changes_ids_in_a_tokenizer_is_named(
 )
 def test_what_changes_no_ids_does_not_refuse(change: Callable[[PreTrainedTokenizerFast], object]) -> None:
     model = tiny_model("llama")
-    before, now = taken(model), taken(model, changed(change))
+    before, now = fingerprint_of(model), fingerprint_of(model, changed(change))
     assert before.mismatch(now) is None
     assert now.mismatch(before) is None
 
 
 def test_a_newer_librarys_further_settings_do_not_refuse() -> None:
-    before = taken(tiny_model("llama"))
+    before = fingerprint_of(tiny_model("llama"))
     newer = json.loads(before.model_dump_json())
     newer["tokenizer"]["pre_tokenizer"]["a_new_one"] = True
     newer["tokenizer"]["a_new_part"] = "x"
@@ -271,14 +274,14 @@ def test_a_newer_librarys_further_settings_do_not_refuse() -> None:
     ],
 )
 def test_a_damaged_fingerprint_is_refused_when_it_is_read(damage: dict[str, Any]) -> None:
-    whole = json.loads(taken(tiny_model("llama")).model_dump_json())
+    whole = json.loads(fingerprint_of(tiny_model("llama")).model_dump_json())
     with pytest.raises(ValidationError):
         Fingerprint(**{**whole, **damage})
 
 
 def test_the_chat_template_counts_where_it_is_used() -> None:
     other = changed(lambda t: setattr(t, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}"))
-    before, now = taken(tiny_model("llama")), taken(tiny_model("llama"), other)
+    before, now = fingerprint_of(tiny_model("llama")), fingerprint_of(tiny_model("llama"), other)
     assert before.mismatch(now) is None
     assert before.mismatch(now, chat_template=True) == "its chat template"
 
@@ -289,18 +292,18 @@ def test_a_folder_gives_the_fingerprint_of_what_was_saved(llama: FrozenModel, ll
 
 def test_weights_that_cannot_be_read_are_counted_and_said() -> None:
     model = tiny_model("llama")
-    before = taken(model)
+    before = fingerprint_of(model)
     model.model.layers[1].to("meta")
-    now = held(model)
+    now = as_frozen(model)
     assert fingerprint(now).skipped == 9
     with pytest.warns(UserWarning, match="9 of the weights of tiny are quantized or not on the device"):
         assert difference(before, now) is None
 
 
 def test_a_fingerprint_takes_a_millisecond_or_two() -> None:
-    """It is taken at every request. On a busy machine the quickest of many counts."""
+    """It is computed at every request. On a busy machine the quickest of many counts."""
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 30}
-    model = held(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)))
+    model = as_frozen(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)))
     seconds = []
     for _ in range(30):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Memory: what a step takes is predicted from what a few tokens keep, and a step that would not fit is not tried."""
+"""Memory: what a step takes is predicted from a few tokens, and a step that would not fit is not tried."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ SIZES = [(1, 100), (9, 30), (3, 61)]  # texts, and tokens of each
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_measured_bytes_of_many_tokens_predict_those_of_other_lengths(architecture: str) -> None:
     model = frozen(architecture)
-    for ahead in (3, 40):
-        memory_estimate = measure(model, ahead)
+    for prefix_length in (3, 40):
+        memory_estimate = measure(model, prefix_length)
         for texts, tokens in SIZES:
-            counted = saved_bytes(model, ahead, [tokens] * texts)
-            # Some attentions of their own keep views of a single text where they keep copies of several.
+            counted = saved_bytes(model, prefix_length, [tokens] * texts)
+            # Some models save views of a single text, and copies of several.
             near = 0.1 if model.backend.pads and texts == 1 else 0.01
             assert memory_estimate.saved([tokens] * texts) == pytest.approx(counted, rel=near)
 
@@ -66,8 +66,8 @@ def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
         examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
         with LiveBytes() as live:
             leaves = []
-            for ahead in prefix_lengths:
-                prefix = model.prefix(torch.randn(ahead, model.embedding_width).requires_grad_())
+            for prefix_length in prefix_lengths:
+                prefix = model.prefix(torch.randn(prefix_length, model.embedding_width).requires_grad_())
                 leaves.append((prefix, prefix.leaves()))
             model.loss([leaves[i % 3][1] for i in range(len(lengths))], examples).sum().backward()
             for prefix, leaf in leaves:
@@ -76,13 +76,15 @@ def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
 
 
 @pytest.mark.parametrize("loss", ["target", "all"])
-@pytest.mark.parametrize("ahead", [3, 100])
+@pytest.mark.parametrize("prefix_length", [3, 100])
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "gemma2", "mixtral", "gpt2", "falcon-alibi", "gptj"])
-def test_a_steps_peak_is_predicted(architecture: str, ahead: int, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steps_peak_is_predicted(
+    architecture: str, prefix_length: int, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the bytes of all tensors at once; what an allocator loses between them is known from benchmarks alone."""
     monkeypatch.setattr(memory, "ALLOCATOR", 1)
     model = frozen(architecture)
-    memory_estimate, prompt = measure(model, ahead), torch.randn(ahead, model.embedding_width)
+    memory_estimate, prompt = measure(model, prefix_length), torch.randn(prefix_length, model.embedding_width)
     for texts, tokens in SIZES:
         examples = [Example(tuple(range(5, 6 + tokens)), tokens if loss == "target" else 0)] * texts
         with LiveBytes() as live:
@@ -105,11 +107,13 @@ def test_scoring_takes_far_less_than_training(llama: FrozenModel) -> None:
 def test_scoring_takes_no_more_than_is_predicted(
     architecture: str, prefix_lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind one prefix or several; on the cached way, the keys and values of all layers are there at once."""
+    """Behind one prefix or several; on the padded backend, the keys and values of all layers are there at once."""
     monkeypatch.setattr(memory, "ALLOCATOR", 1)
     model, count = frozen(architecture), len(prefix_lengths)
     memory_estimate = replace(measure(model, max(prefix_lengths)), prefixes=count)
-    prefixes = [model.prefix(torch.randn(ahead, model.embedding_width)).leaves() for ahead in prefix_lengths]
+    prefixes = [
+        model.prefix(torch.randn(prefix_length, model.embedding_width)).leaves() for prefix_length in prefix_lengths
+    ]
     for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [1] * 200):
         examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
         with torch.no_grad(), LiveBytes() as live:
@@ -194,7 +198,7 @@ def test_where_memory_shrinks_less_is_run_at_once_before_the_step_is_tried(
         squeezed = tune(model, rows, settings(), out=tmp_path / "run", callback=callback).prompt.weights
     assert ran[:3] == [1, 1, 1]
     assert min(ran[3:]) > 1
-    assert {step for step, _ in callback.seen} == {4}  # found once, kept afterwards
+    assert {step for step, _ in callback.seen} == {4}  # found once, and used from then on
     torch.testing.assert_close(squeezed, whole, atol=1e-4, rtol=1e-4)
     newest = tmp_path / "run" / "state" / "step-6"
     assert json.loads((newest / "state.json").read_text())["micro_batch_tokens"] == callback.seen[-1][1]
@@ -225,12 +229,12 @@ def test_rows_that_do_not_fit_even_alone_are_tried(
 def test_what_the_allocator_holds_is_given_back_before_less_is_run_at_once(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = [True]
-    monkeypatch.setattr(prompt_trainer, "trim_allocator", held.clear)
+    holes = [True]
+    monkeypatch.setattr(prompt_trainer, "trim_allocator", holes.clear)
     callback = Sizes()
-    model = with_memory(llama, lambda: 1000 if held and callback.prepared else 10**12)
+    model = with_memory(llama, lambda: 1000 if holes and callback.prepared else 10**12)
     tune(model, load_data(reviews), settings(), callback=callback)
-    assert not held
+    assert not holes
     assert callback.seen == []
 
 
@@ -265,8 +269,8 @@ def test_more_at_once_than_there_is_memory_for_is_never_tried(tmp_path: Path) ->
     command += ["--set", "eval_rows=0", "--set", "micro_batch_tokens=100000"]
     one = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     probe = [sys.executable, "-c", ready]
-    taken = int(subprocess.run(probe, capture_output=True, text=True, check=True, env=one).stdout)
-    limited = f"ulimit -v {taken // 1024 + 500_000}; {shlex.join(command)}"
+    used = int(subprocess.run(probe, capture_output=True, text=True, check=True, env=one).stdout)
+    limited = f"ulimit -v {used // 1024 + 500_000}; {shlex.join(command)}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, cwd=tmp_path, env=one, check=False)
     assert done.returncode == 0, done.stderr
     assert "step 1: memory is short; continuing with micro-batches of" in done.stderr

@@ -1,4 +1,4 @@
-"""Prompts kept by name: versions, names that cannot be kept, and the verbs around them."""
+"""Registered prompts: versions, names that are refused, and the commands around them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def prompt_of(model: FrozenModel, number: int) -> SoftPrompt:
 
 
 def test_versions_count_up_and_the_name_alone_is_the_newest(llama: FrozenModel, home: Path) -> None:
-    kept = [registry.register(prompt_of(llama, n), "film") for n in (5, 6, 7)]
-    assert kept == ["film@1", "film@2", "film@3"]
+    registered = [registry.register(prompt_of(llama, n), "film") for n in (5, 6, 7)]
+    assert registered == ["film@1", "film@2", "film@3"]
     assert registry.names() == ["film"]
     assert torch.equal(load_prompt("film").weights, prompt_of(llama, 7).weights)
     assert torch.equal(load_prompt("film@2").weights, prompt_of(llama, 6).weights)
@@ -195,9 +195,9 @@ def test_a_prompt_that_peft_trained_is_imported_with_what_its_folder_does_not_sa
     given = ("--set", 'verbalizers={"positive": "positive", "negative": "negative"}')
     done = command("prompts", "import", "film", "peft", "--model", llama_folder, "--task", "classification", *given)
     assert (done.code, done.out, done.err) == (0, "film@1\n", f"loading {llama_folder}\n")
-    kept = load_prompt("film")
-    assert kept.record.base_model.fingerprint is not None
-    torch.testing.assert_close(kept.weights, peft_model.prompt_encoder["default"].embedding.weight.detach())
+    registered = load_prompt("film")
+    assert registered.record.base_model.fingerprint is not None
+    torch.testing.assert_close(registered.weights, peft_model.prompt_encoder["default"].embedding.weight.detach())
     assert command("evaluate", "film", reviews, "--json").record["rows"] == 40
     wrong = fails("prompts", "import", "film", "peft", "--model", llama_folder, "--task", "classification")
     assert "classification needs the labels" in wrong.err
@@ -286,8 +286,8 @@ def test_saving_replaces_a_prompt_and_nothing_else(llama: FrozenModel, tmp_path:
 
 
 def test_two_that_keep_at_a_time_get_two_versions(llama: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, kept = SoftPrompt.save, []
-    other = Thread(target=lambda: kept.append(registry.register(prompt_of(llama, 6), "film")))
+    save, registered = SoftPrompt.save, []
+    other = Thread(target=lambda: registered.append(registry.register(prompt_of(llama, 6), "film")))
 
     def meanwhile(prompt: SoftPrompt, folder: Path) -> Path:
         """While the first one is written, the other begins; it would be done soon if it did not wait."""
@@ -297,7 +297,7 @@ def test_two_that_keep_at_a_time_get_two_versions(llama: FrozenModel, monkeypatc
         return save(prompt, folder)
 
     monkeypatch.setattr(SoftPrompt, "save", meanwhile)
-    kept.append(registry.register(prompt_of(llama, 5), "film"))
+    registered.append(registry.register(prompt_of(llama, 5), "film"))
     other.join()
-    assert sorted(kept) == ["film@1", "film@2"]
+    assert sorted(registered) == ["film@1", "film@2"]
     assert torch.equal(load_prompt("film@1").weights, prompt_of(llama, 5).weights)

@@ -1,4 +1,4 @@
-"""Ensembles: several prompts from several seeds, kept in one folder and run as one."""
+"""Ensembles: several prompts from several seeds, saved in one folder and run as one."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ def test_members_of_an_ensemble_share_the_sampled_rows(
 ) -> None:
     from softprompt.training import ensemble as module
 
-    taken: list[list[dict[str, str]]] = []
+    sampled: list[list[dict[str, str]]] = []
 
-    def noted(model: FrozenModel, rows: Rows, *given: Any, **named: Any) -> TuneResult:
-        taken.append(list(rows))
+    def recorded(model: FrozenModel, rows: Rows, *given: Any, **named: Any) -> TuneResult:
+        sampled.append(list(rows))
         return tune(model, rows, *given, **named)
 
-    monkeypatch.setattr(module, "tune", noted)
+    monkeypatch.setattr(module, "tune", recorded)
     tune_ensemble(llama, load_data(reviews), short(train_rows=9), members=2)
-    assert len(taken[0]) == 9
-    assert taken[0] == taken[1]
+    assert len(sampled[0]) == 9
+    assert sampled[0] == sampled[1]
 
 
 def test_members_that_share_a_time_share_one_measurement(llama: FrozenModel, reviews: Path) -> None:

@@ -34,7 +34,7 @@ from tiny_data import examples_of
 from tiny_models import ARCHITECTURES, as_prompt, frozen, tiny_model
 from tiny_runs import Command, log_without_times, prepared_run, prompt_bytes, short, weights_hash
 
-DEEP = {"method": "prefix-tuning"}
+PREFIX_TUNING = {"method": "prefix-tuning"}
 
 
 def learned_keys(model: FrozenModel, length: int) -> Tensor:
@@ -76,10 +76,10 @@ def test_loss_and_gradient_are_those_of_transformers_cache(architecture: str, ki
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
 def test_prefix_starts_as_what_the_model_makes_of_the_text(architecture: str, reviews: Path) -> None:
     model, rows = frozen(architecture), load_data(reviews)
-    soft, deep = (prepared_run(model, rows, short(method=method)) for method in ("prompt-tuning", "prefix-tuning"))
+    soft, learned = (prepared_run(model, rows, short(method=method)) for method in ("prompt-tuning", "prefix-tuning"))
     assert soft.scorer is not None
-    assert deep.start.shape[-2] == 5
-    found, expected = (soft.scorer.score(model, as_prompt(prepared.start)) for prepared in (deep, soft))
+    assert learned.start.shape[-2] == 5
+    found, expected = (soft.scorer.score(model, as_prompt(prepared.start)) for prepared in (learned, soft))
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-5)
 
 
@@ -89,12 +89,12 @@ def test_plain_text_without_a_leading_token_is_learned_from_its_second_token_on(
     methods = ("prompt-tuning", "prefix-tuning")
     firsts = {m: {e.start for e in prepared_run(llama, rows, short(method=m)).examples} for m in methods}
     assert firsts == {"prompt-tuning": {0}, "prefix-tuning": {1}}
-    tune(llama, rows, short(**DEEP, max_steps=1))
+    tune(llama, rows, short(**PREFIX_TUNING, max_steps=1))
 
 
 def test_it_learns_and_the_model_stays_as_it_was(llama: FrozenModel, reviews: Path) -> None:
     rows, before = load_data(reviews), weights_hash(llama)
-    result = tune(llama, rows, short(**DEEP, max_steps=40, batch_size=8, learning_rate=0.05, eval_rows=0))
+    result = tune(llama, rows, short(**PREFIX_TUNING, max_steps=40, batch_size=8, learning_rate=0.05, eval_rows=0))
     done = evaluate(llama, rows, result.prompt)
     assert done.without_prompt is not None
     assert done.metrics["loss"].value < done.without_prompt["loss"].value - 0.5
@@ -103,7 +103,7 @@ def test_it_learns_and_the_model_stays_as_it_was(llama: FrozenModel, reviews: Pa
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:
     rows = load_data(reviews)
-    tune(llama, rows, short(**DEEP), out=tmp_path / "whole")
+    tune(llama, rows, short(**PREFIX_TUNING), out=tmp_path / "whole")
 
     class StoppedError(Exception): ...
 
@@ -113,8 +113,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(llama: FrozenModel, rev
                 raise StoppedError
 
     with pytest.raises(StoppedError):
-        tune(llama, rows, short(**DEEP), out=tmp_path / "parts", callback=Stopper())
-    tune(llama, rows, short(**DEEP), out=tmp_path / "parts", resume=True)
+        tune(llama, rows, short(**PREFIX_TUNING), out=tmp_path / "parts", callback=Stopper())
+    tune(llama, rows, short(**PREFIX_TUNING), out=tmp_path / "parts", resume=True)
     assert prompt_bytes(tmp_path / "parts") == prompt_bytes(tmp_path / "whole")
     assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
 
@@ -157,16 +157,18 @@ def test_prefix_can_start_from_a_soft_prompt_but_no_soft_prompt_from_a_prefix(
 ) -> None:
     rows = load_data(reviews)
     soft = tune(llama, rows, short(max_steps=2)).prompt
-    deep = tune(llama, rows, short(**DEEP, max_steps=2)).prompt
+    learned = tune(llama, rows, short(**PREFIX_TUNING, max_steps=2)).prompt
     soft.save(tmp_path / "soft")
-    deep.save(tmp_path / "deep")
+    learned.save(tmp_path / "learned")
     from_soft = prepared_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'soft'}")).start
     with torch.no_grad():
         torch.testing.assert_close(from_soft, llama.prefix(soft.weights).stacked())
-    from_deep = prepared_run(llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'deep'}")).start
-    assert torch.equal(from_deep, deep.weights)
+    from_prefix = prepared_run(
+        llama, rows, TuneConfig(method="prefix-tuning", init=f"prompt:{tmp_path / 'learned'}")
+    ).start
+    assert torch.equal(from_prefix, learned.weights)
     with pytest.raises(SettingsError, match="cannot start from a prefix"):
-        prepared_run(llama, rows, TuneConfig(init=f"prompt:{tmp_path / 'deep'}"))
+        prepared_run(llama, rows, TuneConfig(init=f"prompt:{tmp_path / 'learned'}"))
 
 
 def test_what_does_not_fit_is_refused(llama: FrozenModel, tmp_path: Path) -> None:

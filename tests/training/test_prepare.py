@@ -37,7 +37,7 @@ def short(**settings: object) -> TuneConfig:
 
 @pytest.fixture
 def source(llama: FrozenModel, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SoftPrompt:
-    """A prompt for the reviews with a template and verbalizers of its own, in `source` and kept as `film`."""
+    """A prompt for the reviews with a template and verbalizers of its own, in `source` and registered as `film`."""
     monkeypatch.setenv("SOFTPROMPT_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     config = short(
@@ -68,9 +68,9 @@ def test_going_on_continues_where_the_other_stood(
     # The first evaluation of the new run, before any step, is the old prompt's.
     tune(llama, rows, TuneConfig(init="prompt:film", max_steps=1, batch_size=4), out=tmp_path / "run")
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["validation"]
-    held = prepared_run(llama, rows, TuneConfig(init="prompt:film"))
-    assert held.scorer is not None
-    assert first["loss"] == pytest.approx(held.scorer.score(llama, as_prompt(source.weights)).loss())
+    from_film = prepared_run(llama, rows, TuneConfig(init="prompt:film"))
+    assert from_film.scorer is not None
+    assert first["loss"] == pytest.approx(from_film.scorer.score(llama, as_prompt(source.weights)).loss())
 
 
 def test_what_is_given_wins_over_the_other_prompts(source: SoftPrompt, llama: FrozenModel, reviews: Path) -> None:
@@ -235,8 +235,8 @@ def test_a_soft_prompt_of_many_labels_starts_from_rows_of_some(words: int, rows:
     assert prepared.config.init == ("examples" if rows else "text")
     assert text.startswith("Classify the text:\n" if rows else "Classify the text as")
     assert len(set(shown)) == len(shown) == rows
-    deep = prepared_run(model, load_data(records), TuneConfig(max_length=200, method="prefix-tuning"))
-    assert deep.config.init == "text"
+    prefix_run = prepared_run(model, load_data(records), TuneConfig(max_length=200, method="prefix-tuning"))
+    assert prefix_run.config.init == "text"
 
 
 @pytest.mark.parametrize(("labels", "loss"), [(3, "target"), (10, "target"), (11, "labels"), (40, "labels")])
@@ -318,8 +318,8 @@ def test_a_prompt_starts_from_examples_of_every_label_in_turn(llama: FrozenModel
     assert set(shown[:2]) == {"positive", "negative"}
     assert len(prepared.start) <= 128  # half of the model's positions
     assert all(f"{row['text']}\nLabel: {row['label']}" in text or row["text"] not in text for row in rows)
-    held = [row["text"] for row in prepared.validation or ()]
-    assert not any(normalized_input in text.splitlines() for normalized_input in held)
+    validation_texts = [row["text"] for row in prepared.validation or ()]
+    assert not any(normalized_input in text.splitlines() for normalized_input in validation_texts)
     again = prepared_run(llama, rows, TuneConfig(init="examples", seed=3, max_length=64))
     other = prepared_run(llama, rows, TuneConfig(init="examples", seed=4, max_length=64))
     assert torch.equal(prepared.start, again.start)

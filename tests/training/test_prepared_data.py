@@ -61,12 +61,12 @@ def test_a_thorough_run_of_some_minutes_prepares_its_rows_once(
     monkeypatch.setattr(Encoder, "example", counted_example)
     prepared_runs: list[PreparedRun] = []
 
-    def noted(*given: Any) -> PreparedRun:
+    def recorded(*given: Any) -> PreparedRun:
         prepared_runs.append(prepare_run(*given))
         return prepared_runs[-1]
 
-    monkeypatch.setattr("softprompt.training.tune.prepare_run", noted)
-    monkeypatch.setattr("softprompt.training.search.prepare_run", noted)
+    monkeypatch.setattr("softprompt.training.tune.prepare_run", recorded)
+    monkeypatch.setattr("softprompt.training.search.prepare_run", recorded)
     monkeypatch.setattr(PromptTrainer, "step", lambda trainer: setattr(trainer.state, "step", trainer.state.step + 1))
     monkeypatch.setattr(PromptTrainer, "gradient", lambda _trainer, _batch: 0.0)
     settings = SETTINGS.model_copy(update={"max_steps": None, "max_minutes": 1, "budget": "thorough"})

@@ -127,9 +127,9 @@ def test_a_search_goes_on_from_rung_to_rung(llama: FrozenModel, reviews: Path) -
     prepared = prepared_run(llama, load_data(reviews), short(**OPEN))
     losses = []
     for rungs in ((1, 3), (3,)):
-        loop = PromptTrainer(llama, prepared)
-        losses.append([loop.loss_after(steps) for steps in rungs][-1])
-        assert loop.state.step == 3
+        trainer = PromptTrainer(llama, prepared)
+        losses.append([trainer.loss_after(steps) for steps in rungs][-1])
+        assert trainer.state.step == 3
     assert losses[0] == losses[1]
     alone = PromptTrainer(llama, prepared)
     before = alone.evaluate().values()["loss"]
@@ -142,9 +142,9 @@ def test_a_rate_whose_loss_is_not_finite_is_never_the_best(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepared_run(llama, load_data(reviews), short(**OPEN))
-    loop = PromptTrainer(llama, prepared)
-    monkeypatch.setattr(loop, "gradient", lambda _batch: float("nan"))
-    assert loop.loss_after(3) == float("inf")
+    trainer = PromptTrainer(llama, prepared)
+    monkeypatch.setattr(trainer, "gradient", lambda _batch: float("nan"))
+    assert trainer.loss_after(3) == float("inf")
 
 
 def test_search_takes_as_many_steps_as_fit_in_the_time() -> None:
@@ -254,14 +254,14 @@ def test_a_forecast_measures_as_the_run_does(llama: FrozenModel) -> None:
 def test_a_short_run_times_fewer_steps(
     llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
 ) -> None:
-    loop = PromptTrainer(llama, prepared_run(llama, load_data(reviews), short()))
-    before, taken, gradient = loop.weights(), [], loop.gradient
-    monkeypatch.setattr(loop, "gradient", lambda batch: taken.append(len(batch)) or gradient(batch))
-    throughput = measure_throughput(loop, seconds)
-    assert len(taken) == steps
+    trainer = PromptTrainer(llama, prepared_run(llama, load_data(reviews), short()))
+    before, batch_sizes, gradient = trainer.weights(), [], trainer.gradient
+    monkeypatch.setattr(trainer, "gradient", lambda batch: batch_sizes.append(len(batch)) or gradient(batch))
+    throughput = measure_throughput(trainer, seconds)
+    assert len(batch_sizes) == steps
     assert throughput.step > 0
     assert throughput.evaluation > 0
-    assert torch.equal(loop.weights()["prompt"], before["prompt"])  # nothing is learned
+    assert torch.equal(trainer.weights()["prompt"], before["prompt"])  # nothing is learned
 
 
 def test_a_run_of_some_minutes_says_how_many_steps_it_took(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:

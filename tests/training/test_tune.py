@@ -232,9 +232,9 @@ def test_initializations_start_where_real_tokens_are(llama: FrozenModel) -> None
     assert torch.allclose(labels_prompt(llama, 2, ["good", "delivery"]), means)
     assert torch.allclose(labels_prompt(llama, None, ["good", "delivery"]), means.repeat(10, 1))
     assert torch.equal(vocabulary_prompt(llama, 2, [[7, 7, 7, 5, 9, 5]]), table[[7, 5]])
-    drawn = random_prompt(llama, 500, seed=1)
-    assert float(drawn.std()) == pytest.approx(float(table.std()), rel=0.1)
-    assert torch.equal(drawn, random_prompt(llama, 500, seed=1))
+    weights = random_prompt(llama, 500, seed=1)
+    assert float(weights.std()) == pytest.approx(float(table.std()), rel=0.1)
+    assert torch.equal(weights, random_prompt(llama, 500, seed=1))
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(llama: FrozenModel, reviews: Path, tmp_path: Path) -> None:

@@ -266,11 +266,11 @@ def test_demonstrations_are_training_rows_and_only_validation_rows_choose(
     train, validation = labelled(40), labelled(50, 100)
     scored: list[Row] = []
 
-    def noted(encoder: Encoder, rows: Rows, at_once: int, _calibration: str) -> CalibratedScorer:
+    def recorded(encoder: Encoder, rows: Rows, at_once: int, _calibration: str) -> CalibratedScorer:
         scored.extend(rows)
         return CalibratedScorer(encoder, rows, at_once)
 
-    monkeypatch.setattr(prompting, "make_scorer", noted)
+    monkeypatch.setattr(prompting, "make_scorer", recorded)
     done = found(llama, train, validation, 300)
     assert len(done.trials) > 6
     for trial in done.trials:

@@ -145,20 +145,20 @@ def test_all_methods_take_the_same_rows_in_the_same_order(
     seen: dict[str, list[list[int]]] = {}
     rows = load_data(reviews)
     for method in ("prompt-tuning", "prefix-tuning", "lora", "full"):
-        drawn = seen.setdefault(method, [])
+        batches = seen.setdefault(method, [])
 
-        def noted(*args: int, into: list[list[int]] = drawn) -> list[int]:
+        def recorded(*args: int, into: list[list[int]] = batches) -> list[int]:
             into.append(batch_indices(*args))
             return into[-1]
 
-        monkeypatch.setattr(training, "batch_indices", noted)
+        monkeypatch.setattr(training, "batch_indices", recorded)
         if method in ("lora", "full"):
             with learning(llama, method) as model:
                 WeightsTrainer(model, prepared_run(model, rows, short())).run()
         else:
             PromptTrainer(llama, prepared_run(llama, rows, short(method=method))).run()
     assert len(seen["lora"]) == 6
-    assert all(drawn == seen["lora"] for drawn in seen.values())
+    assert all(batches == seen["lora"] for batches in seen.values())
 
 
 def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(

@@ -1,4 +1,4 @@
-"""Activation recomputation (Chen et al. 2016) on the packed way: the same gradient to the bit, in less memory."""
+"""Activation checkpointing (Chen et al. 2016) on the packed backend: the same gradient to the bit, in less memory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_steps_peak_is_lower_and_predicted(architecture: str) -> None:
         peaks.append(live.most)
     predicted = replace(memory_estimate, activation_checkpointing=True).step([119] * 6, 6)
     assert 0.97 * peaks[1] < predicted < 2 * peaks[1]  # few layers: one of them counts for much
-    assert peaks[1] < 0.75 * peaks[0]  # of three or four layers, one is kept whole while it runs again
+    assert peaks[1] < 0.75 * peaks[0]  # of three or four layers, one is in memory while it runs again
 
 
 def test_of_many_layers_their_inputs_are_most_of_what_is_predicted() -> None:
@@ -156,11 +156,11 @@ def settings(**more: object) -> TuneConfig:
 def test_a_run_learns_the_same_prompt(llama: FrozenModel, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, asked = load_data(reviews), []
 
-    def noted(*given: Any) -> Any:
+    def recorded(*given: Any) -> Any:
         asked.append(given[4])
         return prompt_gradient(*given)
 
-    monkeypatch.setattr(prompt_trainer, "prompt_gradient", noted)
+    monkeypatch.setattr(prompt_trainer, "prompt_gradient", recorded)
     once, twice = (tune(llama, rows, settings(gradient_checkpointing=given)) for given in (False, True))
     assert asked == [False] * 4 + [True] * 4
     assert torch.equal(once.prompt.weights, twice.prompt.weights)

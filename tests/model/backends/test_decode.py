@@ -74,10 +74,10 @@ def checked(name: str) -> FrozenModel:
 
 def plainly(model: FrozenModel, prompt: torch.Tensor | None, ids: list[int]) -> str:
     """Decode greedily with the whole row through the base model for every token."""
-    ahead = model.embed(ids)[:0] if prompt is None else prompt
+    virtual = model.embed(ids)[:0] if prompt is None else prompt
     made = list(ids)
     while len(made) < len(ids) + ROOM:
-        row = torch.cat([ahead, model.embed(made)]).unsqueeze(0)
+        row = torch.cat([virtual, model.embed(made)]).unsqueeze(0)
         token = int(model.hf_model(inputs_embeds=row, use_cache=False).logits[0, -1].argmax())
         if token == model.tokenizer.eos_token_id:
             break

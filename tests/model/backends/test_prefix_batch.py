@@ -19,10 +19,10 @@ from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from tiny_models import ARCHITECTURES, frozen, model_by
 
-# Each architecture on its own way, and a few on the cached one too: with a sliding window of 6, soft-capping, ALiBi.
+# Each architecture on its own backend, and a few on the padded one: with a sliding window of 6, soft-capping, ALiBi.
 MODELS = [*ARCHITECTURES, *(f"{name}, padded" for name in ("llama", "gpt2", "bloom", "mistral", "gemma2"))]
 VIRTUAL = [3, 20, 15]  # shorter than the windows, and longer
-HELD = 5  # tokens of text that the last prefix holds; with them it is as long as another
+SHARED = 5  # tokens of text that the last prefix holds; with them it is as long as another
 BEHIND = [0, 1, 2, 1, 0, 2, 1, 0, 3]  # for each text, its prefix; the last one's is empty
 LENGTHS = [9, 12, 9, 1, 3, 4, 4, 14, 9]
 # The second branches twice, also behind its branches' first tokens; the last is a chain.
@@ -45,7 +45,7 @@ def prompt(model: FrozenModel, length: int) -> Tensor:
 
 
 def prefixes_of(model: FrozenModel) -> list[Prefix]:
-    texts: list[tuple[int, ...]] = [(), (), ids(HELD, 99)]
+    texts: list[tuple[int, ...]] = [(), (), ids(SHARED, 99)]
     made = [model.prefix(prompt(model, n), text).leaves() for n, text in zip(VIRTUAL, texts, strict=True)]
     return [*made, Prefix()]
 
@@ -112,9 +112,9 @@ def test_logits_are_those_of_plain_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_each_prompts_loss_and_gradient_are_those_of_concatenation(name: str) -> None:
     """Of one micro-batch for three prompts; one of them with a text that its examples begin with."""
-    model, lead = made(name), ids(HELD, 99)
+    model, shared_text_ids = made(name), ids(SHARED, 99)
     examples = [
-        Example((*(lead if k == 2 else ()), *ids(n, i)), HELD if k == 2 else min(n - 1, i % 4))
+        Example((*(shared_text_ids if k == 2 else ()), *ids(n, i)), SHARED if k == 2 else min(n - 1, i % 4))
         for i, (k, n) in enumerate(zip(BEHIND[:-1], LENGTHS[:-1], strict=True))
     ]
     prompts = [prompt(model, length).requires_grad_() for length in VIRTUAL]
@@ -122,7 +122,7 @@ def test_each_prompts_loss_and_gradient_are_those_of_concatenation(name: str) ->
     expected = [reference_loss(model.hf_model, *pair) for pair in zip(prompts, own, strict=True)]
     wanted = torch.autograd.grad(sum(expected, torch.zeros(())), prompts)
 
-    prefixes = [model.prefix(each, lead if k == 2 else ()) for k, each in enumerate(prompts)]
+    prefixes = [model.prefix(each, shared_text_ids if k == 2 else ()) for k, each in enumerate(prompts)]
     leaves = [prefix.leaves() for prefix in prefixes]
     losses = model.loss([leaves[k] for k in BEHIND[:-1]], examples)
     losses.sum().backward()
@@ -177,10 +177,10 @@ def learned(model: FrozenModel, length: int) -> Prefix:
     generator = torch.Generator().manual_seed(length)
     shapes = [key[:, :, :1].shape for key in model.prefix(prompt(model, 1)).keys]
 
-    def drawn() -> list[Tensor]:
+    def random_tensors() -> list[Tensor]:
         return [torch.randn(1, heads, length, size, generator=generator) for _, heads, _, size in shapes]
 
-    return Prefix(drawn(), drawn(), None, length)
+    return Prefix(random_tensors(), random_tensors(), None, length)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "mistral", "falcon-alibi", "gptj"])

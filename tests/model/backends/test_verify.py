@@ -1,4 +1,4 @@
-"""Which way a model gets where the load check's short texts cannot show it: long windows, quantized weights."""
+"""Which backend a model gets where the load check's short texts cannot show it: long windows, quantized weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_backend_that_forgets_a_long_window_is_found_out(architecture: str, monk
 
 
 def test_a_window_that_only_some_layers_have_is_found_in_the_miniature() -> None:
-    """GPT-Neo keeps its window in a buffer of its own, which the packed way cannot know."""
+    """GPT-Neo keeps its window in a buffer of its own, which the packed backend cannot know."""
     kinds = [[["global", "local"], 2]]
     config = GPTNeoConfig(vocab_size=400, hidden_size=32, num_layers=4, num_heads=4, attention_types=kinds)
     model = freeze(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
