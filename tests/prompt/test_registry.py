@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 
 from softprompt import load_prompt
+from softprompt.cli.doctor import machine_problems
 from softprompt.errors import PromptError
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt import registry
@@ -227,15 +228,12 @@ def test_doctor_says_what_is_here_and_what_is_missing(
     assert not home.exists()
 
 
-def test_doctor_sees_little_memory_and_a_folder_that_cannot_be_written(
-    command: Command,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("softprompt.model.memory.available_memory", lambda _device: 1_500_000_000)
-    monkeypatch.setattr("softprompt.cli.doctor.os.access", lambda *_: False)
-    problems = command("doctor", "--json").record["problems"]
-    assert any("1.5 GB of memory are free" in line for line in problems)
-    assert any("cannot be written; set SOFTPROMPT_HOME" in line for line in problems)
+def test_doctor_sees_little_memory_and_disk_and_a_folder_that_cannot_be_written() -> None:
+    memory, disk, folder = machine_problems("cpu", 1.5e9, Path("/home/me"), 0.5e9, writable=False)
+    assert memory.startswith("1.5 GB of memory are free on cpu;")
+    assert disk.startswith("0.5 GB of disk are free in /home/me;")
+    assert folder.startswith("/home/me cannot be written; set SOFTPROMPT_HOME")
+    assert machine_problems("cpu", 1e10, Path("/home/me"), 1e10, writable=True) == []
 
 
 def test_numbers_are_given_once(llama: FrozenModel) -> None:

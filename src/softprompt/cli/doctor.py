@@ -47,12 +47,7 @@ def _findings() -> dict[str, Any]:
     problems = []
     if not bundled.exists():
         problems.append(f"the bundled model {SMOLLM2.name} is not here yet: softprompt models fetch {SMOLLM2.name}")
-    if memory < _LITTLE_MEMORY:
-        problems.append(f"{memory / 1e9:.1f} GB of memory are free on {device}; close other programs")
-    if disk < _LITTLE_DISK:
-        problems.append(f"{disk / 1e9:.1f} GB of disk are free in {home()}; free some, or set SOFTPROMPT_HOME")
-    if not os.access(_existing(home()), os.W_OK):
-        problems.append(f"{home()} cannot be written; set SOFTPROMPT_HOME to another folder")
+    problems += machine_problems(str(device), memory, home(), disk, os.access(_existing(home()), os.W_OK))
     return {
         "versions": environment(),
         "machine": {
@@ -75,6 +70,18 @@ def _findings() -> dict[str, Any]:
         ],
         "problems": problems,
     }
+
+
+def machine_problems(device: str, memory: float, home: Path, disk: float, writable: bool) -> list[str]:
+    """Return what is wrong with the machine: too few free bytes of memory or disk, a home folder that is read-only."""
+    problems = []
+    if memory < _LITTLE_MEMORY:
+        problems.append(f"{memory / 1e9:.1f} GB of memory are free on {device}; close other programs")
+    if disk < _LITTLE_DISK:
+        problems.append(f"{disk / 1e9:.1f} GB of disk are free in {home}; free some, or set SOFTPROMPT_HOME")
+    if not writable:
+        problems.append(f"{home} cannot be written; set SOFTPROMPT_HOME to another folder")
+    return problems
 
 
 def _existing(path: Path) -> Path:
