@@ -132,11 +132,7 @@ def _rename_into_place(temporary: Path, destination: Path) -> None:
 
 @contextmanager
 def _create_temporary(path: Path, folder: bool) -> Iterator[tuple[Path, Path]]:
-    """Create a temporary file or folder beside its destination, locked while it is filled; remove it on failure.
-
-    Returns:
-        The temporary path, and the destination: that of a link, if `path` is one.
-    """
+    """Yield a temporary file or folder, locked while it is filled and removed on failure, and its destination."""
     destination = _link_target(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
     clean_up(destination.parent, destination.name)
@@ -246,10 +242,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder against other commands. It is created if needed, and removed again if nothing is written to it.
 
     The lock is the system's: it ends with the process that holds it.
-
-    Raises:
-        InputError: another command works in it.
-        StorageError: it cannot be written to.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     with storage_errors(folder):

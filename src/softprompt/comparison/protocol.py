@@ -40,7 +40,6 @@ class Protocol:
     """What all methods have in common.
 
     Attributes:
-        model: the base model.
         train, validation, test: rows to learn from, to choose by, and to score.
         config: settings; what they leave open is decided as `tune` decides it. `max_minutes` is set.
         equal: whether all methods get the same wall time, `max_minutes`, or see the same number of examples.

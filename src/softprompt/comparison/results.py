@@ -27,33 +27,19 @@ class _Record(BaseModel):
 
 
 class Costs(_Record):
-    """The costs of a method.
-
-    Attributes:
-        trainable_parameters: 0 for prompt engineering.
-        stored_bytes: size of the task's files, the base model not counted.
-        train_seconds, train_cpu_seconds: wall and processor time of training or searching, validation included.
-        train_tokens: text tokens of the rows trained on; 0 for prompt engineering.
-        peak_bytes: peak memory of training or searching, the loaded base model not counted.
-        prediction_seconds: wall time per test row.
-        switch_seconds: time to load another task's files and answer a first row.
-        base_unchanged: whether the weights that answer are the base model's, with the same hash before and after; full
-            fine-tuning needs another copy.
-        perplexity_before, perplexity_after: perplexity of unrelated text with the base model's weights, and with the
-            method's.
-    """
+    """The costs of a method; prompt engineering has no trainable parameters and no training tokens."""
 
     trainable_parameters: int
-    stored_bytes: int
-    train_seconds: float
+    stored_bytes: int  # of the task's files, the base model not counted
+    train_seconds: float  # wall time of training or searching, validation included
     train_cpu_seconds: float
-    train_tokens: int
-    peak_bytes: int
-    prediction_seconds: float
-    switch_seconds: float
-    base_unchanged: bool
-    perplexity_before: float
-    perplexity_after: float
+    train_tokens: int  # text tokens of the rows trained on
+    peak_bytes: int  # peak memory of training or searching, the loaded base model not counted
+    prediction_seconds: float  # wall time per test row
+    switch_seconds: float  # to load another task's files and answer a first row
+    base_unchanged: bool  # the weights that answer are the base model's, by their hash; full fine-tuning needs a copy
+    perplexity_before: float  # of unrelated text, with the base model's weights
+    perplexity_after: float  # with the method's weights
 
 
 class Point(_Record):
@@ -69,17 +55,13 @@ class Result(_Record):
     """The result of one method with one seed.
 
     Attributes:
-        data, base_model: names of the rows and of the model.
         rows: numbers of `train`, `validation` and `test` rows.
         settings: the settings used, the method's own choices included.
-        metrics: on the test rows, with 95 % intervals.
         predictions: for each test row, the label or the text; empty for plain text.
         ranked_by: the metric that methods are ranked by (`ranking_metric`). Old files do not name one; theirs is
             `PRIMARY`.
         statistics: `[N, …]` per test row (per distinct input of a completion task): the sums that the ranking metric
             is computed from, see `compute_metric`.
-        curve: the learning curve; empty for prompt engineering.
-        environment: versions and machine.
     """
 
     method: str

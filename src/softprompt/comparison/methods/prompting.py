@@ -36,7 +36,6 @@ class Trial:
     """A candidate, scored on some validation rows.
 
     Attributes:
-        format: with its demonstrations.
         calibration: `none` where `label_bias`, or no calibration, scores better.
         label_bias: added to labels' log-likelihoods where that scores better than both.
         max_length: tokens of a row with its demonstrations.

@@ -136,8 +136,7 @@ def svg(draw: Draw, summaries: Sequence[MethodSummary], description: str, height
     """Draw a plot as an SVG element for a page: no size, no font and no colors of its own.
 
     Args:
-        draw: one of the functions above.
-        summaries: of the methods that are drawn.
+        draw, summaries: one of the functions above, and the methods that it draws.
         description: the plot in words, for screen readers.
         height: for a width of 360, in the page's pixels.
         legend: whether methods are named below.
