@@ -185,7 +185,7 @@ def test_layers_that_run_again_give_the_same_prompt(tmp_path: Path) -> None:
     for again in (False, True):
         prompt = TrainablePrompt(frozen("llama"), "classify this text")
         trainer(prompt, tmp_path / str(again), gradient_checkpointing=again).train()
-        assert prompt._recomputes == again
+        assert prompt.activation_checkpointing == again
         made.append(prompt.prompt.detach())
     torch.testing.assert_close(*made)
 

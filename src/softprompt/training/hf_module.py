@@ -47,7 +47,7 @@ class TrainablePrompt(torch.nn.Module):
         first = text_prompt(model, num_virtual_tokens, start) if isinstance(start, str) else start
         self.frozen = model
         self.prompt = torch.nn.Parameter(first.detach().float().clone())
-        self._checkpointing = False
+        self.activation_checkpointing = False
 
     def __getattr__(self, name: str) -> Any:
         """Explain which setting of the Trainer needs a missing attribute."""
@@ -75,11 +75,11 @@ class TrainablePrompt(torch.nn.Module):
             raise SettingsError(
                 "gradient_checkpointing takes every layer, and keeps nothing elsewhere; leave those out"
             )
-        self._checkpointing = True
+        self.activation_checkpointing = True
 
     def activation_checkpointing_disable(self) -> None:
         """Keep the activations for the backward pass."""
-        self._checkpointing = False
+        self.activation_checkpointing = False
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: object = None, **more: Any) -> None:
         """Do the same; this is the older name."""
@@ -133,9 +133,9 @@ class TrainablePrompt(torch.nn.Module):
 
     def _hidden(self, texts: list[Tensor], wanted: list[Tensor]) -> Tensor:
         """Return the inputs of the output head at some positions of each text behind the prompt, text by text."""
-        activation_checkpointing = self._checkpointing and torch.is_grad_enabled()
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         return self.frozen.backend.text_pass(
-            self.frozen.prefix(self.prompt), texts, wanted, activation_checkpointing=activation_checkpointing
+            self.frozen.prefix(self.prompt), texts, wanted, activation_checkpointing=checkpointing
         ).hidden
 
     def _filled(self, hidden: Tensor, real: Tensor) -> Tensor:
