@@ -48,11 +48,7 @@ class _Sequence:
 
 @torch.no_grad()
 def continue_ids(
-    model: FrozenModel,
-    prompt: AnyPrompt,
-    inputs: Sequence[Sequence[int]],
-    room: Sequence[int],
-    config: GenerateConfig,
+    model: FrozenModel, prompt: AnyPrompt, inputs: Sequence[Sequence[int]], room: Sequence[int], config: GenerateConfig
 ) -> list[str]:
     """Continue token ids after a prompt, or with the base model.
 
@@ -208,7 +204,7 @@ class _MembersBatch:
 
     def __init__(self, model: FrozenModel, prefixes: Sequence[Sequence[Prefix]]) -> None:
         self.members = len(prefixes[0])
-        self.rows = model.decode([prefix for each in prefixes for prefix in each])
+        self.rows = model.backend.decode([prefix for each in prefixes for prefix in each])
 
     def select(self, sequences: list[int]) -> None:
         """Reduce the batch to some sequences, in this order; one may occur several times."""
@@ -243,11 +239,11 @@ def _prefill(
 def _prefill_member(model: FrozenModel, prefix: Prefix, sequences: list[_Sequence]) -> tuple[Tensor, list[Prefix]]:
     shared_text_len = len(prefix.shared_text_ids)
     if all(len(sequence.ids) > shared_text_len for sequence in sequences):
-        return model.prefill(prefix, [sequence.ids[shared_text_len:] for sequence in sequences])
+        return model.backend.prefill(prefix, [sequence.ids[shared_text_len:] for sequence in sequences])
     # Some texts are empty, so none are shared: the prompt's last position predicts the first token of those.
     assert prefix.last is not None
     first = model.backend.lm_head.logits(prefix.last)
-    done = [model.prefill(prefix, [each.ids]) if each.ids else (first, [prefix]) for each in sequences]
+    done = [model.backend.prefill(prefix, [each.ids]) if each.ids else (first, [prefix]) for each in sequences]
     return torch.cat([logits for logits, _ in done]), [extended for _, (extended,) in done]
 
 

@@ -86,7 +86,7 @@ def test_loss_with_candidate_ids_is_that_of_plain_logits(
 
 def test_a_head_that_learns_has_the_loss_of_one_that_does_not() -> None:
     model = model_by("llama", PackedBackend)
-    model.loss(model.prefix(start(model, 2)), AMONG)  # the head is run as the whole model is
+    model.backend.loss(model.prefix(start(model, 2)), AMONG)  # the head is run as the whole model is
     hidden = torch.randn(4, model.embedding_width, generator=torch.Generator().manual_seed(3))
     targets, candidate_ids = (
         torch.tensor([40, 41, 50, 2]),

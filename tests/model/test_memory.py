@@ -69,7 +69,7 @@ def test_texts_behind_several_prefixes_take_no_more_than_is_predicted(
             for prefix_length in prefix_lengths:
                 prefix = model.prefix(torch.randn(prefix_length, model.embedding_width).requires_grad_())
                 leaves.append((prefix, prefix.leaves()))
-            model.loss([leaves[i % 3][1] for i in range(len(lengths))], examples).sum().backward()
+            model.backend.loss([leaves[i % 3][1] for i in range(len(lengths))], examples).sum().backward()
             for prefix, leaf in leaves:
                 prefix.backward(leaf)
         assert live.most < memory_estimate.step(lengths, len(lengths)) < 3 * live.most
@@ -97,7 +97,7 @@ def test_scoring_takes_far_less_than_training(llama: FrozenModel) -> None:
     memory_estimate, prompt = measure(llama, 5), torch.randn(5, 32)
     examples = [Example(tuple(range(5, 106)), 100)] * 9
     with torch.no_grad(), LiveBytes() as live:
-        llama.loss(llama.prefix(prompt), examples)
+        llama.backend.loss(llama.prefix(prompt), examples)
     predicted = memory_estimate.scoring([100] * 9, 9)
     assert live.most < predicted < 0.7 * memory_estimate.step([100] * 9, 9)
 
@@ -117,7 +117,7 @@ def test_scoring_takes_no_more_than_is_predicted(
     for lengths in ([30] * 9, [7, 8, 9, 10, 30, 31, 44, 64, 90], [1] * 200):
         examples = [Example(tuple(range(5, 6 + length)), length) for length in lengths]
         with torch.no_grad(), LiveBytes() as live:
-            model.loss([prefixes[i % count] for i in range(len(lengths))], examples)
+            model.backend.loss([prefixes[i % count] for i in range(len(lengths))], examples)
         assert 0.95 * live.most < memory_estimate.scoring(lengths, len(lengths))
 
 

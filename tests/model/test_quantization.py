@@ -66,7 +66,7 @@ def test_a_quantized_model_is_the_same_model_and_learns(folder: Path, reviews: P
     # Its own rows depend on their neighbours, so the backend is checked on another model of the kind.
     assert [getattr(one.hf_model, "is_quantized", False) for one in subjects(model.hf_model)] == [False]
     # What keeps its precision is compared, so that a prompt fits the model in any number of bits.
-    assert fingerprint(plain).mismatch(fingerprint(model)) is None
+    assert not fingerprint(plain).differences(fingerprint(model))
     loss, gradient = step(model)
     wanted, exact = step(plain)
     assert loss == pytest.approx(wanted, rel=0.05)

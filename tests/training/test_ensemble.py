@@ -49,7 +49,7 @@ def test_several_prompts_write_what_the_mean_of_their_probabilities_says(llama: 
     assert written not in alone  # they do not agree, so that there is something to average
 
     def mean(ids: list[int]) -> Tensor:
-        shares = [llama.prefill(llama.prefix(p), [ids])[0][0].softmax(-1) for p in prompts]
+        shares = [llama.backend.prefill(llama.prefix(p), [ids])[0][0].softmax(-1) for p in prompts]
         return torch.stack(shares).mean(0)
 
     for ids, text in zip(inputs, written, strict=True):

@@ -148,7 +148,7 @@ def test_a_prefix_that_peft_saved_gives_the_same_logits(kind: type[PrefixTuningC
     model = frozen("llama")
     ids = model.tokenizer("the parcel never came", return_tensors="pt")["input_ids"]
     expected = theirs(input_ids=ids).logits[0, -1]
-    found, _ = model.prefill(model.prefix(prompt.weights), [ids[0].tolist()])
+    found, _ = model.backend.prefill(model.prefix(prompt.weights), [ids[0].tolist()])
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -102,7 +102,7 @@ def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task |
     if len(set(sources.values())) < len(sources):
         warn(
             f"{name}: the column {names[needed[0]]!r} is both {' and '.join(needed)}, so the input contains the "
-            "answer; map another one",
+            "answer; map another one"
         )
     return layout
 

@@ -62,12 +62,12 @@ def warn_about_labels(counts: Counter[str], rows: int, name: str) -> None:
         more = f"; and {len(groups) - _MAX_SHOWN} more such" if len(groups) > _MAX_SHOWN else ""
         warn(
             f"{name}: labels that look alike are labels of their own: {shown}{more}. Write them in one way if they "
-            "mean the same",
+            "mean the same"
         )
     if rows >= _MIN_ROWS and len(counts) == rows:
         warn(
             f"{name}: each of the {rows:,} rows has a label of its own, so none can be learned from several rows; if "
-            "they are texts, map them as a completion: --map input=… --map target=…",
+            "they are texts, map them as a completion: --map input=… --map target=…"
         )
 
 

@@ -81,10 +81,7 @@ def content_free(form: Format) -> list[Row]:
 
 
 def make_scorer(
-    encoder: Encoder,
-    rows: Rows,
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
-    calibration: Calibration = "none",
+    encoder: Encoder, rows: Rows, micro_batch_tokens: int = MICRO_BATCH_TOKENS, calibration: Calibration = "none"
 ) -> Scorer:
     """Return the scorer of a task.
 

@@ -40,7 +40,7 @@ class LabelScorer(Scorer):
         log_likelihoods = np.zeros((len(weights), *self.shape))
         examples = [Example(choice.ids, 0) for choice in self.choices]
         for prompts, rows in self._micro_batches(examples, len(weights), shared_text_len, model.backend.pads):
-            scores = model.score([prefixes[k] for k in prompts], [self.choices[i] for i in rows])
+            scores = model.backend.score([prefixes[k] for k in prompts], [self.choices[i] for i in rows])
             log_likelihoods[prompts, rows] = scores.numpy()
         return log_likelihoods
 

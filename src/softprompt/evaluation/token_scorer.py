@@ -39,7 +39,7 @@ class TokenScorer(Scorer):
         losses = np.zeros((len(weights), *self.shape))
         for prompts, rows in self._micro_batches(scored, len(weights), len(text), model.backend.pads):
             examples = [scored[i] for i in rows]
-            by_token = model.loss([prefixes[k] for k in prompts], examples).cpu().double()
+            by_token = model.backend.loss([prefixes[k] for k in prompts], examples).cpu().double()
             for k, i, values in zip(prompts, rows, by_token.split([e.targets for e in examples]), strict=True):
                 losses[k, self.scored[i]] = float(values.sum())
         return losses

@@ -8,14 +8,13 @@ import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import PretrainedConfig
 
 from softprompt.model.fingerprint_v1 import FirstFingerprint, first_fingerprint
 from softprompt.model.frozen import FrozenModel
-from softprompt.model.tokenizer_facts import different_tokenizer, tokenizer_facts
+from softprompt.model.tokenizer_facts import different_tokenizer
 from softprompt.model.weight_sample import different_weights, require_readable, sample_weights
 
 # Settings of a configuration that change no answer: where a model comes from, how it is trained, what else it returns,
@@ -33,7 +32,6 @@ _SCALED_BY_LENGTH = ("dynamic", "longrope", "yarn")
 # Settings that differ between architectures and sizes.
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _NAMED = 3  # differences in a message
-_TOKENIZERS: WeakKeyDictionary[FrozenModel, dict[str, Any]] = WeakKeyDictionary()
 
 
 class Fingerprint(BaseModel):
@@ -63,8 +61,8 @@ class Fingerprint(BaseModel):
         require_readable(weights)
         return weights
 
-    def mismatch(self, other: Fingerprint, chat_template: bool = False) -> str | None:
-        """Return what differs in `other`, or None where both are the same model.
+    def differences(self, other: Fingerprint, chat_template: bool = False) -> dict[str, list[str]]:
+        """Return what differs in `other`, with the details of each difference; nothing where both are the same model.
 
         Settings that one side lacks are not compared: a newer transformers has more of them.
 
@@ -72,10 +70,6 @@ class Fingerprint(BaseModel):
             other: of the model that is loaded now.
             chat_template: whether the prompt uses it.
         """
-        return ", ".join(self.differences(other, chat_template)) or None
-
-    def differences(self, other: Fingerprint, chat_template: bool = False) -> dict[str, list[str]]:
-        """Return what differs, by the names of `mismatch`, with the details of each."""
         settings, shape = list[str](), list[str]()
         for name, before, now in _differing(self.configuration, other.configuration):
             (shape if name in _SHAPE else settings).append(f"{name} was {before!r} and is {now!r}")
@@ -88,10 +82,6 @@ class Fingerprint(BaseModel):
         }
         return {what: names for what, names in found.items() if names}
 
-    def unchecked(self, other: Fingerprint) -> int:
-        """Return how many weights cannot be compared."""
-        return max(self.skipped, other.skipped)
-
 
 AnyFingerprint: TypeAlias = Fingerprint | FirstFingerprint
 
@@ -103,7 +93,7 @@ def fingerprint(model: FrozenModel) -> Fingerprint:
     return Fingerprint(
         version=2,
         configuration=_settings(model.hf_model.config.get_text_config()),
-        tokenizer=_tokenizer(model),
+        tokenizer=model.tokenizer_facts,
         chat_template=hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None,
         weights=weights,
         skipped=skipped,
@@ -131,9 +121,10 @@ def difference(before: AnyFingerprint, model: FrozenModel, chat_template: bool =
         return f"{changed} differs" if changed else None
     now = fingerprint(model)
     found = before.differences(now, chat_template)
-    if not found and before.unchecked(now):
+    unchecked = max(before.skipped, now.skipped)
+    if not found and unchecked:
         warnings.warn(
-            f"{before.unchecked(now)} of the weights of {model.source} are quantized or not on the device: whether "
+            f"{unchecked} of the weights of {model.source} are quantized or not on the device: whether "
             "they are the same could not be checked",
             stacklevel=2,
         )
@@ -148,13 +139,6 @@ def _settings(config: PretrainedConfig) -> dict[str, Any]:
         settings.pop("max_position_embeddings", None)
     loaded: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return loaded
-
-
-def _tokenizer(model: FrozenModel) -> dict[str, Any]:
-    """Return the facts of the tokenizer; they are cached: hashing a vocabulary takes some tenths of a second."""
-    if model not in _TOKENIZERS:
-        _TOKENIZERS[model] = tokenizer_facts(model.tokenizer)
-    return _TOKENIZERS[model]
 
 
 def _differing(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel
 
 from softprompt.model.frozen import FrozenModel
+from softprompt.model.tokenizer_facts import hash_json
 
-_SHAPE = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 # bfloat16 keeps 8 bits: values that were rounded to it differ by up to 2^-8 of themselves, two of them by twice that.
 _RELATIVE = 2.0**-7
 _ABSOLUTE = 1e-6
@@ -58,16 +49,12 @@ def first_fingerprint(model: FrozenModel) -> FirstFingerprint:
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     sample = model.embed([i * model.vocabulary_size // 64 for i in range(64)]).float().cpu()
     values = [float(sample[i, (i * 37) % sample.shape[1]]) for i in range(64)]
-    return FirstFingerprint(configuration=_hash(shape), tokenizer=_tokenizer(model), embeddings=values)
+    return FirstFingerprint(configuration=hash_json(shape), tokenizer=_tokenizer(model), embeddings=values)
 
 
 def _tokenizer(model: FrozenModel) -> str:
     """Return the tokenizer's hash; it is cached: hashing a vocabulary takes a tenth of a second."""
     if model not in _TOKENIZERS:
         special = {name: str(token) for name, token in model.tokenizer.special_tokens_map.items()}
-        _TOKENIZERS[model] = _hash([model.tokenizer.get_vocab(), special])
+        _TOKENIZERS[model] = hash_json([model.tokenizer.get_vocab(), special])
     return _TOKENIZERS[model]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

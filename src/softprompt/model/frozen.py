@@ -4,35 +4,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from functools import cached_property
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt.data.example import Choices, Example, common_start
+from softprompt.data.example import common_start
 from softprompt.model.backends.base import Backend
-from softprompt.model.backends.decode import DecodeBatch
 from softprompt.model.free_memory import available_memory
 from softprompt.model.prefix import Prefix
+from softprompt.model.tokenizer_facts import tokenizer_facts
 from softprompt.private_interfaces import input_device
 
 MAX_CACHED = 8  # prefixes; one of 100 virtual tokens of a model of 7 billion parameters takes 50 MB in half precision
 _MIN_TOKENS_SAVED = 64  # a pass of a few tokens takes as long as so many more tokens in a larger pass
-
-
-@dataclass(frozen=True)
-class _CachedPrefix:
-    """A prefix, and the tensor that it was computed from, with the version that this had."""
-
-    weights: ReferenceType[Tensor]
-    version: int
-    prefix: Prefix
-
-    def is_of(self, weights: Tensor) -> bool:
-        return self.weights() is weights and self.version == _version(weights)
 
 
 class FrozenModel:
@@ -56,13 +45,10 @@ class FrozenModel:
         revision: str | None = None,
         available_memory: Callable[[torch.device], float] = available_memory,
     ) -> None:
-        self.hf_model = hf_model
-        self.tokenizer = tokenizer
-        self.backend = backend
-        self.source = source
-        self.revision = revision
+        self.hf_model, self.tokenizer, self.backend = hf_model, tokenizer, backend
+        self.source, self.revision = source, revision
         self.available_memory = available_memory
-        self._cached: OrderedDict[int, _CachedPrefix] = OrderedDict()
+        self._cached: OrderedDict[int, tuple[ReferenceType[Tensor], int, Prefix]] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +84,11 @@ class FrozenModel:
         return min((int(limit) for limit in limits if limit), default=None)
 
     @cached_property
+    def tokenizer_facts(self) -> dict[str, Any]:
+        """What identifies the tokenizer; hashing a vocabulary takes some tenths of a second."""
+        return tokenizer_facts(self.tokenizer)
+
+    @cached_property
     def prefix_shape(self) -> tuple[int, int, int]:
         """L, K and D: the layers, and each one's key-value heads and their size.
 
@@ -127,13 +118,12 @@ class FrozenModel:
             return Prefix()
         with self.backend.lock:
             cached = self._cached.get(id(weights))
-            if cached is None or not cached.is_of(weights):
-                cached = _CachedPrefix(ref(weights), _version(weights), self.prefix(weights))
-                self._cached[id(weights)] = cached
+            if cached is None or cached[0]() is not weights or cached[1] != _version(weights):
+                cached = self._cached[id(weights)] = ref(weights), _version(weights), self.prefix(weights)
             self._cached.move_to_end(id(weights))
             if len(self._cached) > MAX_CACHED:
                 self._cached.popitem(last=False)
-            return cached.prefix
+            return cached[2]
 
     @torch.no_grad()
     def shared_prefixes(self, weights: Sequence[Tensor | None], texts: Sequence[Sequence[int]]) -> list[Prefix]:
@@ -147,24 +137,6 @@ class FrozenModel:
         if (len(texts) - 1) * len(shared_text_ids) < _MIN_TOKENS_SAVED:
             return prefixes
         return self.backend.extend(prefixes, shared_text_ids)
-
-    def loss(
-        self, prefix: Prefix | Sequence[Prefix], examples: Sequence[Example], activation_checkpointing: bool = False
-    ) -> Tensor:
-        """Return the loss of each target token of some examples; see `Backend.loss`."""
-        return self.backend.loss(prefix, examples, activation_checkpointing)
-
-    def score(self, prefixes: Sequence[Prefix], choices: Sequence[Choices]) -> Tensor:
-        """Return the log-likelihood of each label, `[rows, labels]`; see `Backend.score`."""
-        return self.backend.score(prefixes, choices)
-
-    def prefill(self, prefix: Prefix | Sequence[Prefix], texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
-        """Run texts behind a prefix, to continue them; see `Backend.prefill`."""
-        return self.backend.prefill(prefix, texts)
-
-    def decode(self, prefixes: Sequence[Prefix]) -> DecodeBatch:
-        """Return rows that are continued a token at a time; see `Backend.decode`."""
-        return self.backend.decode(prefixes)
 
 
 def _version(weights: Tensor) -> int:

@@ -17,7 +17,7 @@ class TokenLoss:
     """The loss of each target token; an objective may compute another.
 
     Attributes:
-        can_fuse: whether there is a `fused_loss`.
+        can_fuse: whether `Backend.fused_loss` gives the same.
     """
 
     can_fuse: ClassVar[bool] = True
@@ -26,18 +26,7 @@ class TokenLoss:
         self, model: FrozenModel, prefix: Prefix, examples: Sequence[Example], activation_checkpointing: bool
     ) -> Tensor:
         """Return the losses of a micro-batch behind a prefix; their sum is what the gradient is computed of."""
-        return model.loss(prefix, examples, activation_checkpointing)
-
-    def fused_loss(
-        self,
-        model: FrozenModel,
-        weights: Tensor,
-        shared_text_ids: Sequence[int],
-        examples: Sequence[Example],
-        activation_checkpointing: bool,
-    ) -> Tensor:
-        """Return the same behind a soft prompt and a text, all in one pass."""
-        return model.backend.fused_loss(weights, shared_text_ids, examples, activation_checkpointing)
+        return model.backend.loss(prefix, examples, activation_checkpointing)
 
 
 _TOKEN_LOSS = TokenLoss()
@@ -58,7 +47,6 @@ def prompt_gradient(
     in one pass where the model's backend `can_fuse` them: half as many operations, each on more tokens.
 
     Args:
-        model: the frozen model.
         weights: a soft prompt `[P, H]` or a learned prefix `[L, 2, K, P, D]`; float32.
         shared_text_ids: token ids that every example begins with; they are run once, with the prompt.
         micro_batches: the step's examples; how they are cut changes the result by rounding only.
@@ -72,9 +60,7 @@ def prompt_gradient(
     targets = sum(example.targets for part in micro_batches for example in part)
     with torch.enable_grad():
         if len(micro_batches) == 1 and objective.can_fuse and model.backend.can_fuse and not is_prefix(weights):
-            loss = objective.fused_loss(
-                model, weights, shared_text_ids, micro_batches[0], activation_checkpointing
-            ).sum()
+            loss = model.backend.fused_loss(weights, shared_text_ids, micro_batches[0], activation_checkpointing).sum()
             loss.backward()
             total = float(loss.detach())
         else:

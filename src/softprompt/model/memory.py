@@ -132,7 +132,7 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
 
     Args:
         model: the frozen model.
-        prefix_length: P, the length of the prefix.
+        prefix_length: P.
     """
     longest, most = _LONGEST_MEASURED, model.context_length
     if most is not None:  # a prompt that takes nearly all positions is measured a little shorter
@@ -146,13 +146,13 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
             leaves = model.prefix(prompt).leaves()
         # A prefix is in memory twice, once detached from the graph, and has a gradient.
         prefix = [*leaves.keys, *leaves.values]
-        prompt_bytes = saved.total + 2.0 * sum(tensor.nbytes for tensor in prefix)
+        prompt_bytes = sum(saved.values()) + 2.0 * sum(tensor.nbytes for tensor in prefix)
         totals = []
         for count, length in measured:
             with _count_saved([*own, *prefix]) as saved:
                 text = torch.zeros(length, dtype=torch.long)
                 hidden = model.backend.text_pass(leaves, [text] * count, [torch.tensor([length - 1])] * count).hidden
-            totals.append(saved.total)
+            totals.append(sum(saved.values()))
         with _count_saved(own) as saved:
             logits = model.backend.lm_head.logits(hidden[:1].detach().requires_grad_())
     terms = [_terms(count, length, leaves.length) for count, length in measured]
@@ -165,7 +165,7 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
         layers=int(config.num_hidden_layers),
         width=int(config.hidden_size) * hidden.element_size(),
         # Three copies in float32, and what soft-capping saves, with its gradient.
-        logit=3 * 4 + 2 * saved.total / logits.numel(),
+        logit=3 * 4 + 2 * sum(saved.values()) / logits.numel(),
         vocabulary=logits.shape[-1],
         pads=model.backend.pads,
         max_length_ratio=model.backend.max_length_ratio,
@@ -173,34 +173,19 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
     )
 
 
-class _SavedTensors:
-    """Counts the bytes of the storages that autograd saves."""
-
-    def __init__(self, own: Sequence[Tensor]) -> None:
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self._sizes: dict[int, int] = {}
-
-    def add(self, tensor: Tensor) -> Tensor:
-        """Count a tensor's storage, all of it for a view.
-
-        Returns:
-            What is saved instead: an operation's own result would refer to the operation, and neither would be freed.
-        """
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
-    @property
-    def total(self) -> int:
-        return sum(self._sizes.values())
-
-
 @contextmanager
-def _count_saved(own: Sequence[Tensor]) -> Iterator[_SavedTensors]:
-    """Count what is saved for the backward pass, without tensors that exist anyway."""
-    saved = _SavedTensors(own)
-    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+def _count_saved(own: Sequence[Tensor]) -> Iterator[dict[int, int]]:
+    """Give the bytes of each storage that is saved for the backward pass, without tensors that exist anyway."""
+    existing = {tensor.untyped_storage().data_ptr() for tensor in own}
+    saved: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in existing:
+            saved[storage.data_ptr()] = storage.nbytes()  # all of it for a view
+        return tensor.detach()  # an operation's own result would refer to the operation, and neither would be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         yield saved
 
 

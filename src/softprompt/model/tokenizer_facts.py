@@ -40,9 +40,9 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     added = {token.pop("content"): token for token in parts["added_tokens"]}
     facts["added tokens"] = _with_and_without(added, padding)
     if model.get("merges"):
-        facts["merges"] = _hash([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+        facts["merges"] = hash_json([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
     if isinstance(model.get("vocab"), list):
-        facts["scores"] = _hash(model["vocab"])
+        facts["scores"] = hash_json(model["vocab"])
     facts["model"] = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
     for name in ("normalizer", "pre_tokenizer", "post_processor"):
         facts[name] = _shortened(parts[name])
@@ -69,14 +69,14 @@ def _same(before: Any, now: Any) -> bool:
 
 def _ids(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
-        return _hash(list(tokenizer(_TEXT)["input_ids"]))
+        return hash_json(list(tokenizer(_TEXT)["input_ids"]))
     except Exception:  # a word-level tokenizer without an unknown token raises its library's own error
         return None
 
 
 def _with_and_without(entries: Mapping[str, Any], padding: str | None) -> dict[str, str]:
     rest = {name: value for name, value in entries.items() if name != padding}
-    return {"with_padding": _hash(entries), "without_padding": _hash(rest)}
+    return {"with_padding": hash_json(entries), "without_padding": hash_json(rest)}
 
 
 def _shortened(value: Any) -> Any:
@@ -85,8 +85,9 @@ def _shortened(value: Any) -> Any:
         return {name: _shortened(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_shortened(inner) for inner in value]
-    return _hash(value) if isinstance(value, str) and len(value) > _LONGEST else value
+    return hash_json(value) if isinstance(value, str) and len(value) > _LONGEST else value
 
 
-def _hash(value: Any) -> str:
+def hash_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ from softprompt.data.example import Example
 from softprompt.data.rows import load_data
 from softprompt.errors import RunError
 from softprompt.model import lm_head
+from softprompt.model.backends.base import Backend
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from tiny_models import frozen, tiny_model
@@ -107,27 +108,27 @@ def test_where_memory_runs_out_less_is_run_at_once(
 ) -> None:
     """The gradients are the same, those of the parts that ran before it did not count twice."""
     ran: list[int] = []
-    right = FrozenModel.loss
+    right = Backend.loss
 
     def little_memory(
-        model: FrozenModel, prefix: Prefix, examples: list[Example], activation_checkpointing: bool
+        backend: Backend, prefix: Prefix, examples: list[Example], activation_checkpointing: bool
     ) -> torch.Tensor:
         ran.append(len(examples))
         if len(ran) == 2:  # the first part had run
             raise MemoryError
-        return right(model, prefix, examples, activation_checkpointing)
+        return right(backend, prefix, examples, activation_checkpointing)
 
     with learning(llama, method) as model:
         trainer = loop_of(model, reviews, max_steps=1)
         batch = [trainer.prepared.examples[i] for i in range(6)]
         loss = trainer.gradient(batch)
         expected = {name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None}
-        monkeypatch.setattr(FrozenModel, "loss", little_memory)
+        monkeypatch.setattr(Backend, "loss", little_memory)
         assert trainer.gradient(batch) == pytest.approx(loss, rel=1e-5)
         assert trainer.state.micro_batch_tokens == 20
         for name, gradient in expected.items():
             torch.testing.assert_close(trainer.parameters[name].grad, gradient, rtol=1e-3, atol=1e-6)
-        monkeypatch.setattr(FrozenModel, "loss", broken)
+        monkeypatch.setattr(Backend, "loss", broken)
         with pytest.raises(RunError, match="out of memory at one row"):
             trainer.gradient(batch)
 
@@ -169,7 +170,7 @@ def test_a_head_that_learns_makes_its_logits_a_piece_at_a_time(
     hidden, targets = torch.randn(100, 32, generator=generator), torch.randint(400, (100,), generator=generator)
     candidate_ids = torch.stack([targets, (targets + 1) % 400, torch.full_like(targets, -1)], dim=1)
 
-    copy.loss(Prefix(), [Example((5, 6, 7), 1)])  # a model's logits are made as it makes them, which is seen then
+    copy.backend.loss(Prefix(), [Example((5, 6, 7), 1)])  # logits are made as the model makes them, which is seen then
 
     def found(others: torch.Tensor | None) -> list[torch.Tensor]:
         given = hidden.clone().requires_grad_()

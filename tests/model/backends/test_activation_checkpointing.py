@@ -110,7 +110,7 @@ def test_the_backward_pass_may_run_in_another_thread(architecture: str) -> None:
     gradients = []
     for activation_checkpointing in (False, True):
         leaves = model.prefix(tiny_prompt(model, 20)).leaves()
-        loss = model.loss(leaves, examples, activation_checkpointing).sum()
+        loss = model.backend.loss(leaves, examples, activation_checkpointing).sum()
         in_a_thread(loss.backward) if activation_checkpointing else loss.backward()
         gradients.append([leaf.grad for leaf in [*leaves.keys, *leaves.values]])
     for once, twice in zip(*gradients, strict=True):

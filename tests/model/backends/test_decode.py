@@ -168,7 +168,7 @@ def test_rows_that_are_read_wrongly_refuse_a_model(llama: FrozenModel, monkeypat
 def test_a_cache_is_shared_where_it_can_be(llama: FrozenModel) -> None:
     assert llama.backend.shares_cache
     prefix = llama.prefix(llama.embed([5, 6, 7]))
-    cache = llama.decode([prefix, prefix])
+    cache = llama.backend.decode([prefix, prefix])
     assert isinstance(cache, SharedCacheBatch)
     keys, _ = cached_tensors(cache._cache)
     assert keys[0].shape[0] == 2

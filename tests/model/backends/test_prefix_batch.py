@@ -124,7 +124,7 @@ def test_each_prompts_loss_and_gradient_are_those_of_concatenation(name: str) ->
 
     prefixes = [model.prefix(each, shared_text_ids if k == 2 else ()) for k, each in enumerate(prompts)]
     leaves = [prefix.leaves() for prefix in prefixes]
-    losses = model.loss([leaves[k] for k in BEHIND[:-1]], examples)
+    losses = model.backend.loss([leaves[k] for k in BEHIND[:-1]], examples)
     losses.sum().backward()
     for prefix, leaf in zip(prefixes, leaves, strict=True):
         prefix.backward(leaf)

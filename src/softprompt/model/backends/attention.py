@@ -273,7 +273,7 @@ def _with_prefixes(
     if prompt_states:
         before = [states.to(keys.dtype).expand(len(keys), -1, -1, -1) for states in prompt_states]
     elif bucket.prefix_batch.longest:
-        before = [bucket.prefix_batch.keys(layer, keys.dtype), bucket.prefix_batch.values(layer, values.dtype)]
+        before = [bucket.prefix_batch.states(kind, layer, keys.dtype) for kind in ("keys", "values")]
     else:
         return keys, values
     return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)

@@ -15,7 +15,7 @@ def filled_cache(prefix_batch: PrefixBatch, layers: int, dtype: torch.dtype) -> 
     """Return a cache whose rows hold their prefixes."""
     cache = DynamicCache()
     for layer in range(layers):
-        cache.update(prefix_batch.keys(layer, dtype), prefix_batch.values(layer, dtype), layer)
+        cache.update(prefix_batch.states("keys", layer, dtype), prefix_batch.states("values", layer, dtype), layer)
     return cache
 
 

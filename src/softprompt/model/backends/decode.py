@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,20 +16,10 @@ from softprompt.model.prefix import Prefix
 from softprompt.private_interfaces import input_device
 
 
-class DecodeBatch(ABC):
-    """Rows that all take one more token at a time."""
+class SharedCacheBatch:
+    """Rows that take a token at a time, in one cache of the model's own.
 
-    @abstractmethod
-    def select(self, rows: Sequence[int]) -> None:
-        """Reduce the batch to some rows, in this order; a row may occur several times."""
-
-    @abstractmethod
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Add a token to every row and return the logits after it, `[rows, V]`."""
-
-
-class SharedCacheBatch(DecodeBatch):
-    """Rows in one cache of the model's own: `padding · prefix · text`, so that the real tokens are contiguous.
+    A row is `padding · prefix · text`, so that the real tokens are contiguous.
 
     Args:
         hf_model: the frozen model.
@@ -38,10 +28,7 @@ class SharedCacheBatch(DecodeBatch):
     """
 
     def __init__(
-        self,
-        hf_model: PreTrainedModel,
-        running: Callable[[], AbstractContextManager[None]],
-        prefixes: Sequence[Prefix],
+        self, hf_model: PreTrainedModel, running: Callable[[], AbstractContextManager[None]], prefixes: Sequence[Prefix]
     ) -> None:
         self._hf_model, self._running, self._device = hf_model, running, input_device(hf_model)
         batch = PrefixBatch(prefixes)
@@ -51,11 +38,13 @@ class SharedCacheBatch(DecodeBatch):
         self._mask = (slots[None, :] >= batch.longest - self._lengths[:, None]).long()
 
     def select(self, rows: Sequence[int]) -> None:
+        """Reduce the batch to some rows, in this order; a row may occur several times."""
         indices = torch.tensor(list(rows), device=self._device)
         self._cache.batch_select_indices(indices)
         self._mask, self._lengths = self._mask[indices], self._lengths[indices]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
+        """Add a token to every row and return the logits after it, `[rows, V]`."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         with self._running():
             logits: Tensor = self._hf_model(
@@ -69,8 +58,8 @@ class SharedCacheBatch(DecodeBatch):
         return logits
 
 
-class OwnPrefixBatch(DecodeBatch):
-    """Rows with a prefix each, which every token extends: slower, but a pass of text like any other.
+class OwnPrefixBatch:
+    """The same with a prefix for each row, which every token extends: slower, but a pass of text like any other.
 
     For models whose cache counts padding as positions, or stores something else than what their attention uses.
 
@@ -92,3 +81,6 @@ class OwnPrefixBatch(DecodeBatch):
     def step(self, tokens: Sequence[int]) -> Tensor:
         logits, self._prefixes = self._prefill(self._prefixes, [[token] for token in tokens])
         return logits
+
+
+DecodeBatch: TypeAlias = SharedCacheBatch | OwnPrefixBatch

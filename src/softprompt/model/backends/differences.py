@@ -26,18 +26,6 @@ class StepDifferences(NamedTuple):
     gradient: float
 
 
-class DecodingDifferences(NamedTuple):
-    """Differences of logits, relative to their spread; infinite where a pass fails.
-
-    Attributes:
-        own_prefixes: with a prefix of its own for each row.
-        shared_cache: with all rows in one cache of the model's own.
-    """
-
-    own_prefixes: float
-    shared_cache: float
-
-
 def step_differences(reference: Reference, model: FrozenModel, cut: bool = True) -> StepDifferences:
     """Return the largest differences of loss and gradient, the texts at once and, if `cut`, as two micro-batches."""
     losses, gradients = [], []
@@ -50,16 +38,20 @@ def step_differences(reference: Reference, model: FrozenModel, cut: bool = True)
 
 
 @torch.no_grad()
-def decoding_differences(reference: Reference, model: FrozenModel) -> DecodingDifferences:
+def decoding_differences(reference: Reference, model: FrozenModel) -> tuple[float, float]:
     """Compare a batch of texts of unlike lengths, behind unlike prefixes, with plain passes of each row alone.
 
     The backend runs the texts; then each row takes two tokens.
+
+    Returns:
+        Differences of logits, relative to their spread: with a prefix of its own for each row, and with all rows in one
+        cache of the model's own; infinite where a pass fails.
     """
     by_dropped = {
         dropped: model.prefix(reference.prompt[dropped:]) if dropped < len(reference.prompt) else Prefix()
         for dropped in set(reference.dropped_virtual_tokens)
     }
-    logits, prefixes = model.prefill([by_dropped[n] for n in reference.dropped_virtual_tokens], reference.texts)
+    logits, prefixes = model.backend.prefill([by_dropped[n] for n in reference.dropped_virtual_tokens], reference.texts)
     prefilled = _logits_difference(reference, logits, 0, range(len(reference.texts)))
     own_prefixes = _decoded_difference(reference, OwnPrefixBatch(model.backend.prefill, prefixes))
     try:
@@ -67,7 +59,7 @@ def decoding_differences(reference: Reference, model: FrozenModel) -> DecodingDi
         shared_cache = _decoded_difference(reference, batch)
     except Exception:  # what a foreign model's cache holds may have another shape than what its attention uses
         shared_cache = math.inf
-    return DecodingDifferences(_largest([prefilled, own_prefixes]), _largest([prefilled, shared_cache]))
+    return _largest([prefilled, own_prefixes]), _largest([prefilled, shared_cache])
 
 
 def _decoded_difference(reference: Reference, batch: DecodeBatch) -> float:

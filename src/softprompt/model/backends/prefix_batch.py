@@ -32,15 +32,8 @@ class PrefixBatch:
         self._fullest = max(prefixes, key=lambda prefix: prefix.length)
         self._runs = [list(run) for _, run in groupby(prefixes, key=id)]
 
-    def keys(self, layer: int, dtype: torch.dtype) -> Tensor:
-        """Return the keys at a layer, `[n, K, P, D]`; only where P is not 0."""
-        return self._stacked("keys", layer, dtype)
-
-    def values(self, layer: int, dtype: torch.dtype) -> Tensor:
-        """Return the values at a layer, `[n, K, P, D]`; only where P is not 0."""
-        return self._stacked("values", layer, dtype)
-
-    def _stacked(self, kind: Literal["keys", "values"], layer: int, dtype: torch.dtype) -> Tensor:
+    def states(self, kind: Literal["keys", "values"], layer: int, dtype: torch.dtype) -> Tensor:
+        """Return the keys or values at a layer, `[n, K, P, D]`; only where P is not 0."""
         padded: dict[int, Tensor] = {}
         for prefix, *_ in self._runs:
             if id(prefix) not in padded:
