@@ -14,14 +14,7 @@ from typing import Any, NamedTuple
 
 from softprompt.data.csv_reader import CsvFile
 from softprompt.data.readers import Kind, kind_of, read_records, require_file, split_range
-from softprompt.data.text_files import (
-    BYTE_ORDER_MARK,
-    Record,
-    has_byte_order_mark,
-    json_lines,
-    parse_json_line,
-    text_lines,
-)
+from softprompt.data.text_files import Record, json_lines, parse_json_line, text_lines
 from softprompt.errors import DataError
 from softprompt.extras import require_package
 
@@ -88,9 +81,8 @@ def open_rows(source: str, stdin: Iterable[str] = ()) -> RowSource:
     kind = "jsonl" if name.startswith("hub:") else kind_of(require_file(name))
     if kind == "csv":
         table = CsvFile(Path(name))
-        mark = BYTE_ORDER_MARK if has_byte_order_mark(Path(name)) else ""
-        records: Iterator[tuple[str, Record]] = ((raw, record) for raw, record in table)
-        header, columns = mark + table.header, tuple(table.names)
+        records = iter(table)
+        header, columns = table.header, tuple(table.names)
     else:
         header, columns = "", ()
         text = kind == "jsonl" and not name.startswith("hub:")
@@ -204,13 +196,11 @@ def complete_rows(path: Path, kind: Kind) -> list[int]:
     ends, at = [], 0
     if kind == "csv":
         table = CsvFile(path)
-        ends.append(
-            at := len((BYTE_ORDER_MARK if has_byte_order_mark(path) else "").encode()) + len(table.header.encode())
-        )
+        at = len(table.header.encode())
         raws: Iterator[str] = (raw for raw, _ in table)
     else:
-        ends.append(0)
         raws = text_lines(path)
+    ends.append(at)
     try:
         for raw in raws:
             at += len(raw.encode())

@@ -35,18 +35,14 @@ class Layout:
     inputs: tuple[str, ...]
     alone: bool = False
 
-    def hidden(self, columns: Collection[str]) -> str | None:
-        """Return a column that the map would hide: another one gets its name, and it is not used itself."""
-        used = set(self.names.values())
-        return next((c for c, source in self.names.items() if c != source and c in columns and c not in used), None)
-
     def require_none_hidden(self, columns: Collection[str], name: str) -> None:
-        """Make sure that no column is hidden: a template that names it would show another one.
+        """Make sure that no unused column has the name that the map gives to another: a template would show that one.
 
         Raises:
             DataError: one is hidden.
         """
-        hidden = self.hidden(columns)
+        used = set(self.names.values())
+        hidden = next((c for c, source in self.names.items() if c != source and c in columns and c not in used), None)
         if hidden is None:
             return
         cure = f"rename the column {hidden!r} in the file if it is needed, or delete it"
@@ -88,7 +84,7 @@ def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task |
     if task is None:
         raise DataError(
             f"{name} has the columns {_names(columns)}: "
-            + _conversations(columns)
+            + (f"{NO_CONVERSATIONS}. Or " if set(_CONVERSATIONS) & set(columns) else "")
             + "say what is in them, with --map text=… --map label=… "
             "for classification, --map input=… --map target=… for completion, or --map text=… for plain text"
         )
@@ -120,10 +116,6 @@ def _task_of(names: set[str]) -> Task | None:
     if {"input", "target"} <= names:
         return "completion"
     return "text" if "text" in names else None
-
-
-def _conversations(columns: Sequence[str]) -> str:
-    return f"{NO_CONVERSATIONS}. Or " if set(_CONVERSATIONS) & set(columns) else ""
 
 
 def _names(columns: Sequence[str]) -> str:

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
 
-from softprompt.data.text_files import BYTE_ORDER_MARK, text_lines
+from softprompt.data.text_files import BYTE_ORDER_MARK, has_byte_order_mark, text_lines
 from softprompt.errors import DataError
 
 _NAMED_SEPARATOR = re.compile(r'"?sep=(.?)"?[\r\n]*', re.IGNORECASE)  # a first line for spreadsheets
@@ -109,7 +108,7 @@ class CsvFile:
     """A CSV file. Iterating over it gives each record's text in the file, and its values by column name.
 
     Attributes:
-        header: the text of the first line.
+        header: the text of the first line, with the byte order mark.
         names: of the columns.
 
     Raises:
@@ -121,7 +120,8 @@ class CsvFile:
         self._path, self._lines = path, _Lines(path)
         with self._quotes_checked():
             self._header = _read_header(path, self._lines)
-        self.header, self.names = self._header.raw, self._header.names
+        mark = BYTE_ORDER_MARK if has_byte_order_mark(path) else ""
+        self.header, self.names = mark + self._header.raw, self._header.names
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
         lines, header = self._lines, self._header
@@ -139,16 +139,6 @@ class CsvFile:
             yield
         except csv.Error as error:
             raise DataError(f"{self._path}, {self._lines.unclosed_quote()}: {error}; check the quotes") from error
-
-
-def read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield a record per row.
-
-    Raises:
-        DataError: the file is malformed; the message names the line.
-    """
-    for _, record in CsvFile(path):
-        yield record
 
 
 def _read_header(path: Path, lines: _Lines) -> _Header:
@@ -207,19 +197,16 @@ def _require_no_blank_before_quote(raw: str, blanks: bool, where: str) -> None:
     """
     if not _BLANK_BEFORE_QUOTE.search(raw):
         return
-    for value in _plain_values(raw):
-        unspaced = value.lstrip(" ") if blanks else value
-        stripped = unspaced.strip()
-        if unspaced[:1].isspace() and stripped.startswith('"') and (stripped.endswith('"') or stripped.count('"') % 2):
+    for start, end, quoted in _values(raw):
+        value = raw[start:end].lstrip(" ") if blanks else raw[start:end]
+        stripped = value.strip()
+        if quoted or not value[:1].isspace():
+            continue
+        if stripped.startswith('"') and (stripped.endswith('"') or stripped.count('"') % 2):
             raise DataError(
                 f"{where}: a space before the quote of {stripped[:40]} would become part of the value; "
                 "delete the spaces after the commas, or put one after every comma, in the first line too"
             )
-
-
-def _plain_values(raw: str) -> Iterator[str]:
-    """Yield the values of a record that do not begin with a quote."""
-    return (raw[start:end] for start, end, quoted in _values(raw) if not quoted)
 
 
 def _open_quote(raw: str) -> int:

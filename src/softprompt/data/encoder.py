@@ -94,8 +94,7 @@ class Encoder:
         Raises:
             DataError: a label without a verbalizer, or a target that does not fit in `max_length`.
         """
-        rows.require_inputs(self.format.columns)
-        self._check_labels(rows)
+        self._check(rows)
         return [self.example(row, rows.where(i)) for i, row in enumerate(rows)]
 
     def example(self, row: Row, where: str) -> Example:
@@ -121,11 +120,12 @@ class Encoder:
 
     def choices(self, rows: Rows) -> list[Choices]:
         """Return, for each row, its input and the tokens of every label after it."""
-        rows.require_inputs(self.format.columns)
-        self._check_labels(rows)
+        self._check(rows)
         made = []
-        for i, row in enumerate(rows):
-            input_ids, tails = _split_common(self._variants(row, rows.where(i)))
+        labels = self.format.verbalizers.values()
+        for i, row in enumerate(rows):  # truncated for the longest label
+            variants = self._encode_to_fit(row, lambda text: self._with_targets(text, labels), rows.where(i))
+            input_ids, tails = _split_common(variants)
             if not input_ids:
                 raise DataError(f"{rows.where(i)}: the template leaves no text before the label")
             self._require_different(tails)
@@ -152,7 +152,8 @@ class Encoder:
                     f"{self.format.verbalizers[other]!r} and {text!r}); give one of them another verbalizer"
                 )
 
-    def _check_labels(self, rows: Rows) -> None:
+    def _check(self, rows: Rows) -> None:
+        rows.require_inputs(self.format.columns)
         if self.format.task != "classification":
             return
         known = self.format.verbalizers
@@ -176,11 +177,9 @@ class Encoder:
                     "raise max_length, or show fewer"
                 )
         self.truncated += len(ids) > self.max_length
-        return self._require_embeddings(Example(ids[: self.max_length], start), where)
-
-    def _variants(self, row: Row, where: str) -> list[Example]:
-        """Return an example for every label, all after the same input, truncated for the longest label."""
-        return self._encode_to_fit(row, lambda text: self._with_targets(text, self.format.verbalizers.values()), where)
+        ids = ids[: self.max_length]
+        require_embeddings(self.tokenizer, ids, self.vocabulary, where)
+        return Example(ids, start)
 
     def _encode_to_fit(self, row: Row, encode: Callable[[Written], list[Example]], where: str) -> list[Example]:
         """Encode a row's input with one target or several, shortening its longest column until all fit.
@@ -206,7 +205,9 @@ class Encoder:
             # At least one character: some offsets leave out the space that a token begins with.
             short[longest] = short[longest][: min(cut, len(short[longest]) - 1)]
             examples = encode(self._input(short, where))
-        return [self._require_embeddings(example, where) for example in examples]
+        for example in examples:
+            require_embeddings(self.tokenizer, example.ids, self.vocabulary, where)
+        return examples
 
     def _with_targets(self, text: Written, targets: Iterable[str]) -> list[Example]:
         """Return an example for each of several targets after one input; all are tokenized in one call."""
@@ -215,11 +216,6 @@ class Encoder:
         encoded = self._encode([text + (self.format.join_target(text.text, target) + end) for target in targets])
         first = len(self.bos_ids)
         return [Example((*self.bos_ids, *each.ids, *ending), first + each.inside(text)) for each in encoded]
-
-    def _require_embeddings(self, example: Example, where: str) -> Example:
-        """Make sure that the model has an embedding of each token of an example, and return it."""
-        require_embeddings(self.tokenizer, example.ids, self.vocabulary, where)
-        return example
 
 
 def _split_common(variants: Sequence[Example]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:

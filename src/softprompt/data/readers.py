@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from softprompt.data.csv_reader import read_csv
+from softprompt.data.csv_reader import CsvFile
 from softprompt.data.text_files import Record, json_lines
 from softprompt.errors import DataError, nearest
 from softprompt.extras import require_package
@@ -75,7 +75,7 @@ def _read(source: str) -> Iterator[Record]:
     try:
         match kind_of(path):
             case "csv":
-                yield from read_csv(path)
+                yield from (record for _, record in CsvFile(path))
             case "jsonl":
                 yield from (record for _, record in json_lines(path))
             case _:

@@ -166,22 +166,21 @@ class Rendering:
         self._count(len(text))
         each = {name: self._present_value(argument) for name, argument in given.items()}
         if node.name == "trim":
-            return self._trim(text, each.get("chars"))
+            chars = each.get("chars")
+            self._count(0 if chars is None else len(text) * len(str(chars)))  # each is compared with all of them
+            return text.strip(None if chars is None else str(chars))
         if node.name == "replace":
             return self._replace(text, str(each["old"]), str(each["new"]), each.get("count"))
-        return _require_size({"upper": str.upper, "lower": str.lower, "title": do_title}[node.name](text))
+        text = {"upper": str.upper, "lower": str.lower, "title": do_title}[node.name](text)
+        if len(text) > MOST_BYTES:
+            raise TooMuchError(_TOO_MUCH)
+        return text
 
     def _default(self, value: _Value, given: Mapping[str, nodes.Node]) -> _Value:
         false_too = "boolean" in given and self._is_true(given["boolean"])
         if not (isinstance(value, _Missing) or (false_too and not value)):
             return value
         return self._value(given["default_value"]) if "default_value" in given else ""
-
-    def _trim(self, text: str, chars: _Value) -> str:
-        if chars is None:
-            return text.strip()
-        self._count(len(text) * len(str(chars)))  # each character is compared with all of them
-        return text.strip(str(chars))
 
     def _replace(self, text: str, old: str, new: str, count: _Value) -> str:
         if not (count is None or isinstance(count, int)):
@@ -212,9 +211,3 @@ class Rendering:
         nodes.Compare: _compare,
         nodes.Filter: _filter,
     }
-
-
-def _require_size(text: str) -> str:
-    if len(text) > MOST_BYTES:
-        raise TooMuchError(_TOO_MUCH)
-    return text

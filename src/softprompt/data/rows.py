@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from softprompt.data.columns import INPUT_COLUMN, TARGET_COLUMN, Layout, Task, find_layout
+from softprompt.data.columns import INPUT_COLUMN, Layout, Task, find_layout
 from softprompt.data.disk_rows import DiskRows, store_rows
 from softprompt.data.labels import clean_label, is_blank, warn_about_labels
 from softprompt.data.readers import read_records
@@ -22,17 +22,7 @@ from softprompt.data.text_files import Record
 from softprompt.data.values import NoScalarError, loose_text, require_characters, scalar_text, to_text
 from softprompt.errors import DataError
 
-__all__ = [
-    "INPUT_COLUMN",
-    "TARGET_COLUMN",
-    "Row",
-    "Rows",
-    "Source",
-    "Task",
-    "as_rows",
-    "load_data",
-    "require_characters",
-]
+__all__ = ["Row", "Rows", "Source", "Task", "as_rows", "load_data"]
 
 Row = dict[str, str]
 Source: TypeAlias = str | Path | Iterable[Mapping[str, Any]]

@@ -19,6 +19,7 @@ from softprompt.errors import SettingsError, nearest
 
 MOST_CHARACTERS = 200_000  # of a template; they take about a second to parse
 MOST_NESTED = 150  # nested expressions or conditions; Python's stack ends at about a thousand calls
+_TOO_DEEP = f"it nests deeper than {MOST_NESTED} expressions or conditions; take it apart"
 _PARSER = Environment(keep_trailing_newline=True)
 _TESTS = ("defined", "undefined")
 _ALLOWED = 'columns, row["column"], constants, if, comparisons, and, or, not, and the filters ' + ", ".join(FILTERS)
@@ -111,21 +112,19 @@ def parse_template(source: str) -> ParsedTemplate:
             raise _RefusedError(f"it has {len(source):,} characters; at most {MOST_CHARACTERS:,} are allowed")
         body = _PARSER.parse(source).body
         columns = _check(body)
-    except (_RefusedError, TemplateSyntaxError) as error:
-        reason = _syntax(error) if isinstance(error, TemplateSyntaxError) else str(error)
-        raise SettingsError(f"the template {quote_template(source)} cannot be read: {reason}") from error
-    except RecursionError as error:
-        raise SettingsError(f"the template {quote_template(source)} cannot be read: {_RefusedError.DEEP}") from error
-    except (ValueError, OverflowError) as error:  # Python refuses integers of more than 4,300 digits
-        raise SettingsError(
-            f"the template {quote_template(source)} cannot be read: a number in it is too long"
-        ) from error
+    except (_RefusedError, TemplateSyntaxError, RecursionError, ValueError, OverflowError) as error:
+        raise SettingsError(f"the template {quote_template(source)} cannot be read: {_reason(error)}") from error
     return ParsedTemplate(source, tuple(body), tuple(sorted(columns)))
 
 
-def _syntax(error: TemplateSyntaxError) -> str:
-    message = f"line {error.lineno}: {(error.message or '').removesuffix('.')}"
-    return f"{message}; {_ODD_NAME}" if "expected token 'end of print statement'" in message else message
+def _reason(error: Exception) -> str:
+    if isinstance(error, TemplateSyntaxError):
+        message = f"line {error.lineno}: {(error.message or '').removesuffix('.')}"
+        return f"{message}; {_ODD_NAME}" if "expected token 'end of print statement'" in message else message
+    if isinstance(error, _RefusedError):
+        return str(error)
+    # Python refuses integers of more than 4,300 digits.
+    return _TOO_DEEP if isinstance(error, RecursionError) else "a number in it is too long"
 
 
 def quote_template(source: str) -> str:
@@ -136,8 +135,6 @@ def quote_template(source: str) -> str:
 class _RefusedError(Exception):
     """A template has a construct that is not allowed; the message says what to write instead."""
 
-    DEEP = f"it nests deeper than {MOST_NESTED} expressions or conditions; take it apart"
-
 
 def _check(body: Sequence[nodes.Node]) -> set[str]:
     """Check a tree, without recursion, and return the columns that it uses."""
@@ -146,7 +143,7 @@ def _check(body: Sequence[nodes.Node]) -> set[str]:
     while waiting:
         node, depth = waiting.pop()
         if depth > MOST_NESTED:
-            raise _RefusedError(_RefusedError.DEEP)
+            raise _RefusedError(_TOO_DEEP)
         if (column := column_of(node)) is not None:
             columns.add(column)
             continue

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from softprompt.data.columns import INSTRUCTED
+from softprompt.data.columns import INPUT_COLUMN, INSTRUCTED, TARGET_COLUMN
 from softprompt.data.labels import clean_label
 from softprompt.data.rendering import Piece
-from softprompt.data.rows import INPUT_COLUMN, TARGET_COLUMN, Row, Rows, Task
+from softprompt.data.rows import Row, Rows, Task
 from softprompt.data.template_language import ParsedTemplate, parse_template, quote_template
 from softprompt.data.values import SURROGATE
 from softprompt.errors import SettingsError, nearest

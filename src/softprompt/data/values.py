@@ -74,7 +74,9 @@ def to_text(value: object) -> str | None:
         return "true" if value else "false"
     if isinstance(value, (float, np.floating, Decimal)):
         return _number(value)
-    if isinstance(value, _SCALARS) or (not isinstance(value, Iterable) and _is_pandas_scalar(value)):
+    pandas = sys.modules.get("pandas")  # which has scalars such as periods and intervals
+    of_pandas = pandas is not None and not isinstance(value, Iterable) and pandas.api.types.is_scalar(value)
+    if isinstance(value, _SCALARS) or of_pandas:
         try:
             return str(value)
         except ValueError as error:  # Python refuses more than 4,300 digits
@@ -116,12 +118,6 @@ def _number(value: Any) -> str:
     if abs(value) < _MAX_WITHOUT_EXPONENT and value == int(value):
         return str(int(value))
     return format(value.normalize(), "f") if isinstance(value, Decimal) else str(value)
-
-
-def _is_pandas_scalar(value: object) -> bool:
-    """Tell whether a value is a scalar of pandas, such as a period or an interval."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and bool(pandas.api.types.is_scalar(value))
 
 
 def _describe(value: object) -> str:

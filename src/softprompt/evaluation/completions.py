@@ -59,8 +59,7 @@ class Completions:
 
     def statistics(self) -> list[list[float]]:
         """Return what `ranked_by` is computed from, for each distinct input, see `compute_metric`."""
-        statistics: list[list[float]] = self._statistics(self.ranked_by).tolist()
-        return statistics
+        return self._statistics(self.ranked_by).tolist()  # type: ignore[no-any-return]
 
     @cached_property
     def _right(self) -> list[str]:
@@ -84,10 +83,7 @@ class Completions:
         return _sacrebleu_statistics(bleu(), cut(self.outputs), [cut(right) for right in self.references])
 
     def _corpus(self, metric: str) -> Metric:
-        """Return a corpus metric with its interval.
-
-        sacrebleu's own bootstrap gives a symmetric half-width only, so its statistics are summed here.
-        """
+        """Return a corpus metric; its interval is not sacrebleu's own, which is a symmetric half-width only."""
         statistics = self._statistics(metric)
         return bootstrap(lambda chosen: compute_metric(metric, statistics[chosen].sum(axis=0)), len(self.outputs))
 

@@ -52,12 +52,9 @@ def predict_file(
         StorageError: the file cannot be written.
     """
     require_columns(prompt, map)
-    chooses = answer_mode(prompt, mode, config) == "choose"
-    added = [
-        "prediction",
-        *(["probability"] if chooses else []),
-        *(["probabilities"] if chooses and probabilities else []),
-    ]
+    added = ["prediction"]
+    if answer_mode(prompt, mode, config) == "choose":
+        added += ["probability", "probabilities"] if probabilities else ["probability"]
     identity = _identity(model, prompt, mode, config, added)
     writer = make_writer(source, out, added, identity, AT_ONCE, resume=resume)
     done = writer.begin()

@@ -103,9 +103,11 @@ class _TextWriter:
         resume: bool,
     ) -> None:
         self._source, self._out, self._kind = source, out, kind
-        self._rows = RowWriter(source, kind, added)
-        self._identity, self._group_size, self._resume = identity, group_size, resume
         self._file, self._identity_file = out, out.with_name(f".{out.name}.unfinished")
+        if kind == "parquet":  # which cannot be appended to: added columns are collected beside it
+            self._file, self._kind = out.with_name(f".{out.name}.jsonl"), "jsonl"
+        self._rows = RowWriter(source, self._kind, added)
+        self._identity, self._group_size, self._resume = identity, group_size, resume
         self._begun = False
 
     def begin(self) -> int:
@@ -159,20 +161,7 @@ class _TextWriter:
 
 
 class _ParquetWriter(_TextWriter):
-    """Writes a Parquet file, which cannot be appended to: added columns are collected in a JSONL file beside it."""
-
-    def __init__(
-        self,
-        source: RowSource,
-        added: Sequence[str],
-        out: Path,
-        kind: Kind,
-        identity: str,
-        group_size: int,
-        resume: bool,
-    ) -> None:
-        super().__init__(source, added, out, "jsonl", identity, group_size, resume)
-        self._file = out.with_name(f".{out.name}.jsonl")
+    """Writes a Parquet file at the end, from the rows and a JSONL file of added columns."""
 
     def write(self, rows: Sequence[SourceRow], added: Sequence[Columns]) -> None:
         text = "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in added)

@@ -59,7 +59,7 @@ class Scorer(ABC):
         Where memory runs out, fewer tokens are run at once.
 
         Raises:
-            RunError: not even one row fits in memory, or the model's output is not finite.
+            RunError: as of `score`.
         """
         weights = [member.weights for member in prompt.members]
         while True:

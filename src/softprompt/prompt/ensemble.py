@@ -49,7 +49,9 @@ class Ensemble:
             StorageError: it cannot be written.
         """
         path = Path(folder)
-        if path.exists() and not ((path / ENSEMBLE).is_file() and all(_is_part(file.name) for file in path.iterdir())):
+        if path.exists() and not (
+            (path / ENSEMBLE).is_file() and all(f.name == ENSEMBLE or is_member_name(f.name) for f in path.iterdir())
+        ):
             raise PromptError(f"{path} exists and is not an ensemble; give a new folder")
         names = [member_name(number) for number, _ in enumerate(self.members, start=1)]
         record = {
@@ -95,7 +97,3 @@ def make_ensemble(
 def is_member_name(name: str) -> bool:
     """Tell whether a folder can be that of an ensemble's member."""
     return bool(_MEMBER.fullmatch(name))
-
-
-def _is_part(name: str) -> bool:
-    return name == ENSEMBLE or is_member_name(name)

@@ -159,10 +159,10 @@ def _require_shape(prompt: SoftPrompt, model: FrozenModel) -> None:
     if prompt.method == "prefix-tuning":
         layers, _, heads, _, size = shape
         if (layers, heads, size) != model.prefix_shape:
+            own = "{} with {} of {}".format(*model.prefix_shape)
             raise PromptError(
                 f"the prefix is for {layers} layers with {heads} key-value heads of size {size}, {model.source} has "
-                "{} with {} of {}: it was trained on ".format(*model.prefix_shape)
-                + base
+                f"{own}: it was trained on {base}"
             )
     elif shape[1] != model.embedding_width:
         raise PromptError(
