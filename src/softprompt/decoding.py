@@ -32,11 +32,7 @@ class _Sequence:
     """A text that is continued.
 
     Attributes:
-        index: its place among the inputs.
         ids: its real tokens, given and new: all that repetition penalties see.
-        given: how many tokens were given.
-        room: the most new tokens.
-        generator: for sampling.
     """
 
     index: int
@@ -53,11 +49,9 @@ def continue_ids(
     """Continue token ids after a prompt, or with the base model.
 
     Args:
-        model: the frozen model.
         prompt: of an ensemble, the members' probabilities of the next token are averaged.
         inputs: token ids of each text; empty only after a soft prompt.
         room: for each text, the most new tokens.
-        config: decoding settings.
 
     Returns:
         The new text of each input.
@@ -198,7 +192,6 @@ class _MembersBatch:
     """A `DecodeBatch` with a row for every sequence and member of an ensemble.
 
     Args:
-        model: the frozen model.
         prefixes: for each sequence, each member's prefix with the sequence's tokens in it.
     """
 

@@ -37,7 +37,6 @@ def generate(
     """Answer texts: a prompt with labels chooses one of them, any other prompt writes a continuation.
 
     Args:
-        model: the frozen model.
         texts: inputs for the prompt's template; dictionaries where it names several columns.
         prompt: None for the base model, which reads the texts as they are.
         config: decoding settings, for writing; greedy by default. A model's own sampling defaults are not used.
@@ -174,11 +173,7 @@ def input_columns(prompt: Prompt | None) -> list[str]:
 
 
 def require_columns(prompt: Prompt | None, map: Mapping[str, str]) -> None:
-    """Make sure that a prompt reads the columns that are mapped.
-
-    Raises:
-        SettingsError: it does not read one.
-    """
+    """Make sure that a prompt reads the columns that are mapped."""
     columns = input_columns(prompt)
     unknown = next((column for column in map if column not in columns), None)
     if unknown is not None:

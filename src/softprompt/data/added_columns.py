@@ -42,11 +42,7 @@ class RowSource:
     """Rows of a source, read one by one.
 
     Attributes:
-        kind: of the source.
-        name: for messages.
-        rows: the rows.
         header: the first line of a CSV file, unchanged.
-        columns: of a CSV file.
     """
 
     kind: Kind
@@ -70,7 +66,6 @@ def open_rows(source: str, stdin: Iterable[str] = ()) -> RowSource:
 
     Args:
         source: what `load_data` takes, with or without targets; or `-` for JSON lines or plain lines.
-        stdin: the lines of `-`.
 
     Raises:
         DataError: no such file; or, when the rows are read, a line that cannot be.
@@ -116,8 +111,6 @@ class RowWriter:
 
     Args:
         source: the rows; those of a file of the same kind are written unchanged.
-        kind: of the file to write.
-        added: the names of the added columns.
     """
 
     def __init__(self, source: RowSource, kind: Kind, added: Sequence[str]) -> None:
@@ -168,7 +161,6 @@ def write_parquet(path: Path, source: RowSource, found: Iterable[Mapping[str, An
     """Write a Parquet file of rows with added columns, atomically.
 
     Args:
-        path: the file.
         source: the rows; columns of a Parquet file keep their types.
         found: the added values, for each row to write.
         temporary: a file beside it to write first, which is renamed to it.

@@ -51,7 +51,6 @@ def micro_batches(
     """Sort a batch by length and cut it into micro-batches of at most `budget` tokens.
 
     Args:
-        examples: the batch.
         budget: text tokens of a micro-batch; a longer example is a micro-batch of its own.
         shared_text_len: tokens of each example that are in the prefix already.
         padded: whether every text counts as long as the longest of its micro-batch.

@@ -22,7 +22,6 @@ class Chat:
     """The chat template of a tokenizer.
 
     Attributes:
-        tokenizer: with a chat template.
         day: the date that the template prints, if it prints one; None for today.
     """
 

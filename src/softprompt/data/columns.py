@@ -24,7 +24,6 @@ class Layout:
     """The columns that a task uses.
 
     Attributes:
-        task: what is learned.
         names: from the task's columns to those of the source.
         inputs: the columns of an input, by their names in `Rows`.
         alone: whether a column is the text because it is the only one.
@@ -36,11 +35,7 @@ class Layout:
     alone: bool = False
 
     def require_none_hidden(self, columns: Collection[str], name: str) -> None:
-        """Make sure that no unused column has the name that the map gives to another: a template would show that one.
-
-        Raises:
-            DataError: one is hidden.
-        """
+        """Make sure that the map gives no name that an unused column has: a template would show the wrong one."""
         used = set(self.names.values())
         hidden = next((c for c, source in self.names.items() if c != source and c in columns and c not in used), None)
         if hidden is None:
@@ -57,10 +52,8 @@ def find_layout(columns: Sequence[str], mapping: Mapping[str, str], task: Task |
     """Find the task of rows with these columns.
 
     Args:
-        columns: of the rows.
         mapping: from the task's column names to other names in the source.
         task: None to derive it from the columns.
-        name: of the rows, for messages.
 
     Raises:
         DataError: a column is missing, or the task is ambiguous.

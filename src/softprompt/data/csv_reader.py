@@ -21,12 +21,7 @@ _UNSEEN = f"{BYTE_ORDER_MARK}\u200b\u200e\u200f"
 
 
 class _Lines(Iterator[str]):
-    """The lines of a file for the csv module, which also remembers those of the current record.
-
-    Attributes:
-        number: of the last line.
-        record: the lines of the current record.
-    """
+    """The lines of a file for the csv module, which also remembers those of the current record."""
 
     def __init__(self, path: Path) -> None:
         # A carriage return alone ends a line too.
@@ -64,8 +59,6 @@ class _Header:
     """The first line.
 
     Attributes:
-        names: of the columns.
-        raw: its text in the file.
         blanks: whether a space follows every comma, so that it belongs to no value.
         unnamed: the number of columns without names at the end, which some spreadsheets write.
     """
@@ -106,10 +99,6 @@ class _Header:
 
 class CsvFile:
     """A CSV file. Iterating over it gives each record's text in the file, and its values by column name.
-
-    Attributes:
-        header: the text of the first line, with the byte order mark.
-        names: of the columns.
 
     Raises:
         DataError: the file is malformed; the message names the line.

@@ -238,11 +238,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def require_embeddings(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], vocabulary: int | None, where: str
 ) -> None:
-    """Make sure that the model has an embedding of each token. It has `vocabulary` embeddings; None if unknown.
-
-    Raises:
-        DataError: it has none of a token that was added to the tokenizer.
-    """
+    """Make sure that the model has an embedding of each token. It has `vocabulary` embeddings; None if unknown."""
     if vocabulary is None or max(ids, default=0) < vocabulary:
         return
     token = next(i for i in ids if i >= vocabulary)

@@ -40,11 +40,7 @@ class LabelTree:
 
 @lru_cache(maxsize=32)  # nearly all rows have the same tree
 def label_tree(tails: tuple[tuple[int, ...], ...]) -> LabelTree:
-    """Lay labels out as a tree.
-
-    Args:
-        tails: the tokens of each label, at least one.
-    """
+    """Lay labels out as a tree."""
     index: dict[tuple[int, ...], int] = {(): -1}
     predictions: dict[tuple[int, ...], int] = {}
     for tail in tails:

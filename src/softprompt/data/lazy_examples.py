@@ -18,10 +18,8 @@ class LazyExamples(Sequence[Example]):
 
     Attributes:
         encoder: from rows to token ids; it counts an example that it cuts each time.
-        rows: the rows.
         learn_all: whether all tokens are targets, except BOS.
         first: the first token that can be a target: 1 if nothing predicts the first token of a text.
-        candidate_ids: whether examples have candidate tokens.
     """
 
     encoder: Encoder

@@ -85,11 +85,7 @@ def _read(source: str) -> Iterator[Record]:
 
 
 def require_file(source: str) -> Path:
-    """Return the path of a data file.
-
-    Raises:
-        DataError: there is no such file, or its ending is not supported.
-    """
+    """Return the path of a data file."""
     path = Path(source)
     try:
         missing = not path.exists()

@@ -68,11 +68,7 @@ def column_of(node: nodes.Node | None) -> str | None:
 
 
 class Rendering:
-    """The rendering of a template for one row.
-
-    Attributes:
-        pieces: the output so far.
-    """
+    """The rendering of a template for one row."""
 
     def __init__(self, row: Mapping[str, str]) -> None:
         self.pieces: list[Piece] = []

@@ -83,11 +83,7 @@ class Rows(Sequence[Row]):
         return f"{self.name}, row {index + 1 if self.row_numbers is None else self.row_numbers[index]}"
 
     def require_inputs(self, columns: Collection[str]) -> None:
-        """Make sure that a template with these columns gives a text for every row.
-
-        Raises:
-            DataError: a row is empty in all of them, or one of them holds lists or dictionaries.
-        """
+        """Make sure that a template with these columns gives a text for every row."""
         for column in columns:
             if column in self.nested_columns:
                 raise DataError(
@@ -211,11 +207,7 @@ class _RowReader:
             yield row
 
     def _check_new_columns(self, record: Record, number: int) -> None:
-        """Make sure that columns that the first row lacks do not change the task.
-
-        Raises:
-            DataError: one is a target, for example, while the first row is plain text.
-        """
+        """Make sure that columns that the first row lacks do not change the task."""
         new = [column for column in record if column not in self.columns and _has_value(record[column])]
         self.layout.require_none_hidden(new, self.name)
         if self.task_given or self.layout.task != "text":

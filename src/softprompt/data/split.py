@@ -21,11 +21,9 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
     """Return training and validation rows.
 
     Args:
-        data: training rows.
         eval_data: validation rows; None to split some off `data`, a fifth at most. Rows with the same input stay
             on one side.
         eval_rows: the most validation rows, stratified by label; 0 for none.
-        seed: of the random choice.
 
     Raises:
         DataError: the two are for different tasks, or there are too few rows to hold any back.
@@ -113,8 +111,6 @@ def _sample_stratified(
     Args:
         labels: of the rows; a group counts for the label of its first row.
         groups: of the rows, numbered in the order of their first rows.
-        size: the most rows.
-        generator: of random numbers.
 
     Returns:
         For each row, whether it was chosen.

@@ -69,13 +69,7 @@ _REFUSED: dict[type[nodes.Node], tuple[str, str]] = {  # what it looks like, and
 
 @dataclass(frozen=True)
 class ParsedTemplate:
-    """A checked template.
-
-    Attributes:
-        source: its text.
-        body: the checked tree.
-        columns: the columns that it uses, sorted.
-    """
+    """A checked template."""
 
     source: str
     body: tuple[nodes.Node, ...]
@@ -156,11 +150,7 @@ def _check(body: Sequence[nodes.Node]) -> set[str]:
 
 
 def _children(node: nodes.Node) -> Iterator[nodes.Node]:
-    """Yield the parts of an allowed construct, which are checked too.
-
-    Raises:
-        _RefusedError: the construct is not allowed.
-    """
+    """Yield the parts of an allowed construct, which are checked too."""
     if isinstance(node, nodes.TemplateData | nodes.Const):
         _require_constant(node.data if isinstance(node, nodes.TemplateData) else node.value)
     elif isinstance(node, nodes.Filter):

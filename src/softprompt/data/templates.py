@@ -31,7 +31,6 @@ class Format:
     """How the rows of a task become text.
 
     Attributes:
-        task: what is learned.
         template: of the input, in a part of Jinja (`template_language`) with columns: `{{ text }}`.
         verbalizers: the text of each label; empty unless the task is classification.
         chat_template: whether the input is a user's message in the model's chat template.
@@ -160,7 +159,6 @@ def make_format(
     """Make a format, with defaults, and check it.
 
     Args:
-        task: what is learned.
         labels: all labels of the training rows.
         template: None for the default.
         verbalizers: texts of some or all labels; the default is the label itself, with spaces for underscores.
@@ -195,11 +193,7 @@ def make_format(
 
 
 def require_template(form: Format) -> None:
-    """Make sure that a template has no syntax error, uses a column, and does not use the target's.
-
-    Raises:
-        SettingsError: one of these is not so.
-    """
+    """Make sure that a template has no syntax error, uses a column, and does not use the target's."""
     if not form.columns:
         raise SettingsError(
             f"the template {quote_template(form.template)} names no column; "
@@ -213,9 +207,6 @@ def require_unseen_answer(form: Format, rows: Rows) -> None:
     """Make sure that the template uses no column that equals the target in every row.
 
     `--map label=stars` makes such a column of `stars`. If all rows have the same target, nothing is checked.
-
-    Raises:
-        SettingsError: it uses one.
     """
     answer, asked = TARGET_COLUMN[form.task], INPUT_COLUMN[form.task]
     if answer is None:

@@ -148,11 +148,7 @@ def _shorten(value: object) -> str:
 
 
 def require_characters(row: Mapping[str, object], where: str) -> None:
-    """Make sure that a row has no surrogates.
-
-    Raises:
-        DataError: it has one.
-    """
+    """Make sure that a row has no surrogates."""
     for column, value in row.items():
         if surrogate := SURROGATE.search(str(value)):
             raise DataError(

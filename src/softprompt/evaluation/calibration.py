@@ -34,9 +34,6 @@ class CalibratedScores(LabelScores):
 
     Losses are not calibrated: they stay the nats of the target's tokens, so that losses with and without calibration
     can be compared.
-
-    Attributes:
-        plain: the scores without calibration.
     """
 
     plain: LabelScores

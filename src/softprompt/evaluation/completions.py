@@ -115,8 +115,6 @@ def judge(form: Format, rows: Rows, written: Sequence[str]) -> Completions:
     """Compare outputs that were written before with the right answers.
 
     Args:
-        form: how rows become text.
-        rows: of a completion task.
         written: each row's output; the same for rows with the same input.
     """
     _, references, place = _by_input(form, rows)
@@ -143,12 +141,6 @@ def _by_input(form: Format, rows: Rows) -> tuple[list[Row], list[list[str]], lis
 
 def complete(model: FrozenModel, prompt: AnyPrompt, encoder: Encoder, rows: Rows) -> Completions:
     """Write a completion for every distinct input, greedily, and at most as long as the longest right answer.
-
-    Args:
-        model: the frozen model.
-        prompt: a prompt, or the base model.
-        encoder: how rows become token ids.
-        rows: of a completion task.
 
     Raises:
         DataError: the model has no positions left for the longest right answer.

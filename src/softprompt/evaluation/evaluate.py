@@ -75,7 +75,6 @@ def evaluate(
     """Score rows with a prompt, and with the base model.
 
     Args:
-        model: the frozen model.
         data: rows with their labels or targets, or what `load_data` reads. Rows of a completion task that share an
             input are several right answers to it.
         prompt: None for the base model alone.
@@ -177,12 +176,6 @@ def _warn_of_known_rows(prompt: Prompt, data: Rows) -> None:
 
 class ScoredRows:
     """Rows with a prompt's scores and, for completions, with what it writes.
-
-    Args:
-        model: the frozen model.
-        encoder: how rows become tokens.
-        scorer: of the rows.
-        prompt: a prompt, or the base model.
 
     Attributes:
         scores: with the prompt's label bias.

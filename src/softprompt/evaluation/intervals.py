@@ -46,8 +46,6 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], float], rows: int, resamp
 
     Args:
         statistic: computes the figure from row indices, some of which occur repeatedly.
-        rows: how many rows there are.
-        resamples: how many samples of rows are drawn, with replacement.
     """
     generator = np.random.default_rng(0)
     resampled = [statistic(generator.integers(rows, size=rows)) for _ in range(resamples)]

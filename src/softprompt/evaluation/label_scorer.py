@@ -62,7 +62,6 @@ def choose(model: FrozenModel, prompt: Prompt, rows: Sequence[Row], *, virtual_t
     """Score the labels of a prompt for rows without labels.
 
     Args:
-        model: the frozen model.
         prompt: of a classification task.
         rows: with the columns that its template names; labels are not read.
         virtual_tokens: False to choose as the base model does with the same template.

@@ -56,7 +56,6 @@ def predict(
     """Predict the labels of rows, or complete them.
 
     Args:
-        model: the frozen model.
         rows: texts, dictionaries, a data frame, or anything else that `load_data` reads; they need no targets.
         prompt: None for the base model, which continues texts as they are.
         map: the template's column names to the columns that hold them, `{"text": "review"}`.

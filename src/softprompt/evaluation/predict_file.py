@@ -38,14 +38,11 @@ def predict_file(
     of a group, so that it ends with the same file as a run that was never stopped.
 
     Args:
-        model: the frozen model.
-        source: the rows.
         prompt: None for the base model.
         out: the file; None for stdout, in the source's kind.
         map, mode, config: as of `predict`.
         probabilities: whether to write every label's probability.
         resume: continue the file of a run that was stopped.
-        progress: called with the number of rows that are written.
 
     Raises:
         InputError: a row cannot be predicted; those before it are in the file. Or the file cannot be continued.

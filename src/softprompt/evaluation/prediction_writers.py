@@ -40,9 +40,7 @@ def make_writer(
     """Return what writes a file, or stdout.
 
     Args:
-        source: the rows that are predicted.
         out: the file; None for stdout, in the source's kind.
-        added: the names of the added columns.
         identity: a hash of all that predictions depend on.
         group_size: how many rows are predicted together; a resumed run starts with the first row of a group.
         resume: whether to continue the file of a run that was stopped.

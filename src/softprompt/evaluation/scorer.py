@@ -29,7 +29,6 @@ class Scorer(ABC):
     """Rows that are tokenized once, and scored with one prompt after the other.
 
     Attributes:
-        rows: the rows.
         micro_batch_tokens: how many text tokens are run at once.
         shape: of what is computed for the rows with one prompt.
         processes: those that share the rows.
@@ -106,14 +105,7 @@ class Scorer(ABC):
 
 
 def scoring_micro_batch_tokens(model: FrozenModel, rows: Rows, prompt: AnyPrompt, longest: int) -> int:
-    """Predict how many text tokens can be scored at once.
-
-    Args:
-        model: the frozen model.
-        rows: what is scored.
-        prompt: what it is scored with.
-        longest: the most tokens of a row.
-    """
+    """Predict how many text tokens can be scored at once."""
     target_share = 0.0 if rows.task == "classification" else 1.0
     memory_estimate = replace(measure(model, prompt.num_virtual_tokens), prefixes=len(prompt.members))
     return micro_batch_tokens(model, memory_estimate, 1, longest, target_share, scoring=True)

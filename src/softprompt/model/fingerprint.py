@@ -38,7 +38,6 @@ class Fingerprint(BaseModel):
     """What identifies a base model: everything that changes its answers.
 
     Attributes:
-        version: of the fingerprint.
         configuration: all settings except those that are known to change no answer.
         tokenizer: what determines the token ids of a text.
         chat_template: its hash, None without one.
@@ -107,7 +106,6 @@ def difference(before: AnyFingerprint, model: FrozenModel, chat_template: bool =
 
     Args:
         before: the fingerprint, of either version.
-        model: the loaded model.
         chat_template: whether the prompt uses it.
     """
     if isinstance(before, FirstFingerprint):

@@ -29,7 +29,6 @@ class FrozenModel:
 
     Attributes:
         hf_model: the transformers model itself.
-        tokenizer: its tokenizer.
         source: what it was loaded from: a hub id, a path or a bundled name.
         revision: the hub revision, None for local models.
         backend: runs text against a prefix.

@@ -160,12 +160,7 @@ def require_complete(name: str, report: Mapping[str, Collection[Any]], quantized
     transformers initializes missing weights at random: the answers would differ each time the model is loaded.
 
     Args:
-        name: the model's.
-        report: transformers' loading report.
         quantized: whether the checkpoint may have scales and maps that are no parameters.
-
-    Raises:
-        ModelError: some are missing or unused.
     """
     missing = sorted(key for key in report["missing_keys"] if not _COMPUTED.search(key))
     unused = [] if quantized else sorted(key for key in report["unexpected_keys"] if not _UNUSED.search(key))

@@ -42,10 +42,8 @@ class MemoryEstimate:
         prefix_length: P, the length of the prefix, the longest where there are several.
         factors: bytes, in the order of the terms.
         prompt: bytes of the prompt's own pass, its prefix and the prefix's gradients, until the step's end.
-        layers: the number of the model's layers.
         width: bytes of one position's hidden state.
         logit: bytes of one logit while its gradient is computed.
-        vocabulary: V.
         pads: whether the backend pads a micro-batch's texts to its longest.
         max_length_ratio: where it does not, the largest ratio of lengths of texts whose attention is computed together.
         cached: bytes of a position in the cache of all layers, 0 where the backend has none.
@@ -129,10 +127,6 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
 
     It counts the tensors' storages without the model's own and the prefix's: the same on every device, and independent
     of other programs.
-
-    Args:
-        model: the frozen model.
-        prefix_length: P.
     """
     longest, most = _LONGEST_MEASURED, model.context_length
     if most is not None:  # a prompt that takes nearly all positions is measured a little shorter
@@ -200,8 +194,6 @@ def micro_batch_tokens(
     """Predict how many text tokens fit at once in half of the available memory.
 
     Args:
-        model: the frozen model.
-        memory_estimate: of a micro-batch.
         shortest, longest: tokens of a text; many short texts take memory for their prefixes, long ones for scores.
         target_share: target tokens per token; each takes a row of logits for a while.
         scoring: nothing is saved for a backward pass.

@@ -25,11 +25,7 @@ _SHOWN = 3
 
 
 def require_model_folder(path: Path) -> None:
-    """Make sure that a folder holds a model's configuration, its weights as safetensors, and a tokenizer.
-
-    Raises:
-        ModelError: it does not; the message says what it contains, and what to do.
-    """
+    """Make sure that a folder holds a model's configuration, its weights as safetensors, and a tokenizer."""
     if not any(path.iterdir()):
         raise ModelError(
             f"{path} is empty, so it holds no {_CONFIG}; give a folder that transformers' save_pretrained wrote"

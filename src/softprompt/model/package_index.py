@@ -94,12 +94,8 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, most: 
     """Download a wheel from the first source that has it, and check its hash.
 
     Args:
-        package: its name.
-        version: exactly.
         sha256: of the file; a link with another hash is not followed.
-        folder: where the file is written.
         most: the largest size in bytes.
-        where: the sources.
 
     Raises:
         LookupError: no source has it; the message names each, and why.

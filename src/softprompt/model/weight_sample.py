@@ -80,11 +80,7 @@ def different_weights(before: Mapping[str, str], now: Mapping[str, str], complet
 
 
 def require_readable(sampled: Mapping[str, str]) -> None:
-    """Make sure that a sample from a file is base64 of float32.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Make sure that a sample from a file is base64 of float32."""
     for name, text in sampled.items():
         if len(b64decode(text, validate=True)) % 4:
             raise ValueError(f"the values of {name} are damaged")

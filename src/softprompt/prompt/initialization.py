@@ -68,10 +68,6 @@ def initialize(model: FrozenModel, config: TuneConfig, source: SoftPrompt | None
     """Return the prompt before the first step.
 
     Args:
-        model: the frozen model.
-        config: settings.
-        source: the prompt to start from, if any.
-        form: how rows become text.
         train: the training rows of the run's steps; some may become part of the prompt.
 
     Raises:
@@ -90,11 +86,7 @@ def initialize(model: FrozenModel, config: TuneConfig, source: SoftPrompt | None
 
 
 def _convert(method: Method, model: FrozenModel, weights: Tensor) -> Tensor:
-    """Return weights of the method's kind: a soft prompt becomes the prefix that the model computes from it.
-
-    Raises:
-        SettingsError: a prefix would have to become a soft prompt.
-    """
+    """Return weights of the method's kind: a soft prompt becomes the prefix that the model computes from it."""
     if is_prefix(weights) == (method == "prefix-tuning"):
         return weights
     if is_prefix(weights):
@@ -203,9 +195,7 @@ def text_prompt(model: FrozenModel, length: int | None, text: str, ids: Sequence
     """Start from the embeddings of a text's tokens: the first P, repeated where the text is shorter.
 
     Args:
-        model: the frozen model.
         length: P; None for the text's length, at least 20: ten tokens learn better when they are repeated.
-        text: the text.
         ids: its tokens, if they are not those of `token_ids`.
     """
     if ids is None:
@@ -255,10 +245,6 @@ def examples_text(
     Labels take turns. Many labels are not listed in the description.
 
     Args:
-        model: its tokenizer counts.
-        format: how rows are shown.
-        rows: the rows to draw from.
-        seed: of the draw.
         max_tokens: of the text; one row is shown in any case.
         max_rows: the most rows; None for as many as fit.
 

@@ -77,9 +77,7 @@ def from_peft(path: Path, weights: Tensor, adapter: Mapping[str, Any]) -> Tensor
     """Undo `to_peft`, with the shape that the adapter's configuration gives.
 
     Args:
-        path: the folder, for messages.
         weights: `[P, H]` or `[P, L·2·K·D]`.
-        adapter: what the folder's ADAPTER file holds.
 
     Raises:
         PromptError: configuration and weights do not agree.

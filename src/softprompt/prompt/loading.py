@@ -138,11 +138,7 @@ def describe_prompt(prompt: SoftPrompt, model: FrozenModel, task: Task, config: 
 
 
 def require_fit(prompt: Prompt, model: FrozenModel) -> None:
-    """Make sure that a prompt, or every member of an ensemble, was trained on a model.
-
-    Raises:
-        PromptError: it was trained on another.
-    """
+    """Make sure that a prompt, or every member of an ensemble, was trained on a model."""
     for member in prompt.members:
         _require_shape(member, model)
         base, chat_template = member.record.base_model, member.record.chat_template

@@ -23,7 +23,6 @@ def nearest_tokens(model: FrozenModel, prompt: SoftPrompt, count: int = 5) -> li
     Args:
         model: the model that the prompt was trained on.
         prompt: `[P, H]`.
-        count: how many tokens for each virtual token.
 
     Raises:
         PromptError: the prompt was trained on another model, or is a prefix, which has no embeddings.

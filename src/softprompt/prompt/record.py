@@ -26,13 +26,11 @@ class Record(BaseModel):
     """The content of `softprompt.json`.
 
     Attributes:
-        format_version: of the folder.
         base_model: the model that the prompt was trained on.
         task, template, chat_template, verbalizers, max_length: how rows become tokens.
         chat_date: the day that the chat template prints, where it prints one; None in prompts of earlier versions.
         label_bias: nats that are added to labels' log-likelihoods when a label is chosen (prior matching).
         training: the settings, and how many steps were done.
-        metrics: on the validation rows, with the prompt.
         data: hashes of the training and validation rows.
     """
 
@@ -85,10 +83,6 @@ class Record(BaseModel):
 
 def read_record(path: Path, adapter: Mapping[str, Any]) -> Record:
     """Read a folder's record; a folder that PEFT wrote has none, and gets one from PEFT's configuration.
-
-    Args:
-        path: the folder.
-        adapter: what its `adapter_config.json` holds.
 
     Raises:
         PromptError: the record is damaged, or of a version that this softprompt does not read.

@@ -140,11 +140,7 @@ def remove(registered: Iterable[str]) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from changing the registry: two at a time would use one number twice.
-
-    Args:
-        folder: what is changed, for messages.
-    """
+    """Keep other processes from changing the registry: two at a time would use one number twice."""
     with storage_errors(folder):
         home().mkdir(parents=True, exist_ok=True)
         lock = FileLock(home() / ".prompts.lock")

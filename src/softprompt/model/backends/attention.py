@@ -28,8 +28,6 @@ class PackedBatch:
     """Texts packed in one row, behind their prefixes, as the attention function needs them.
 
     Args:
-        prefixes: one for each text.
-        lengths: tokens of each text.
         parents: per text, for each token the position of the token before it; None where all texts are chains.
         record_states: record the keys and values of every layer in `recorded_states`.
         num_prompt_positions: positions of a prompt at the row's beginning, which all texts follow; the prefixes have
@@ -76,7 +74,6 @@ def length_buckets(
     """Cut texts into runs of similar length, alone and with their prefixes, to pad little in their attention.
 
     Args:
-        lengths: tokens of each text.
         prefix_lengths: positions of each text's prefix.
         max_length_ratio: the largest ratio of lengths within a run.
 
@@ -106,7 +103,6 @@ class LengthBucket:
         prefixes, lengths, parents: as of `PackedBatch`.
 
     Attributes:
-        prefix_batch: the texts' prefixes.
         key_positions: `[n or 1, P + t]`, the position of each key; negative for padding before a prefix.
     """
 

@@ -47,7 +47,6 @@ class Backend(ABC):
     predict a text's first token.
 
     Args:
-        hf_model: the frozen model.
         shares_cache: whether rows of unlike lengths can be continued in one cache of the model's own.
     """
 
@@ -133,7 +132,6 @@ class Backend(ABC):
 
         Args:
             weights: a soft prompt `[P, H]`; the loss is differentiable with respect to it.
-            text_ids, examples, activation_checkpointing: as of `prefix` and `loss`.
         """
         texts, wanted, targets = _texts_and_targets(examples, [len(text_ids)] * len(examples))
         hidden = self.fused_pass(self._embedded(weights, text_ids), texts, wanted, activation_checkpointing)
@@ -208,7 +206,6 @@ class Backend(ABC):
 
         Args:
             prefix: the prefix, the same for all texts, or one for each; their lengths and texts may differ.
-            texts: token ids of each text.
             wanted: per text, the positions at which the output head's input is returned.
             parents: per text, for each token the position of the token before it: a text that branches is a tree.
                 None where every token follows the one before.
@@ -226,10 +223,6 @@ class Backend(ABC):
     ) -> Tensor:
         """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where `can_fuse`.
 
-        Args:
-            embeddings: of a prompt before all texts.
-            texts, wanted, activation_checkpointing: as of `text_pass`.
-
         Returns:
             `[R, H]`, the output head's input at each wanted position, text by text.
         """
@@ -245,7 +238,6 @@ def gather_hidden(
         hidden: `[B, T, H]`.
         starts: per text, the index of its first token in the flattened `[B·T]` axis.
         wanted: per text, positions; -1 is the last of the text's prefix.
-        prefixes: per text, its prefix.
 
     Returns:
         `[R, H]`.
@@ -273,7 +265,6 @@ def _texts_and_targets(
     """Return the texts of examples, the positions that predict their targets, and all targets.
 
     Args:
-        examples: whole.
         shared_text_len: how many of an example's first tokens its prefix holds.
     """
     starts = list(zip(examples, shared_text_len, strict=True))

@@ -20,7 +20,6 @@ def bloom_attention(
     """Replace `BloomAttention.forward`.
 
     Args:
-        module: the `BloomAttention`.
         hidden_states, residual: `[1, N, H]`.
 
     Returns:

@@ -22,8 +22,6 @@ class SharedCacheBatch:
     A row is `padding · prefix · text`, so that the real tokens are contiguous.
 
     Args:
-        hf_model: the frozen model.
-        running: a context to run the model in.
         prefixes: of each row the one that it continues; none is empty.
     """
 

@@ -18,9 +18,6 @@ class PrefixBatch:
 
     Padding is before a prefix, never between it and its text: some models count cache slots, not positions.
 
-    Args:
-        prefixes: one for each text.
-
     Attributes:
         lengths: positions of each text's prefix.
         longest: P, the length of the longest.

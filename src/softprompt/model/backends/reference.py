@@ -27,7 +27,6 @@ def reference_loss(hf_model: PreTrainedModel, prompt: Tensor, examples: Sequence
     """Return the summed loss over the target tokens, in nats.
 
     Args:
-        hf_model: the frozen model.
         prompt: `[P, H]`.
         examples: token ids; rows become `prompt · text · padding`.
     """

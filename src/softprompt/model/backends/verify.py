@@ -58,7 +58,6 @@ def freeze(
 
     Args:
         hf_model: a causal language model; it is put in eval mode, and its weights no longer take gradients.
-        tokenizer: its tokenizer.
         source, revision: what it was loaded from, recorded in the prompts that are trained on it.
 
     Raises:
