@@ -35,7 +35,6 @@ class _Sequence:
         ids: its real tokens, given and new: all that repetition penalties see.
     """
 
-    index: int
     ids: list[int]
     given: int
     room: int
@@ -68,16 +67,15 @@ def continue_ids(
     sequences = []
     for i, ids in enumerate(inputs):
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + i) % 2**63)
-        sequences.append(_Sequence(i, list(ids), len(ids), room[i], generator))
-    sequences.sort(key=lambda sequence: sequence.given)
+        sequences.append(_Sequence(list(ids), len(ids), room[i], generator))
+    by_length = sorted(sequences, key=lambda sequence: sequence.given)
     for begin in range(0, len(sequences), config.batch_size):
-        batch = sequences[begin : begin + config.batch_size]
+        batch = by_length[begin : begin + config.batch_size]
         if config.num_beams == 1:
             decoder.decode(prefixes, batch)
         else:  # a text's beams are the batch
             for sequence in batch:
                 decoder.beam_search(prefixes, sequence)
-    sequences.sort(key=lambda sequence: sequence.index)
     return [decoder.new_text(sequence) for sequence in sequences]
 
 

@@ -59,7 +59,7 @@ def generate(
     if mode == "write":
         return _write(model, texts, prompt, config, raw=raw, virtual_tokens=virtual_tokens)
     assert prompt is not None
-    rows = input_rows(prompt, texts)
+    rows = _input_rows(prompt, texts)
     size = config.batch_size if "batch_size" in config.model_fields_set else max(1, len(rows))
     labels = list(prompt.record.verbalizers)
     chosen: list[str] = []
@@ -120,7 +120,7 @@ def _write(
     if prompt is None or raw or (prompt.record.task, prompt.record.template) == ("text", DEFAULT_TEMPLATE["text"]):
         inputs = [_plain(model, text, f"text {number}") for number, text in enumerate(texts, start=1)]
     else:
-        rows = input_rows(prompt, texts)
+        rows = _input_rows(prompt, texts)
         longest = prompt.record.max_length
         if positions is not None:  # a text is cut for 64 new tokens at most; more are written only if they fit
             longest = min(longest, positions - min(most or 1, _NEW_TOKENS))
@@ -145,26 +145,20 @@ def _plain(model: FrozenModel, text: str | Mapping[str, object], where: str) -> 
     return ids
 
 
-def input_rows(prompt: Prompt, texts: Sequence[str | Mapping[str, object]]) -> list[Row]:
-    """Return texts as rows of a prompt's columns.
-
-    Raises:
-        DataError: a column holds no text.
-        SettingsError: a string where the template names several columns.
-    """
-    return [_row(prompt, text, f"text {number}") for number, text in enumerate(texts, start=1)]
-
-
-def _row(prompt: Prompt, text: str | Mapping[str, object], where: str) -> Row:
-    if not isinstance(text, str):
-        return input_row(prompt, text, where)
-    columns = prompt.format.columns
-    if len(columns) > 1:
-        raise SettingsError(
-            f"the prompt's template {prompt.record.template!r} names the columns {', '.join(columns)}; "
-            "give dictionaries of them from Python, or the whole text with --raw"
-        )
-    return {columns[0]: text}
+def _input_rows(prompt: Prompt, texts: Sequence[str | Mapping[str, object]]) -> list[Row]:
+    """Return texts as rows of a prompt's columns."""
+    columns, rows = prompt.format.columns, list[Row]()
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            rows.append(input_row(prompt, text, f"text {number}"))
+        elif len(columns) == 1:
+            rows.append({columns[0]: text})
+        else:
+            raise SettingsError(
+                f"the prompt's template {prompt.record.template!r} names the columns {', '.join(columns)}; "
+                "give dictionaries of them from Python, or the whole text with --raw"
+            )
+    return rows
 
 
 def input_columns(prompt: Prompt | None) -> list[str]:

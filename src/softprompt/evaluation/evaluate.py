@@ -140,7 +140,13 @@ def _base_format(
     chat_date: str | None,
 ) -> Format:
     """Return how rows become text for the base model alone."""
-    labels = _labels(data, verbalizers or {})
+    named = set(map(clean_label, verbalizers or ())) if data.task == "classification" else set()
+    for label in named.difference(data.labels):
+        close = nearest(label, data.labels)
+        warnings.warn(
+            f"{data.name}: no row has the label {label!r}{close}; it can be chosen all the same", stacklevel=3
+        )
+    labels = sorted({*data.labels, *named})
     if len(labels) == 1:
         raise DataError(
             f"{data.name}: all rows have the label {labels[0]}; there is nothing to choose from. Verbalizers can name "
@@ -148,19 +154,6 @@ def _base_format(
         )
     form = make_format(data.task, labels, template, verbalizers, chat_template, default_template(data))
     return dated(form, model.tokenizer, chat_date)
-
-
-def _labels(data: Rows, verbalizers: Mapping[str, str]) -> list[str]:
-    """Return the labels that the base model chooses from: those of the rows, and others that verbalizers name."""
-    if data.task != "classification":
-        return []
-    named = set(map(clean_label, verbalizers))
-    for label in named.difference(data.labels):
-        close = nearest(label, data.labels)
-        warnings.warn(
-            f"{data.name}: no row has the label {label!r}{close}; it can be chosen all the same", stacklevel=4
-        )
-    return sorted({*data.labels, *named})
 
 
 def _warn_of_known_rows(prompt: Prompt, data: Rows) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from softprompt.data.added_columns import RowSource, RowWriter, SourceRow, complete_rows, open_rows, write_parquet
 from softprompt.data.readers import Kind, kind_of
@@ -17,26 +17,9 @@ from softprompt.storage import storage_errors, write_text
 Columns = Mapping[str, Any]  # what is added to a row
 
 
-class PredictionWriter(Protocol):
-    """Writes rows with their predictions."""
-
-    def begin(self) -> int:
-        """Open it, and return how many rows it has already.
-
-        Raises:
-            InputError: the file cannot be continued, or an unfinished one is there.
-        """
-
-    def write(self, rows: Sequence[SourceRow], added: Sequence[Columns]) -> None:
-        """Write rows, each with its added columns."""
-
-    def close(self, *, finished: bool) -> None:
-        """Close it, after the last row or because the next one cannot be predicted."""
-
-
 def make_writer(
     source: RowSource, out: Path | None, added: Sequence[str], identity: str, group_size: int, *, resume: bool
-) -> PredictionWriter:
+) -> _StdoutWriter | _TextWriter:
     """Return what writes a file, or stdout.
 
     Args:
@@ -109,6 +92,11 @@ class _TextWriter:
         self._begun = False
 
     def begin(self) -> int:
+        """Begin the file or go on with it, and return how many rows it has already.
+
+        Raises:
+            InputError: it cannot be continued, or an unfinished one is there.
+        """
         before = self._identity_file.read_text(encoding="utf-8").strip() if self._identity_file.exists() else None
         if self._resume:
             if before is None:

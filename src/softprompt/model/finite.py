@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+_DAMAGED = "the checkpoint is damaged; fetch it again, or take another one"
 _CURE = "try --set dtype=bfloat16 or dtype=float32"
 
 
@@ -16,12 +17,8 @@ def describe_non_finite(hf_model: PreTrainedModel) -> str:
         if not weight.is_floating_point() or weight.device.type == "meta":
             continue
         if bool(weight.isnan().any()):
-            return f"its weight {name} holds NaN: the checkpoint is damaged; fetch it again, or take another one"
+            return f"its weight {name} holds NaN: {_DAMAGED}"
         if bool(weight.isinf().any()):
-            cure = _CURE if half else "the checkpoint is damaged; fetch it again, or take another one"
-            return f"its weight {name} holds infinite values in {kind}: {cure}"
-    if half:
-        return f"its weights are finite, but what it computes goes beyond {kind}: {_CURE}"
-    return (
-        f"its weights are finite, but what it computes goes beyond {kind}: take another checkpoint, or another prompt"
-    )
+            return f"its weight {name} holds infinite values in {kind}: {_CURE if half else _DAMAGED}"
+    cure = _CURE if half else "take another checkpoint, or another prompt"
+    return f"its weights are finite, but what it computes goes beyond {kind}: {cure}"

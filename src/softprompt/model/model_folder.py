@@ -72,9 +72,8 @@ def _instead(path: Path) -> str:
     inside = sorted(folder.name for folder in path.iterdir() if (folder / _CONFIG).is_file())
     if inside:
         return f"the models are inside; give {' or '.join(str(path / name) for name in inside[-_SHOWN:])}"
-    gguf = sorted(path.glob("*.gguf"))
-    if gguf:
-        return f"it holds GGUF files; give one of them, such as {gguf[0]}"
+    if gguf := _gguf_hint(path):
+        return gguf
     if list(path.glob("*.safetensors")) or any(file for pattern in _PICKLES for file in path.glob(pattern)):
         return f"it holds weights alone; put {_CONFIG} of the model that they came from beside them"
     if any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
@@ -90,10 +89,12 @@ def _weights_cure(path: Path) -> str:
             f"AutoModelForCausalLM.from_pretrained({str(path)!r}, use_safetensors=False).save_pretrained(NEW), and "
             "give NEW with the tokenizer saved beside it"
         )
+    return _gguf_hint(path) or "the download or the copy may have stopped early; get the whole folder"
+
+
+def _gguf_hint(path: Path) -> str:
     gguf = sorted(path.glob("*.gguf"))
-    if gguf:
-        return f"it holds GGUF files; give one of them, such as {gguf[0]}"
-    return "the download or the copy may have stopped early; get the whole folder"
+    return f"it holds GGUF files; give one of them, such as {gguf[0]}" if gguf else ""
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -10,9 +10,10 @@ import os
 import re
 import ssl
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.message import Message
+from functools import partial
 from html.parser import HTMLParser
 from http.client import HTTPException
 from pathlib import Path
@@ -104,7 +105,8 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, most: 
         opener, failed = _opener(where), list[str]()
     except OSError as error:
         raise LookupError(f"the certificates in {where.certificates} cannot be read: {error}") from error
-    wanted = re.compile(rf"{_escaped(package)}-{re.escape(version)}-.*\.whl", re.IGNORECASE)
+    spelled = "[-_.]+".join(map(re.escape, re.split(r"[-_.]+", package)))
+    wanted = re.compile(rf"{spelled}-{re.escape(version)}-.*\.whl", re.IGNORECASE)
     for url, at in _pages(package, where):
         try:
             for link in _links(opener, url):
@@ -182,8 +184,7 @@ def _with_password_of(asked: str, answered: str) -> str:
 def _fetched(opener: OpenerDirector, url: str, file: Path, sha256: str, most: int) -> Path:
     digest, size = hashlib.sha256(), 0
     with opener.open(_request(url), timeout=_SECONDS) as answer, file.open("wb") as out:
-        read: Callable[[], bytes] = lambda: answer.read(_AT_ONCE)  # noqa: E731
-        for block in iter(read, b""):
+        for block in iter(partial(answer.read, _AT_ONCE), b""):
             size += len(block)
             if size > most:
                 raise ValueError(f"{file.name} is larger than {most} bytes")
@@ -210,8 +211,3 @@ def _request(url: str) -> Request:
     if at:
         headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
     return Request(urlunsplit(parts._replace(netloc=host, fragment="")), headers=headers)  # noqa: S310
-
-
-def _escaped(package: str) -> str:
-    """Return a pattern for a package's name, as files spell it."""
-    return "[-_.]+".join(map(re.escape, re.split(r"[-_.]+", package)))

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -15,17 +15,13 @@ from softprompt.errors import PromptError, nearest
 from softprompt.prompt.layout import ADAPTER, ENSEMBLE
 from softprompt.storage import home, recover, storage_errors, write_text
 
+if TYPE_CHECKING:
+    from softprompt.prompt.ensemble import Prompt
+
 NO_PROMPT = "none"  # in place of a prompt's name: the base model
 _HIGHEST = "highest"  # a file: the newest version when one was removed, so that no number is used twice
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class Saveable(Protocol):
-    """What can be registered."""
-
-    def save(self, folder: Path) -> Path:
-        """Write the folder and return it."""
 
 
 def registry_folder() -> Path:
@@ -95,7 +91,7 @@ def find(prompt: str | Path) -> Path:
     return registry_folder() / name / (version if at else str(registered[-1]))
 
 
-def register(prompt: Saveable, name: str) -> str:
+def register(prompt: Prompt, name: str) -> str:
     """Save a prompt as the next version of a name; return `NAME@VERSION`.
 
     Raises:

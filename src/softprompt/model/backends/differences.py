@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,22 +18,18 @@ from softprompt.model.prefix import Prefix
 _SELECTED = (3, 1, 1, 0)
 
 
-class StepDifferences(NamedTuple):
-    """Relative differences of a training step's results; infinite where the backend's are not finite."""
+def step_differences(reference: Reference, model: FrozenModel, cut: bool = True) -> tuple[float, float]:
+    """Return the largest relative differences of loss and gradient; infinite where they are not finite.
 
-    loss: float
-    gradient: float
-
-
-def step_differences(reference: Reference, model: FrozenModel, cut: bool = True) -> StepDifferences:
-    """Return the largest differences of loss and gradient, the texts at once and, if `cut`, as two micro-batches."""
+    The texts are run at once and, if `cut`, as two micro-batches too.
+    """
     losses, gradients = [], []
     examples = reference.examples
     for micro_batches in [[examples], [examples[:2], examples[2:]]][: 2 if cut else 1]:
         loss, gradient = prompt_gradient(model, reference.prompt, reference.shared_text_ids, micro_batches)
         losses.append(abs(loss - reference.loss) / abs(reference.loss))
         gradients.append(float((gradient - reference.gradient).norm() / reference.gradient.norm()))
-    return StepDifferences(_largest(losses), _largest(gradients))
+    return _largest(losses), _largest(gradients)
 
 
 @torch.no_grad()

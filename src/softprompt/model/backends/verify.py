@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt.errors import ModelError
 from softprompt.model.backends.base import Backend
-from softprompt.model.backends.differences import StepDifferences, decoding_differences, step_differences
+from softprompt.model.backends.differences import decoding_differences, step_differences
 from softprompt.model.backends.packed import PackedBackend
 from softprompt.model.backends.padded import PaddedBackend, PaddedByLengthBackend
 from softprompt.model.backends.reference import Reference
@@ -27,10 +27,10 @@ MAX_TINY_PARAMETERS = 5_000_000  # parameters: a model that is as quick to check
 # 2e-6, and deliberate faults (in masks, positions, scalings, windows, caps) by 2e-3 at least. Trained weights have
 # outliers, and rounding accumulates over many layers.
 _EXACT = 1e-4
-_ROUNDING = {
-    torch.float32: StepDifferences(1e-3, 1e-3),
-    torch.float16: StepDifferences(3e-3, 3e-2),
-    torch.bfloat16: StepDifferences(1e-2, 1e-1),
+_ROUNDING = {  # of loss and gradient
+    torch.float32: (1e-3, 1e-3),
+    torch.float16: (3e-3, 3e-2),
+    torch.bfloat16: (1e-2, 1e-1),
 }
 
 
@@ -41,13 +41,13 @@ class Subject:
     Attributes:
         reference: what plain transformers gives on it.
         hf_model: the model.
-        allowed: the largest differences that pass.
+        allowed: the largest differences of loss and of gradient (and logits) that pass.
         whole: whether micro-batches and decoding are tried too: not on a large model that has a tiny copy.
     """
 
     reference: Reference
     hf_model: PreTrainedModel
-    allowed: StepDifferences
+    allowed: tuple[float, float]
     whole: bool
 
 
@@ -90,13 +90,14 @@ def _fault(kind: type[Backend], tried: list[Subject], tokenizer: PreTrainedToken
     for subject in tried:
         model = FrozenModel(subject.hf_model, tokenizer, kind(subject.hf_model), "")
         loss, gradient = step_differences(subject.reference, model, cut=subject.whole)
-        if not (loss <= subject.allowed.loss and gradient <= subject.allowed.gradient):
+        loss_bound, bound = subject.allowed
+        if not (loss <= loss_bound and gradient <= bound):
             return f"loss differs by {_percent(loss)} and gradient by {_percent(gradient)}", False
         if subject.whole:
             own_prefixes, shared_cache = decoding_differences(subject.reference, model)
-            if not own_prefixes <= subject.allowed.gradient:
+            if not own_prefixes <= bound:
                 return f"texts of unlike lengths in one batch: logits differ by {_percent(own_prefixes)}", False
-            shares_cache = shared_cache <= subject.allowed.gradient
+            shares_cache = shared_cache <= bound
     return None, shares_cache
 
 
@@ -143,7 +144,7 @@ def _tiny_subject(hf_model: PreTrainedModel, needed: bool) -> Subject | None:
         small = tiny_copy(hf_model)
         reference = Reference(small)
         if reference.finite:
-            return Subject(reference, small, StepDifferences(_EXACT, _EXACT), whole=True)
+            return Subject(reference, small, (_EXACT, _EXACT), whole=True)
         reason = "its numbers are not finite"
     except Exception as error:  # a foreign configuration can raise anything
         reason = f"{type(error).__name__}: {error}"
