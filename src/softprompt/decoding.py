@@ -45,15 +45,12 @@ class _Sequence:
 def continue_ids(
     model: FrozenModel, prompt: AnyPrompt, inputs: Sequence[Sequence[int]], room: Sequence[int], config: GenerateConfig
 ) -> list[str]:
-    """Continue token ids after a prompt, or with the base model.
+    """Continue token ids after a prompt, or with the base model, and return the new text of each.
 
     Args:
         prompt: of an ensemble, the members' probabilities of the next token are averaged.
         inputs: token ids of each text; empty only after a soft prompt.
         room: for each text, the most new tokens.
-
-    Returns:
-        The new text of each input.
 
     Raises:
         SettingsError: an empty text, and no soft prompt before it.

@@ -32,11 +32,7 @@ def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def shard_by_length(examples: Sequence[Example], ranks: int) -> list[list[int]]:
-    """Sort a batch by length and assign it to processes in snake order, so that each gets about as many tokens.
-
-    Returns:
-        For each process, ascending indices into `examples`.
-    """
+    """Return ascending indices for each process, in snake order by length: each gets about as many tokens."""
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i))
     shards: list[list[int]] = [[] for _ in range(ranks)]
     for position, index in enumerate(order):

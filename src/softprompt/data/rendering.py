@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import nodes
 from jinja2.filters import do_title
@@ -105,7 +105,32 @@ class Rendering:
     def _value(self, node: nodes.Node) -> _Value:
         if (column := column_of(node)) is not None:
             return self._row[column] if column in self._row else _Missing(column)
-        return self._VALUES[type(node)](self, node)
+        value: _Value
+        match node:
+            case nodes.TemplateData():
+                value = node.data
+            case nodes.Const():
+                value = node.value
+            case nodes.Neg():
+                negated = self._present_value(node.node)
+                assert isinstance(negated, int | float)
+                value = -negated
+            case nodes.CondExpr():
+                chosen = node.expr1 if self._is_true(node.test) else node.expr2
+                value = "" if chosen is None else self._value(chosen)
+            case nodes.And() | nodes.Or():  # the operand that decides, as in Python
+                left = self._present_value(node.left)
+                value = self._value(node.right) if bool(left) == isinstance(node, nodes.And) else left
+            case nodes.Not():
+                value = not self._is_true(node.node)
+            case nodes.Test():
+                value = isinstance(self._value(node.node), _Missing) == (node.name == "undefined")
+            case nodes.Compare():
+                value = self._compare(node)
+            case _:
+                assert isinstance(node, nodes.Filter)
+                value = self._filter(node)
+        return value
 
     def _present_value(self, node: nodes.Node) -> str | int | float | None:
         """Return the value of an expression that must not be a missing column."""
@@ -116,30 +141,6 @@ class Rendering:
 
     def _is_true(self, node: nodes.Node) -> bool:
         return bool(self._present_value(node))
-
-    def _constant(self, node: nodes.TemplateData | nodes.Const) -> _Value:
-        value: _Value = node.data if isinstance(node, nodes.TemplateData) else node.value
-        return value
-
-    def _negative(self, node: nodes.Neg) -> _Value:
-        value = self._present_value(node.node)
-        assert isinstance(value, int | float)
-        return -value
-
-    def _condition(self, node: nodes.CondExpr) -> _Value:
-        chosen = node.expr1 if self._is_true(node.test) else node.expr2
-        return "" if chosen is None else self._value(chosen)
-
-    def _logical(self, node: nodes.And | nodes.Or) -> _Value:
-        """Return the operand that decides, as in Python."""
-        left = self._present_value(node.left)
-        return self._value(node.right) if bool(left) == isinstance(node, nodes.And) else left
-
-    def _not(self, node: nodes.Not) -> _Value:
-        return not self._is_true(node.node)
-
-    def _defined(self, node: nodes.Test) -> _Value:
-        return isinstance(self._value(node.node), _Missing) == (node.name == "undefined")
 
     def _compare(self, node: nodes.Compare) -> _Value:
         left = self._present_value(node.expr)
@@ -194,16 +195,3 @@ class Rendering:
         self._work += characters
         if self._work > MOST_WORK:
             raise TooMuchError(f"its filters and comparisons go through more than {MOST_WORK:,} characters; use fewer")
-
-    _VALUES: ClassVar[dict[type[nodes.Node], Callable[..., _Value]]] = {
-        nodes.TemplateData: _constant,
-        nodes.Const: _constant,
-        nodes.Neg: _negative,
-        nodes.CondExpr: _condition,
-        nodes.And: _logical,
-        nodes.Or: _logical,
-        nodes.Not: _not,
-        nodes.Test: _defined,
-        nodes.Compare: _compare,
-        nodes.Filter: _filter,
-    }

@@ -106,14 +106,11 @@ def _number_groups(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 def _sample_stratified(
     labels: NDArray[np.int64], groups: NDArray[np.int64], size: int, generator: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Sample whole groups of rows so that every label that is not rare keeps its share.
+    """Tell which rows to choose: whole groups, so that every label that is not rare keeps its share.
 
     Args:
         labels: of the rows; a group counts for the label of its first row.
         groups: of the rows, numbered in the order of their first rows.
-
-    Returns:
-        For each row, whether it was chosen.
     """
     _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
     order = generator.permutation(len(first))

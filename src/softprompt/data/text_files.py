@@ -39,11 +39,7 @@ def has_byte_order_mark(path: Path) -> bool:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield each line of a JSONL file that is not blank, and its record.
-
-    Raises:
-        DataError: a line is not a JSON object.
-    """
+    """Yield each line of a JSONL file that is not blank, and its record, see `parse_json_line`."""
     for number, line in enumerate(text_lines(path), start=1):
         record = parse_json_line(line, f"{path}, line {number}")
         if record is not None:

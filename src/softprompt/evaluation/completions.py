@@ -44,7 +44,16 @@ class Completions:
 
         The best-matching right answer counts; for BLEU all of them together. Intervals are over distinct inputs.
         """
-        overlap = self._rouge_l
+
+        def words(text: str) -> list[str]:
+            return self._words.plain(text.lower())
+
+        overlap = np.array(  # the F1 of the longest common subsequence of words is the normalized Indel similarity
+            [
+                max(Indel.normalized_similarity(words(output), words(right)) for right in all_right)
+                for output, all_right in zip(self.outputs, self.references, strict=True)
+            ]
+        )
         return {
             "exact_match": proportion(self._statistics("exact_match")[:, 0]),
             "bleu": self._corpus("bleu"),
@@ -86,20 +95,6 @@ class Completions:
         """Return a corpus metric; its interval is not sacrebleu's own, which is a symmetric half-width only."""
         statistics = self._statistics(metric)
         return bootstrap(lambda chosen: compute_metric(metric, statistics[chosen].sum(axis=0)), len(self.outputs))
-
-    @cached_property
-    def _rouge_l(self) -> NDArray[np.float64]:
-        """The F1 of the longest common subsequence of words, which is the normalized Indel similarity."""
-
-        def words(text: str) -> list[str]:
-            return self._words.plain(text.lower())
-
-        return np.array(
-            [
-                max(Indel.normalized_similarity(words(output), words(right)) for right in all_right)
-                for output, all_right in zip(self.outputs, self.references, strict=True)
-            ]
-        )
 
 
 def _sacrebleu_statistics(

@@ -93,11 +93,7 @@ class Scorer(ABC):
     def _micro_batches(
         self, examples: Sequence[Example], prompts: int, shared_text_len: int, pads: bool
     ) -> list[tuple[list[int], list[int]]]:
-        """Cut this process's share of the rows, each after every prompt, into micro-batches.
-
-        Returns:
-            For each micro-batch, the indices of prompts and of the examples after them.
-        """
+        """Cut this process's share of the rows, each after every prompt: indices of prompts and of examples."""
         share = shard_by_length(examples, self.processes.count)[self.processes.rank]
         pairs = [(k, i) for i in share for k in range(prompts)]
         cut = micro_batches([examples[i] for _, i in pairs], self.micro_batch_tokens, shared_text_len, pads)

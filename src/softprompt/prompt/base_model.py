@@ -49,7 +49,9 @@ class BaseModelRecord(BaseModel):
         Raises:
             PromptError: the prompt was trained on a folder or file that is not on this machine.
         """
-        if self._is_hub_id():
+        # In version 1, only the revision of a hub id tells it from a path.
+        first_version = isinstance(self.fingerprint, FirstFingerprint)
+        if self.id in BUNDLED or (self.path is None and (self.revision is not None or not first_version)):
             return self.id
         for path in (self.path, self.id):
             if path and Path(path).expanduser().exists():
@@ -72,12 +74,6 @@ class BaseModelRecord(BaseModel):
         if bundled is not None and self.id == bundled.original:
             return True
         return _last(self.id) == _last(model)
-
-    def _is_hub_id(self) -> bool:
-        """Tell whether `id` is no path; in version 1 only the revision of a hub id says so."""
-        if self.id in BUNDLED:
-            return True
-        return self.path is None and (self.revision is not None or not isinstance(self.fingerprint, FirstFingerprint))
 
 
 def base_model_record(model: FrozenModel) -> BaseModelRecord:

@@ -19,7 +19,7 @@ PEFT_KEY = "prompt_embeddings"  # the one tensor in WEIGHTS
 # PEFT saves both as plain virtual tokens: P-tuning's encoder (Liu et al. 2021) is not in the folder.
 PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING")
 # A cartridge is a prefix that was started from a text's keys and values (Eyuboglu et al. 2025).
-PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+PEFT_TYPES = (*PROMPT_TYPES, "PREFIX_TUNING", "CARTRIDGE")
 
 
 def member_name(number: int) -> str:

@@ -16,16 +16,7 @@ from softprompt.errors import PromptError, SettingsError
 from softprompt.model.fingerprint import difference
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import Ensemble, Prompt, is_member_name, make_ensemble
-from softprompt.prompt.layout import (
-    ADAPTER,
-    ENSEMBLE,
-    PEFT_KEY,
-    PREFIX_TYPES,
-    PROMPT_TYPES,
-    WEIGHTS,
-    from_peft,
-    read_json,
-)
+from softprompt.prompt.layout import ADAPTER, ENSEMBLE, PEFT_KEY, PEFT_TYPES, WEIGHTS, from_peft, read_json
 from softprompt.prompt.record import Record, read_record
 from softprompt.prompt.registry import find
 from softprompt.prompt.soft_prompt import SoftPrompt
@@ -77,9 +68,8 @@ def _read_soft_prompt(path: Path) -> SoftPrompt:
             raise _no_prompt(path, name)
     adapter = read_json(path / ADAPTER)
     peft_type, submodules = adapter.get("peft_type"), adapter.get("num_transformer_submodules")
-    known = (*PROMPT_TYPES, *PREFIX_TYPES)
-    if peft_type not in known:
-        raise PromptError(f"{path} holds a {peft_type} adapter; softprompt reads {', '.join(known)}")
+    if peft_type not in PEFT_TYPES:
+        raise PromptError(f"{path} holds a {peft_type} adapter; softprompt reads {', '.join(PEFT_TYPES)}")
     if submodules not in (None, 1):
         raise PromptError(
             f"{path} is for an encoder-decoder model (num_transformer_submodules {submodules}); retrain it"

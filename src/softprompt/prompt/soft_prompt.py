@@ -20,8 +20,7 @@ from softprompt.prompt.layout import (
     ADAPTER,
     CARD,
     PEFT_KEY,
-    PREFIX_TYPES,
-    PROMPT_TYPES,
+    PEFT_TYPES,
     RECORD,
     WEIGHTS,
     peft_config,
@@ -124,7 +123,7 @@ def _is_replaceable(folder: Path) -> bool:
             peft_type = read_json(folder / ADAPTER).get("peft_type")
         except PromptError:
             return False
-        return names <= {WEIGHTS, ADAPTER, CARD} and peft_type in (*PROMPT_TYPES, *PREFIX_TYPES)
+        return names <= {WEIGHTS, ADAPTER, CARD} and peft_type in PEFT_TYPES
     return not names or (RECORD in names and names <= {WEIGHTS, ADAPTER, RECORD, CARD})
 
 
