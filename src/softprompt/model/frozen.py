@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from functools import cached_property
 from typing import Any
 from weakref import ReferenceType, ref
 
