@@ -44,8 +44,7 @@ class MemoryEstimate:
         prompt: bytes of the prompt's own pass, its prefix and the prefix's gradients, until the step's end.
         width: bytes of one position's hidden state.
         logit: bytes of one logit while its gradient is computed.
-        pads: whether the backend pads a micro-batch's texts to its longest.
-        max_length_ratio: where it does not, the largest ratio of lengths of texts whose attention is computed together.
+        max_length_ratio: the largest ratio of lengths of texts whose attention is computed together.
         cached: bytes of a position in the cache of all layers, 0 where the backend has none.
         activation_checkpointing: whether the layers run again in the backward pass.
         prefixes: how many different prefixes the micro-batch has; one is measured.
@@ -58,7 +57,6 @@ class MemoryEstimate:
     width: int
     logit: float
     vocabulary: int
-    pads: bool
     max_length_ratio: float = MAX_LENGTH_RATIO
     cached: float = 0.0
     activation_checkpointing: bool = False
@@ -99,10 +97,8 @@ class MemoryEstimate:
         Behind several prefixes, each text may have a mask of its own, as long as a similar text's.
         """
         if self.prefixes > 1:
-            longest, ratio = max(lengths), self.max_length_ratio
-            return [(1, longest if self.pads else min(longest, int(ratio * length))) for length in lengths]
-        if self.pads:
-            return [(len(lengths), max(lengths))]
+            longest = max(lengths)
+            return [(1, int(min(longest, self.max_length_ratio * length))) for length in lengths]
         buckets = length_buckets(lengths, [self.prefix_length] * len(lengths), self.max_length_ratio)
         return [(end - begin, max(lengths[begin:end])) for begin, end in buckets]
 
@@ -161,7 +157,6 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
         # Three copies in float32, and what soft-capping saves, with its gradient.
         logit=3 * 4 + 2 * sum(saved.values()) / logits.numel(),
         vocabulary=logits.shape[-1],
-        pads=model.backend.pads,
         max_length_ratio=model.backend.max_length_ratio,
         cached=sum(t.numel() for t in prefix) / leaves.length * hidden.element_size() if model.backend.pads else 0.0,
     )

@@ -6,6 +6,7 @@ behind the text, so that the two are contiguous in every row: sliding windows an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ class PaddedBackend(Backend):
 
     name = "padded"
     pads = True
+    max_length_ratio = math.inf
     mixes_prefix_lengths = True  # whether prefixes of unlike lengths can be padded to one and run in one pass
 
     def prompt_pass(self, embeddings: Tensor) -> Prefix:
