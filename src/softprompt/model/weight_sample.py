@@ -79,13 +79,6 @@ def different_weights(before: Mapping[str, str], now: Mapping[str, str], complet
     return found
 
 
-def require_readable(sampled: Mapping[str, str]) -> None:
-    """Make sure that a sample from a file is base64 of float32."""
-    for name, text in sampled.items():
-        if len(b64decode(text, validate=True)) % 4:
-            raise ValueError(f"the values of {name} are damaged")
-
-
 def _readable(weight: Tensor) -> bool:
     plain = type(weight) in (Parameter, Tensor) and weight.dtype in _PLAIN
     return plain and not weight.is_meta and bool(weight.numel())
