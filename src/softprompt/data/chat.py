@@ -29,11 +29,7 @@ class Chat:
     day: str | None
 
     def around(self, message: str) -> str:
-        """Return a chat of one user message, up to the model's answer.
-
-        Raises:
-            SettingsError: the chat template fails.
-        """
+        """Return a chat of one user message, up to the model's answer."""
         chat = [{"role": "user", "content": message}]
         try:
             return str(

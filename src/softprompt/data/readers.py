@@ -101,11 +101,7 @@ def require_file(source: str) -> Path:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return the kind of a file by its ending.
-
-    Raises:
-        DataError: the ending is not supported.
-    """
+    """Return the kind of a file by its ending, which must be a supported one."""
     if path.suffix.lower() not in _KINDS:
         raise DataError(f"{path} ends in {path.suffix!r}; allowed are {', '.join(_KINDS)}")
     return _KINDS[path.suffix.lower()]

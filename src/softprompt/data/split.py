@@ -15,6 +15,7 @@ from softprompt.errors import DataError
 
 _MAX_SHARE = 0.2  # of the rows, for validation
 _MIN_ROWS = 5
+_CURE = "give --eval-data, or --set eval_rows=0 to keep the last prompt"
 
 
 def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) -> tuple[Rows, Rows | None]:
@@ -36,10 +37,7 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
         return data, sample(eval_data, eval_rows, seed)
     size = min(eval_rows, int(len(data) * _MAX_SHARE))
     if size < min(eval_rows, _MIN_ROWS):
-        raise DataError(
-            f"{data.name} has {len(data)} rows, too few to hold any back for validation; give --eval-data, or "
-            "--set eval_rows=0 to keep the last prompt"
-        )
+        raise DataError(f"{data.name} has {len(data)} rows, too few to hold any back for validation; {_CURE}")
     generator = np.random.default_rng(seed)
     keys = _row_keys(data)
     groups = _number_groups(keys["input"])
@@ -47,7 +45,7 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
     if not chosen.any():
         raise DataError(
             f"{data.name} has {groups.max() + 1} different inputs, each in too many rows to hold any back for "
-            "validation; give --eval-data, or --set eval_rows=0 to keep the last prompt"
+            f"validation; {_CURE}"
         )
     return _subset(data, ~chosen), _subset(data, chosen)
 

@@ -80,11 +80,7 @@ class Format:
         return _BLANK_LINE if self.demonstrations and not self.chat_template else ""
 
     def input(self, row: Row) -> str:
-        """Return the demonstrations and a row's input, without spaces at its end: they belong to the target.
-
-        Raises:
-            SettingsError: the row lacks a column, or exceeds the limits of a template.
-        """
+        """Return the demonstrations and a row's input, without spaces at its end: they belong to the target."""
         return self.demonstrated + _join(self._own(row))
 
     def pieces(self, row: Row) -> list[Piece]:

@@ -44,9 +44,6 @@ class CalibratedScorer(LabelScorer):
 
     For labels of one token this is the paper's division of probabilities. The inputs without content are scored along
     with the rows, after the same demonstrations and the same virtual tokens.
-
-    Raises:
-        SettingsError: the task has no labels.
     """
 
     def __init__(self, encoder: Encoder, rows: Rows, micro_batch_tokens: int) -> None:
@@ -116,7 +113,7 @@ def prior_matching(scores: LabelScores, train: Rows) -> dict[str, float]:
 
 
 def fit_label_bias(plain: LabelScores, train: Rows) -> tuple[LabelScores, dict[str, float]]:
-    """Fit a bias per label (`prior_matching`) and keep it if clearly more rows are then right.
+    """Fit a bias per label (`prior_matching`) and return scores and bias, which is empty unless it clearly helps.
 
     After little training, some labels are predicted far more often than they occur, and a bias helps. After more
     training it does harm: the model then predicts labels' frequencies better than the training rows do.
@@ -124,9 +121,6 @@ def fit_label_bias(plain: LabelScores, train: Rows) -> tuple[LabelScores, dict[s
     Args:
         plain: of validation rows.
         train: rows that give the labels' frequencies.
-
-    Returns:
-        The scores, with the bias if it is kept; and the bias, empty if not.
     """
     label_bias = prior_matching(plain, train)
     biased = add_label_bias(plain, label_bias)

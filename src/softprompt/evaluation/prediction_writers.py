@@ -92,11 +92,7 @@ class _TextWriter:
         self._begun = False
 
     def begin(self) -> int:
-        """Begin the file or go on with it, and return how many rows it has already.
-
-        Raises:
-            InputError: it cannot be continued, or an unfinished one is there.
-        """
+        """Begin the file or go on with it, and return how many rows it has already."""
         before = self._identity_file.read_text(encoding="utf-8").strip() if self._identity_file.exists() else None
         if self._resume:
             if before is None:

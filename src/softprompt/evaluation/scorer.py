@@ -56,9 +56,6 @@ class Scorer(ABC):
         """Score the rows with every member of a prompt, without label biases; texts of all members are run together.
 
         Where memory runs out, fewer tokens are run at once.
-
-        Raises:
-            RunError: as of `score`.
         """
         weights = [member.weights for member in prompt.members]
         while True:

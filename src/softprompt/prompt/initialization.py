@@ -69,9 +69,6 @@ def initialize(model: FrozenModel, config: TuneConfig, source: SoftPrompt | None
 
     Args:
         train: the training rows of the run's steps; some may become part of the prompt.
-
-    Raises:
-        SettingsError: settings do not fit together.
     """
     if config.init_text is not None and config.init not in ("auto", "text"):
         raise SettingsError(

@@ -28,11 +28,7 @@ def member_name(number: int) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one of a folder's JSON files.
-
-    Raises:
-        PromptError: it cannot be read, or holds no object.
-    """
+    """Read one of a folder's JSON files, which holds an object."""
     return read_json_object(path, "save or export the prompt again", PromptError)
 
 

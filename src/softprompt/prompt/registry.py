@@ -68,9 +68,6 @@ def find(prompt: str | Path) -> Path:
     Args:
         prompt: a folder, `NAME` (its newest version) or `NAME@VERSION`. A folder wins over a registered name, unless it
             holds no prompt.
-
-    Raises:
-        PromptError: there is none.
     """
     path = Path(prompt)
     name, at, version = str(prompt).partition("@")
@@ -104,11 +101,7 @@ def register(prompt: Prompt, name: str) -> str:
 
 
 def matching(prompt: str) -> list[str]:
-    """Return the versions that `NAME` (all of them) or `NAME@VERSION` means, as `NAME@VERSION`.
-
-    Raises:
-        PromptError: there is none.
-    """
+    """Return the versions that `NAME` (all of them) or `NAME@VERSION` means, as `NAME@VERSION`."""
     name, at, version = prompt.partition("@")
     registered = [str(number) for number in versions(name)]
     found = [number for number in registered if not at or number == version]
