@@ -22,22 +22,17 @@ FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # version 1 has another fingerprint
 
 
-class Record(BaseModel):
-    """The content of `softprompt.json`.
+class FormatRecord(BaseModel):
+    """How rows become tokens, and how labels are chosen: in `softprompt.json`, and in a comparison's `format.json`.
 
     Attributes:
-        base_model: the model that the prompt was trained on.
         task, template, chat_template, verbalizers, max_length: how rows become tokens.
-        chat_date: the day that the chat template prints, where it prints one; None in prompts of earlier versions.
+        chat_date: the day that the chat template prints, where it prints one; None in files of earlier versions.
         label_bias: nats that are added to labels' log-likelihoods when a label is chosen (prior matching).
-        training: the settings, and how many steps were done.
-        data: hashes of the training and validation rows.
     """
 
     model_config = ConfigDict(extra="ignore")
 
-    format_version: int = FORMAT_VERSION
-    base_model: BaseModelRecord
     task: Task = "text"
     template: str = DEFAULT_TEMPLATE["text"]
     chat_template: bool = False
@@ -45,9 +40,6 @@ class Record(BaseModel):
     verbalizers: dict[str, str] = {}
     max_length: int = Field(512, ge=2)
     label_bias: dict[str, FiniteFloat] = {}
-    training: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    data: dict[str, str] = {}
 
     @field_validator("verbalizers", "label_bias")
     @classmethod
@@ -57,6 +49,30 @@ class Record(BaseModel):
         for label, value in by_label.items():
             clean.setdefault(clean_label(label), value)
         return clean
+
+    @property
+    def format(self) -> Format:
+        """How rows become text."""
+        return Format(self.task, self.template, self.verbalizers, self.chat_template, chat_date=self.chat_date)
+
+
+class _Origin(BaseModel):
+    format_version: int = FORMAT_VERSION
+    base_model: BaseModelRecord
+
+
+class Record(FormatRecord, _Origin):  # in the file, the fields of the last base come first
+    """The content of `softprompt.json`.
+
+    Attributes:
+        base_model: the model that the prompt was trained on.
+        training: the settings, and how many steps were done.
+        data: hashes of the training and validation rows.
+    """
+
+    training: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    data: dict[str, str] = {}
 
     @field_validator("metrics", mode="before")
     @classmethod
@@ -69,16 +85,19 @@ class Record(BaseModel):
     @classmethod
     def of(cls, model: FrozenModel, form: Format, max_length: int, **more: Any) -> Record:
         """Return the record of a prompt that was made for a model and a format."""
-        return cls(
-            base_model=base_model_record(model),
-            task=form.task,
-            template=form.template,
-            chat_template=form.chat_template,
-            chat_date=form.chat_date,
-            verbalizers=dict(form.verbalizers),
-            max_length=max_length,
-            **more,
-        )
+        return cls(base_model=base_model_record(model), **format_fields(form, max_length), **more)
+
+
+def format_fields(form: Format, max_length: int) -> dict[str, Any]:
+    """Return what a `FormatRecord` says of a format."""
+    return {
+        "task": form.task,
+        "template": form.template,
+        "chat_template": form.chat_template,
+        "chat_date": form.chat_date,
+        "verbalizers": dict(form.verbalizers),
+        "max_length": max_length,
+    }
 
 
 def read_record(path: Path, adapter: Mapping[str, Any]) -> Record:

@@ -46,10 +46,7 @@ class SoftPrompt:
     @property
     def format(self) -> Format:
         """How rows become text for this prompt."""
-        record = self.record
-        return Format(
-            record.task, record.template, record.verbalizers, record.chat_template, chat_date=record.chat_date
-        )
+        return self.record.format
 
     @property
     def num_virtual_tokens(self) -> int:

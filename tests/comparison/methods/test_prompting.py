@@ -24,7 +24,7 @@ from softprompt.evaluation.completions import complete
 from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scores import LabelScores, add_label_bias
 from softprompt.evaluation.token_scorer import TokenScorer
-from softprompt.model.backends.decode import DecodeBatch
+from softprompt.model.backends.packed import PackedBackend
 from softprompt.model.frozen import FrozenModel
 from softprompt.model.prefix import Prefix
 from tiny_data import TEXTS
@@ -68,22 +68,22 @@ def test_completions_end_as_demonstrations_show_it(llama: FrozenModel) -> None:
         assert example.start == len(llama.tokenizer(f"{text}{row['input']}\n")["input_ids"])
     # A model that has seen them goes on with a demonstration of its own: what is behind the blank line is cut off.
     written = llama.tokenizer(" good\n\nanother")["input_ids"]
-    model = Scripted(llama, written)
+    model = FrozenModel(llama.hf_model, llama.tokenizer, ScriptedBackend(llama, written), llama.source)
     rows = load_data([{"input": "a", "target": "x" * 30}])
     assert complete(model, as_prompt(None), encoder, rows).outputs == ["good"]
 
 
-class Scripted(FrozenModel, DecodeBatch):
-    """A model that writes given tokens, whatever it reads; it is its own batch of one row."""
+class ScriptedBackend(PackedBackend):
+    """Writes given tokens, whatever it reads; it is its own batch of one row."""
 
     def __init__(self, model: FrozenModel, ids: list[int]) -> None:
-        super().__init__(model.hf_model, model.tokenizer, model.backend, model.source)
-        self.ids = iter(ids)
+        super().__init__(model.hf_model)
+        self.ids, self.vocabulary_size = iter(ids), model.vocabulary_size
 
     def prefill(self, prefix: Prefix, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:  # type: ignore[override]
         return self.step([]), [prefix] * len(texts)
 
-    def decode(self, prefixes: Sequence[Prefix]) -> DecodeBatch:
+    def decode(self, prefixes: Sequence[Prefix]) -> ScriptedBackend:  # type: ignore[override]
         return self
 
     def step(self, tokens: Sequence[int]) -> Tensor:

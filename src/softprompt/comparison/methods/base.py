@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from softprompt.comparison.costs import Effort
 from softprompt.comparison.protocol import Protocol
@@ -21,11 +23,22 @@ from softprompt.evaluation.evaluate import ScoredRows
 from softprompt.evaluation.scorer import scoring_micro_batch_tokens
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.ensemble import AnyPrompt
+from softprompt.prompt.record import FormatRecord, format_fields
 from softprompt.prompt.soft_prompt import BasePrompt
 from softprompt.storage import read_json_object
 from softprompt.training.callbacks import Callback
 
 _FORMAT = "format.json"
+_FIELDS = (
+    "template",
+    "verbalizers",
+    "chat_template",
+    "chat_date",
+    "demonstrations",
+    "calibration",
+    "label_bias",
+    "max_length",
+)
 
 
 class MethodCallback(Callback):
@@ -57,20 +70,16 @@ class Predictor:
 
     def save(self, folder: Path) -> None:
         """Write `format.json`: how rows become tokens and how labels are chosen, without model and virtual tokens."""
-        form = self.format
-        (label_bias,) = (member.label_bias for member in self.prompt.members)
+        (member,) = self.prompt.members
         record = {
-            "template": form.template,
-            "verbalizers": dict(form.verbalizers),
-            "chat_template": form.chat_template,
-            "chat_date": form.chat_date,
-            "demonstrations": [dict(row) for row in form.demonstrations],
+            **format_fields(self.format, self.max_length),
+            "demonstrations": list(map(dict, self.format.demonstrations)),
             "calibration": self.calibration,
-            "label_bias": dict(label_bias),
-            "max_length": self.max_length,
+            "label_bias": dict(member.label_bias),
         }
+        text = json.dumps({name: record[name] for name in _FIELDS}, ensure_ascii=False, indent=2)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _FORMAT).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        (folder / _FORMAT).write_text(f"{text}\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path, model: FrozenModel, task: Task) -> Predictor:
@@ -78,17 +87,13 @@ class Predictor:
         cure = "remove it and the method's result, and the method is run again"
         record = read_json_object(folder / _FORMAT, cure)
         try:
-            form = Format(
-                task,
-                record["template"],
-                record["verbalizers"],
-                record["chat_template"],
-                demonstrations=tuple(record["demonstrations"]),
-                chat_date=record.get("chat_date"),  # not in files of early versions
-            )
+            # Files of early versions have no date.
+            fields = {name: record[name] for name in _FIELDS if name != "chat_date" or name in record}
+            own = FormatRecord(task=task, **fields)
+            form = replace(own.format, demonstrations=tuple(record["demonstrations"]))
             require_template(form)
-            return cls(model, form, record["max_length"], BasePrompt(record["label_bias"]), record["calibration"])
-        except (KeyError, TypeError) as error:
+            return cls(model, form, own.max_length, BasePrompt(own.label_bias), record["calibration"])
+        except (KeyError, TypeError, ValidationError) as error:
             raise InputError(f"{folder / _FORMAT} is damaged: {error}; {cure}") from error
 
 
