@@ -14,7 +14,7 @@ BEGIN, END = "<!-- Written by benchmarks/results_page.py. -->", "<!-- Until here
 METHODS = {
     "zero-shot": "base model",
     "few-shot": "best few-shot prompt",
-    SHIPPED: "PEFT's prompt tuning, as its guide has it",
+    SHIPPED: "PEFT's prompt tuning, with the settings of its guide",
     "prompt-tuning": "prompt tuning",
     "prefix-tuning": "prefix tuning",
     "lora": "LoRA",
@@ -48,12 +48,12 @@ def caption(runs: Runs) -> list[str]:
     """Return what is bold, and which runs differ in version or machine."""
     gpu, cpu = ("; ".join(machines(runs, gpu)) for gpu in (True, False))
     return [
-        "Bold: the best, or not significantly worse (paired bootstrap, 95 %). Where a whole row is bold, its test rows",
-        "do not tell the methods apart. The best was picked on the same test rows, so it looks better than it is.",
+        "Bold: the best, or not significantly worse (paired bootstrap, 95 %). Where a whole row is bold, the methods",
+        "do not differ significantly on it. The best was picked on the same test rows, so it looks better than it is.",
         "",
         "The table mixes runs of different versions of the program and of different machines:",
         "",
-        f"- {OLDER} at least one run is from before [prior matching](concepts.md#figures) was tried.",
+        f"- {OLDER} at least one run is from before [prior matching](concepts.md#metrics) was tried.",
         f"- {ON_GPU} at least one run was made on a GPU ({gpu}), with the steps that fit into eight minutes of the CPU;"
         f" all others ran on a CPU ({cpu}).",
         "",

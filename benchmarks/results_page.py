@@ -61,11 +61,12 @@ def quality(runs: Runs) -> list[str]:
 
 
 def compared(runs: Runs, second: str, sets: Sequence[str]) -> list[str]:
-    """Return the differences of all methods to one, by set and in the mean."""
+    """Return the differences of all methods to one, by set and on average."""
     methods = [m for m in WHOLE if m != second and any(m in runs[n] and second in runs[n] for n in sets)]
     if not methods:
         return ["Not run yet."]
-    lines = [f"| less {second} | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    head = " | ".join([f"difference to {second.replace('lora', 'LoRA')}", *methods])
+    lines = [f"| {head} |", "|---" * (len(methods) + 1) + "|"]
     for name in [*sets, "mean"]:
         cells = []
         for method in methods:
@@ -176,7 +177,7 @@ def longer(runs: Runs) -> list[str]:
         "",
         "Three seeds' prompts as one: three times the time, where the ensembles above share the time of one run.",
         "",
-        "| | | one run | ensemble | less one run | less lora |",
+        "| | | one run | ensemble | difference to one run | difference to LoRA |",
         "|---" * 6 + "|",
     ]
     for method in SINGLE:
@@ -198,7 +199,7 @@ def matching(runs: Runs) -> str:
     return (
         "Prior matching, a bias per label, is applied if it raises validation accuracy by more than one standard error"
         f" ([why](decisions/prior-matching.md)): it was on {', '.join(applied) or 'none of the sets'}."
-        f" `{SHIPPED}` stays as PEFT has it."
+        f" `{SHIPPED}` runs without calibration."
     )
 
 
@@ -223,9 +224,9 @@ def page(runs: Runs) -> str:
             "",
             "<!-- Written by benchmarks/results_page.py. Do not edit. -->",
             "",
-            "SmolLM2-135M-Instruct, at most 1,000 rows to learn from, 200 validation rows, the test rows",
+            "SmolLM2-135M-Instruct, at most 1,000 training rows, 200 validation rows, the test rows",
             "for the figures (of banking77 the first 1,000, of e2e the first 300).",
-            f"{MINUTES:g} minutes of learning or searching each on one core of a Zen 5: what learns takes as many",
+            f"{MINUTES:g} minutes of training or search each on one core of a Zen 5: trained methods take as many",
             "steps as fit into them there (`benchmarks/quality_steps.py` counts them), on whatever machine it runs;",
             "older runs went by the clock (see the steps at the end).",
             "Settings were chosen on validation rows of sst2, banking77 and e2e",
@@ -273,8 +274,8 @@ def page(runs: Runs) -> str:
             "## Costs",
             "",
             "Means over the sets, on one core of a Zen 4, with times as they would be on a Zen 5 (`REFERENCE` in",
-            "`benchmarks/quality.py`). Memory is the peak above the loaded model while learning. Of what learns, a",
-            "test row is one of the validation rows that prompts are chosen by. Perplexities are geometric means.",
+            "`benchmarks/quality.py`). Memory is the peak above the loaded model in training. For trained methods, a",
+            "test row is one of the validation rows that pick the prompt. Perplexities are geometric means.",
             "",
             *costs(runs),
             "",

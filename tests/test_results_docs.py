@@ -48,7 +48,7 @@ def cells(text: str, start: str, end: str) -> list[list[str]]:
 
 def test_the_readme_s_table_has_the_figures_of_the_results() -> None:
     names = {"zero-shot: the template alone": "zero-shot", "few-shot: the best examples found": "few-shot"}
-    names |= {"PEFT's prompt tuning, as its guide has it": "peft-prompt-tuning", "full fine-tuning": "full"}
+    names |= {"PEFT's prompt tuning, with the settings of its guide": "peft-prompt-tuning", "full fine-tuning": "full"}
     names |= {"lora, by PEFT, in our trainer": "lora"}
     (_, *methods), *by_set = cells(RESULTS, "\n## Quality\n", "\n## ")
     means = dict(zip(methods, [cell.strip("*") for cell in by_set[-1][1:]], strict=True))
