@@ -61,7 +61,7 @@ def measure(clock: Clock, model: sp.FrozenModel, name: str, method_name: str, da
     try:
         with measure_costs(model.device) as effort:
             began = time.monotonic()
-            prepared = protocol.prepare(seed=0, learning_rate=method.rate, **method.settings)
+            prepared = protocol.prepare(seed=0, learning_rate=method.default_learning_rate, **method.settings)
             preparation = time.monotonic() - began
             loop = method.trainer(prepared)
             loop.optimizer.param_groups[0]["lr"] = 0.0

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("data", help="a CSV, JSONL or Parquet file of texts")
     parser.add_argument("--column", default="text", help="the column that holds them")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rows", type=int, default=50, help="how many rows to learn from; the next are held back")
+    parser.add_argument("--rows", type=int, default=50, help="how many rows to learn from; the next are held out")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/trainer"))
     given = parser.parse_args(arguments)

@@ -51,7 +51,7 @@ class Told(sp.Callback):
     def step(self, step: int, loss: float) -> None:
         self.losses.append(loss)
 
-    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+    def micro_batch_reduced(self, step: int, micro_batch_tokens: int) -> None:
         self.sizes.append(micro_batch_tokens)
 
 

@@ -96,7 +96,7 @@ def test_where_memory_runs_out_micro_batches_are_halved() -> None:
     model, smaller = on_gpu("llama"), list[int]()
 
     class Noted(Callback):
-        def smaller(self, step: int, micro_batch_tokens: int) -> None:
+        def micro_batch_reduced(self, step: int, micro_batch_tokens: int) -> None:
             smaller.append(micro_batch_tokens)
 
     rows = load_data(

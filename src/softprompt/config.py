@@ -84,7 +84,7 @@ class EvaluateConfig(FormatConfig):
 
 
 class TuneConfig(FormatConfig):
-    """Settings of a run. Those that are None are decided from the data and the model; `tune` prints their values."""
+    """Settings of a run. Those that are None are resolved from the data and the model; `tune` prints their values."""
 
     method: Method = Field(
         "prompt-tuning",

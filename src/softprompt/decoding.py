@@ -1,4 +1,4 @@
-"""Decoding: continuing token ids after a prefix that is computed once."""
+"""Decoding: continuing token ids after a prefix that is computed once (`FrozenModel.shared_prefixes`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Generation: answering texts with a prompt, or continuing them with the base model."""
+"""Generation: answering texts with a prompt, or continuing them with the base model.
+
+Prefixes come from `FrozenModel.shared_prefixes`, through `decoding.continue_ids` or the scorer of labels.
+"""
 
 from __future__ import annotations
 

@@ -50,14 +50,14 @@ FILES: dict[str, tuple[str, str | bytes, list[str], list[str]]] = {
         [],
         ["one label only (b); two are needed"],
     ),
-    "one row": ("rows.csv", "text,label\na,b\n", [], ["1 rows, too few to hold any back", "--eval-data"]),
+    "one row": ("rows.csv", "text,label\na,b\n", [], ["1 rows, too few to hold any out", "--eval-data"]),
     "a target longer than allowed": (
         "rows.jsonl",
         '{"input": "a", "target": "' + "the parcel " * 30 + '"}\n',
         ["--set", "max_length=20", "--set", "eval_rows=0"],
         ["rows.jsonl, row 1: the target alone has", "max_length is 20; raise max_length, or shorten the target"],
     ),
-    "a long target among rows of which some are held back": (
+    "a long target among rows of which some are held out": (
         "rows.jsonl",
         "".join(f'{{"input": "a {n}", "target": "{"the parcel " * (30 if n == 40 else 1)}"}}\n' for n in range(60)),
         ["--set", "max_length=20", "--set", "max_steps=20"],  # all rows are taken

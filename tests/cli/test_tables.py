@@ -254,7 +254,7 @@ def test_a_terminal_has_one_line_that_is_kept_up_to_date(prepare: Made, monkeypa
     callback.evaluation(0, VALUES)
     for step in range(1, 41):
         callback.step(step, 1.0)
-    callback.smaller(40, 512)
+    callback.micro_batch_reduced(40, 512)
     callback.evaluation(40, VALUES)
     callback.end()
     # What is written after a line is wiped ("erase in line") replaces it.

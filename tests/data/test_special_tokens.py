@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from softprompt import evaluate, generate, load_data
 from softprompt.config import GenerateConfig
 from softprompt.data.encoder import Encoder, plain_ids, token_ids
-from softprompt.data.special_tokens import SpecialTokens, Written
+from softprompt.data.special_tokens import MarkedText, SpecialTokens
 from softprompt.data.templates import make_format
 from tiny_data import random_text
 from tiny_models import frozen
@@ -75,18 +75,22 @@ def test_texts_without_special_tokens_have_the_ids_that_they_had(tokenizer: PreT
     for _ in range(100):
         text = random_text(draw, draw.randint(0, 9))
         assert plain_ids(tokenizer, text) == token_ids(tokenizer, text)
-        by_twin = special._twin.encode(text, add_special_tokens=False)
-        assert by_twin.ids == token_ids(tokenizer, text)
+        encoding = special._placeholder_tokenizer.encode(text, add_special_tokens=False)
+        assert encoding.ids == token_ids(tokenizer, text)
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        assert by_twin.offsets == offsets
+        assert encoding.offsets == offsets
 
 
-def test_the_twin_finds_what_is_meant_where_the_tokenizer_does(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_placeholder_tokenizer_finds_what_is_meant_where_the_tokenizer_does(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     special = SpecialTokens.of(tokenizer)
     for token in tokenizer.all_special_tokens:
         for text in (f"{token}a film{token}\n", f"a {token} film {token}{token}", token):
-            spelled, _ = special._spell(text)
-            assert special._twin.encode(spelled, add_special_tokens=False).ids == token_ids(tokenizer, text)
+            with_placeholders, _ = special._insert_placeholders(text)
+            assert special._placeholder_tokenizer.encode(with_placeholders, add_special_tokens=False).ids == token_ids(
+                tokenizer, text
+            )
 
 
 def test_ordinary_texts_take_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +224,10 @@ def test_a_customer_cannot_change_the_answer_by_ending_the_text() -> None:
     assert len(generate(model, ["a film <eos>", "<eos>"], None, GenerateConfig(max_new_tokens=2))) == 2
 
 
-def test_a_stand_in_cannot_be_guessed() -> None:
+def test_a_placeholder_cannot_be_guessed() -> None:
     tokenizer = tiny_tokenizer()
     first = SpecialTokens(tokenizer, {2: "<eos>"})
     second = SpecialTokens(tokenizer, {2: "<eos>"})
-    assert first._own != second._own
-    (encoded,) = first.encode(tokenizer, [Written.plain(second._own["<eos>"])])
+    assert first._placeholders != second._placeholders
+    (encoded,) = first.encode(tokenizer, [MarkedText.plain(second._placeholders["<eos>"])])
     assert tokenizer.eos_token_id not in encoded.ids

@@ -397,7 +397,7 @@ class Sizes(Callback):
         assert prepared.config.micro_batch_tokens
         self.at_first = prepared.config.micro_batch_tokens
 
-    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+    def micro_batch_reduced(self, step: int, micro_batch_tokens: int) -> None:
         self.seen.append((step, micro_batch_tokens))
 
 

@@ -156,7 +156,7 @@ class Sizes(Callback):
     def begin(self, prepared: PreparedRun, step: int) -> None:
         self.prepared = prepared
 
-    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+    def micro_batch_reduced(self, step: int, micro_batch_tokens: int) -> None:
         self.seen.append((step, micro_batch_tokens))
 
 

@@ -126,9 +126,9 @@ def test_validation_rows_that_were_trained_on_are_reported(llama: FrozenModel, r
     rows = load_data(reviews)
     other = load_data([{"text": f"no such text {i}", "label": "positive"} for i in range(7)])
     both = Rows((*rows.rows[:5], *other.rows), rows.task, "both")
-    with pytest.warns(UserWarning, match="5 of 12 validation rows ask what a training row asks too"):
+    with pytest.warns(UserWarning, match="5 of 12 validation rows have the same input as a training row"):
         prepared_run(llama, rows, short(), both)
-    # Rows that softprompt holds back itself share no input with those it trains on: a warning would fail this test.
+    # Rows that softprompt holds out itself share no input with those it trains on: a warning would fail this test.
     twice = Rows((*rows.rows, *rows.rows), rows.task, "twice")
     prepared_run(llama, twice, short())
 

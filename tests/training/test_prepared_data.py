@@ -110,7 +110,7 @@ def test_runs_with_other_settings_share_what_is_the_same(
 def test_a_warning_is_given_once(llama: FrozenModel, reviews: Path) -> None:
     rows = load_data(reviews)
     data = prepare_data(llama, rows, SETTINGS, rows)
-    with pytest.warns(UserWarning, match="validation rows ask what a training row asks too") as warned:
+    with pytest.warns(UserWarning, match="validation rows have the same input as a training row") as warned:
         prepare_run(data, SETTINGS)
         prepare_run(data, SETTINGS.model_copy(update={"learning_rate": 1.0}))
     assert len(warned) == 1

@@ -1,4 +1,4 @@
-"""The settings that were left open, decided from facts alone: no model, no rows."""
+"""The settings that were unset, resolved from facts alone: no model, no rows."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_activation_checkpointing_is_for_rows_that_do_not_fit(
 
 
 def test_what_a_prompt_brings_is_said_to_come_from_it() -> None:
-    facts = replace(FACTS, source_names=frozenset({"template"}), start={})
+    facts = replace(FACTS, inherited_settings=frozenset({"template"}), start={})
     reasons = resolve_settings(TuneConfig(init="prompt:film"), facts).reasons
     assert (reasons["template"], reasons["verbalizers"]) == ("prompt:film", "labels stand for themselves")
 

@@ -98,7 +98,7 @@ def _show(
     """Print the scores, some answers, the prompt's folder and the gain."""
     from softprompt.cli.tables import metrics_table, out, plain_table, side_by_side
 
-    out.print(metrics_table(done.metrics, done.without_prompt, f"{done.rows} messages held back, 95 % intervals"))
+    out.print(metrics_table(done.metrics, done.without_prompt, f"{done.rows} messages held out, 95 % intervals"))
     out.print()
     inputs, tuned, base = ([output[name] for output in outputs] for name in ("input", "text", "base"))
     out.print(side_by_side(inputs, base, tuned, right))

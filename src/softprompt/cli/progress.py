@@ -141,7 +141,7 @@ class TerminalCallback(Callback):
         self.line.evaluated(step, values)
         self._log()
 
-    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+    def micro_batch_reduced(self, step: int, micro_batch_tokens: int) -> None:
         err.print(f"step {step}: memory is short; continuing with micro-batches of {micro_batch_tokens} tokens")
 
     def end(self) -> None:

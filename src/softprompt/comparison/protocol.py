@@ -41,7 +41,7 @@ class Protocol:
 
     Attributes:
         train, validation, test: rows to learn from, to choose by, and to score.
-        config: settings; what they leave open is decided as `tune` decides it. `max_minutes` is set.
+        config: settings; those that are unset are resolved as `tune` resolves them. `max_minutes` is set.
         equal: whether all methods get the same wall time, `max_minutes`, or see the same number of examples.
         search: whether a part of the budget goes into a search for the learning rate.
         measure_throughput: times a few steps and an evaluation of a trainer.

@@ -12,7 +12,7 @@ from softprompt.data.chat import Chat, prints_date
 from softprompt.data.example import Choices, Example, common_start
 from softprompt.data.label_tree import label_tree
 from softprompt.data.rows import Row, Rows
-from softprompt.data.special_tokens import Encoded, SpecialTokens, Written
+from softprompt.data.special_tokens import Encoded, MarkedText, SpecialTokens
 from softprompt.data.templates import Format
 from softprompt.errors import DataError, ModelError, SettingsError, nearest
 
@@ -48,7 +48,7 @@ class Encoder:
         self._chat = Chat(self.tokenizer, self.format.chat_date)
         if self.format.chat_template:
             self._require_chat()
-        self._demonstrated = self._special.written(self.format.demonstrated_pieces)
+        self._demonstrated = self._special.mark(self.format.demonstrated_pieces)
         self.bos_ids = () if self.format.chat_template else bos_token_ids(self.tokenizer)
         self._candidate_ids: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
         self.ends = self.format.task == "completion" or self._one_begins_another()
@@ -73,20 +73,20 @@ class Encoder:
         """Tell whether one label is a token prefix of another; then all labels end with the end-of-text token."""
         texts = self.format.verbalizers.values()
         # After a line break the tokens differ from those after a space.
-        both = [Written.plain(f"{before}{text}") for before in (" ", "\n") for text in texts]
+        both = [MarkedText.plain(f"{before}{text}") for before in (" ", "\n") for text in texts]
         encoded = [tuple(each.ids) for each in self._encode(both)]
         spaced, broken = encoded[: len(texts)], encoded[len(texts) :]
         return any(a != b and b[: len(a)] == a for each in (spaced, broken) for a in each for b in each)
 
-    def _encode(self, texts: Sequence[Written]) -> list[Encoded]:
+    def _encode(self, texts: Sequence[MarkedText]) -> list[Encoded]:
         return self._special.encode(self.tokenizer, texts) if texts else []
 
-    def _input(self, row: Row, where: str) -> Written:
+    def _input(self, row: Row, where: str) -> MarkedText:
         try:
-            written = self._special.written(self.format.pieces(row))
+            marked = self._special.mark(self.format.pieces(row))
         except SettingsError as error:
             raise SettingsError(f"{where}: {error}") from error
-        return self._special.in_chat(written, self._chat.around) if self.format.chat_template else written
+        return self._special.in_chat(marked, self._chat.around) if self.format.chat_template else marked
 
     def examples(self, rows: Rows) -> list[Example]:
         """Return an example for each row.
@@ -135,7 +135,7 @@ class Encoder:
     def inputs(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
         """Return the ids of each row's input, as they precede a target."""
 
-        def alone(text: Written) -> list[Example]:
+        def alone(text: MarkedText) -> list[Example]:
             ids = (*self.bos_ids, *self._encode([text])[0].ids)
             return [Example(ids, len(ids))]
 
@@ -181,7 +181,7 @@ class Encoder:
         require_embeddings(self.tokenizer, ids, self.vocabulary, where)
         return Example(ids, start)
 
-    def _encode_to_fit(self, row: Row, encode: Callable[[Written], list[Example]], where: str) -> list[Example]:
+    def _encode_to_fit(self, row: Row, encode: Callable[[MarkedText], list[Example]], where: str) -> list[Example]:
         """Encode a row's input with one target or several, shortening its longest column until all fit.
 
         The demonstrations, the template's own text and the target stay whole.
@@ -197,7 +197,7 @@ class Encoder:
         short = dict(row)
         while (excess := max(len(example.ids) for example in examples) - self.max_length) > 0:
             longest = max((c for c in self.format.columns if c in short), key=lambda column: len(short[column]))
-            starts = [start for start, _ in self._encode([Written.plain(short[longest])])[0].offsets]
+            starts = [start for start, _ in self._encode([MarkedText.plain(short[longest])])[0].offsets]
             if not starts:
                 note = ", after the demonstrations," if self.format.demonstrations else ""
                 raise DataError(f"{where}: the template's own text{note} does not fit in max_length {self.max_length}")
@@ -209,7 +209,7 @@ class Encoder:
             require_embeddings(self.tokenizer, example.ids, self.vocabulary, where)
         return examples
 
-    def _with_targets(self, text: Written, targets: Iterable[str]) -> list[Example]:
+    def _with_targets(self, text: MarkedText, targets: Iterable[str]) -> list[Example]:
         """Return an example for each of several targets after one input; all are tokenized in one call."""
         end = self.format.end if self.ends else ""
         ending = [self.tokenizer.eos_token_id] if self.ends and not end else []
@@ -232,7 +232,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return a text's tokens, none of them special: the text of a special token is characters."""
-    return SpecialTokens.of(tokenizer).encode(tokenizer, [Written.plain(text)])[0].ids
+    return SpecialTokens.of(tokenizer).encode(tokenizer, [MarkedText.plain(text)])[0].ids
 
 
 def require_embeddings(

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class LabelTree:
-    """The tokens of all labels behind one input.
+    """The tokens of all labels after one input.
 
     Attributes:
         ids: every token of a label that another token of a label follows; a label's last token is predicted, not run.
@@ -26,8 +26,8 @@ class LabelTree:
     tokens: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
 
-    def parents_behind(self, length: int) -> list[int]:
-        """Return, for each token of an input of this length and of `ids` behind it, the index of the one before it."""
+    def parents_after(self, length: int) -> list[int]:
+        """Return, for each token of an input of this length and of `ids` after it, the index of the one before it."""
         return [*range(-1, length - 1), *(length + parent for parent in self.parents)]
 
     def candidate_ids(self) -> list[tuple[tuple[int, ...], ...]]:

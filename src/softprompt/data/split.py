@@ -27,7 +27,7 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
         eval_rows: the most validation rows, stratified by label; 0 for none.
 
     Raises:
-        DataError: the two are for different tasks, or there are too few rows to hold any back.
+        DataError: the two are for different tasks, or there are too few rows to hold any out.
     """
     if eval_data is not None and eval_data.task != data.task:
         raise DataError(f"{eval_data.name} is for {eval_data.task}, {data.name} for {data.task}; use the same columns")
@@ -37,14 +37,14 @@ def split_rows(data: Rows, eval_data: Rows | None, eval_rows: int, seed: int) ->
         return data, sample(eval_data, eval_rows, seed)
     size = min(eval_rows, int(len(data) * _MAX_SHARE))
     if size < min(eval_rows, _MIN_ROWS):
-        raise DataError(f"{data.name} has {len(data)} rows, too few to hold any back for validation; {_CURE}")
+        raise DataError(f"{data.name} has {len(data)} rows, too few to hold any out for validation; {_CURE}")
     generator = np.random.default_rng(seed)
     keys = _row_keys(data)
     groups = _number_groups(keys["input"])
     chosen = _sample_stratified(keys["label"], groups, size, generator)
     if not chosen.any():
         raise DataError(
-            f"{data.name} has {groups.max() + 1} different inputs, each in too many rows to hold any back for "
+            f"{data.name} has {groups.max() + 1} different inputs, each in too many rows to hold any out for "
             f"validation; {_CURE}"
         )
     return _subset(data, ~chosen), _subset(data, chosen)

@@ -1,4 +1,7 @@
-"""The log-likelihood of every label: how rows of a classification task are scored, and how a label is chosen."""
+"""The log-likelihood of every label: how rows of a classification task are scored, and how a label is chosen.
+
+The log-likelihoods come from `Backend.score` (model/backends/base.py), the prefixes from `FrozenModel.shared_prefixes`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from softprompt.prompt.soft_prompt import BasePrompt
 
 
 class LabelScorer(Scorer):
-    """Sums the log-probabilities of every label's tokens after each row's input (`Backend.score`)."""
+    """Sums the log-probabilities of every label's tokens after each row's input."""
 
     def __init__(self, encoder: Encoder, rows: Rows, micro_batch_tokens: int = MICRO_BATCH_TOKENS) -> None:
         self.rows, self.micro_batch_tokens = rows, micro_batch_tokens

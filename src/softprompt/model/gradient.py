@@ -25,7 +25,7 @@ class TokenLoss:
     def loss(
         self, model: FrozenModel, prefix: Prefix, examples: Sequence[Example], activation_checkpointing: bool
     ) -> Tensor:
-        """Return the losses of a micro-batch behind a prefix; their sum is what the gradient is computed of."""
+        """Return the losses of a micro-batch after a prefix; their sum is what the gradient is computed of."""
         return model.backend.loss(prefix, examples, activation_checkpointing)
 
 

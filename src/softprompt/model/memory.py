@@ -31,7 +31,7 @@ ALLOCATOR = 1.5
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory of a micro-batch, behind one prefix or several.
+    """The memory of a micro-batch, after one prefix or several.
 
     A layer takes about twice the bytes that it saves, while it runs and while its gradients are computed.
 
@@ -66,7 +66,7 @@ class MemoryEstimate:
         """Predict the bytes of a step's micro-batch.
 
         Args:
-            lengths: tokens of each text behind the prefix, in their order.
+            lengths: tokens of each text after the prefix, in their order.
             targets: target tokens of all of them.
         """
         constant = self.prefixes * self.prompt + targets * self.width
@@ -141,7 +141,9 @@ def measure(model: FrozenModel, prefix_length: int) -> MemoryEstimate:
         for count, length in measured:
             with _count_saved([*own, *prefix]) as saved:
                 text = torch.zeros(length, dtype=torch.long)
-                hidden = model.backend.text_pass(leaves, [text] * count, [torch.tensor([length - 1])] * count).hidden
+                hidden = model.backend.text_pass(
+                    leaves, [text] * count, output_positions=[torch.tensor([length - 1])] * count
+                ).hidden
             totals.append(sum(saved.values()))
         with _count_saved(own) as saved:
             logits = model.backend.lm_head.logits(hidden[:1].detach().requires_grad_())

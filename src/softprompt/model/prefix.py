@@ -1,4 +1,8 @@
-"""The prefix: what a prompt becomes before the model reads text."""
+"""The prefix: what a prompt becomes before the model reads text.
+
+A prefix is computed by `FrozenModel.prefix` (model/frozen.py) through `Backend.prefix` (model/backends/base.py).
+Scoring and generation take it from `FrozenModel.shared_prefixes`, which caches it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ class Prefix:
     def of(cls, weights: Tensor) -> Prefix:
         """Return the prefix whose keys and values are the weights `[L, 2, K, P, D]` (Li and Liang 2021).
 
-        There is no output at its positions, so nothing predicts the first text token behind it.
+        There is no output at its positions, so nothing predicts the first text token after it.
         """
         keys, values = weights.unsqueeze(2).unbind(1)
         return cls(keys=list(keys), values=list(values), length=weights.shape[-2])

@@ -43,11 +43,11 @@ class Start:
 
     Attributes:
         weights: a soft prompt `[P, H]`, or a prefix `[L, 2, K, P, D]`; float32.
-        decided: value and reason of `init` and `init_text`, where the settings left them open.
+        resolved: value and reason of `init` and `init_text`, where they were unset.
     """
 
     weights: Tensor
-    decided: dict[str, tuple[str, str]]
+    resolved: dict[str, tuple[str, str]]
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -75,8 +75,8 @@ def initialize(model: FrozenModel, config: TuneConfig, source: SoftPrompt | None
             f"init_text is read with init=text only, not with init={config.init}; leave one of them out"
         )
     if source is None:
-        weights, decided = _Initializer(model, config, form, train).run()
-        return Start(_convert(config.method, model, weights), decided)
+        weights, resolved = _Initializer(model, config, form, train).run()
+        return Start(_convert(config.method, model, weights), resolved)
     weights = _convert(config.method, model, source.weights)
     length = config.num_virtual_tokens or weights.shape[-2]
     return Start(torch.stack(cycle_to(weights.unbind(-2), length), dim=-2), {})
@@ -93,32 +93,32 @@ def _convert(method: Method, model: FrozenModel, weights: Tensor) -> Tensor:
 
 
 class _Initializer:
-    """Decides what a soft prompt starts from, and computes it."""
+    """Chooses what a soft prompt starts from, and computes it."""
 
     def __init__(self, model: FrozenModel, config: TuneConfig, form: Format, train: Rows) -> None:
         self.model, self.config, self.form, self.train = model, config, form, train
         self.length = config.num_virtual_tokens
 
     def run(self) -> tuple[Tensor, dict[str, tuple[str, str]]]:
-        """Return a soft prompt `[P, H]`, and what was decided with its reason."""
+        """Return a soft prompt `[P, H]`, and what was resolved with its reason."""
         model, form, config, length = self.model, self.form, self.config, self.length
-        decided = {"init": self._choose()} if config.init == "auto" else {}
-        init = decided["init"][0] if decided else config.init
+        resolved = {"init": self._choose()} if config.init == "auto" else {}
+        init = resolved["init"][0] if resolved else config.init
         if init == "text":
             if config.init_text is not None:
-                return text_prompt(model, length, config.init_text), decided
+                return text_prompt(model, length, config.init_text), resolved
             text = task_text(form)
-            decided["init_text"] = text, "written from the task"
-            return text_prompt(model, length, text, self._ids(text)), decided
+            resolved["init_text"] = text, "written from the task"
+            return text_prompt(model, length, text, self._ids(text)), resolved
         if init == "examples":
             text = self._examples[0]
-            return text_prompt(model, length, text, self._ids(text, form.template)), decided
+            return text_prompt(model, length, text, self._ids(text, form.template)), resolved
         if init == "labels":
-            return labels_prompt(model, length, form.verbalizers.values()), decided
+            return labels_prompt(model, length, form.verbalizers.values()), resolved
         if init == "vocabulary":
             texts = (plain_ids(model.tokenizer, form.input(row)) for row in self.train)
-            return vocabulary_prompt(model, length or MIN_VIRTUAL_TOKENS, texts), decided
-        return random_prompt(model, length or MIN_VIRTUAL_TOKENS, config.seed), decided
+            return vocabulary_prompt(model, length or MIN_VIRTUAL_TOKENS, texts), resolved
+        return random_prompt(model, length or MIN_VIRTUAL_TOKENS, config.seed), resolved
 
     def _choose(self) -> tuple[str, str]:
         """Return what init=auto means here, and why."""

@@ -23,7 +23,7 @@ class Callback:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """The prompt was evaluated on the validation rows."""
 
-    def smaller(self, step: int, micro_batch_tokens: int) -> None:
+    def micro_batch_reduced(self, step: int, micro_batch_tokens: int) -> None:
         """A step did not fit in memory; from now on micro-batches are smaller."""
 
     def end(self) -> None:

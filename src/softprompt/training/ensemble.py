@@ -116,7 +116,7 @@ def _tune_members(
         minutes = max(given.max_minutes - (time.monotonic() - began) / 60, _MIN_MINUTES) / members
         rows = throughput.fit_to_budget(60 * minutes, eval_every=given.eval_every).get("eval_rows")
         if rows and not resume:
-            given, throughput = given.model_copy(update={"eval_rows": rows}), throughput.of(rows)
+            given, throughput = given.model_copy(update={"eval_rows": rows}), throughput.with_eval_rows(rows)
         throughput = replace(throughput, rows=0)  # no member may score fewer validation rows
     if folder is not None and not resume:
         folder.begin(given, identity_of(model, data, eval_data), members)

@@ -112,38 +112,41 @@ class TrainablePrompt(torch.nn.Module):
             `loss`, a mean in nats, and `logits` `[B, T, V]`, zero at padding: in eval mode both, for `compute_metrics`;
             in training mode the loss where there are labels, and the logits where there are none.
         """
-        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        texts = [ids[there].cpu() for ids, there in zip(input_ids, real, strict=True)]
-        whole = [torch.arange(len(text)) for text in texts]
+        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        texts = [ids[in_text].cpu() for ids, in_text in zip(input_ids, mask, strict=True)]
+        all_positions = [torch.arange(len(text)) for text in texts]
         if labels is None:
-            return CausalLMOutput(logits=self._filled(self._hidden(texts, whole), real))
-        targets = [row[there].cpu() for row, there in zip(labels, real, strict=True)]
-        learned = [row != _IGNORED for row in targets]
-        wanted = torch.cat([row[there] for row, there in zip(targets, learned, strict=True)])
+            return CausalLMOutput(logits=self._padded_logits(self._hidden(texts, all_positions), mask))
+        text_labels = [row[in_text].cpu() for row, in_text in zip(labels, mask, strict=True)]
+        is_target = [row != _IGNORED for row in text_labels]
+        target_ids = torch.cat([row[chosen] for row, chosen in zip(text_labels, is_target, strict=True)])
         if self.training:
-            hidden, logits = self._hidden(texts, [there.nonzero().squeeze(1) - 1 for there in learned]), None
+            hidden, logits = self._hidden(texts, [chosen.nonzero().squeeze(1) - 1 for chosen in is_target]), None
         else:  # each text's hidden states from the prompt's last position on
-            every = self._hidden(texts, [torch.arange(-1, len(text)) for text in texts])
-            parts = every.split([len(text) + 1 for text in texts])
-            hidden = torch.cat([part[:-1][there] for part, there in zip(parts, learned, strict=True)])
-            logits = self._filled(torch.cat([part[1:] for part in parts]), real)
-        total = self.frozen.backend.lm_head.losses(hidden, wanted).sum()
-        loss = total / (len(wanted) if num_items_in_batch is None else num_items_in_batch)
+            all_hidden = self._hidden(texts, [torch.arange(-1, len(text)) for text in texts])
+            parts = all_hidden.split([len(text) + 1 for text in texts])
+            hidden = torch.cat([part[:-1][chosen] for part, chosen in zip(parts, is_target, strict=True)])
+            logits = self._padded_logits(torch.cat([part[1:] for part in parts]), mask)
+        total = self.frozen.backend.lm_head.losses(hidden, target_ids).sum()
+        loss = total / (len(target_ids) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def _hidden(self, texts: list[Tensor], wanted: list[Tensor]) -> Tensor:
-        """Return the inputs of the output head at some positions of each text behind the prompt, text by text."""
+    def _hidden(self, texts: list[Tensor], output_positions: list[Tensor]) -> Tensor:
+        """Return the inputs of the output head at some positions of each text after the prompt, text by text."""
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         return self.frozen.backend.text_pass(
-            self.frozen.prefix(self.prompt), texts, wanted, activation_checkpointing=checkpointing
+            self.frozen.prefix(self.prompt),
+            texts,
+            output_positions=output_positions,
+            activation_checkpointing=checkpointing,
         ).hidden
 
-    def _filled(self, hidden: Tensor, real: Tensor) -> Tensor:
+    def _padded_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the logits `[B, T, V]`, zero at padding."""
         logits = self.frozen.backend.lm_head.logits(hidden)
-        filled = logits.new_zeros(*real.shape, logits.shape[-1])
-        filled[real.to(logits.device)] = logits
-        return filled
+        padded = logits.new_zeros(*mask.shape, logits.shape[-1])
+        padded[mask.to(logits.device)] = logits
+        return padded
 
     def soft_prompt(self) -> SoftPrompt:
         """Return the current prompt, for plain text: to save it, evaluate it, and generate with it."""

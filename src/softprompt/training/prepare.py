@@ -1,4 +1,4 @@
-"""What a run needs before its first step: rows, settings, examples, the initial prompt, a scorer, memory.
+"""The settings and the first prompt of one run, with its rows, examples, scorer and memory estimate.
 
 `prepare_data` is called once for all runs on the same rows: the pilot that is timed, the candidates of a search, the
 run itself, all methods of a comparison. `prepare_run` computes for each what no run before it has computed.
@@ -49,8 +49,8 @@ class PreparedRun:
     """All that a run needs.
 
     Attributes:
-        config: settings, every one of them decided.
-        reasons: for each setting that was left open, why it has its value.
+        config: settings, all resolved.
+        reasons: for each setting that was unset, why it has its value.
         encoder: rows to token ids; `truncated` counts the rows in `indices_seen` and the validation rows, once each.
         train, validation: the rows; validation is None where the last prompt is the result.
         objective: what is learned of the examples.
@@ -119,7 +119,7 @@ def prepare_data(
 
     Args:
         model: the frozen model.
-        data: the training rows; some are held back for validation where `eval_data` is None.
+        data: the training rows; some are held out for validation where `eval_data` is None.
         config: settings of the first run.
         eval_data: the validation rows.
         processes: the processes that take part.
@@ -134,7 +134,7 @@ def prepare_data(
 
 
 def prepare_run(data: PreparedData, config: TuneConfig) -> PreparedRun:
-    """Decide what the settings leave open, and make a run ready.
+    """Resolve the unset settings, and make a run ready.
 
     Args:
         data: rows and model.
@@ -192,7 +192,7 @@ def _facts(
     memory_estimate: MemoryEstimate,
     length_stats: LengthStats,
 ) -> Facts:
-    """Return what settings are decided from; how many tokens fit in memory is found later."""
+    """Return what settings are resolved from; how many tokens fit in memory is found later."""
     model = data.model
     return Facts(
         task=data.data.task,
@@ -201,8 +201,8 @@ def _facts(
         chat_template=form.format.chat_template,
         chat_date=form.format.chat_date,
         verbalizers=form.format.verbalizers,
-        source_names=form.source_names,
-        start=start.decided,
+        inherited_settings=form.inherited_settings,
+        start=start.resolved,
         num_virtual_tokens=start.num_virtual_tokens,
         micro_batch_tokens=0,
         longest_row_fits=_longest_row_bytes(memory_estimate, length_stats) <= model.free_memory(),
@@ -239,7 +239,7 @@ def _require_device(model: FrozenModel, config: TuneConfig) -> None:
 
 
 def _max_length(model: FrozenModel, wanted: int, virtual: int) -> int:
-    """Return how long an example may be to fit behind the virtual tokens."""
+    """Return how long an example may be to fit after the virtual tokens."""
     positions = model.context_length
     if positions is None:
         return wanted

@@ -1,4 +1,4 @@
-"""What runs on the same rows have in common, computed once: split, format, encoder, start, lengths, memory, scorer."""
+"""What several runs on the same rows share, computed once: split, format, encoder, start, lengths, memory, scorer."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ResolvedFormat:
-    """How rows become text, and which of its settings the prompt named by `init` brings."""
+    """How rows become text, and which of its settings are taken from the prompt that `init` names."""
 
     format: Format
-    source_names: frozenset[str]
+    inherited_settings: frozenset[str]
 
 
 class PreparedData:
@@ -114,17 +114,17 @@ class PreparedData:
         return self._lengths(split, form, max_length, objective, first, rows_seen, seed)
 
     def memory(self, prefix_length: int) -> MemoryEstimate:
-        """Return the memory that a step behind so long a prefix takes."""
+        """Return the memory that a step takes after a prefix of this length."""
         # The adapters of LoRA, which a comparison puts into the model, keep more for the backward pass.
         trainable = sum(p.numel() for p in self.model.hf_model.parameters() if p.requires_grad)
         return self._memory(prefix_length, trainable)
 
     def warn_of_duplicates(self, split: Split) -> None:
-        """Warn of validation rows that are training rows too; rows that were held back share no input with those."""
+        """Warn of validation rows that are training rows too; rows that were held out share no input with those."""
         if self.eval_data is not None and split.validation is not None and (count := self._duplicates(split)):
             self.warn_once(
                 "duplicates",
-                f"{count} of {len(split.validation)} validation rows ask what a training row asks too; on those a "
+                f"{count} of {len(split.validation)} validation rows have the same input as a training row; on those a "
                 "prompt looks better than it is. Give other rows as validation data",
             )
 
@@ -159,18 +159,18 @@ class PreparedData:
         data, source, labels = self.data, self._source(init), self.data.labels
         chosen: dict[str, Any] = {"template": template, "chat_template": chat_template, "chat_date": chat_date}
         chosen["verbalizers"] = None if verbalizers is None else dict(verbalizers)
-        source_names: list[str] = []
+        inherited_settings: list[str] = []
         if source is not None and source.format.task == data.task and set(labels) <= set(source.record.verbalizers):
             labels = list(source.record.verbalizers) or labels
-            source_names = [name for name in chosen if chosen[name] is None and getattr(source.record, name)]
-            chosen |= {name: getattr(source.record, name) for name in source_names}
+            inherited_settings = [name for name in chosen if chosen[name] is None and getattr(source.record, name)]
+            chosen |= {name: getattr(source.record, name) for name in inherited_settings}
         texts = chosen["template"], chosen["verbalizers"], bool(chosen["chat_template"])
         form = make_format(data.task, labels, *texts, default_template(data))
         form = dated(form, self.model.tokenizer, chosen["chat_date"])
         for rows in (split.train, split.validation):
             if rows is not None:
                 require_unseen_answer(form, rows)
-        return ResolvedFormat(form, frozenset(source_names))
+        return ResolvedFormat(form, frozenset(inherited_settings))
 
     def _make_encoder(self, form: ResolvedFormat, max_length: int) -> Encoder:
         return Encoder(self.model.tokenizer, form.format, max_length, self.model.vocabulary_size)

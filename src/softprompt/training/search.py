@@ -25,11 +25,11 @@ _RUNGS = (0.025, 0.075)  # of the steps: all candidates do the first, the better
 
 
 def candidates(config: TuneConfig, task: Task) -> list[tuple[str, float]]:
-    """Return the candidates, of settings that were left open: an init, and a factor of its default learning rate."""
+    """Return the candidates, of unset settings: an init, and a factor of its default learning rate."""
     factors = FACTORS if config.learning_rate is None else (1.0,)
-    open_start = config.init == "auto" and config.init_text is None
+    start_unset = config.init == "auto" and config.init_text is None
     other = "examples" if task == "classification" and config.method == "prefix-tuning" else "text"  # not the default
-    return list(product(("auto", other) if open_start else (config.init,), factors))
+    return list(product(("auto", other) if start_unset else (config.init,), factors))
 
 
 def search_cost(config: TuneConfig, task: Task) -> tuple[float, int]:

@@ -1,7 +1,6 @@
-"""The settings of a run: every setting that was left open, decided, each with its reason.
+"""Resolves the settings that `TuneConfig` leaves None, each with its reason; fixed defaults are in config.py.
 
-Pure functions of the settings that were given and of `Facts`: no model, no rows. What a setting is by default is
-decided here and nowhere else.
+Pure functions of the settings that were given and of `Facts`: no model, no rows.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ Decision: TypeAlias = tuple[T, str]
 
 @dataclass(frozen=True)
 class Facts:
-    """What settings are decided from.
+    """What settings are resolved from.
 
     Attributes:
         task: what the rows are for.
         num_train_rows: how many training rows there are.
         template, chat_template, chat_date, verbalizers: how rows become text.
-        source_names: those of the four that the prompt named by `init` brings.
-        start: value and reason of `init` and `init_text`, where they were left open.
+        inherited_settings: format settings taken from the prompt that `init` names.
+        start: value and reason of `init` and `init_text`, where they were unset.
         num_virtual_tokens: P, the length of the initial prompt.
         micro_batch_tokens: how many text tokens fit in memory.
         longest_row_fits: whether the longest row fits in memory without activation checkpointing.
@@ -57,7 +56,7 @@ class Facts:
     chat_template: bool = False
     chat_date: str | None = None
     verbalizers: Mapping[str, str] = field(default_factory=dict)
-    source_names: frozenset[str] = frozenset()
+    inherited_settings: frozenset[str] = frozenset()
     start: Mapping[str, Decision[str]] = field(default_factory=dict)
     longest_row_fits: bool = True
     backend: str = "packed"
@@ -66,11 +65,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that are all decided.
+    """Settings that are all resolved.
 
     Attributes:
         config: the settings.
-        reasons: for each setting that was left open, why it has its value.
+        reasons: for each setting that was unset, why it has its value.
     """
 
     config: TuneConfig
@@ -78,7 +77,7 @@ class Settings:
 
 
 def resolve_settings(config: TuneConfig, facts: Facts) -> Settings:
-    """Decide every setting that was left open.
+    """Resolve every setting that is unset.
 
     Args:
         config: the settings as given.
@@ -191,7 +190,7 @@ def _resolve_format(config: TuneConfig, facts: Facts) -> dict[str, Decision[Any]
         "verbalizers": (dict(facts.verbalizers) or None, "labels stand for themselves"),
     }
     return {
-        name: _or_default(getattr(config, name), value, config.init if name in facts.source_names else reason)
+        name: _or_default(getattr(config, name), value, config.init if name in facts.inherited_settings else reason)
         for name, (value, reason) in defaults.items()
     }
 

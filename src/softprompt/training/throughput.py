@@ -1,4 +1,4 @@
-"""Throughput: how long steps and evaluations take, how many fit into a duration, and what a run takes in all."""
+"""Throughput: measures the seconds of a step and of an evaluation, and fits a run to a number of minutes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _RENDERED_ROWS = 3
 
 @dataclass(frozen=True)
 class Throughput:
-    """How long training takes, in seconds of wall time.
+    """How long training takes, in seconds of wall time, measured.
 
     Attributes:
-        step: for a step.
-        evaluation: for an evaluation of the validation rows.
-        last: for the label bias, after the last step.
-        rows: validation rows that were scored; 0 if there have to be so many.
+        step: seconds per step.
+        evaluation: seconds per evaluation of the validation rows.
+        last: seconds for the label bias, after the last step.
+        rows: validation rows that were scored; 0 where their number is fixed.
     """
 
     step: float
@@ -54,12 +54,12 @@ class Throughput:
         Args:
             seconds: the duration.
             max_steps: the most steps; None for as many as fit, one at least.
-            eval_every: steps between evaluations; None where it is open.
+            eval_every: steps between evaluations; None where it is unset.
         """
         affordable_rows = int(self.rows * _SHARE * seconds / (3 * self.evaluation)) if self.evaluation else self.rows
         if eval_every is None and affordable_rows < self.rows > _MIN_ROWS:
             rows = max(affordable_rows, _MIN_ROWS)
-            return {**self.of(rows).fit_to_budget(seconds, max_steps), "eval_rows": rows}
+            return {**self.with_eval_rows(rows).fit_to_budget(seconds, max_steps), "eval_rows": rows}
         seconds -= min(self.last, _SHARE * seconds)
         affordable = _SHARE * seconds / self.evaluation - 1 if self.evaluation else EVALUATIONS
         evaluations = round(min(max(affordable, 2), EVALUATIONS))
@@ -71,8 +71,8 @@ class Throughput:
         steps = min(steps, max_steps or steps)
         return {"max_steps": steps, "eval_every": eval_every or math.ceil(steps / evaluations)}
 
-    def of(self, rows: int) -> Throughput:
-        """Return what it takes with so many validation rows, and not fewer."""
+    def with_eval_rows(self, rows: int) -> Throughput:
+        """Return the throughput for exactly this many validation rows."""
         share = rows / self.rows
         return Throughput(self.step, share * self.evaluation, share * self.last)
 
@@ -175,7 +175,7 @@ def estimate_run(
     if seconds and searched:
         length |= throughput.fit_to_budget(seconds - searched, most, given.eval_every)
     if scorer is not None and length["eval_rows"] < len(scorer.rows):
-        throughput = throughput.of(length["eval_rows"])
+        throughput = throughput.with_eval_rows(length["eval_rows"])
     evaluations = length["max_steps"] // length["eval_every"] + 1
     whole = searched + length["max_steps"] * throughput.step + evaluations * throughput.evaluation + throughput.last
     batch = [prepared.examples[i] for i in batch_indices(len(prepared.examples), config.batch_size, 0, config.seed)]

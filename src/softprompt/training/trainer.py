@@ -222,7 +222,7 @@ class Trainer(ABC):
                     ) from error
             # Outside of the handler: the traceback keeps the tensors of the failed attempt alive.
             self.state.micro_batch_tokens //= 2
-            self.callback.smaller(self.state.step + 1, self.state.micro_batch_tokens)
+            self.callback.micro_batch_reduced(self.state.step + 1, self.state.micro_batch_tokens)
 
     def micro_batches(self, share: list[Example]) -> list[list[Example]]:
         """Cut the examples that one process runs into micro-batches."""

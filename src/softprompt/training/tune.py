@@ -45,8 +45,8 @@ class TuneResult:
         seconds: wall time of this call.
         best_step: the step after which the best prompt was found.
         metrics: of the best prompt on the validation rows; empty without validation rows.
-        scores: the scores behind these metrics; None without validation rows.
-        settings: the settings, all decided.
+        scores: the scores that these metrics are computed from; None without validation rows.
+        settings: the settings, all resolved.
     """
 
     prompt: SoftPrompt
@@ -78,7 +78,7 @@ def tune(
 
     Args:
         model: the frozen model.
-        data: training rows, or what `load_data` reads. Without `eval_data`, some are held back for validation.
+        data: training rows, or what `load_data` reads. Without `eval_data`, some are held out for validation.
         config: settings; None for the defaults.
         eval_data: validation rows.
         out: the run's folder; None to write nothing.

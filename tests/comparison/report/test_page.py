@@ -587,11 +587,11 @@ def test_the_best_of_several_is_said_to_look_better_than_it_is(tmp_path: Path) -
     rows = labelled()
     results = classified(rows, {"zero-shot": 0.6, "prompt-tuning": 0.88, "lora": 0.9})
     summaries = summarize(results, rows)
-    ahead = difference([results[2]], [results[1]])
+    lead = difference([results[2]], [results[1]])
     write_report(results, rows, tmp_path)
     for name in ("report.html", "report.md"):
         text = visible((tmp_path / name).read_text(encoding="utf-8"))
-        words = formatting.signed_gap("accuracy", ahead.value), formatting.gap_interval("accuracy", ahead)
+        words = formatting.signed_gap("accuracy", lead.value), formatting.gap_interval("accuracy", lead)
         assert visible(f"{words[0]} ({words[1]}) to the second, the soft prompt; picked on these test rows") in text
         assert "it looks better than it is: a part of its advantage is chance" in text
     assert "picked on these test rows, so it looks better than it is" in recommend(summaries).reasons[0]

@@ -43,8 +43,8 @@ class _Curve(Callback):
         self.points.append(Point(step=step, seconds=time.monotonic() - self.began, loss=loss, validation=values))
         self.callback.evaluation(step, values)
 
-    def smaller(self, step: int, micro_batch_tokens: int) -> None:
-        self.callback.smaller(step, micro_batch_tokens)
+    def micro_batch_reduced(self, step: int, micro_batch_tokens: int) -> None:
+        self.callback.micro_batch_reduced(step, micro_batch_tokens)
 
     def end(self) -> None:
         self.callback.end()
@@ -53,7 +53,7 @@ class _Curve(Callback):
 class Trained(Method):
     """Methods that learn by gradients."""
 
-    rate: float | None = None  # the usual learning rate; None for that of a prompt
+    default_learning_rate: float | None = None  # None for that of a prompt
     settings: Mapping[str, object] = {}  # of every run
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Trained(Method):
         protocol, began = self.protocol, time.monotonic()
         curve, tokens, every = _Curve(self.callback), 0, protocol.config.eval_every
         with measure(protocol.model.device) as effort, reproducible(protocol.config.threads):
-            prepared = self._prepare(protocol.config.learning_rate or self.rate)
+            prepared = self._prepare(protocol.config.learning_rate or self.default_learning_rate)
             assert prepared.config.max_steps
             rate = prepared.config.learning_rate
             length, throughput = {"max_steps": prepared.config.max_steps}, None

@@ -154,7 +154,7 @@ class WeightTuning(Trained):
 class Lora(WeightTuning):
     """Low-rank updates of the model's weights."""
 
-    rate = 3e-3
+    default_learning_rate = 3e-3
 
     def __init__(self, protocol: Protocol, seed: int, callback: MethodCallback) -> None:
         super().__init__(protocol, seed, callback)
@@ -178,7 +178,7 @@ class Lora(WeightTuning):
 class Full(WeightTuning):
     """All weights of a copy of the model."""
 
-    rate = 5e-5
+    default_learning_rate = 5e-5
     keeps = False
 
     def __init__(self, protocol: Protocol, seed: int, callback: MethodCallback) -> None:

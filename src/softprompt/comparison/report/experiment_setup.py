@@ -77,7 +77,7 @@ def _notes(summaries: Sequence[MethodSummary]) -> list[str]:
         each = [(r.settings.get("eval_rows"), r.rows.get("validation", 0)) for r in summary.results]
         fewest = min((rows for rows, all_rows in each if isinstance(rows, int) and rows < all_rows), default=None)
         if fewest is not None:
-            fewer.append(f"{summary.kind.title} {fewest}")
+            fewer.append(f"{summary.info.title} {fewest}")
     if fewer:
         found.append(f"To stay within the time, some methods used a part of the validation rows: {', '.join(fewer)}.")
     return found
@@ -95,7 +95,7 @@ def _rows(results: Sequence[Result], rows: Sequence[Row]) -> str:
 def _seeds(summaries: Sequence[MethodSummary]) -> str:
     numbers = {len(s.results) for s in summaries}
     if len(numbers) > 1:
-        return "seeds: " + ", ".join(f"{s.kind.title} {len(s.results)}" for s in summaries)
+        return "seeds: " + ", ".join(f"{s.info.title} {len(s.results)}" for s in summaries)
     (number,) = numbers
     return "one seed" if number == 1 else f"{number} seeds"
 
@@ -112,7 +112,7 @@ def _settings(summaries: Sequence[MethodSummary]) -> tuple[dict[str, str], dict[
         of_seeds: dict[str, dict[str, None]] = {}  # the distinct values of each setting, in order
         for name, value in (item for result in summary.results for item in result.settings.items()):
             of_seeds.setdefault(name, {})[_value(value)] = None
-        every[summary.kind.title] = {name: " / ".join(values) for name, values in of_seeds.items()}
+        every[summary.info.title] = {name: " / ".join(values) for name, values in of_seeds.items()}
     first = next(iter(every.values()))
     shared = {name: text for name, text in first.items() if all(s.get(name) == text for s in every.values())}
     own = {method: {n: v for n, v in settings.items() if n not in shared} for method, settings in every.items()}

@@ -83,7 +83,7 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
     tall, low = max(200, 64 + 42 * len(summaries)), 24 + 32 * len(summaries)
 
     def said(title: str) -> str:
-        return "; ".join(f"{s.kind.title}: {_cell(c)}" for s, c in zip(summaries, cells[title], strict=True))
+        return "; ".join(f"{s.info.title}: {_cell(c)}" for s, c in zip(summaries, cells[title], strict=True))
 
     def plot(
         title: str, note: str, draw: plots.Draw, words: str, height: int, of: Sequence[MethodSummary] = ()
@@ -104,7 +104,7 @@ def _plots(summaries: Sequence[MethodSummary], cells: Mapping[str, Sequence[Cell
     ]
     name = plots.curve_metric(summaries)
     if name is not None:
-        words = f"Validation {metric_name(name)} against time, for {', '.join(s.kind.title for s in learned)}"
+        words = f"Validation {metric_name(name)} against time, for {', '.join(s.info.title for s in learned)}"
         note = "Validation rows, one line per seed."
         found.append(plot("Learning curves", note, plots.draw_curves, words, _HEIGHT, learned))
     return [

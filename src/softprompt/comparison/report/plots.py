@@ -258,7 +258,7 @@ def _axis_title(name: str) -> str:
 
 
 def _short(summary: MethodSummary) -> str:
-    title = summary.kind.title
+    title = summary.info.title
     return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1].rstrip()}…"
 
 

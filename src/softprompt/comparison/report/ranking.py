@@ -17,8 +17,8 @@ from softprompt.evaluation.primary_metric import can_be_best, lower_is_better
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What is known about a method without measuring it."""
+class MethodInfo:
+    """The static description of a method."""
 
     title: str
     phrase: str  # its name inside a sentence
@@ -29,8 +29,8 @@ class Kind:
 
 
 # In the order of the tutorial's table.
-_KINDS = {
-    "full": Kind(
+_METHOD_INFOS = {
+    "full": MethodInfo(
         "Full fine-tuning",
         "full fine-tuning",
         "Fine-tuning",
@@ -38,7 +38,7 @@ _KINDS = {
         "yes: all weights of the model",
         "one difficult task with much data, and disk space for a whole model",
     ),
-    "lora": Kind(
+    "lora": MethodInfo(
         "LoRA",
         "LoRA",
         "LoRA",
@@ -46,7 +46,7 @@ _KINDS = {
         "yes: small matrices beside the weights",
         "tasks that need what the model does not know yet, with an adapter for each",
     ),
-    "prompt-tuning": Kind(
+    "prompt-tuning": MethodInfo(
         "Prompt tuning",
         "the soft prompt",
         "Prompt tuning",
@@ -54,7 +54,7 @@ _KINDS = {
         "yes: the embeddings of a few virtual tokens",
         "many tasks on one unchanged base model, some kilobytes for each",
     ),
-    "prefix-tuning": Kind(
+    "prefix-tuning": MethodInfo(
         "Prefix tuning",
         "the learned prefix",
         "Prefix tuning",
@@ -62,7 +62,7 @@ _KINDS = {
         "yes: keys and values of virtual tokens at every layer",
         "many tasks on one unchanged base model, where a soft prompt learns too little",
     ),
-    "few-shot": Kind(
+    "few-shot": MethodInfo(
         "Few-shot",
         "the few-shot prompt",
         "Prompt engineering",
@@ -70,7 +70,7 @@ _KINDS = {
         "no: examples are chosen for the prompt",
         "a first try with a few examples; models behind an API",
     ),
-    "zero-shot": Kind(
+    "zero-shot": MethodInfo(
         "Zero-shot",
         "the handwritten prompt",
         "Prompt engineering",
@@ -81,17 +81,17 @@ _KINDS = {
 }
 
 
-def kind_of(method: str) -> Kind:
-    """Return what is known about a method; an ensemble of old results is of the kind of its members."""
-    if method in _KINDS:
-        return _KINDS[method]
-    for name, kind in _KINDS.items():
+def method_info(method: str) -> MethodInfo:
+    """Return a method's description; an ensemble of old results is of the kind of its members."""
+    if method in _METHOD_INFOS:
+        return _METHOD_INFOS[method]
+    for name, info in _METHOD_INFOS.items():
         if method.startswith(f"{name}-"):
             rest = method.removeprefix(name).replace("-", " ")
-            phrase = kind.phrase + rest
-            return Kind(kind.title + rest, phrase, kind.family, f"Use {phrase}.", kind.training, kind.best_for)
+            phrase = info.phrase + rest
+            return MethodInfo(info.title + rest, phrase, info.family, f"Use {phrase}.", info.training, info.best_for)
     title = method.replace("-", " ")
-    return Kind(title[:1].upper() + title[1:], title, "", f"Use {title}.", "", "")
+    return MethodInfo(title[:1].upper() + title[1:], title, "", f"Use {title}.", "", "")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class MethodSummary:
     """
 
     method: str
-    kind: Kind
+    info: MethodInfo
     place: int  # in the order in which methods are shown
     results: list[Result]  # one per seed
     figure: Metric  # the primary metric over all seeds
@@ -176,8 +176,8 @@ def summarize(results: Sequence[Result], rows: Sequence[Row]) -> list[MethodSumm
     named = [result.method for result in results]
 
     def order(method: str) -> tuple[int, int]:
-        kinds = [n for n, name in enumerate(_KINDS) if f"{method}-".startswith(f"{name}-")]
-        return (kinds or [len(_KINDS)])[0], named.index(method)
+        kinds = [n for n, name in enumerate(_METHOD_INFOS) if f"{method}-".startswith(f"{name}-")]
+        return (kinds or [len(_METHOD_INFOS)])[0], named.index(method)
 
     figures = {method: mean_primary(of_method) for method, of_method in by_method.items()}
     sign = -1.0 if lower_is_better(results[0].ranking) else 1.0
@@ -185,7 +185,7 @@ def summarize(results: Sequence[Result], rows: Sequence[Row]) -> list[MethodSumm
     return [
         MethodSummary(
             method,
-            kind_of(method),
+            method_info(method),
             place,
             by_method[method],
             figures[method],

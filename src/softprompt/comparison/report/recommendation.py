@@ -34,7 +34,7 @@ def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
     """
     (best,) = (s for s in summaries if s.to_best is None)
     if len(summaries) == 1:
-        headline = f"Only {best.kind.phrase} was run: there is nothing to compare it with."
+        headline = f"Only {best.info.phrase} was run: there is nothing to compare it with."
         reasons = [f"Its {_name(best)} is {_figure(best)}.", _takes(best)]
         return Recommendation(best, headline, reasons, _cautions(summaries, best))
     if not best.can_be_best:
@@ -52,7 +52,7 @@ def recommend(summaries: Sequence[MethodSummary]) -> Recommendation:
         *_against_prompt_engineering(summaries, chosen),
         *_against_learned_prompts(summaries, chosen),
     ]
-    return Recommendation(chosen, chosen.kind.advice, reasons, _cautions(summaries, chosen))
+    return Recommendation(chosen, chosen.info.advice, reasons, _cautions(summaries, chosen))
 
 
 def _alike(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
@@ -79,7 +79,7 @@ def _start(text: str) -> str:
 
 
 def _and(summaries: Sequence[MethodSummary]) -> str:
-    phrases = [s.kind.phrase for s in summaries]
+    phrases = [s.info.phrase for s in summaries]
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
@@ -102,12 +102,12 @@ def _why(
     summaries: Sequence[MethodSummary], alike: Sequence[MethodSummary], chosen: MethodSummary, best: MethodSummary
 ) -> str:
     tied = [s for s in alike if s is not best]
-    first = f"{_start(best.kind.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
+    first = f"{_start(best.info.phrase)} has the best {_name(best)}: {_figure(best)}, {PICKED}."
     following = second(summaries)
     if following is None or following.to_best is None:
         return f"{first} No other method's {_name(best)} is a finite number."
     place = "the second best" if len(summaries) > 2 else "the other one"
-    after = f"{following.kind.phrase}, {place}, is {_behind(following, following.to_best)}"
+    after = f"{following.info.phrase}, {place}, is {_describe_gap(following, following.to_best)}"
     if not tied and following.tied:
         return f"{first} The others have no right answer; {after}, an interval that contains 0."
     if not tied:
@@ -120,17 +120,17 @@ def _why(
         return f"{first} {comparison} on these {_scored(best)}, and it is the cheapest of them; {after}."
     assert chosen.to_best is not None
     return (
-        f"{first} {comparison} on these {_scored(best)}; of all these, {chosen.kind.phrase} is the cheapest. With "
-        f"{_figure(chosen)} it is {_behind(chosen, chosen.to_best)}, an interval that contains 0."
+        f"{first} {comparison} on these {_scored(best)}; of all these, {chosen.info.phrase} is the cheapest. With "
+        f"{_figure(chosen)} it is {_describe_gap(chosen, chosen.to_best)}, an interval that contains 0."
     )
 
 
-def _behind(summary: MethodSummary, by: Metric) -> str:
+def _describe_gap(summary: MethodSummary, by: Metric) -> str:
     return f"{_side(summary, by)} ({_INTERVAL} of the difference {gap_interval(summary.primary, by)})"
 
 
 def _side(summary: MethodSummary, by: Metric) -> str:
-    return f"{gap(summary.primary, by.value)} {'behind' if by.value < 0 else 'ahead'}" if by.value else "level with it"
+    return f"{gap(summary.primary, by.value)} {'worse' if by.value < 0 else 'better'}" if by.value else "equally good"
 
 
 def _takes(chosen: MethodSummary) -> str:
@@ -148,7 +148,7 @@ def _saves(chosen: MethodSummary, best: MethodSummary) -> str:
     ours, theirs = chosen.costs, best.costs
     if not chosen.learns and best.learns:
         return (
-            f"It needs no training; {best.kind.phrase} trained {count(theirs.trainable_parameters)} parameters in "
+            f"It needs no training; {best.info.phrase} trained {count(theirs.trainable_parameters)} parameters in "
             f"{duration(theirs.train_seconds)} and takes {size(theirs.stored_bytes)} on disk."
         )
     numbers = f"{count(ours.trainable_parameters)} parameters instead of {count(theirs.trainable_parameters)}"
@@ -166,7 +166,7 @@ def _faster(alike: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
     if not ours > _SLOWER * theirs:
         return []
     return [
-        f"Where the time of a prediction matters more, take {other.kind.phrase}: {duration(theirs)} instead of "
+        f"Where the time of a prediction matters more, take {other.info.phrase}: {duration(theirs)} instead of "
         f"{duration(ours)}."
     ]
 
@@ -182,20 +182,20 @@ def _against_prompt_engineering(summaries: Sequence[MethodSummary], chosen: Meth
     gained = difference(chosen.results, best.results)
     doubt = ", which is not significant" if contains_zero(gained) else ""
     return [
-        f"Over the best method without training, {best.kind.phrase}, it gains "
+        f"Over the best method without training, {best.info.phrase}, it gains "
         f"{gap(chosen.primary, gained.value)} ({_INTERVAL} {gap_interval(chosen.primary, gained)}){doubt}."
     ]
 
 
 def _against_learned_prompts(summaries: Sequence[MethodSummary], chosen: MethodSummary) -> list[str]:
     """Compare a better trained method with the best learned prompt, which is smaller."""
-    prompts = [s for s in summaries if s.kind.family in _LEARNED_PROMPTS and s.to_best and not s.tied]
-    if not chosen.learns or chosen.kind.family in _LEARNED_PROMPTS or not prompts:
+    prompts = [s for s in summaries if s.info.family in _LEARNED_PROMPTS and s.to_best and not s.tied]
+    if not chosen.learns or chosen.info.family in _LEARNED_PROMPTS or not prompts:
         return []
     nearest = max(prompts, key=_gap_to_best)
     less = _side(nearest, difference(nearest.results, chosen.results))
     return [
-        f"The best learned prompt, {nearest.kind.phrase}, is {less} and takes {size(nearest.costs.stored_bytes)} on "
+        f"The best learned prompt, {nearest.info.phrase}, is {less} and takes {size(nearest.costs.stored_bytes)} on "
         f"disk for each task instead of {size(chosen.costs.stored_bytes)}; choose it where many tasks share the base "
         "model."
     ]
@@ -212,7 +212,7 @@ def _cautions(summaries: Sequence[MethodSummary], chosen: MethodSummary) -> list
         costs = summary.costs
         if abs(costs.perplexity_after - costs.perplexity_before) > 0.01 * costs.perplexity_before:
             found.append(
-                f"{_start(summary.kind.phrase)} changed the model outside of the task: its perplexity on unrelated "
+                f"{_start(summary.info.phrase)} changed the model outside of the task: its perplexity on unrelated "
                 f"text went from {plain(costs.perplexity_before)} to {plain(costs.perplexity_after)}."
             )
     if len({tuple(sorted(r.environment.items())) for s in summaries for r in s.results}) > 1:
@@ -230,6 +230,6 @@ def _no_better_than_one_label(chosen: MethodSummary) -> list[str]:
         return []
     label = confusion.labels[of_label.index(max(of_label))]
     return [  # the label is isolated: it can run from right to left
-        f"{_start(chosen.kind.phrase)} is not significantly better than always answering “\u2068{label}\u2069”, which "
+        f"{_start(chosen.info.phrase)} is not significantly better than always answering “\u2068{label}\u2069”, which "
         f"would be right in {metric('accuracy', share)} of the rows."
     ]

@@ -94,9 +94,9 @@ def _best(summary: MethodSummary, summaries: Sequence[MethodSummary]) -> Cell:
     if following is None or following.to_best is None:
         return Cell("best", PICKED if len(summaries) > 1 else "")
     by = following.to_best
-    ahead = Metric(value=-by.value, low=-by.high, high=-by.low)
-    shown = f"{signed_gap(summary.primary, ahead.value)} ({gap_interval(summary.primary, ahead)})"
-    return Cell("best", f"{shown} to the second, {following.kind.phrase}; {PICKED}")
+    lead = Metric(value=-by.value, low=-by.high, high=-by.low)
+    shown = f"{signed_gap(summary.primary, lead.value)} ({gap_interval(summary.primary, lead)})"
+    return Cell("best", f"{shown} to the second, {following.info.phrase}; {PICKED}")
 
 
 def _other(summary: MethodSummary, name: str) -> Cell:
@@ -120,7 +120,7 @@ def resources(summary: MethodSummary) -> Cell:
 def training(summary: MethodSummary) -> Cell:
     """Return what training a method needs."""
     costs = summary.costs
-    needed = summary.kind.training or ("yes" if summary.learns else "no")
+    needed = summary.info.training or ("yes" if summary.learns else "no")
     parameters = f"{count(costs.trainable_parameters)} parameters, " if summary.learns else ""
     return Cell(needed, f"{parameters}{duration(costs.train_seconds)}")
 

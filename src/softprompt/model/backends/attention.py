@@ -1,4 +1,4 @@
-"""Attention of texts that are packed in one row, without padding, behind one prefix or each behind its own.
+"""Attention of texts that are packed in one row, without padding, after one shared prefix or each after its own.
 
 On the prompt's own pass it records keys and values; on the texts' pass it puts a prefix before every text and separates
 the texts. There is no cache object and no mask tensor of the size of the whole row.
@@ -25,7 +25,7 @@ MAX_LENGTH_RATIO, MAX_LENGTH_RATIO_ON_GPU = 1.5, 8.0
 
 
 class PackedBatch:
-    """Texts packed in one row, behind their prefixes, as the attention function needs them.
+    """Texts packed in one row, after their prefixes, as the attention function needs them.
 
     Args:
         parents: per text, for each token the position of the token before it; None where all texts are chains.

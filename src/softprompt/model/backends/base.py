@@ -29,7 +29,7 @@ class TextPass:
     """What one pass of text gives.
 
     Attributes:
-        hidden: `[R, H]`, the output head's input at each wanted position, text by text.
+        hidden: `[R, H]`, the output head's input at each output position, text by text.
         extended: per text, the prefix that ends with it; empty unless asked for.
     """
 
@@ -96,7 +96,7 @@ class Backend(ABC):
         """Return prefixes extended by a text that follows each of them."""
         nothing = torch.tensor([], dtype=torch.long)
         texts = [torch.tensor(list(text_ids))] * len(prefixes)
-        return self.text_pass(prefixes, texts, [nothing] * len(prefixes), extend=True).extended
+        return self.text_pass(prefixes, texts, output_positions=[nothing] * len(prefixes), extend=True).extended
 
     def _embedded(self, weights: Tensor | None, text_ids: Sequence[int]) -> Tensor:
         """Return the embeddings of a soft prompt and of what all examples begin with, `[1, P, H]`."""
@@ -117,8 +117,12 @@ class Backend(ABC):
             activation_checkpointing: run each layer again in the backward pass, in less memory.
         """
         prefixes = broadcast_prefix(prefix, len(examples))
-        texts, wanted, targets = _texts_and_targets(examples, [len(each.shared_text_ids) for each in prefixes])
-        hidden = self.text_pass(prefix, texts, wanted, activation_checkpointing=activation_checkpointing).hidden
+        texts, output_positions, targets = _texts_and_targets(
+            examples, [len(each.shared_text_ids) for each in prefixes]
+        )
+        hidden = self.text_pass(
+            prefix, texts, output_positions=output_positions, activation_checkpointing=activation_checkpointing
+        ).hidden
         return self.lm_head.losses(hidden, targets, _candidate_ids(examples))
 
     def fused_loss(
@@ -128,13 +132,13 @@ class Backend(ABC):
         examples: Sequence[Example],
         activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Return what `loss` gives behind `prefix(weights, text_ids)`, from one pass; only where `can_fuse`.
+        """Return what `loss` gives after `prefix(weights, text_ids)`, from one pass; only where `can_fuse`.
 
         Args:
             weights: a soft prompt `[P, H]`; the loss is differentiable with respect to it.
         """
-        texts, wanted, targets = _texts_and_targets(examples, [len(text_ids)] * len(examples))
-        hidden = self.fused_pass(self._embedded(weights, text_ids), texts, wanted, activation_checkpointing)
+        texts, output_positions, targets = _texts_and_targets(examples, [len(text_ids)] * len(examples))
+        hidden = self.fused_pass(self._embedded(weights, text_ids), texts, output_positions, activation_checkpointing)
         return self.lm_head.losses(hidden, targets, _candidate_ids(examples))
 
     @torch.no_grad()
@@ -152,12 +156,14 @@ class Backend(ABC):
         lengths = [len(each.input_ids) - shared_text_len for each in choices]
         trees = [each.tree for each in choices]
         texts = [torch.tensor(each.ids[shared_text_len:]) for each in choices]
-        wanted = [torch.arange(length - 1, length + len(tree.ids)) for tree, length in zip(trees, lengths, strict=True)]
+        output_positions = [
+            torch.arange(length - 1, length + len(tree.ids)) for tree, length in zip(trees, lengths, strict=True)
+        ]
         parents = None
         if any(tree.ids for tree in trees):
-            parents = [torch.tensor(tree.parents_behind(n)) for tree, n in zip(trees, lengths, strict=True)]
-        hidden = self.text_pass(prefixes, texts, wanted, parents).hidden
-        starts = accumulate((len(each) for each in wanted[:-1]), initial=0)
+            parents = [torch.tensor(tree.parents_after(n)) for tree, n in zip(trees, lengths, strict=True)]
+        hidden = self.text_pass(prefixes, texts, output_positions=output_positions, parents=parents).hidden
+        starts = accumulate((len(each) for each in output_positions[:-1]), initial=0)
         indices = [torch.tensor(tree.positions) + start for tree, start in zip(trees, starts, strict=True)]
         tokens = torch.tensor([token for tree in trees for token in tree.tokens])
         each_token = self.lm_head.log_probabilities(hidden, torch.cat(indices), tokens).double()
@@ -169,7 +175,7 @@ class Backend(ABC):
 
     @torch.no_grad()
     def prefill(self, prefix: Prefix | Sequence[Prefix], texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Prefix]]:
-        """Run texts behind a prefix, to continue them.
+        """Run texts after a prefix, to continue them.
 
         Args:
             prefix: the same for all texts, or one for each.
@@ -179,7 +185,9 @@ class Backend(ABC):
             The logits after each text's last token, `[texts, V]`, and per text the prefix that ends with it.
         """
         ids = [torch.tensor(list(text)) for text in texts]
-        done = self.text_pass(prefix, ids, [torch.tensor([len(text) - 1]) for text in texts], extend=True)
+        done = self.text_pass(
+            prefix, ids, output_positions=[torch.tensor([len(text) - 1]) for text in texts], extend=True
+        )
         return self.lm_head.logits(done.hidden), done.extended
 
     def decode(self, prefixes: Sequence[Prefix]) -> DecodeBatch:
@@ -197,16 +205,16 @@ class Backend(ABC):
         self,
         prefix: Prefix | Sequence[Prefix],
         texts: Sequence[Tensor],
-        wanted: Sequence[Tensor],
+        output_positions: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
         activation_checkpointing: bool = False,
     ) -> TextPass:
-        """Run texts (ids `[t]` each, t at least 1) behind a prefix.
+        """Run texts (ids `[t]` each, t at least 1) after a prefix.
 
         Args:
             prefix: the prefix, the same for all texts, or one for each; their lengths and texts may differ.
-            wanted: per text, the positions at which the output head's input is returned.
+            output_positions: per text, the positions at which the output head's input is returned.
             parents: per text, for each token the position of the token before it: a text that branches is a tree.
                 None where every token follows the one before.
             extend: also return, per text, the prefix that ends with it; not for trees.
@@ -218,26 +226,26 @@ class Backend(ABC):
         self,
         embeddings: Tensor,
         texts: Sequence[Tensor],
-        wanted: Sequence[Tensor],
+        output_positions: Sequence[Tensor],
         activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Run embeddings `[1, P, H]` and texts behind them in one pass, differentiable; only where `can_fuse`.
+        """Run embeddings `[1, P, H]` and texts after them in one pass, differentiable; only where `can_fuse`.
 
         Returns:
-            `[R, H]`, the output head's input at each wanted position, text by text.
+            `[R, H]`, the output head's input at each output position, text by text.
         """
         raise NotImplementedError
 
 
 def gather_hidden(
-    hidden: Tensor, starts: Sequence[int], wanted: Sequence[Tensor], prefixes: Sequence[Prefix]
+    hidden: Tensor, starts: Sequence[int], output_positions: Sequence[Tensor], prefixes: Sequence[Prefix]
 ) -> Tensor:
-    """Gather the head's input at the wanted positions.
+    """Gather the head's input at the output positions.
 
     Args:
         hidden: `[B, T, H]`.
         starts: per text, the index of its first token in the flattened `[B·T]` axis.
-        wanted: per text, positions; -1 is the last of the text's prefix.
+        output_positions: per text, positions; -1 is the last of the text's prefix.
 
     Returns:
         `[R, H]`.
@@ -245,7 +253,7 @@ def gather_hidden(
     flat = hidden.reshape(-1, hidden.shape[-1])
     lasts: dict[int, Tensor] = {}
     indices = []
-    for positions, start, prefix in zip(wanted, starts, prefixes, strict=True):
+    for positions, start, prefix in zip(output_positions, starts, prefixes, strict=True):
         index = positions + start
         first = positions < 0
         if bool(first.any()):
@@ -270,8 +278,8 @@ def _texts_and_targets(
     starts = list(zip(examples, shared_text_len, strict=True))
     # The last token's prediction is never used, so the token is not run; but one token always is.
     texts = [torch.tensor(e.ids[start : max(len(e.ids) - 1, start + 1)]) for e, start in starts]
-    wanted = [torch.arange(e.start - start - 1, len(e.ids) - start - 1) for e, start in starts]
-    return texts, wanted, torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
+    output_positions = [torch.arange(e.start - start - 1, len(e.ids) - start - 1) for e, start in starts]
+    return texts, output_positions, torch.cat([torch.tensor(e.ids[e.start :]) for e in examples])
 
 
 def _candidate_ids(examples: Sequence[Example]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Batches of rows that are continued a token at a time, each behind its own prefix."""
+"""Batches of rows that are continued a token at a time, each after its own prefix."""
 
 from __future__ import annotations
 

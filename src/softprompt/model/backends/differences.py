@@ -34,7 +34,7 @@ def step_differences(reference: Reference, model: FrozenModel, cut: bool = True)
 
 @torch.no_grad()
 def decoding_differences(reference: Reference, model: FrozenModel) -> tuple[float, float]:
-    """Compare a batch of texts of unlike lengths, behind unlike prefixes, with plain passes of each row alone.
+    """Compare a batch of texts of unlike lengths, after unlike prefixes, with plain passes of each row alone.
 
     The backend runs the texts; then each row takes two tokens.
 

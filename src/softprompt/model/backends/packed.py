@@ -119,7 +119,7 @@ class PackedBackend(Backend):
         self,
         prefix: Prefix | Sequence[Prefix],
         texts: Sequence[Tensor],
-        wanted: Sequence[Tensor],
+        output_positions: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
         activation_checkpointing: bool = False,
@@ -129,7 +129,7 @@ class PackedBackend(Backend):
         batch = PackedBatch(prefixes, lengths, parents, record_states=extend, max_length_ratio=self.max_length_ratio)
         ids = torch.cat(list(texts)).unsqueeze(0).to(input_device(self.hf_model))
         hidden = self._hidden(batch, activation_checkpointing, input_ids=ids)
-        gathered = gather_hidden(hidden, starts, wanted, prefixes)
+        gathered = gather_hidden(hidden, starts, output_positions, prefixes)
         if not extend:
             return TextPass(gathered)
         extended = [
@@ -142,7 +142,7 @@ class PackedBackend(Backend):
         self,
         embeddings: Tensor,
         texts: Sequence[Tensor],
-        wanted: Sequence[Tensor],
+        output_positions: Sequence[Tensor],
         activation_checkpointing: bool = False,
     ) -> Tensor:
         num_prompt_positions = embeddings.shape[1]
@@ -157,7 +157,7 @@ class PackedBackend(Backend):
         embedded = torch.cat([embeddings, self.hf_model.get_input_embeddings()(ids).unsqueeze(0)], dim=1)
         hidden = self._hidden(batch, activation_checkpointing, inputs_embeds=embedded)
         prefix = Prefix(last=hidden[0, num_prompt_positions - 1 : num_prompt_positions])
-        return gather_hidden(hidden, starts, wanted, [prefix] * len(texts))
+        return gather_hidden(hidden, starts, output_positions, [prefix] * len(texts))
 
 
 def _lengths_and_starts(texts: Sequence[Tensor], first: int = 0) -> tuple[list[int], list[int]]:

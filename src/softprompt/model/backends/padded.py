@@ -1,7 +1,7 @@
 """The padded backend: the prefix of every row as its key-value cache, over padded rows.
 
 For causal models with an attention of their own (Bloom, Falcon, MPT, GPT-J). Padding is only before the prefix or
-behind the text, so that the two are contiguous in every row: sliding windows and ALiBi count cache slots.
+after the text, so that the two are contiguous in every row: sliding windows and ALiBi count cache slots.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PaddedBackend(Backend):
         return Prefix(keys=keys, values=values, last=hidden[0, -1:], length=length)
 
     def _hidden(self, cache: DynamicCache, mask: Tensor, positions: Tensor, **inputs: Tensor) -> Tensor:
-        """Run padded rows behind a cache, which is extended, and return the output head's input, `[B, T, H]`."""
+        """Run padded rows after a cache, which is extended, and return the output head's input, `[B, T, H]`."""
         captured: list[Tensor] = []
         with self.running(), self.lm_head.skipped(captured.append):
             self.hf_model(
@@ -56,7 +56,7 @@ class PaddedBackend(Backend):
         self,
         prefix: Prefix | Sequence[Prefix],
         texts: Sequence[Tensor],
-        wanted: Sequence[Tensor],
+        output_positions: Sequence[Tensor],
         parents: Sequence[Tensor] | None = None,
         extend: bool = False,
         activation_checkpointing: bool = False,
@@ -65,10 +65,10 @@ class PaddedBackend(Backend):
         assert not activation_checkpointing
         prefixes = broadcast_prefix(prefix, len(texts))
         if parents is not None:
-            trees = zip(prefixes, texts, wanted, parents, strict=True)
+            trees = zip(prefixes, texts, output_positions, parents, strict=True)
             return TextPass(torch.cat([self._tree(*tree) for tree in trees]))
         if not self.mixes_prefix_lengths and len({each.length for each in prefixes}) > 1:
-            return self._passes_by_length(prefixes, texts, wanted, extend)
+            return self._passes_by_length(prefixes, texts, output_positions, extend)
         device, batch = input_device(self.hf_model), PrefixBatch(prefixes)
         prefix_lengths = torch.tensor(batch.lengths)[:, None]
         text_lengths = torch.tensor([len(text) for text in texts])[:, None]
@@ -79,7 +79,7 @@ class PaddedBackend(Backend):
         mask = torch.cat([in_prefix, column[None, :] < text_lengths], dim=1).long().to(device)
         cache = filled_cache(batch, max(len(each.keys) for each in prefixes), self.hf_model.dtype)
         hidden = self._hidden(cache, mask, (prefix_lengths + column).to(device), input_ids=ids)
-        gathered = gather_hidden(hidden, [i * longest for i in range(count)], wanted, prefixes)
+        gathered = gather_hidden(hidden, [i * longest for i in range(count)], output_positions, prefixes)
         if not extend:
             return TextPass(gathered)
         keys, values = cached_tensors(cache)
@@ -91,26 +91,28 @@ class PaddedBackend(Backend):
         return TextPass(gathered, extended)
 
     def _passes_by_length(
-        self, prefixes: Sequence[Prefix], texts: Sequence[Tensor], wanted: Sequence[Tensor], extend: bool
+        self, prefixes: Sequence[Prefix], texts: Sequence[Tensor], output_positions: Sequence[Tensor], extend: bool
     ) -> TextPass:
         """Run a pass for each length of prefix."""
         hidden: list[Tensor] = [torch.empty(0)] * len(texts)
         extended: list[Prefix] = [Prefix()] * len(texts)
         for length in sorted({each.length for each in prefixes}):
             rows = [i for i, each in enumerate(prefixes) if each.length == length]
-            positions = [wanted[i] for i in rows]
-            done = self.text_pass([prefixes[i] for i in rows], [texts[i] for i in rows], positions, extend=extend)
+            positions = [output_positions[i] for i in rows]
+            done = self.text_pass(
+                [prefixes[i] for i in rows], [texts[i] for i in rows], output_positions=positions, extend=extend
+            )
             for i, part in zip(rows, done.hidden.split([len(each) for each in positions]), strict=True):
                 hidden[i] = part
             for i, longer in zip(rows, done.extended, strict=False):  # empty unless asked for
                 extended[i] = longer
         return TextPass(torch.cat(hidden), extended if extend else [])
 
-    def _tree(self, prefix: Prefix, text: Tensor, wanted: Tensor, parents: Tensor) -> Tensor:
-        """Return the head's input at a tree's wanted positions: its trunk is run once, then every path from there."""
+    def _tree(self, prefix: Prefix, text: Tensor, output_positions: Tensor, parents: Tensor) -> Tensor:
+        """Return the head's input at a tree's output positions: its trunk is run once, then every path from there."""
         before = parents.tolist()
         trunk = min((parent + 1 for i, parent in enumerate(before) if parent != i - 1), default=len(text))
-        done = self.text_pass(prefix, [text[:trunk]], [torch.arange(trunk)], extend=True)
+        done = self.text_pass(prefix, [text[:trunk]], output_positions=[torch.arange(trunk)], extend=True)
         paths = []
         for leaf in sorted(set(range(trunk, len(text))) - set(before)):
             path = [leaf]
@@ -119,11 +121,13 @@ class PaddedBackend(Backend):
             paths.append(torch.tensor(path[::-1]))
         hidden = [done.hidden]
         if paths:
-            rest = self.text_pass(done.extended[0], [text[p] for p in paths], [torch.arange(len(p)) for p in paths])
+            rest = self.text_pass(
+                done.extended[0], [text[p] for p in paths], output_positions=[torch.arange(len(p)) for p in paths]
+            )
             hidden.append(rest.hidden)
         tokens = torch.cat([torch.arange(trunk), *paths]).tolist()
         row_of = {token: row for row, token in enumerate(tokens)}
-        return torch.cat(hidden)[[row_of[token] for token in wanted.tolist()]]
+        return torch.cat(hidden)[[row_of[token] for token in output_positions.tolist()]]
 
 
 class PaddedByLengthBackend(PaddedBackend):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from softprompt.data.example import Example
 from softprompt.private_interfaces import input_device
 
-# Texts behind the shared one: the attention of two is computed together, that of the others alone, and the last is a
+# Texts after the shared one: the attention of two is computed together, that of the others alone, and the last is a
 # single token, which is a target. Some are longer than a tiny copy's sliding window.
 _LENGTHS = (6, 5, 3, 1)
 _NUM_VIRTUAL_TOKENS = 4
@@ -50,7 +50,7 @@ def reference_loss(hf_model: PreTrainedModel, prompt: Tensor, examples: Sequence
 
 
 class Reference:
-    """What plain transformers gives for a few texts behind a prompt.
+    """What plain transformers gives for a few texts after a prompt.
 
     Args:
         hf_model: a frozen model.
@@ -58,7 +58,7 @@ class Reference:
     Attributes:
         prompt: `[P, H]`, float32.
         shared_text_ids: what all examples begin with.
-        examples: the texts behind that, with a target each.
+        examples: the texts after that, with a target each.
         texts: the texts alone, to be continued.
         next_ids: two tokens for each text, to continue it with.
         dropped_virtual_tokens: per text, how many of the first virtual tokens its row in a batch does not have.
