@@ -48,9 +48,9 @@ mode_option = click.option(
 )
 ensemble_option = click.option(
     "--ensemble",
-    metavar="K",
+    metavar="N",
     type=click.IntRange(min=2),
-    help="Train K prompts and average their predictions. Takes K times as long; with max_minutes, each gets 1/K of it.",
+    help="Train N prompts and average their predictions. Takes N times as long; with max_minutes, each gets 1/N of it.",
 )
 
 
