@@ -23,6 +23,7 @@ from softprompt.distributed.signals import defer_signals, raise_on_termination
 from softprompt.errors import RunError
 from softprompt.evaluation.label_scorer import LabelScorer
 from softprompt.evaluation.scores import Scores
+from softprompt.model.backends.base import Backend
 from softprompt.model.frozen import FrozenModel
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.training import prompt_trainer
@@ -105,7 +106,7 @@ def test_tune_that_was_interrupted_anywhere_and_resumed_ends_as_a_run_that_was_n
         "gradient": (prompt_trainer, "prompt_gradient"),
         "optimizer": (torch.optim.AdamW, "step"),
         "log": (RunLog, "write"),
-        "evaluation": (FrozenModel, "score"),
+        "evaluation": (Backend, "score"),
     }[what]
     with monkeypatch.context() as patch:
         patch.setattr(place, name, once(getattr(place, name), call, before))
@@ -465,10 +466,10 @@ def test_tune_does_not_take_another_error_for_a_lack_of_memory(
 def fits_in_scoring(right: Callable[..., Any], fits: int) -> Callable[..., Any]:
     """Scoring that fails where more than so many rows are run at once."""
 
-    def wrapped(model: FrozenModel, prefixes: list[Any], choices: list[Any]) -> Any:
+    def wrapped(backend: Backend, prefixes: list[Any], choices: list[Any]) -> Any:
         if len(choices) > fits:
             raise RuntimeError(OUT_OF_MEMORY)
-        return right(model, prefixes, choices)
+        return right(backend, prefixes, choices)
 
     return wrapped
 
@@ -479,11 +480,11 @@ def test_rows_are_scored_with_less_at_once_where_memory_runs_out(
     rows = load_data(reviews)
     whole = evaluate(llama, rows).metrics
     with monkeypatch.context() as patch:
-        patch.setattr(FrozenModel, "score", fits_in_scoring(FrozenModel.score, 2))
+        patch.setattr(Backend, "score", fits_in_scoring(Backend.score, 2))
         squeezed = evaluate(llama, rows).metrics
     assert squeezed["accuracy"] == whole["accuracy"]
     assert squeezed["loss"].value == pytest.approx(whole["loss"].value)
-    monkeypatch.setattr(FrozenModel, "score", fits_in_scoring(FrozenModel.score, 0))
+    monkeypatch.setattr(Backend, "score", fits_in_scoring(Backend.score, 0))
     with pytest.raises(RunError, match="out of memory at scoring one row"):
         evaluate(llama, rows)
 
