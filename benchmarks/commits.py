@@ -27,7 +27,7 @@ from typing import Any
 ALLOWED = 1.05
 # Rows, and the settings of a run: the examples of a step, and the virtual tokens.
 TRAINING = {"A1": ("sst2/train.jsonl", 32, 20), "D": ("e2e/train.jsonl", 32, 20)}
-EVALUATION = {"E-sst2": "sst2/validation.jsonl[:200]", "E-banking77": "banking77/test.jsonl[:100]"}
+EVALUATION = {"E-sst2": "sst2/validation.jsonl[:100]", "E-banking77": "banking77/test.jsonl[:32]"}
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("commits", nargs=2, metavar=("OLD", "NEW"), help="as git names them")
     parser.add_argument("cases", nargs="*", choices=[*TRAINING, *EVALUATION, []], help="default: all")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of the data sets")
-    parser.add_argument("--turns", type=int, default=7, help="that are counted, of each commit")
+    parser.add_argument("--turns", type=int, default=5, help="that are counted, of each commit")
     parser.add_argument("--work", choices=[*TRAINING, *EVALUATION], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
