@@ -287,7 +287,7 @@ def test_check_is_read_on_one_screen(command: Command, llama_folder: Path) -> No
     lines = done.out.splitlines()
     assert len(lines) <= 30
     assert max(map(cell_len, lines)) <= COLUMNS
-    assert done.err.splitlines() == [f"loading {llama_folder}", "preparing 40 rows, and timing a step"]
+    assert done.err.splitlines() == [f"loading {llama_folder}", "preparing 40 rows, and timing steps"]
     whole = command("check", "long.jsonl", "--model", llama_folder, *SHORT, "--verbose").out
     assert "…" in done.out
     assert " ".join(whole.split()).count("so long " * 15 + "\\nLabel:") == 3

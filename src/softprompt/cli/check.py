@@ -39,7 +39,7 @@ def check(ensemble: int | None, verbose: bool, as_json: bool, **options: Any) ->
     from softprompt.training.throughput import estimate_run
 
     model, rows, eval_data, config, origins = read_tune_inputs(**options)
-    say(f"preparing {len(rows):,} rows, and timing a step")
+    say(f"preparing {len(rows):,} rows, and timing steps")
     prepared_data = prepare_data(model, rows, config, eval_data)
     prepared = prepare_run(prepared_data, config)
     if config.max_minutes:
