@@ -24,6 +24,7 @@ from pathlib import Path
 from behaviour_compare import Pair, Seen, compare_part
 from behaviour_inputs import make_inputs
 from behaviour_parts import PARTS
+from worktrees import checked_out, git
 
 _HERE = Path(__file__).resolve().parent
 _DATA = _HERE.parents[1] / "shared" / "data"
@@ -52,9 +53,7 @@ class Sides:
 
     def run(self, side: str, commit: str, parts: list[str], new_names: bool | None) -> None:
         """Run all parts on a commit, in the folder `work`, which is then called as the side is."""
-        tree = self.scratch / "tree"
-        _git("worktree", "add", "--quiet", "--detach", str(tree), commit)
-        try:
+        with checked_out(commit, self.scratch / "tree") as tree:
             environment = self._environment(tree)
             if new_names is None:
                 new_names = _python(["-c", _NEW_NAMES], environment).returncode == 0
@@ -63,8 +62,6 @@ class Sides:
                 self.models = _fetched_models(environment)
             for part in parts:
                 self._run_part(side, part, environment, new_names)
-        finally:
-            _git("worktree", "remove", "--force", str(tree))
         (self.scratch / "work").rename(self.scratch / side)
 
     def _environment(self, tree: Path) -> dict[str, str]:
@@ -111,11 +108,6 @@ def _python(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(_HERE), *arguments], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def say(line: str) -> None:
@@ -188,7 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the report to a file")
     parser.add_argument("--keep", action="store_true", help="keep what both sides wrote")
     given = parser.parse_args()
-    commits = [_git("rev-parse", "--verify", f"{commit}^{{commit}}") for commit in (given.old, given.new)]
+    commits = [git("rev-parse", "--verify", f"{commit}^{{commit}}") for commit in (given.old, given.new)]
     parts, skipped = chosen_parts(given.only, given.data)
     with ExitStack() as stack:
         if given.keep:

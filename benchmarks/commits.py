@@ -24,6 +24,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from worktrees import checked_out
+
 ALLOWED = 1.05
 # Rows, and the settings of a run: the examples of a step, and the virtual tokens.
 TRAINING = {"A1": ("sst2/train.jsonl", 32, 20), "D": ("e2e/train.jsonl", 32, 20)}
@@ -44,9 +46,11 @@ def main() -> None:
         return
     slower = False
     with ExitStack() as stack:
-        trees = [stack.enter_context(_Tree(commit)) for commit in given.commits]
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sides = zip(("old", "new"), given.commits, strict=True)
+        trees = [stack.enter_context(checked_out(commit, scratch / side)) for side, commit in sides]
         for case in given.cases or [*TRAINING, *EVALUATION]:
-            turns = in_turn([tree.start(case, given.data) for tree in trees], 1 + given.turns)[1:]
+            turns = in_turn([start(tree, case, given.data) for tree in trees], 1 + given.turns)[1:]
             old, new = zip(*turns, strict=True)
             ratio = statistics.median(n / o for o, n in turns)
             slower |= ratio > ALLOWED
@@ -56,50 +60,34 @@ def main() -> None:
     sys.exit(int(slower))
 
 
-class _Tree:
-    """A commit in a worktree, as long as it is needed."""
-
-    def __init__(self, commit: str) -> None:
-        self.commit = commit
-        self.folder = tempfile.TemporaryDirectory()
-        self.path = Path(self.folder.name) / "tree"
-
-    def __enter__(self) -> _Tree:
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(self.path), self.commit], check=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        subprocess.run(["git", "worktree", "remove", "--force", str(self.path)], check=True)
-        self.folder.cleanup()
-
-    def start(self, case: str, data: Path) -> subprocess.Popen[str]:
-        """Start the process that does a case's work."""
-        environment = {**os.environ, "PYTHONPATH": str(self.path / "src")}
-        command = [sys.executable, str(Path(__file__).resolve()), "-", "-", "--work", case, "--data", str(data)]
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+def start(tree: Path, case: str, data: Path) -> subprocess.Popen[str]:
+    """Start the process that does a case's work with the source of a worktree."""
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    command = [sys.executable, str(Path(__file__).resolve()), "-", "-", "--work", case, "--data", str(data)]
+    return subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def in_turn(processes: list[subprocess.Popen[str]], turns: int) -> list[list[float]]:
     """Let processes do a piece of work each in turn, and return the seconds that it took, `[turns][processes]`."""
     found = []
-    for _ in range(turns):
-        row = []
+    try:
+        for _ in range(turns):
+            found.append([_piece(process) for process in processes])
+    finally:
         for process in processes:
-            assert process.stdin is not None and process.stdout is not None
-            print("go", file=process.stdin, flush=True)
-            row.append(float(json.loads(process.stdout.readline())))
-        found.append(row)
-    for process in processes:
-        process.kill()
-        process.wait()
+            process.kill()
+            process.wait()
     return found
+
+
+def _piece(process: subprocess.Popen[str]) -> float:
+    """Let a process do one piece of work, and return its seconds."""
+    assert process.stdin is not None and process.stdout is not None
+    print("go", file=process.stdin, flush=True)
+    seconds = process.stdout.readline()
+    if not seconds:
+        raise SystemExit("a process ended before its time; what it printed is above")
+    return float(seconds)
 
 
 def work(case: str, data: Path) -> None:

@@ -39,19 +39,16 @@ def broadcast_plan(processes: Processes, prepared: PreparedRun, identity: dict[s
     sizes[processes.rank] = prepared.config.micro_batch_tokens
     fitting = int(processes.all_reduce(lambda: sizes, sizes.shape).min())
     needed = torch.tensor([float(bool(prepared.config.gradient_checkpointing))])
-    activation_checkpointing = bool(
-        processes.all_reduce(lambda: needed, needed.shape)
-    )  # one that has too little memory is enough
-    own = prepared.config.model_copy(
-        update={"micro_batch_tokens": fitting, "gradient_checkpointing": activation_checkpointing}
-    )
+    # One process that has too little memory is enough.
+    checkpointing = bool(processes.all_reduce(lambda: needed, needed.shape))
+    own = prepared.config.model_copy(update={"micro_batch_tokens": fitting, "gradient_checkpointing": checkpointing})
     config = broadcast_config(processes, own)
     known: dict[str, str] = json.loads(processes.broadcast(json.dumps(identity).encode()))
     other = own.model_dump(exclude=_OF_A_MACHINE) != config.model_dump(exclude=_OF_A_MACHINE) or known != identity
     if processes.all_reduce(lambda: torch.tensor([other]), (1,)):
         raise InputError("the processes were given different rows, models or settings; start all with the same command")
     start = load(processes.broadcast(save({"start": prepared.start})))["start"]
-    memory_estimate = replace(prepared.memory_estimate, activation_checkpointing=activation_checkpointing)
+    memory_estimate = replace(prepared.memory_estimate, activation_checkpointing=checkpointing)
     return prepared.share_among(processes, config, start, memory_estimate)
 
 
